@@ -1,0 +1,1 @@
+"""Export Hugging Face causal LMs to Core ML `.pte` files and measure them off-device."""

@@ -1,0 +1,73 @@
+"""Every error a user can meet, with the exit code that the command line returns for it.
+
+    LlmCoreMLError            1   anything below; also a bug we could name
+      ConfigError             2   flags or fields that contradict a rule (as click's usage errors)
+      ThresholdError          3   measured, but a gate failed
+      CheckpointError         4   the model's files are absent, damaged or not what config.json says
+      UnsupportedError        5   a model, weight format or target that is understood and refused
+      OutputError             6   the output exists, cannot be written, or the disk is full
+      ArtifactError           7   a .pte or bundle that is corrupt, hostile or not ours to run
+      VerificationError       8   the artifact does not compute what the model computes
+
+A message is one sentence or two: the value, the rule it breaks, and what to do next.
+Ctrl-C exits with 130.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class LlmCoreMLError(Exception):
+    """Base of all errors that this package raises on purpose."""
+
+    exit_code = 1
+
+
+class ConfigError(LlmCoreMLError):
+    """A setting breaks a rule, or two settings contradict each other."""
+
+    exit_code = 2
+
+
+class ThresholdError(LlmCoreMLError):
+    """A measurement was made and does not meet the limit that the user set."""
+
+    exit_code = 3
+
+
+class CheckpointError(LlmCoreMLError):
+    """The checkpoint is absent, damaged, or disagrees with its own config.json."""
+
+    exit_code = 4
+
+
+class UnsupportedError(LlmCoreMLError):
+    """The request is understood, but the family, format or target cannot hold it."""
+
+    exit_code = 5
+
+
+class OutputError(LlmCoreMLError):
+    """The output folder exists already, cannot be written, or the disk is full."""
+
+    exit_code = 6
+
+
+class ArtifactError(LlmCoreMLError):
+    """A `.pte` or bundle is corrupt, lies about itself, or holds what we cannot run."""
+
+    exit_code = 7
+
+
+class VerificationError(LlmCoreMLError):
+    """The artifact's output is further from the model's than the bound allows."""
+
+    exit_code = 8
+
+
+def nearest(value: str, known: Iterable[str]) -> str:
+    """Return ` Did you mean 'x'?` for the known name closest to `value`, or an empty string."""
+    matches = difflib.get_close_matches(value, list(known), n=1, cutoff=0.4)
+    return f" Did you mean '{matches[0]}'?" if matches else ""
