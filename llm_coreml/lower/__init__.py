@@ -1,1 +1,1 @@
-"""."""
+"""From a decoder to the bytes of an ExecuTorch program."""

@@ -1,0 +1,164 @@
+"""What an export is asked to do: one frozen object from the command line to the manifest.
+
+    config = ExportConfig(bits=4, target="gpu", context=2048)
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+from llm_coreml.errors import ConfigError, nearest
+from llm_coreml.targets import get_target, opset_of
+
+DEFAULT_SEQ_LENGTHS = (1, 8, 64, 512)
+DEFAULT_CONTEXT = 2048
+# State dimensions that are no multiple of 32 are refused by the Neural Engine compiler
+# (coremltools issue 2631).
+CONTEXT_MULTIPLE = 32
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Every setting of an export.
+
+    Attributes:
+        bits: Bits per weight of the linear layers; None takes 4.
+        scheme: Weight format; None takes the target's.
+        group_size: Inputs per scale of `int4-group`.
+        codebook_rows: Output rows per table of `codebook`.
+        embedding: Scheme of the token table.
+        lm_head: Scheme of the output head; None follows `embedding`.
+        target: Compute unit, see `targets.TARGETS`.
+        minimum_os: Oldest system that must run the artifact.
+        compute_precision: Precision of activations.
+        logits: `last` row of each chunk, or `all` rows.
+        context: Positions of the KV cache; None takes the smaller of 2048 and the model's own.
+        seq_lengths: Chunk lengths that the program accepts; None takes 1, 8, 64, 512.
+        backend: `coreml`, or `xnnpack` for a twin that runs on Linux.
+        force: Export a scheme that the target is known to refuse.
+
+    Raises:
+        ConfigError: a value breaks a rule of its own; rules between model and flags are checked
+            where both are known.
+        UnsupportedError: `minimum_os` is too old.
+    """
+
+    bits: int | None = None
+    scheme: str | None = None
+    group_size: int = 32
+    codebook_rows: int = 16
+    embedding: str = "int8-channel"
+    lm_head: str | None = None
+    target: str = "gpu"
+    minimum_os: str = "iOS18"
+    compute_precision: Literal["fp16", "fp32"] = "fp16"
+    logits: Literal["last", "all"] = "last"
+    context: int | None = None
+    seq_lengths: tuple[int, ...] | None = None
+    backend: Literal["coreml", "xnnpack"] = "coreml"
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        get_target(self.target)
+        opset_of(self.minimum_os)
+        for name, allowed in (
+            ("compute_precision", ("fp16", "fp32")),
+            ("logits", ("last", "all")),
+            ("backend", ("coreml", "xnnpack")),
+        ):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ConfigError(f"{name} is '{value}'; it must be {' or '.join(allowed)}.")
+        if self.bits is not None and self.bits not in (1, 2, 3, 4, 6, 8, 16, 32):
+            raise ConfigError(
+                f"--bits is {self.bits}; Core ML holds weights of 1, 2, 3, 4, 6, 8 and 16 bits."
+            )
+        if self.context is not None:
+            _check_context(self.context)
+        if self.seq_lengths is not None:
+            _check_lengths(self.seq_lengths)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> ExportConfig:
+        """Build a config from `to_json` output or a recipe.
+
+        Raises:
+            ConfigError: an unknown key.
+        """
+        known = [field.name for field in fields(cls)]
+        for key in values:
+            if key not in known:
+                raise ConfigError(f"There is no setting '{key}'.{nearest(key, known)}")
+        if values.get("seq_lengths") is not None:
+            values = {**values, "seq_lengths": tuple(values["seq_lengths"])}
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The sequence shapes of one artifact.
+
+    Attributes:
+        context: Positions of the KV cache.
+        seq_lengths: Accepted chunk lengths, ascending, beginning with 1.
+    """
+
+    context: int
+    seq_lengths: tuple[int, ...]
+
+
+def resolve_shapes(config: ExportConfig, max_position_embeddings: int) -> Shapes:
+    """Fill in the defaults of context and lengths for a model, and check them against it.
+
+    Raises:
+        ConfigError: a context beyond the model's, or a length beyond the context.
+    """
+    longest = max_position_embeddings - max_position_embeddings % CONTEXT_MULTIPLE
+    context = config.context or min(DEFAULT_CONTEXT, longest)
+    if context > max_position_embeddings:
+        raise ConfigError(
+            f"--context {context} is longer than the {max_position_embeddings} positions that "
+            f"the model was trained for; use {longest} or less."
+        )
+    if context < CONTEXT_MULTIPLE:
+        raise ConfigError(
+            f"The model has {max_position_embeddings} positions; the KV cache needs "
+            f"{CONTEXT_MULTIPLE} at least."
+        )
+    if config.seq_lengths is None:
+        return Shapes(context, tuple(n for n in DEFAULT_SEQ_LENGTHS if n <= context))
+    for length in config.seq_lengths:
+        if length > context:
+            raise ConfigError(
+                f"--seq-lengths holds {length}, which is longer than the context of {context}; "
+                "drop it or raise --context."
+            )
+    return Shapes(context, tuple(sorted(config.seq_lengths)))
+
+
+def _check_context(context: int) -> None:
+    if context < 1 or context % CONTEXT_MULTIPLE:
+        below = max(CONTEXT_MULTIPLE, context - context % CONTEXT_MULTIPLE)
+        raise ConfigError(
+            f"--context is {context}; it must be a multiple of {CONTEXT_MULTIPLE}, "
+            f"such as {below}."
+        )
+
+
+def _check_lengths(lengths: tuple[int, ...]) -> None:
+    if 1 not in lengths:
+        raise ConfigError(
+            f"--seq-lengths {','.join(map(str, lengths))} lacks 1, without which no single token "
+            "can be generated; add it."
+        )
+    if len(set(lengths)) != len(lengths) or min(lengths) < 1:
+        raise ConfigError(
+            f"--seq-lengths {','.join(map(str, lengths))} must be different numbers of at least 1."
+        )
+    if len(lengths) > 128:
+        raise ConfigError(f"--seq-lengths holds {len(lengths)} lengths; Core ML allows 128.")

@@ -1,0 +1,141 @@
+"""Attention, MLP and the block that joins them.
+
+Grouped-query attention folds the query heads that share a key/value head into the row axis,
+`[1, kv_heads, group * S, head_dim]`, so the cache is read as it lies: no copy per query head.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from llm_coreml.decoder.cache import CacheView
+from llm_coreml.decoder.norm import RMSNorm
+from llm_coreml.decoder.rope import rotate
+from llm_coreml.decoder.spec import DecoderSpec
+
+AttentionForm = Literal["fused", "decomposed"]
+
+
+class Linear(nn.Linear):
+    """A linear layer without weights at first, which may then be stored narrower than it computes.
+
+    A 16-bit weight is widened for each call, so a model never stands in fp32 as a whole.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
+        super().__init__(in_features, out_features, bias, device="meta")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return `x @ weight.T + bias` in the dtype of `x`."""
+        weight = self.weight if self.weight.dtype == x.dtype else self.weight.to(x.dtype)
+        bias = self.bias if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, weight, bias)
+
+
+class Attention(nn.Module):
+    """Causal self-attention over the whole cache, masked past the current position.
+
+    Args:
+        spec: Sizes of the decoder.
+        layer: Index of the layer, the row of the cache that it owns.
+        form: `fused` keeps `scaled_dot_product_attention` as one op; `decomposed` writes it as
+            matmul, softmax, matmul with the scale applied to the queries, safe in fp16.
+    """
+
+    def __init__(self, spec: DecoderSpec, layer: int, form: AttentionForm) -> None:
+        super().__init__()
+        self.spec = spec
+        self.layer = layer
+        self.form = form
+        hidden, head_dim = spec.hidden_size, spec.head_dim
+        query_size = spec.num_attention_heads * head_dim
+        kv_size = spec.num_key_value_heads * head_dim
+        self.q_proj = Linear(hidden, query_size, bias=spec.attention_bias)
+        self.k_proj = Linear(hidden, kv_size, bias=spec.attention_bias)
+        self.v_proj = Linear(hidden, kv_size, bias=spec.attention_bias)
+        self.o_proj = Linear(query_size, hidden, bias=spec.attention_bias)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        mask: torch.Tensor,
+        cache: CacheView,
+        start_pos: torch.Tensor,
+    ) -> torch.Tensor:
+        """Attend from `x` `[1, S, hidden]` to everything up to each token's own position.
+
+        Args:
+            x: Normalised hidden states.
+            cos: Cosines for the S positions, `[S, 1, head_dim / 2]`.
+            sin: Sines, same shape.
+            mask: Added to the scores, `[1, 1, group * S, context]`.
+            cache: Keys and values, updated here.
+            start_pos: int `[1]`, position of the first token of `x`.
+        """
+        spec = self.spec
+        heads = (1, -1, spec.num_key_value_heads, spec.head_dim)
+        queries = self.q_proj(x).view(1, -1, spec.num_attention_heads, spec.head_dim)
+        queries = rotate(queries, cos, sin).transpose(1, 2)  # [1, heads, S, head_dim]
+        queries = queries.reshape(1, spec.num_key_value_heads, -1, spec.head_dim)
+        keys = rotate(self.k_proj(x).view(heads), cos, sin).transpose(1, 2)
+        values = self.v_proj(x).view(heads).transpose(1, 2)
+        keys, values = cache.update(self.layer, keys, values, start_pos)
+        attended = self._attend(queries, keys, values, mask)  # [1, kv_heads, group * S, head_dim]
+        attended = attended.reshape(1, spec.num_attention_heads, -1, spec.head_dim)
+        width = spec.num_attention_heads * spec.head_dim
+        return self.o_proj(attended.transpose(1, 2).reshape(1, -1, width))
+
+    def _attend(
+        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        if self.form == "fused":
+            return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+        scores = (queries * (1 / math.sqrt(self.spec.head_dim))) @ keys.transpose(2, 3)
+        return torch.softmax(scores + mask, dim=-1) @ values
+
+
+class MLP(nn.Module):
+    """Gated feed-forward: `down(silu(gate(x)) * up(x))` (SwiGLU, arXiv 2002.05202)."""
+
+    def __init__(self, spec: DecoderSpec) -> None:
+        super().__init__()
+        hidden, inner = spec.hidden_size, spec.intermediate_size
+        self.gate_proj = Linear(hidden, inner, bias=spec.mlp_bias)
+        self.up_proj = Linear(hidden, inner, bias=spec.mlp_bias)
+        self.down_proj = Linear(inner, hidden, bias=spec.mlp_bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map `[1, S, hidden]` to the same shape."""
+        gate: torch.Tensor = self.gate_proj(x)
+        return self.down_proj(F.silu(gate) * self.up_proj(x))  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    """One decoder layer: attention and MLP, each behind a norm and added to the residual."""
+
+    def __init__(self, spec: DecoderSpec, layer: int, form: AttentionForm) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
+        self.self_attn = Attention(spec, layer, form)
+        self.post_attention_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
+        self.mlp = MLP(spec)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        mask: torch.Tensor,
+        cache: CacheView,
+        start_pos: torch.Tensor,
+    ) -> torch.Tensor:
+        """Map `[1, S, hidden]` to the same shape; arguments as `Attention.forward`."""
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, start_pos)
+        return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]

@@ -1,0 +1,108 @@
+"""The decoder: tokens and a position in, logits out, with the KV cache inside.
+
+    decoder = Decoder(spec, context=512)     # sizes only: weights arrive one at a time
+    logits = decoder(tokens, start_pos)      # int64 [1, S], int64 [1] -> float [1, 1, vocab]
+
+The same module runs eagerly (the judge of every artifact) and is exported for Core ML.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from llm_coreml.decoder.cache import KVCache
+from llm_coreml.decoder.layers import AttentionForm, Block, Linear
+from llm_coreml.decoder.norm import RMSNorm
+from llm_coreml.decoder.rope import rope_tables
+from llm_coreml.decoder.spec import DecoderSpec
+
+LogitsForm = Literal["last", "all"]
+
+# Far below any score, far inside fp16: exp() of it is zero, and no -inf meets the hardware.
+_MASKED = -4.0e4
+
+
+class Embedding(nn.Embedding):
+    """A token table without weights at first, which may be stored narrower than it computes."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
+        super().__init__(num_embeddings, embedding_dim, device="meta")
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the rows of int `tokens` `[1, S]` as float32 `[1, S, hidden]`."""
+        return F.embedding(tokens, self.weight).to(torch.float32)
+
+
+class Decoder(nn.Module):
+    """A decoder-only transformer with a static graph and a fixed context.
+
+    Args:
+        spec: Sizes and options.
+        context: Positions that the KV cache holds.
+        attention: `fused` or `decomposed`, see `Attention`.
+        logits: `last` returns the last row of a chunk, `all` every row.
+    """
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    positions: torch.Tensor
+
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        context: int,
+        attention: AttentionForm = "fused",
+        logits: LogitsForm = "last",
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.context = context
+        self.logits = logits
+        self.embed_tokens = Embedding(spec.vocab_size, spec.hidden_size)
+        self.layers = nn.ModuleList(
+            Block(spec, layer, attention) for layer in range(spec.num_hidden_layers)
+        )
+        self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
+        self.lm_head = Linear(spec.hidden_size, spec.vocab_size, bias=False)
+        self.cache = KVCache(
+            spec.num_hidden_layers, spec.num_key_value_heads, context, spec.head_dim
+        )
+        cos, sin = rope_tables(spec.rope, spec.head_dim, context)
+        self.register_buffer("cos", cos.to(torch.float32), persistent=False)
+        self.register_buffer("sin", sin.to(torch.float32), persistent=False)
+        positions = torch.arange(context, dtype=torch.int32)
+        self.register_buffer("positions", positions, persistent=False)
+
+    def forward(self, tokens: torch.Tensor, start_pos: torch.Tensor) -> torch.Tensor:
+        """Run one chunk that continues the sequence at `start_pos`.
+
+        Args:
+            tokens: int64 `[1, S]`, 1 <= S, `start_pos` + S <= context.
+            start_pos: int64 `[1]`, how many positions of the cache are filled.
+
+        Returns:
+            float32 logits, `[1, 1, vocab]` (`last`) or `[1, S, vocab]` (`all`).
+        """
+        tokens = tokens.to(torch.int32)
+        start_pos = start_pos.to(torch.int32)
+        rows = self.positions[: tokens.shape[1]] + start_pos  # [S]
+        cos = F.embedding(rows, self.cos).unsqueeze(1)  # [S, 1, head_dim / 2]
+        sin = F.embedding(rows, self.sin).unsqueeze(1)
+        mask = self._mask(rows)
+        x = self.embed_tokens(tokens)
+        cache = self.cache.open()
+        for block in self.layers:
+            x = block(x, cos, sin, mask, cache, start_pos)
+        self.cache.close(cache)
+        if self.logits == "last":
+            x = x[:, -1:]
+        return self.lm_head(self.norm(x))  # type: ignore[no-any-return]
+
+    def _mask(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return `[1, 1, group * S, context]`: zero up to each row's position, then a large minus."""
+        repeated = torch.cat([rows] * self.spec.num_queries_per_kv).view(1, 1, -1, 1)
+        return (self.positions > repeated).to(torch.float32) * _MASKED

@@ -1,0 +1,21 @@
+"""Mistral without a sliding window: Llama's graph, with a window by default in `config.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from llm_coreml.decoder.spec import DecoderSpec
+from llm_coreml.families import llama
+from llm_coreml.families.family import Family
+
+# transformers' own default where config.json is silent.
+_DEFAULT_WINDOW = 4096
+
+
+def spec(config: Mapping[str, Any]) -> DecoderSpec:
+    """Read a Mistral `config.json`; refuses sliding windows, see `llama.spec`."""
+    return llama.spec({"sliding_window": _DEFAULT_WINDOW, "num_key_value_heads": 8, **config})
+
+
+FAMILY = Family(spec, llama.tensor_names, ignored=llama.FAMILY.ignored)

@@ -1,0 +1,83 @@
+"""Lower a decoder to an ExecuTorch program whose body is one Core ML program.
+
+    lower_coreml(decoder, config, shapes, constant_methods).write(path)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import coremltools as ct
+from executorch.backends.apple.coreml.compiler import CoreMLBackend
+from executorch.exir import (
+    EdgeCompileConfig,
+    EdgeProgramManager,
+    ExecutorchProgramManager,
+    to_edge_transform_and_lower,
+)
+from executorch.exir.backend.compile_spec_schema import CompileSpec
+from executorch.exir.lowered_backend_module import LoweredBackendModule
+from torch.export import ExportedProgram
+
+import llm_coreml.lower.coreml_ops  # noqa: F401 - registers our ops with coremltools
+from llm_coreml.config import ExportConfig, Shapes
+from llm_coreml.decoder import Decoder
+from llm_coreml.lower.mil_passes import pass_names
+from llm_coreml.lower.package import canonical
+from llm_coreml.lower.partition import AskTheCast, WholeMethodPartitioner
+from llm_coreml.lower.program import TOKENS, trace
+from llm_coreml.targets import get_target, opset_of
+
+_PRECISIONS = {"fp16": ct.precision.FLOAT16, "fp32": ct.precision.FLOAT32}
+
+
+def lower_coreml(
+    decoder: Decoder,
+    config: ExportConfig,
+    shapes: Shapes,
+    methods: dict[str, int | bool | list[int]],
+) -> ExecutorchProgramManager:
+    """Return the program; identical inputs give identical bytes.
+
+    Args:
+        decoder: Quantized decoder.
+        config: Target, OS and precision.
+        shapes: Context and enumerated lengths.
+        methods: Constant methods, see `program.constant_methods`.
+    """
+    exported = trace(decoder, shapes)
+    edge = to_edge_transform_and_lower(
+        exported,
+        transform_passes=[AskTheCast()],
+        partitioner=[WholeMethodPartitioner(_compile_specs(exported, config, shapes))],
+        compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
+        constant_methods=dict(methods),
+    )
+    _make_deterministic(edge)
+    return edge.to_executorch()
+
+
+def _compile_specs(
+    exported: ExportedProgram, config: ExportConfig, shapes: Shapes
+) -> list[CompileSpec]:
+    specs: list[CompileSpec] = CoreMLBackend.generate_compile_specs(
+        compute_unit=ct.ComputeUnit[get_target(config.target).compute_unit],
+        minimum_deployment_target=getattr(ct.target, opset_of(config.minimum_os)),
+        compute_precision=_PRECISIONS[config.compute_precision],
+        pass_names=pass_names(),
+    )
+    if len(shapes.seq_lengths) > 1:
+        specs.append(_enumerated_shapes(exported, shapes))
+    return specs
+
+
+def _enumerated_shapes(exported: ExportedProgram, shapes: Shapes) -> CompileSpec:
+    lengths = [[1, length] for length in shapes.seq_lengths]
+    return CoreMLBackend.generate_enumerated_shapes_compile_spec(exported, {TOKENS: lengths})
+
+
+def _make_deterministic(edge: EdgeProgramManager) -> None:
+    module: Any = edge.exported_program().graph_module
+    for child in module.children():
+        if isinstance(child, LoweredBackendModule):
+            child._processed_bytes = canonical(child.processed_bytes)

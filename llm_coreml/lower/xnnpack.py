@@ -1,0 +1,56 @@
+"""The twin: the same decoder lowered for XNNPACK, so that ExecuTorch's stock runner runs it on Linux.
+
+It proves the contract of the method (inputs, cache, constant methods, tokenizer), not the Core ML
+program. XNNPACK holds none of the weight formats, so the twin stores the dequantized values.
+"""
+
+from __future__ import annotations
+
+import torch
+from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+from executorch.exir import (
+    EdgeCompileConfig,
+    ExecutorchProgramManager,
+    to_edge_transform_and_lower,
+)
+from torch import nn
+from torchao.utils import TorchAOBaseTensor
+
+from llm_coreml.config import Shapes
+from llm_coreml.decoder import Decoder
+from llm_coreml.lower.program import trace
+
+
+def _kv_write(
+    cache: torch.Tensor, update: torch.Tensor, layer: int, start_pos: torch.Tensor
+) -> torch.Tensor:
+    """`llm_coreml::kv_write` in ATen ops, for which portable kernels exist."""
+    rows = start_pos.to(torch.int64) + torch.arange(update.shape[2])
+    written = torch.index_put(cache[layer], (None, rows), update[0])
+    return torch.select_scatter(cache, written, 0, layer)
+
+
+def _dequantize(decoder: Decoder) -> None:
+    for module in decoder.modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            weight = module.weight
+            if isinstance(weight, TorchAOBaseTensor):
+                weight = weight.dequantize()
+            module.weight = nn.Parameter(weight.detach().to(torch.float32), requires_grad=False)
+
+
+def lower_xnnpack(
+    decoder: Decoder, shapes: Shapes, methods: dict[str, int | bool | list[int]]
+) -> ExecutorchProgramManager:
+    """Return the twin's program. `decoder` is left with dequantized weights."""
+    _dequantize(decoder)
+    exported = trace(decoder, shapes).run_decompositions(
+        {torch.ops.llm_coreml.kv_write.default: _kv_write}
+    )
+    edge = to_edge_transform_and_lower(
+        exported,
+        partitioner=[XnnpackPartitioner()],
+        compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
+        constant_methods=dict(methods),
+    )
+    return edge.to_executorch()

@@ -1,0 +1,117 @@
+"""Fill a decoder from a checkpoint, one matrix at a time, quantizing each as it arrives.
+
+    decoder = Decoder(spec, context)
+    fill(decoder, checkpoint, family, plan, torch.float16)
+
+At no time is more than one matrix held in fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import nn
+
+from llm_coreml.checkpoint import Checkpoint, check_tensors
+from llm_coreml.decoder import Decoder
+from llm_coreml.families import Family
+from llm_coreml.quantize.apply import quantize_weight
+from llm_coreml.quantize.plan import QuantizationPlan
+from llm_coreml.quantize.schemes import Scheme, Unquantized
+
+
+def check_checkpoint(decoder: Decoder, checkpoint: Checkpoint, family: Family) -> dict[str, str]:
+    """Hold the checkpoint's names and shapes against the decoder's, without reading data.
+
+    Returns:
+        Decoder name -> checkpoint name.
+
+    Raises:
+        CheckpointError: tensors are missing, surplus or misshapen; all of them are named.
+    """
+    names = family.tensor_names(decoder.spec)
+    parameters = dict(decoder.named_parameters())
+    expected = {theirs: tuple(parameters[ours].shape) for ours, theirs in names.items()}
+    check_tensors(checkpoint, expected, optional=family.ignored)
+    return names
+
+
+def fill(
+    decoder: Decoder,
+    checkpoint: Checkpoint,
+    family: Family,
+    plan: QuantizationPlan | None,
+    storage: torch.dtype | None,
+    on_progress: Callable[[float], None] = lambda _: None,
+) -> None:
+    """Read every parameter of `decoder`, quantizing by `plan`.
+
+    Args:
+        decoder: As constructed, without weights.
+        checkpoint: Where they come from.
+        family: Names them.
+        plan: Schemes; None leaves every matrix as it is stored.
+        storage: Type in which unquantized matrices are held; None keeps the checkpoint's.
+        on_progress: Called with the share of parameters done, 0 to 1.
+
+    Raises:
+        CheckpointError: a tensor is missing, misshapen, surplus or not finite.
+    """
+    names = check_checkpoint(decoder, checkpoint, family)
+    modules = dict(decoder.named_modules())
+    total = sum(parameter.numel() for parameter in decoder.parameters())
+    done = 0
+    for ours, theirs in names.items():
+        owner, _, attribute = ours.rpartition(".")
+        module = modules[owner]
+        if attribute == "weight" and isinstance(module, (nn.Linear, nn.Embedding)):
+            scheme = _scheme_of(owner, plan)
+            _set_matrix(module, checkpoint, theirs, scheme, storage)
+        else:
+            values = checkpoint.tensor(theirs, torch.float32)
+            setattr(module, attribute, nn.Parameter(values, requires_grad=False))
+        done += module.get_parameter(attribute).numel()
+        on_progress(done / total)
+    if decoder.spec.tie_word_embeddings:
+        _tie(decoder, checkpoint, names, plan, storage)
+    on_progress(1.0)
+
+
+def _scheme_of(module: str, plan: QuantizationPlan | None) -> Scheme:
+    if plan is None:
+        return Unquantized()
+    tables: Mapping[str, Scheme] = {"embed_tokens": plan.embedding, "lm_head": plan.lm_head}
+    return tables.get(module, plan.linear)
+
+
+def _set_matrix(
+    module: nn.Linear | nn.Embedding,
+    checkpoint: Checkpoint,
+    name: str,
+    scheme: Scheme,
+    storage: torch.dtype | None,
+) -> None:
+    if isinstance(scheme, Unquantized):
+        weight = checkpoint.tensor(name, storage or checkpoint.dtype(name))
+        module.weight = nn.Parameter(weight, requires_grad=False)
+        return
+    # fp16 first: it is what Core ML would hold unquantized, and it finds what overflows there.
+    weight = checkpoint.tensor(name, storage or torch.float32).to(torch.float32)
+    module.weight = nn.Parameter(weight, requires_grad=False)
+    quantize_weight(module, scheme)
+
+
+def _tie(
+    decoder: Decoder,
+    checkpoint: Checkpoint,
+    names: dict[str, str],
+    plan: QuantizationPlan | None,
+    storage: torch.dtype | None,
+) -> None:
+    """Give the head the token table: the same tensor, or a second one in its own format."""
+    if plan is None or plan.tied:
+        decoder.lm_head.weight = decoder.embed_tokens.weight
+    else:
+        table = names["embed_tokens.weight"]
+        _set_matrix(decoder.lm_head, checkpoint, table, plan.lm_head, storage)

@@ -1,0 +1,149 @@
+"""From flags to one scheme per kind of matrix, refusing what cannot work before any work is done.
+
+    plan = make_plan(config, spec)
+    plan.linear.label, plan.embedding.label, plan.lm_head.label, plan.tied
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from llm_coreml.config import ExportConfig
+from llm_coreml.decoder.spec import DecoderSpec
+from llm_coreml.errors import ConfigError, UnsupportedError, nearest
+from llm_coreml.quantize.schemes import (
+    CODEBOOK_BITS,
+    SCHEMES,
+    Codebook,
+    IntChannel,
+    IntGroup,
+    Scheme,
+    Unquantized,
+)
+from llm_coreml.targets import get_target
+
+
+@dataclass(frozen=True)
+class QuantizationPlan:
+    """Which scheme each kind of matrix gets.
+
+    Attributes:
+        linear: The projections of attention and MLP.
+        embedding: The token table.
+        lm_head: The output projection.
+        tied: The head is the token table, stored once.
+        untied_bytes: What storing a tied table twice costs, when the two schemes differ.
+    """
+
+    linear: Scheme
+    embedding: Scheme
+    lm_head: Scheme
+    tied: bool
+    untied_bytes: int = 0
+
+
+def matrices(spec: DecoderSpec) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Yield name and shape of every linear weight in the blocks, as the decoder names them."""
+    hidden, inner = spec.hidden_size, spec.intermediate_size
+    query_size = spec.num_attention_heads * spec.head_dim
+    kv_size = spec.num_key_value_heads * spec.head_dim
+    shapes = {
+        "self_attn.q_proj": (query_size, hidden),
+        "self_attn.k_proj": (kv_size, hidden),
+        "self_attn.v_proj": (kv_size, hidden),
+        "self_attn.o_proj": (hidden, query_size),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
+    for layer in range(spec.num_hidden_layers):
+        for name, shape in shapes.items():
+            yield f"layers.{layer}.{name}", shape
+
+
+def make_plan(config: ExportConfig, spec: DecoderSpec) -> QuantizationPlan:
+    """Choose the schemes and check them against every matrix of the model.
+
+    Raises:
+        ConfigError: bits and scheme contradict each other, or a name is unknown.
+        UnsupportedError: Core ML, the target or a tensor's shape does not allow it.
+    """
+    linear = linear_scheme(config)
+    embedding = _table_scheme(config.embedding, config, "--embedding")
+    lm_head = _table_scheme(config.lm_head or config.embedding, config, "--lm-head")
+    target = get_target(config.target)
+    for scheme in {linear.name, embedding.name, lm_head.name}:
+        if scheme in target.misfits and not config.force:
+            raise UnsupportedError(
+                f"--target {target.name} does not take {scheme}: {target.misfits[scheme]}. Use "
+                f"--scheme {target.default_scheme}, or --force to export it all the same."
+            )
+    for name, shape in matrices(spec):
+        linear.check(name, shape)
+    table = (spec.vocab_size, spec.hidden_size)
+    embedding.check("the token table", table)
+    lm_head.check("the output head", table)
+    tied = spec.tie_word_embeddings and embedding == lm_head
+    cost = 0
+    if spec.tie_word_embeddings and not tied:
+        cost = round(lm_head.bits_per_weight(table) * table[0] * table[1] / 8)
+    return QuantizationPlan(linear, embedding, lm_head, tied, cost)
+
+
+def linear_scheme(config: ExportConfig) -> Scheme:
+    """Resolve `--bits`, `--scheme` and the target's default into one scheme."""
+    name, bits = config.scheme, config.bits
+    if name is None:
+        name = _scheme_for_bits(bits, get_target(config.target).default_scheme)
+    if name not in SCHEMES:
+        raise ConfigError(
+            f"There is no scheme '{name}'; the schemes are {', '.join(SCHEMES)}."
+            + nearest(name, SCHEMES)
+        )
+    return _build(name, bits, config, "--bits")
+
+
+def _scheme_for_bits(bits: int | None, default: str) -> str:
+    if bits is None or bits == 4:
+        return default
+    if bits == 8:
+        return "int8-channel"
+    return "none" if bits == 16 else "codebook"
+
+
+def _table_scheme(text: str, config: ExportConfig, flag: str) -> Scheme:
+    """Parse `--embedding` or `--lm-head`: a scheme name, for codebooks with `:bits`."""
+    name, _, suffix = text.partition(":")
+    if name not in SCHEMES or (suffix and not suffix.isdigit()):
+        raise ConfigError(
+            f"{flag} {text} is not known; give one of {', '.join(SCHEMES)}, codebooks as "
+            "codebook:4." + nearest(name, SCHEMES)
+        )
+    return _build(name, int(suffix) if suffix else None, config, flag)
+
+
+def _build(name: str, bits: int | None, config: ExportConfig, flag: str) -> Scheme:
+    if name == "codebook":
+        bits = 4 if bits is None else bits
+        if bits not in CODEBOOK_BITS:
+            raise UnsupportedError(
+                f"{flag} asks for a {bits} bit codebook; Core ML holds 1, 2, 3, 4, 6 and 8 bit ones."
+            )
+        return Codebook(bits, config.codebook_rows)
+    full = 32 if config.compute_precision == "fp32" else 16
+    schemes: dict[str, Scheme] = {
+        "int4-group": IntGroup(4, config.group_size),
+        "int4-channel": IntChannel(4),
+        "int8-channel": IntChannel(8),
+        "none": Unquantized(full),
+    }
+    scheme = schemes[name]
+    if bits is not None and bits != scheme.bits and name != "none":
+        raise UnsupportedError(
+            f"{flag} asks for {bits} bit {name}; Core ML holds integer weights of 4 and 8 bits "
+            f"only. Use --scheme codebook for 1, 2, 3, 4, 6 or 8 bits."
+        )
+    if name == "none" and bits not in (None, 16, 32):
+        raise ConfigError(f"--scheme none keeps 16 bits, but --bits is {bits}; drop one of them.")
+    return scheme
