@@ -1,0 +1,142 @@
+"""Open a causal LM wherever it is, and hold its tensors against what its configuration promises.
+
+One entry for a folder, a hub id and a live `transformers` model, so that the rest of the export
+never asks where weights come from. Everything that can be wrong with a checkpoint is told here, by
+file and tensor, before any work is spent on it.
+
+    llm-coreml export meta-llama/Llama-3.2-1B -o llama
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llm_coreml.checkpoint_files import open_folder
+from llm_coreml.checkpoint_hub import open_hub
+from llm_coreml.checkpoint_live import open_live
+from llm_coreml.checkpoint_tensors import (
+    WEIGHT_DTYPES,
+    Checkpoint,
+    Source,
+    listing,
+    type_name,
+)
+from llm_coreml.errors import CheckpointError, ConfigError
+
+__all__ = ["Checkpoint", "Source", "check_tensors", "open_checkpoint"]
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
+
+
+def open_checkpoint(
+    source: str | Path | torch.nn.Module,
+    *,
+    tokenizer: Any = None,
+    revision: str | None = None,
+    local_files_only: bool = False,
+) -> Checkpoint:
+    """Open a checkpoint; reads configuration and headers, and no tensor data.
+
+    Args:
+        source: A folder, a hub id `org/name`, or a live `transformers` model. A string that is an
+            existing folder is that folder.
+        tokenizer: The tokenizer of a live model; files bring their own.
+        revision: Branch, tag or commit of a hub id.
+        local_files_only: Take a hub id from the local cache, without network.
+
+    Raises:
+        CheckpointError: Nothing is there, it cannot be fetched, or it is damaged.
+        UnsupportedError: The weights are quantized, or are an adapter.
+        ConfigError: `tokenizer` or `revision` is given for a source that has none.
+    """
+    live = isinstance(source, torch.nn.Module)
+    if tokenizer is not None and not live:
+        raise ConfigError(
+            "tokenizer belongs to a live model; a folder or hub id brings its own. Leave it out."
+        )
+    folder = _as_folder(source)
+    is_hub = not live and folder is None
+    if revision is not None and not is_hub:
+        raise ConfigError(
+            f"revision '{revision}' belongs to a hub id; a folder or live model has only one. "
+            "Leave it out."
+        )
+    if isinstance(source, torch.nn.Module):
+        return open_live(source, tokenizer)
+    if folder is not None:
+        return open_folder(folder, Source("folder", str(source)))
+    if isinstance(source, str) and _HUB_ID.fullmatch(source):
+        return open_hub(source, revision, local_files_only)
+    raise CheckpointError(
+        f"{str(source)!r} is neither an existing folder, a hub id (org/name) nor a live model. "
+        "Check the path, or write the id in full."
+    )
+
+
+def check_tensors(
+    checkpoint: Checkpoint,
+    expected: Mapping[str, tuple[int, ...]],
+    optional: Collection[str] = (),
+) -> None:
+    """Check that the checkpoint holds exactly the tensors that its configuration promises.
+
+    Args:
+        checkpoint: An open checkpoint; no tensor data is read.
+        expected: The shape of each tensor, by name.
+        optional: Glob patterns of tensors that may be there though nothing reads them, such as
+            `*.rotary_emb.inv_freq`.
+
+    Raises:
+        CheckpointError: Tensors are missing, surplus, of another shape, or not of a weight's type;
+            all of them are in the one message, the first five of each kind by name.
+    """
+    names, tied = checkpoint.names(), checkpoint.tied()
+    missing, shapes, types = [], [], []
+    for name, shape in expected.items():
+        if name not in names and name not in tied:
+            missing.append(f"'{name}'")
+            continue
+        found = checkpoint.shape(name)
+        if found != tuple(shape):
+            shapes.append(
+                f"'{name}' in {checkpoint.where(name)} is {list(found)}, not {list(shape)}"
+            )
+        if checkpoint.dtype(name) not in WEIGHT_DTYPES:
+            stored = type_name(checkpoint.dtype(name))
+            types.append(f"'{name}' in {checkpoint.where(name)} is {stored}")
+    surplus = [
+        f"'{name}'"
+        for name in sorted(names - expected.keys())
+        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in optional)
+    ]
+    problems = [
+        f"{len(items)} {kind}: {listing(items)}"
+        for kind, items in (
+            ("missing", missing),
+            ("surplus", surplus),
+            ("misshapen", shapes),
+            ("not bfloat16, float16 or float32", types),
+        )
+        if items
+    ]
+    if problems:
+        raise CheckpointError(
+            f"'{checkpoint.source.name}' does not hold the tensors that its config.json promises; "
+            f"{'; '.join(problems)}. Use config.json and weights of one and the same model, or "
+            "download both again."
+        )
+
+
+def _as_folder(source: object) -> Path | None:
+    """Return the existing folder that `source` names, or None."""
+    if not isinstance(source, (str, Path)) or not str(source).strip():
+        return None
+    path = os.path.expanduser(source)
+    return Path(path) if os.path.isdir(path) else None

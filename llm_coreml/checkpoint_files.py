@@ -1,0 +1,306 @@
+"""A checkpoint in a folder: config.json and safetensors, in one file or in shards with an index.
+
+Nothing in the folder is trusted: headers are checked when the folder is opened, no path in the
+index may leave the folder, and a pickle is never loaded. Tensor data is read from the memory-mapped
+file, by name, when it is asked for.
+
+    llm-coreml export ./my-finetune -o out
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from llm_coreml.checkpoint_tensors import TOKENIZER_FILES, Checkpoint, Source, listing
+from llm_coreml.errors import CheckpointError, OutputError, UnsupportedError, nearest
+
+CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+ADAPTER_CONFIG = "adapter_config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+_DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "C64": torch.complex64,
+    "BOOL": torch.bool,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "U8": torch.uint8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+}
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One tensor in a safetensors header: its file, stored type and shape."""
+
+    path: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+@final
+@dataclasses.dataclass(frozen=True, eq=False)
+class FileCheckpoint(Checkpoint):
+    """A checkpoint whose tensors are in safetensors files; see `Checkpoint`."""
+
+    config: dict[str, Any]
+    generation_config: dict[str, Any]
+    source: Source
+    tokenizer_files: dict[str, Path]
+    entries: dict[str, Entry] = dataclasses.field(repr=False)
+
+    def names(self) -> frozenset[str]:
+        """Return the names of all tensors."""
+        return frozenset(self.entries)
+
+    def tied(self) -> dict[str, str]:
+        """Return an empty dict: in files each name has its own bytes."""
+        return {}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of `name`, from the file's header."""
+        return self._entry(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the stored type of `name`, from the file's header."""
+        return self._entry(name).dtype
+
+    def where(self, name: str) -> str:
+        """Return the name of the file that holds `name`."""
+        return self._entry(name).path.name
+
+    def stored(self, name: str) -> torch.Tensor:
+        """Return `name` from the memory-mapped file; a write to it would reach later reads."""
+        path = self._entry(name).path
+        # Opened anew for each read: a mapping that is kept would keep its pages, shard after shard.
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensor: torch.Tensor = file.get_tensor(name)
+        except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+            raise CheckpointError(
+                f"'{name}' cannot be read from {path}: {error}. Download the file again."
+            ) from error
+        return tensor
+
+    def save_tokenizer(self, folder: Path) -> dict[str, Path]:
+        """Copy the tokenizer's files and generation_config.json into `folder`."""
+        if not {"tokenizer.json", "tokenizer.model", "vocab.json"} & self.tokenizer_files.keys():
+            raise CheckpointError(
+                f"'{self.source.name}' has no tokenizer.json. "
+                "Save the tokenizer beside the weights: tokenizer.save_pretrained(folder)."
+            )
+        written = {name: folder / name for name in self.tokenizer_files}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, path in self.tokenizer_files.items():
+                shutil.copyfile(path, written[name])
+        except OSError as error:
+            raise OutputError(
+                f"The tokenizer cannot be written to {folder}: {error}. "
+                "Give a folder that can be written."
+            ) from error
+        return written
+
+    def _entry(self, name: str) -> Entry:
+        if name not in self.entries:
+            raise CheckpointError(
+                f"'{self.source.name}' has no tensor '{name}'.{nearest(name, self.entries)}"
+            )
+        return self.entries[name]
+
+
+def open_folder(folder: Path, source: Source) -> FileCheckpoint:
+    """Read the configuration and all safetensors headers of `folder`, and no tensor data.
+
+    Raises:
+        CheckpointError: A file is absent, damaged, or disagrees with the index.
+        UnsupportedError: The weights are quantized, or the folder holds only an adapter.
+    """
+    config = read_config(folder)
+    generation = folder / GENERATION_CONFIG
+    weight_map = read_weight_map(folder)
+    files = [WEIGHTS] if weight_map is None else sorted(set(weight_map.values()))
+    headers = {file: _read_header(folder / file) for file in files}
+    if weight_map is None:
+        entries = headers[WEIGHTS]
+    else:
+        absent = [
+            f"'{name}' ({file})" for name, file in weight_map.items() if name not in headers[file]
+        ]
+        if absent:
+            raise CheckpointError(
+                f"{folder / INDEX} names tensors that their file does not hold: {listing(absent)}. "
+                "Download the index and the shards again, from one revision."
+            )
+        entries = {name: headers[file][name] for name, file in weight_map.items()}
+    return FileCheckpoint(
+        config=config,
+        generation_config=_read_json(generation) if generation.is_file() else {},
+        source=source,
+        tokenizer_files={
+            name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()
+        },
+        entries=entries,
+    )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the parsed config.json of `folder`, after `check_config`.
+
+    Raises:
+        CheckpointError: The file is absent, not a JSON object, or has no `model_type`.
+        UnsupportedError: The weights are quantized, or the folder holds only an adapter.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        _refuse_adapter(folder)
+        raise CheckpointError(
+            f"{folder} has no config.json; a checkpoint is a folder with config.json and "
+            "safetensors, as model.save_pretrained(folder) writes it."
+        )
+    config = _read_json(path)
+    check_config(config, str(path))
+    return config
+
+
+def check_config(config: dict[str, Any], where: str) -> None:
+    """Raise unless `config` names its `model_type` and describes weights that are not quantized."""
+    if not isinstance(config.get("model_type"), str):
+        raise CheckpointError(
+            f"{where} has no model_type, so its family is unknown. "
+            "Use the config.json that model.save_pretrained(folder) writes."
+        )
+    for key in ("quantization_config", "compression_config"):
+        if config.get(key):
+            method = config[key].get("quant_method") if isinstance(config[key], dict) else None
+            raise UnsupportedError(
+                f"{where} has a {key}{f' ({method})' if method else ''}: quantized checkpoints "
+                "cannot be read yet. Give the unquantized checkpoint that it was made from."
+            )
+
+
+def read_weight_map(folder: Path) -> dict[str, str] | None:
+    """Return which file holds each tensor, or None where model.safetensors holds them all.
+
+    Raises:
+        CheckpointError: There are no safetensors, or the index is damaged or leaves the folder.
+        UnsupportedError: The folder holds only an adapter.
+    """
+    if (folder / WEIGHTS).is_file():
+        return None
+    path = folder / INDEX
+    if not path.is_file():
+        _refuse_adapter(folder)
+        raise _no_weights(folder)
+    weight_map = _read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(
+            f"{path} has no weight_map from tensor names to files. Download it again."
+        )
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not file.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{path} puts '{name}' into {file!r}; only .safetensors files are read. "
+                "Download the index again."
+            )
+        if "/" in file or "\\" in file or ":" in file:
+            raise CheckpointError(
+                f"{path} puts '{name}' into {file!r}, which is not a plain file name; nothing "
+                "outside its folder is read. Do not use this checkpoint, or mend its index."
+            )
+    return weight_map
+
+
+def _no_weights(folder: Path) -> CheckpointError:
+    """Return the error for a folder that has neither weights nor an index."""
+    names = sorted(path.name for path in folder.iterdir())
+    convert = (
+        "convert it once where you trust it: AutoModelForCausalLM.from_pretrained(...)"
+        ".save_pretrained(folder) writes safetensors."
+    )
+    pickles = [f"'{name}'" for name in names if name.endswith(_PICKLES)]
+    shards = [f"'{name}'" for name in names if name.endswith(".safetensors")]
+    if shards:
+        return CheckpointError(
+            f"{folder} holds {listing(shards)} but no {WEIGHTS} and no {INDEX}. "
+            f"Download {INDEX} as well, or rename a single file to {WEIGHTS}."
+        )
+    if pickles:
+        return CheckpointError(
+            f"{folder} holds its weights only as a pickle ({listing(pickles)}), which can run code "
+            f"and is never loaded; {convert}"
+        )
+    return CheckpointError(
+        f"{folder} has no {WEIGHTS} and no {INDEX}. If the model is published only as "
+        f"pytorch_model.bin, a pickle, which is never loaded, {convert}"
+    )
+
+
+def _refuse_adapter(folder: Path) -> None:
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise UnsupportedError(
+            f"{folder} holds an adapter without its base model. Merge it first: "
+            "AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...)."
+        )
+
+
+def _read_header(path: Path) -> dict[str, Entry]:
+    """Return the tensors that the header of one safetensors file lists."""
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path} is absent, although {INDEX} puts tensors into it. Download it again."
+        )
+    entries = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118, safe_open is no mapping
+                part = file.get_slice(name)
+                stored = str(part.get_dtype())
+                if stored not in _DTYPES:
+                    raise UnsupportedError(
+                        f"'{name}' in {path} is stored as {stored}, a type of quantized weights. "
+                        "Give the unquantized checkpoint that it was made from."
+                    )
+                entries[name] = Entry(path, _DTYPES[stored], tuple(part.get_shape()))
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is not a whole safetensors file: {error}. Download it again."
+        ) from error
+    return entries
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in `path`."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    # A deep nest of brackets ends in RecursionError; bad UTF-8 and bad JSON are both ValueErrors.
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read as JSON: {error}. Download it again."
+        ) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(
+            f"{path} must hold a JSON object, not {type(value).__name__}. Download it again."
+        )
+    return value

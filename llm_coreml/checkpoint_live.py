@@ -1,0 +1,157 @@
+"""A checkpoint that is a `transformers` model in memory, as a training script holds it.
+
+It reads like the folder that `model.save_pretrained` would write, so a fine-tuned model is exported
+without a detour over the disk; of tied weights one name is kept, as `save_pretrained` does.
+
+    open_checkpoint(model, tokenizer=tokenizer)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, final
+
+import torch
+
+from llm_coreml.checkpoint_files import GENERATION_CONFIG, check_config
+from llm_coreml.checkpoint_tensors import TOKENIZER_FILES, Checkpoint, Source
+from llm_coreml.errors import CheckpointError, OutputError, UnsupportedError, nearest
+
+_WHERE = "the live model"
+
+
+@final
+@dataclasses.dataclass(frozen=True, eq=False)
+class LiveCheckpoint(Checkpoint):
+    """A checkpoint over a live model's own tensors; see `Checkpoint`.
+
+    Attributes:
+        tensors: Tensors by name, one per storage. They are the model's: never written to.
+        aliases: Each further name of such a tensor, and its name in `tensors`.
+        tokenizer: The live tokenizer, or None.
+    """
+
+    config: dict[str, Any]
+    generation_config: dict[str, Any]
+    source: Source
+    tokenizer_files: dict[str, Path]
+    tensors: dict[str, torch.Tensor] = dataclasses.field(repr=False)
+    aliases: dict[str, str] = dataclasses.field(repr=False)
+    tokenizer: Any = dataclasses.field(repr=False)
+
+    def names(self) -> frozenset[str]:
+        """Return the names of all tensors, one per storage."""
+        return frozenset(self.tensors)
+
+    def tied(self) -> dict[str, str]:
+        """Return each further name of a tensor, as `{'lm_head.weight': 'model.embed...'}`."""
+        return dict(self.aliases)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of `name`."""
+        return tuple(self.stored(name).shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the type of `name` in the model."""
+        return self.stored(name).dtype
+
+    def where(self, name: str) -> str:
+        """Return `the live model`."""
+        return _WHERE
+
+    def stored(self, name: str) -> torch.Tensor:
+        """Return the model's own tensor, on its own device."""
+        known = self.aliases.get(name, name)
+        if known not in self.tensors:
+            raise CheckpointError(
+                f"{_WHERE} has no tensor '{name}'.{nearest(name, [*self.tensors, *self.aliases])}"
+            )
+        return self.tensors[known]
+
+    def save_tokenizer(self, folder: Path) -> dict[str, Path]:
+        """Save the live tokenizer and the generation settings into `folder`."""
+        if self.tokenizer is None:
+            raise CheckpointError(
+                "A live model does not hold its tokenizer. "
+                "Give both: open_checkpoint(model, tokenizer=tokenizer)."
+            )
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.tokenizer.save_pretrained(str(folder))
+            if self.generation_config:
+                text = json.dumps(self.generation_config, indent=2, sort_keys=True) + "\n"
+                (folder / GENERATION_CONFIG).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise OutputError(
+                f"The tokenizer cannot be written to {folder}: {error}. "
+                "Give a folder that can be written."
+            ) from error
+        return {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
+
+
+def open_live(model: torch.nn.Module, tokenizer: Any) -> LiveCheckpoint:
+    """Open a live `transformers` model; its weights are read when asked for, not copied now.
+
+    Raises:
+        CheckpointError: It is not a `transformers` model, or its weights are not in memory.
+        UnsupportedError: It carries PEFT adapters or quantized weights.
+    """
+    kind = type(model).__name__
+    if _has_adapters(model):
+        raise UnsupportedError(
+            f"{kind} carries PEFT adapters, which cannot be exported yet. "
+            "Merge them first: model = model.merge_and_unload()."
+        )
+    config = getattr(model, "config", None)
+    if not callable(getattr(config, "to_json_string", None)):
+        raise CheckpointError(
+            f"{kind} has no transformers config. Give a transformers causal LM (of a wrapper, the "
+            "model inside), a folder or a hub id."
+        )
+    # Through JSON, so that a live config equals the config.json that would be saved.
+    settings = json.loads(config.to_json_string(use_diff=False))  # type: ignore[union-attr]
+    check_config(settings, f"the config of {kind}")
+    generation = getattr(model, "generation_config", None)
+    tensors, aliases = _untie(model.state_dict())
+    return LiveCheckpoint(
+        config=settings,
+        generation_config={} if generation is None else json.loads(generation.to_json_string()),
+        source=Source("live", getattr(config, "_name_or_path", "") or kind),
+        tokenizer_files={},
+        tensors=tensors,
+        aliases=aliases,
+        tokenizer=tokenizer,
+    )
+
+
+def _has_adapters(model: torch.nn.Module) -> bool:
+    from_peft = any(cls.__module__.split(".")[0] == "peft" for cls in type(model).__mro__)
+    return from_peft or bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
+def _untie(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Split `state` into one name per storage and the further names of each."""
+    tensors: dict[str, torch.Tensor] = {}
+    aliases: dict[str, str] = {}
+    seen: dict[tuple[object, ...], str] = {}
+    for name, tensor in state.items():
+        if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+            raise UnsupportedError(
+                f"'{name}' is a {type(tensor).__name__}: quantized or sharded tensors cannot be "
+                "read yet. Give a model with plain tensors, as from_pretrained(model_id) loads it."
+            )
+        if tensor.is_meta:
+            raise CheckpointError(
+                f"'{name}' is on the meta device, without data. "
+                "Load the model without offloading: from_pretrained(model_id, device_map='cpu')."
+            )
+        # The same bytes seen as the same tensor; a different view of them is a tensor of its own.
+        key = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        first = seen.setdefault(key, name) if tensor.numel() else name
+        if first == name:
+            tensors[name] = tensor
+        else:
+            aliases[name] = first
+    return tensors, aliases
