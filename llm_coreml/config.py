@@ -1,6 +1,6 @@
 """What an export is asked to do: one frozen object from the command line to the manifest.
 
-    config = ExportConfig(bits=4, target="gpu", context=2048)
+config = ExportConfig(bits=4, target="gpu", context=2048)
 """
 
 from __future__ import annotations
@@ -145,8 +145,7 @@ def _check_context(context: int) -> None:
     if context < 1 or context % CONTEXT_MULTIPLE:
         below = max(CONTEXT_MULTIPLE, context - context % CONTEXT_MULTIPLE)
         raise ConfigError(
-            f"--context is {context}; it must be a multiple of {CONTEXT_MULTIPLE}, "
-            f"such as {below}."
+            f"--context is {context}; it must be a multiple of {CONTEXT_MULTIPLE}, such as {below}."
         )
 
 

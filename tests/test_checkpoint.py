@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from llm_coreml import checkpoint_files, checkpoint_tensors
 from llm_coreml.checkpoint import Checkpoint, Source, check_tensors, open_checkpoint
-from llm_coreml.checkpoint_tensors import WEIGHT_DTYPES
+from llm_coreml.checkpoint.tensors import WEIGHT_DTYPES
 from llm_coreml.errors import (
     CheckpointError,
     ConfigError,

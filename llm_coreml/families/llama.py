@@ -89,7 +89,9 @@ def require(config: Mapping[str, Any], key: str) -> int:
         CheckpointError: it is missing.
     """
     if key not in config:
-        raise CheckpointError(f"config.json has no {key}, which every {config['model_type']} needs.")
+        raise CheckpointError(
+            f"config.json has no {key}, which every {config['model_type']} needs."
+        )
     value: int = config[key]
     return value
 

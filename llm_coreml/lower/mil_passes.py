@@ -10,7 +10,7 @@ from coremltools.converters.mil.mil.passes.pass_registry import register_pass
 
 
 @register_pass(namespace="llm_coreml")
-class drop_repeated_state_writes(AbstractGraphPass):  # type: ignore[misc]  # noqa: N801
+class drop_repeated_state_writes(AbstractGraphPass):  # type: ignore[misc]
     """Remove a state write whose value is what the last write to that state returned.
 
     coremltools writes every mutated buffer once more at the end of the program. After writes in

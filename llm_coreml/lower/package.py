@@ -27,9 +27,7 @@ _VOLATILE_METADATA = "com.github.apple.coremltools.conversion_date"
 def canonical(blob: bytes) -> bytes:
     """Return the delegate `blob` with content-derived identifiers and in a fixed order."""
     files: dict[str, bytes | memoryview] = {
-        path: data
-        for path, data in unpack(blob).items()
-        if not path.endswith(_DROPPED)
+        path: data for path, data in unpack(blob).items() if not path.endswith(_DROPPED)
     }
     model = next(path for path in files if path.endswith(_MODEL))
     files[model] = _canonical_model(bytes(files[model]))

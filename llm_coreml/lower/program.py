@@ -1,7 +1,7 @@
 """The torch program of an artifact and what every backend's runner needs to know of it.
 
-    exported = trace(decoder, shapes)
-    methods = constant_methods(spec, shapes, bos_id=1, eos_ids=(2,))
+exported = trace(decoder, shapes)
+methods = constant_methods(spec, shapes, bos_id=1, eos_ids=(2,))
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """From flags to one scheme per kind of matrix, refusing what cannot work before any work is done.
 
-    plan = make_plan(config, spec)
-    plan.linear.label, plan.embedding.label, plan.lm_head.label, plan.tied
+plan = make_plan(config, spec)
+plan.linear.label, plan.embedding.label, plan.lm_head.label, plan.tied
 """
 
 from __future__ import annotations

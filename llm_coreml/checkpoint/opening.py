@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from llm_coreml.checkpoint_files import open_folder
-from llm_coreml.checkpoint_hub import open_hub
-from llm_coreml.checkpoint_live import open_live
-from llm_coreml.checkpoint_tensors import (
+from llm_coreml.checkpoint.files import open_folder
+from llm_coreml.checkpoint.hub import open_hub
+from llm_coreml.checkpoint.live import open_live
+from llm_coreml.checkpoint.tensors import (
     WEIGHT_DTYPES,
     Checkpoint,
     Source,

@@ -18,7 +18,7 @@ from typing import Any, final
 import torch
 from safetensors import SafetensorError, safe_open
 
-from llm_coreml.checkpoint_tensors import TOKENIZER_FILES, Checkpoint, Source, listing
+from llm_coreml.checkpoint.tensors import TOKENIZER_FILES, Checkpoint, Source, listing
 from llm_coreml.errors import CheckpointError, OutputError, UnsupportedError, nearest
 
 CONFIG = "config.json"

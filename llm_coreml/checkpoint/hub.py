@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llm_coreml.checkpoint_files import (
+from llm_coreml.checkpoint.files import (
     ADAPTER_CONFIG,
     CONFIG,
     INDEX,
@@ -21,7 +21,7 @@ from llm_coreml.checkpoint_files import (
     read_config,
     read_weight_map,
 )
-from llm_coreml.checkpoint_tensors import TOKENIZER_FILES, Source
+from llm_coreml.checkpoint.tensors import TOKENIZER_FILES, Source
 from llm_coreml.errors import CheckpointError
 
 _SMALL_FILES = (CONFIG, ADAPTER_CONFIG, INDEX, *TOKENIZER_FILES)
