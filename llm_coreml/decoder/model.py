@@ -103,6 +103,6 @@ class Decoder(nn.Module):
         return self.lm_head(self.norm(x))  # type: ignore[no-any-return]
 
     def _mask(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return `[1, 1, group * S, context]`: zero up to each row's position, then a large minus."""
+        """Return `[1, 1, group * S, context]`: zero up to each row's position, then far below."""
         repeated = torch.cat([rows] * self.spec.num_queries_per_kv).view(1, 1, -1, 1)
         return (self.positions > repeated).to(torch.float32) * _MASKED

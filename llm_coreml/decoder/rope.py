@@ -39,7 +39,7 @@ def _llama3_scaled(frequencies: torch.Tensor, rope: RopeSpec) -> torch.Tensor:
 
 
 def rope_tables(rope: RopeSpec, head_dim: int, context: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return cosines and sines for positions 0 to context - 1, each float64 `[context, head_dim/2]`.
+    """Return cosines and sines of every position, each float64 `[context, head_dim / 2]`.
 
     Raises:
         UnsupportedError: `dynamic` scaling past the trained length, where the angles depend on

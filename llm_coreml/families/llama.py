@@ -90,7 +90,7 @@ def require(config: Mapping[str, Any], key: str) -> int:
     """
     if key not in config:
         raise CheckpointError(
-            f"config.json has no {key}, which every {config['model_type']} needs."
+            f"config.json has no {key}; a {config['model_type']} model needs it."
         )
     value: int = config[key]
     return value

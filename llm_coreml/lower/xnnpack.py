@@ -1,4 +1,4 @@
-"""The twin: the same decoder lowered for XNNPACK, so that ExecuTorch's stock runner runs it on Linux.
+"""The twin: the same decoder for XNNPACK, so that ExecuTorch's stock runner runs it on Linux.
 
 It proves the contract of the method (inputs, cache, constant methods, tokenizer), not the Core ML
 program. XNNPACK holds none of the weight formats, so the twin stores the dequantized values.

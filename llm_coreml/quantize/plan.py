@@ -128,7 +128,7 @@ def _build(name: str, bits: int | None, config: ExportConfig, flag: str) -> Sche
         bits = 4 if bits is None else bits
         if bits not in CODEBOOK_BITS:
             raise UnsupportedError(
-                f"{flag} asks for a {bits} bit codebook; Core ML holds 1, 2, 3, 4, 6 and 8 bit ones."
+                f"{flag} asks for a {bits} bit codebook; Core ML holds 1, 2, 3, 4, 6 and 8 bits."
             )
         return Codebook(bits, config.codebook_rows)
     full = 32 if config.compute_precision == "fp32" else 16

@@ -1,0 +1,182 @@
+"""The folder that an export writes: program, manifest, tokenizer, model card.
+
+    with new_bundle(Path("out"), overwrite=False) as draft:      # a hidden folder beside it
+        (draft / "model.pte").write_bytes(...)
+                                                                 # renamed to out/ here, or removed
+    bundle = open_bundle(Path("out"))
+    bundle.manifest["verification"]
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import importlib.resources
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+
+from llm_coreml.errors import ArtifactError, OutputError
+
+PROGRAM = "model.pte"
+MANIFEST = "manifest.json"
+RESULTS = "results.json"
+CARD = "README.md"
+TOKENIZER = "tokenizer.json"
+MANIFEST_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An export on disk.
+
+    Attributes:
+        folder: Where it is.
+        manifest: The parsed and validated `manifest.json`.
+    """
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    @property
+    def program(self) -> Path:
+        """The `.pte`."""
+        return self.folder / PROGRAM
+
+    @property
+    def tokenizer(self) -> Path:
+        """The `tokenizer.json`; a model exported without a tokenizer has none."""
+        return self.folder / TOKENIZER
+
+
+def open_bundle(folder: Path) -> Bundle:
+    """Read a bundle's manifest and check that its program is there.
+
+    Raises:
+        ArtifactError: no such folder, no program, or a manifest that is damaged or of a later
+            version.
+    """
+    if not folder.is_dir():
+        raise ArtifactError(f"'{folder}' is no folder; give the folder that an export wrote.")
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+    except FileNotFoundError:
+        raise ArtifactError(
+            f"'{folder}' holds no {MANIFEST}; give the folder that an export wrote."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"'{folder / MANIFEST}' cannot be read: {error}. Export again.") from None
+    version = manifest.get("version") if isinstance(manifest, dict) else None
+    if version != MANIFEST_VERSION:
+        raise ArtifactError(
+            f"'{folder / MANIFEST}' has version {version!r}; this release reads version "
+            f"{MANIFEST_VERSION}. Export again, or use the release that wrote it."
+        )
+    try:
+        jsonschema.validate(manifest, manifest_schema())
+    except jsonschema.ValidationError as error:
+        raise ArtifactError(
+            f"'{folder / MANIFEST}' is damaged at {error.json_path}: {error.message}. Export again."
+        ) from None
+    if not (folder / PROGRAM).is_file():
+        raise ArtifactError(f"'{folder}' holds no {PROGRAM}; export again.")
+    return Bundle(folder, manifest)
+
+
+def manifest_schema() -> dict[str, Any]:
+    """Return the JSON schema of `manifest.json` that ships in the package."""
+    text = importlib.resources.files("llm_coreml").joinpath("manifest.schema.json").read_text()
+    schema: dict[str, Any] = json.loads(text)
+    return schema
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write `value` beside `path` and rename it, so that a reader never sees half of it.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        draft.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+        draft.replace(path)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise output_error(path, error) from None
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """Refuse an output that exists or whose place cannot be written, before any work is done.
+
+    Raises:
+        OutputError: as said.
+    """
+    if output.exists() and not overwrite:
+        raise OutputError(
+            f"'{output}' exists already; give another -o, or --overwrite to replace it."
+        )
+    if output.exists() and not (output / MANIFEST).is_file() and any(_entries(output)):
+        raise OutputError(
+            f"'{output}' was not written by an export, so --overwrite leaves it alone; "
+            "give another -o."
+        )
+    parent = output.absolute().parent
+    existing = next(folder for folder in (parent, *parent.parents) if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise OutputError(f"'{existing}' cannot be written to; give another -o.")
+
+
+@contextlib.contextmanager
+def new_bundle(output: Path, overwrite: bool) -> Iterator[Path]:
+    """Give a draft folder beside `output` that becomes `output` when the block ends well.
+
+    Temporary files of the libraries called inside go into the draft as well, so that nothing is
+    left behind whatever ends the block.
+
+    Raises:
+        OutputError: the output exists, cannot be written, or the disk is full.
+    """
+    check_output(output, overwrite)
+    output = output.absolute()
+    draft: Path | None = None
+    previous = tempfile.tempdir
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+        scratch = draft / ".scratch"
+        scratch.mkdir()
+        tempfile.tempdir = str(scratch)
+        yield draft
+        shutil.rmtree(scratch)
+        draft.chmod(0o755)
+        if output.exists():
+            output.rename(draft.with_name(draft.name + ".old"))
+        draft.rename(output)
+    except OSError as error:
+        raise output_error(output, error) from None
+    finally:
+        tempfile.tempdir = previous
+        if draft is not None:
+            shutil.rmtree(draft, ignore_errors=True)
+            shutil.rmtree(draft.with_name(draft.name + ".old"), ignore_errors=True)
+
+
+def output_error(path: Path, error: OSError) -> OutputError:
+    """Say in one sentence why `path` could not be written."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return OutputError(
+            f"The disk that holds '{path}' is full; free some space or give another -o. "
+            "Nothing was written."
+        )
+    return OutputError(f"'{path}' cannot be written: {error.strerror or error}. Give another -o.")
+
+
+def _entries(folder: Path) -> Iterator[Path]:
+    return folder.iterdir() if folder.is_dir() else iter((folder,))

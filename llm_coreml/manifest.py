@@ -1,0 +1,156 @@
+"""What `manifest.json` says of an export; its JSON schema is `manifest.schema.json`."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from llm_coreml.build import Model
+from llm_coreml.bundle import MANIFEST_VERSION
+from llm_coreml.config import ExportConfig, Shapes
+from llm_coreml.decoder import DecoderSpec
+from llm_coreml.quantize import QuantizationPlan, Scheme
+from llm_coreml.quantize.plan import matrices
+from llm_coreml.targets import get_target, opset_of
+from llm_coreml.verify import Verification
+
+_PACKAGES = ("llm-coreml", "torch", "torchao", "executorch", "coremltools", "transformers")
+
+
+def make_manifest(
+    model: Model,
+    config: ExportConfig,
+    plan: QuantizationPlan,
+    shapes: Shapes,
+    program: Path,
+    methods: dict[str, int | bool | list[int]],
+    verification: Verification,
+) -> dict[str, Any]:
+    """Describe an export; equal inputs give equal manifests.
+
+    Args:
+        model: What was exported.
+        config: As the user gave it.
+        plan: Schemes by kind of matrix.
+        shapes: Context and lengths.
+        program: The `.pte`.
+        methods: Its constant methods.
+        verification: Its result.
+    """
+    checkpoint = model.checkpoint
+    return {
+        "version": MANIFEST_VERSION,
+        "source": {**asdict(checkpoint.source), "sha256": checkpoint.sha256()},
+        "spec": asdict(model.spec),
+        "config": config.to_json(),
+        "rebuild": rebuild_command(checkpoint.source.name, config),
+        "quantization": _quantization(plan, model.spec),
+        "program": {
+            "file": program.name,
+            "bytes": program.stat().st_size,
+            "sha256": file_sha256(program),
+            "method": "forward",
+            "inputs": {"tokens": "int64 [1, S]", "start_pos": "int64 [1]"},
+            "output": _output(config, model.spec),
+            "states": _states(config, model.spec, shapes),
+            "context": shapes.context,
+            "seq_lengths": list(shapes.seq_lengths),
+            "constant_methods": methods,
+        },
+        "target": {
+            "backend": config.backend,
+            "name": config.target,
+            "compute_unit": get_target(config.target).compute_unit,
+            "minimum_os": config.minimum_os,
+            "opset": opset_of(config.minimum_os),
+            "compute_precision": config.compute_precision,
+        },
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in _PACKAGES},
+        },
+        "verification": verification.to_json(),
+    }
+
+
+def rebuild_command(source: str, config: ExportConfig) -> list[str]:
+    """Return the command line that makes the same artifact again."""
+    words = ["llm-coreml", "export", source]
+    for field in fields(config):
+        value = getattr(config, field.name)
+        flag = "--" + field.name.replace("_", "-")
+        if value == field.default:
+            continue
+        if isinstance(value, bool):
+            words.append(flag)
+        elif isinstance(value, tuple):
+            words += [flag, ",".join(map(str, value))]
+        else:
+            words += [flag, str(value)]
+    return words
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, read a piece at a time."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def bits_per_weight(plan: QuantizationPlan, spec: DecoderSpec) -> float:
+    """Return stored bits per weight over all matrices, a tied table counted once."""
+    bits, weights = _cost(plan.linear, [shape for _, shape in matrices(spec)])
+    table = (spec.vocab_size, spec.hidden_size)
+    for scheme in (plan.embedding,) if plan.tied else (plan.embedding, plan.lm_head):
+        table_bits, count = _cost(scheme, [table])
+        bits, weights = bits + table_bits, weights + count
+    return bits / weights
+
+
+def _cost(scheme: Scheme, shapes: Sequence[tuple[int, int]]) -> tuple[float, int]:
+    weights = sum(rows * columns for rows, columns in shapes)
+    return sum(scheme.bits * r * c + scheme.overhead_bits((r, c)) for r, c in shapes), weights
+
+
+def _quantization(plan: QuantizationPlan, spec: DecoderSpec) -> dict[str, Any]:
+    table = [(spec.vocab_size, spec.hidden_size)]
+    groups = {
+        "linear": (plan.linear, [shape for _, shape in matrices(spec)]),
+        "embedding": (plan.embedding, table),
+        "lm_head": (plan.lm_head, table),
+    }
+    described: dict[str, Any] = {}
+    for name, (scheme, shapes) in groups.items():
+        bits, weights = _cost(scheme, shapes)
+        described[name] = {
+            "scheme": scheme.name,
+            "label": scheme.label,
+            "bits": scheme.bits,
+            "bits_per_weight": bits / weights,
+            "bytes": 0 if name == "lm_head" and plan.tied else round(bits / 8),
+            "matrices": len(shapes),
+        }
+    return {
+        **described,
+        "tied": plan.tied,
+        "untied_bytes": plan.untied_bytes,
+        "bits_per_weight": bits_per_weight(plan, spec),
+    }
+
+
+def _output(config: ExportConfig, spec: DecoderSpec) -> str:
+    rows = "1" if config.logits == "last" else "S"
+    return f"float32 [1, {rows}, {spec.vocab_size}]"
+
+
+def _states(config: ExportConfig, spec: DecoderSpec, shapes: Shapes) -> dict[str, str]:
+    dtype = "float16" if config.backend == "coreml" else "float32"
+    sizes = [spec.num_hidden_layers, spec.num_key_value_heads, shapes.context, spec.head_dim]
+    return {name: f"{dtype} {sizes}" for name in ("cache_keys", "cache_values")}

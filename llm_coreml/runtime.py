@@ -1,0 +1,249 @@
+"""Runners: one way to feed tokens to an artifact or to an eager decoder.
+
+    runner = ReferenceRunner(folder / "model.pte")
+    logits = runner.logits([1, 42, 7])           # float32 [3, vocab]
+    for token in runner.generate([1, 42, 7], max_new_tokens=20): ...
+
+A prompt is fed as a sum of the program's lengths, largest first (77 = 64 + 8 + 5 x 1): nothing is
+padded, so the last row of each chunk is always a real token's.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import final
+
+import torch
+
+from llm_coreml.decoder import Decoder
+from llm_coreml.errors import ArtifactError, ConfigError
+from llm_coreml.reference.method import load_method
+from llm_coreml.sampling import Sampler
+
+
+def split_lengths(count: int, lengths: Sequence[int]) -> list[int]:
+    """Write `count` as a sum of `lengths`, largest first; `lengths` holds 1."""
+    parts: list[int] = []
+    for length in sorted(lengths, reverse=True):
+        parts += [length] * (count // length)
+        count %= length
+    return parts
+
+
+class Runner(ABC):
+    """A causal LM with a KV cache, fed in chunks.
+
+    Attributes:
+        context: Positions that the cache holds.
+        seq_lengths: Chunk lengths that one call accepts.
+        vocab_size: Width of the logits.
+        every_row: A call returns a row for every token, not only for the last.
+        label: What produced the numbers, for tables: `reference runtime`, `eager`...
+    """
+
+    context: int
+    seq_lengths: tuple[int, ...]
+    vocab_size: int
+    every_row: bool
+    label: str
+
+    def __init__(self) -> None:
+        self.position = 0
+
+    @abstractmethod
+    def _forward(self, tokens: torch.Tensor, start_pos: torch.Tensor) -> torch.Tensor:
+        """Run one chunk: int64 `[1, S]`, int64 `[1]` -> float `[1, 1 or S, vocab]`."""
+
+    @abstractmethod
+    def _clear(self) -> None:
+        """Empty the cache."""
+
+    @final
+    def reset(self) -> None:
+        """Forget the sequence."""
+        self._clear()
+        self.position = 0
+
+    @final
+    def step(self, tokens: Sequence[int]) -> torch.Tensor:
+        """Feed one chunk, whose length is one of `seq_lengths`, at the current position.
+
+        Returns:
+            float32 `[S, vocab]` when `every_row`, else `[1, vocab]`.
+
+        Raises:
+            ConfigError: a token outside the vocabulary, or the context is full.
+        """
+        for token in tokens:
+            if not 0 <= token < self.vocab_size:
+                raise ConfigError(
+                    f"Token {token} is outside the vocabulary of {self.vocab_size} entries; use "
+                    "the tokenizer that belongs to the model."
+                )
+        if self.position + len(tokens) > self.context:
+            raise ConfigError(
+                f"{self.position} tokens are in the cache and {len(tokens)} more do not fit its "
+                f"{self.context} positions; reset, or export with a larger --context."
+            )
+        chunk = torch.tensor([list(tokens)], dtype=torch.int64)
+        logits = self._forward(chunk, torch.tensor([self.position], dtype=torch.int64))
+        self.position += len(tokens)
+        return logits[0].to(torch.float32)
+
+    @final
+    def feed(self, tokens: Sequence[int]) -> torch.Tensor:
+        """Continue the sequence by `tokens` and return the last row, float32 `[vocab]`."""
+        if not tokens:
+            raise ConfigError("There are no tokens to feed; give at least one.")
+        row, start = torch.empty(0), 0
+        for length in split_lengths(len(tokens), self.seq_lengths):
+            row = self.step(tokens[start : start + length])[-1]
+            start += length
+        return row
+
+    @final
+    def logits(self, tokens: Sequence[int]) -> torch.Tensor:
+        """Return the logits after every one of `tokens`, from an empty cache.
+
+        A program that returns last rows only is fed one token at a time.
+
+        Returns:
+            float32 `[len(tokens), vocab]`.
+        """
+        self.reset()
+        lengths = self.seq_lengths if self.every_row else (1,)
+        rows, start = [], 0
+        for length in split_lengths(len(tokens), lengths):
+            rows.append(self.step(tokens[start : start + length]))
+            start += length
+        return torch.cat(rows) if rows else torch.empty(0, self.vocab_size)
+
+    @final
+    def generate(
+        self,
+        tokens: Sequence[int],
+        max_new_tokens: int,
+        stop: Sequence[int] = (),
+        sampler: Sampler | None = None,
+    ) -> Iterator[int]:
+        """Yield new tokens after `tokens`, until a stop token, the count or a full cache.
+
+        Args:
+            tokens: The prompt; the cache is emptied first.
+            max_new_tokens: Most tokens to yield.
+            stop: Tokens that end the text; not yielded.
+            sampler: How a token is chosen; None takes the most likely.
+        """
+        sampler = sampler or Sampler()
+        self.reset()
+        row = self.feed(tokens)
+        for count in range(1, max_new_tokens + 1):
+            token = sampler.choose(row)
+            if token in stop:
+                return
+            yield token
+            if count == max_new_tokens or self.position == self.context:
+                return
+            row = self.step([token])[-1]
+
+
+@final
+class EagerRunner(Runner):
+    """A decoder in PyTorch, fp32: the judge of the artifact made from it."""
+
+    # Eager code takes any length; this only bounds the size of the attention scores.
+    _LONGEST = 512
+
+    def __init__(self, decoder: Decoder, label: str) -> None:
+        super().__init__()
+        decoder.logits = "all"
+        self.decoder = decoder
+        self.context = decoder.context
+        self.vocab_size = decoder.spec.vocab_size
+        longest = min(self._LONGEST, decoder.context)
+        self.seq_lengths = tuple(range(1, longest + 1))
+        self.every_row = True
+        self.label = label
+
+    def _forward(self, tokens: torch.Tensor, start_pos: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode():
+            logits: torch.Tensor = self.decoder(tokens, start_pos)
+        return logits
+
+    def _clear(self) -> None:
+        with torch.inference_mode():
+            self.decoder.cache.reset()
+
+
+@final
+class ReferenceRunner(Runner):
+    """The Core ML program inside a `.pte`, executed by the reference runtime.
+
+    Args:
+        path: The `.pte`.
+
+    Raises:
+        ArtifactError: the file is damaged, or its method has another signature than an LLM's.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._method = load_method(path)
+        self.label = "reference runtime"
+        signature = [(spec.dtype, len(spec.shape)) for spec in self._method.inputs]
+        if signature != [("int64", 2), ("int64", 1)] or len(self._method.programs) != 1:
+            raise ArtifactError(
+                f"Method 'forward' of '{path}' takes {signature}; a language model takes tokens "
+                "int64 [1, S] and start_pos int64 [1]."
+            )
+        program, constants = self._method.programs[0], self._method.constants
+        tokens = next(feature for feature in program.inputs if len(feature.shape) == 2)
+        shapes = tokens.enumerated or (tokens.shape,)
+        self.seq_lengths = tuple(sorted(shape[1] for shape in shapes))
+        _, rows, self.vocab_size = self._method.outputs[0].shape
+        self.every_row = rows != 1
+        self.context = _constant(constants, "get_max_context_len", path)
+
+    def _forward(self, tokens: torch.Tensor, start_pos: torch.Tensor) -> torch.Tensor:
+        return self._method(tokens, start_pos)
+
+    def _clear(self) -> None:
+        self._method.reset()
+
+
+@final
+class ExecutorchRunner(Runner):
+    """A `.pte` on ExecuTorch's own runtime; on Linux the XNNPACK twin."""
+
+    def __init__(self, path: Path, seq_lengths: tuple[int, ...]) -> None:
+        super().__init__()
+        from executorch.runtime import Runtime, Verification
+
+        self._load = lambda: Runtime.get().load_program(path, verification=Verification.Minimal)
+        self.label = "XNNPACK on CPU"
+        self.seq_lengths = seq_lengths
+        self._clear()
+        self.context = self._constant("get_max_context_len")
+        self.vocab_size = self._constant("get_vocab_size")
+        self.every_row = False
+
+    def _constant(self, name: str) -> int:
+        return int(self._program.load_method(name).execute([])[0])
+
+    def _forward(self, tokens: torch.Tensor, start_pos: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self._method.execute([tokens, start_pos])[0]
+        return logits.clone()
+
+    def _clear(self) -> None:
+        # The cache lives in the loaded method and nothing resets it but loading it again.
+        self._program = self._load()
+        self._method = self._program.load_method("forward")
+
+
+def _constant(constants: Mapping[str, object], name: str, path: Path) -> int:
+    value = constants.get(name)
+    if not isinstance(value, int):
+        raise ArtifactError(f"'{path}' has no constant method {name}; it is no export of an LLM.")
+    return value

@@ -1,0 +1,42 @@
+"""Choosing the next token from a row of logits.
+
+    Sampler(temperature=0.8, top_p=0.95, seed=1).choose(logits)
+"""
+
+from __future__ import annotations
+
+import torch
+
+from llm_coreml.errors import ConfigError
+
+
+class Sampler:
+    """Greedy at temperature 0, else nucleus sampling (arXiv 1904.09751).
+
+    Args:
+        temperature: Divides the logits; 0 takes the most likely token.
+        top_p: Share of probability from which to draw, most likely tokens first.
+        seed: Makes draws repeatable.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    def __init__(self, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0) -> None:
+        if temperature < 0:
+            raise ConfigError(f"temperature is {temperature}; it must be 0 or more.")
+        if not 0 < top_p <= 1:
+            raise ConfigError(f"top_p is {top_p}; it must lie above 0 and be at most 1.")
+        self._temperature = temperature
+        self._top_p = top_p
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def choose(self, logits: torch.Tensor) -> int:
+        """Return one token for float logits `[vocab]`."""
+        if self._temperature == 0:
+            return int(logits.argmax())
+        probabilities = torch.softmax(logits.to(torch.float32) / self._temperature, dim=-1)
+        ordered, tokens = probabilities.sort(descending=True)
+        # The token that crosses the threshold still belongs to the nucleus.
+        ordered[ordered.cumsum(0) - ordered >= self._top_p] = 0.0
+        return int(tokens[torch.multinomial(ordered, 1, generator=self._generator)])
