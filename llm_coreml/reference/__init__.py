@@ -1,1 +1,15 @@
-"""."""
+"""The reference runtime: executes the Core ML program inside a `.pte` in torch, on any machine.
+
+    from llm_coreml.reference import load_method
+
+    forward = load_method("model.pte")
+    logits = forward(tokens, start_pos)
+
+`load` gives the Core ML program alone, `load_method` the whole method as a runner calls it. The
+file formats are in `pte`, `inmemoryfs`, `weights` and `milproto`, which are useful without a call.
+"""
+
+from llm_coreml.reference.method import LoadedMethod, load_method
+from llm_coreml.reference.runtime import CoreMLProgram, load
+
+__all__ = ["CoreMLProgram", "LoadedMethod", "load", "load_method"]

@@ -1,0 +1,36 @@
+"""Core ML's operations in torch, one file per idea; importing this package fills the table `OPS`.
+
+To add one: write a function in the file it belongs to, decorate it with `@op`, and add a test line.
+"""
+
+from llm_coreml.reference.ops import (
+    activation,
+    attention,
+    constexpr,
+    elementwise,
+    indexing,
+    linear,
+    normalization,
+    reduction,
+    scatter,
+    shape,
+    slicing,
+)
+from llm_coreml.reference.ops.registry import OPS, Spec, op
+
+__all__ = [
+    "OPS",
+    "Spec",
+    "activation",
+    "attention",
+    "constexpr",
+    "elementwise",
+    "indexing",
+    "linear",
+    "normalization",
+    "op",
+    "reduction",
+    "scatter",
+    "shape",
+    "slicing",
+]

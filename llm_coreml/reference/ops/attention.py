@@ -1,0 +1,43 @@
+"""Scaled dot-product attention."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from llm_coreml.errors import ArtifactError
+from llm_coreml.reference.ops.registry import Tensor, floats, op
+
+
+@op("scaled_dot_product_attention", floats("query", "key", "value"), fresh=True)
+def scaled_dot_product_attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None
+) -> Tensor:
+    """Return softmax(query @ key.T / sqrt(E) + mask) @ value.
+
+    Args:
+        query: [B, *, L, E].
+        key: [B, *, S, E].
+        value: [B, *, S, EV].
+        attn_mask: broadcastable to [B, *, L, S]; bool (True takes part) or float (added).
+
+    Returns:
+        [B, *, L, EV]; a row whose mask admits nothing is NaN, as the formula gives.
+
+    Raises:
+        ArtifactError: the batch axes differ; MIL's definition does not broadcast them.
+    """
+    if not query.shape[:-2] == key.shape[:-2] == value.shape[:-2]:
+        raise ArtifactError(
+            f"has batch axes {list(query.shape[:-2])}, {list(key.shape[:-2])} and "
+            f"{list(value.shape[:-2])} of query, key and value, which must be equal"
+        )
+    result = F.scaled_dot_product_attention(query, key, value, attn_mask)
+    if attn_mask is None:
+        return result
+    if attn_mask.dtype == torch.bool:
+        empty = ~attn_mask.any(-1, keepdim=True)
+    else:
+        empty = attn_mask.amax(-1, keepdim=True) == -torch.inf
+    # torch gives zeros for such rows; the formula does not, and a program must not rely on it.
+    return torch.where(empty, torch.nan, result) if bool(empty.any()) else result

@@ -1,0 +1,93 @@
+"""Reading by index: the gather family. Negative indices count from the end; others are checked."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from llm_coreml.errors import ArtifactError
+from llm_coreml.reference.ops.registry import Tensor, op, same
+
+
+def wrapped(indices: Tensor, size: int) -> Tensor:
+    """Return indices as int64 in [0, size).
+
+    Raises:
+        ArtifactError: an index is outside of [-size, size).
+    """
+    result = indices.to(torch.int64)
+    if not result.numel():
+        return result
+    low, high = torch.aminmax(result)
+    if low.item() < -size or high.item() >= size:
+        raise ArtifactError(
+            f"reads or writes index {int(low) if low.item() < -size else int(high)} of {size}"
+        )
+    return torch.where(result < 0, result + size, result) if low.item() < 0 else result
+
+
+@op("gather", same("x"), exact=True, fresh=True)
+def gather(
+    x: Tensor,
+    indices: Tensor,
+    axis: int = 0,
+    batch_dims: int = 0,
+    validate_indices: bool = False,
+) -> Tensor:
+    """Return the entries of x along axis at indices.
+
+    Args:
+        x: [*batch, *before, size, *after].
+        indices: [*batch, *chosen], integers.
+        axis: the axis of x to read along.
+        batch_dims: how many leading axes x and indices share.
+        validate_indices: accepted; the reference always validates.
+
+    Returns:
+        [*batch, *before, *chosen, *after].
+    """
+    axis = axis % x.dim()
+    places = wrapped(indices, x.shape[axis])
+    if batch_dims == 0:
+        flat = x.index_select(axis, places.reshape(-1))
+        return flat.reshape(*x.shape[:axis], *places.shape, *x.shape[axis + 1 :])
+    batch = math.prod(x.shape[:batch_dims])
+    rows = x.reshape(batch, *x.shape[batch_dims:])
+    chosen = places.reshape(batch, -1)
+    parts = [rows[at].index_select(axis - batch_dims, chosen[at]) for at in range(batch)]
+    shape = (*x.shape[:axis], *places.shape[batch_dims:], *x.shape[axis + 1 :])
+    return torch.stack(parts).reshape(shape)
+
+
+@op("gather_along_axis", same("x"), exact=True, fresh=True)
+def gather_along_axis(
+    x: Tensor, indices: Tensor, axis: int = 0, validate_indices: bool = False
+) -> Tensor:
+    """Return, for each place of indices, the entry of x whose coordinate along axis it names."""
+    return x.gather(axis, wrapped(indices, x.shape[axis]))
+
+
+@op("gather_nd", same("x"), exact=True, fresh=True)
+def gather_nd(
+    x: Tensor, indices: Tensor, batch_dims: int = 0, validate_indices: bool = False
+) -> Tensor:
+    """Return the parts of x whose leading coordinates are the rows of indices.
+
+    Args:
+        x: [*batch, *D].
+        indices: [*batch, *chosen, K]; a row holds K coordinates into D.
+        batch_dims: how many leading axes x and indices share.
+        validate_indices: accepted; the reference always validates.
+
+    Returns:
+        [*batch, *chosen, *D[K:]].
+    """
+    depth = indices.shape[-1]
+    coordinates = [wrapped(indices[..., at], x.shape[batch_dims + at]) for at in range(depth)]
+    for axis in range(batch_dims):
+        # The place within the batch is one more coordinate, the same along all other axes.
+        sizes = [1] * (indices.dim() - 1)
+        sizes[axis] = -1
+        coordinates.insert(axis, torch.arange(x.shape[axis]).reshape(sizes))
+    return x[tuple(coordinates)]

@@ -1,0 +1,156 @@
+"""Reader of `weight.bin`, the file in which Core ML keeps a model's large constants.
+
+A header of 64 bytes counts the blobs; each blob has 64 bytes of metadata (mark, element type, size
+and place of its data) to which the program's offsets point. Elements narrower than a byte are
+packed from the least significant bit on, across byte borders.
+
+    array = WeightFile(view, "weight.bin").read(64, "int4", 4096)
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from dataclasses import dataclass
+
+import numpy as np
+
+from llm_coreml.errors import ArtifactError
+from llm_coreml.reference.dtypes import DTYPES, DType
+
+_HEADER = struct.Struct("<II")
+_HEADER_SIZE = 64
+_METADATA = struct.Struct("<IIQQQ")
+_METADATA_SIZE = 64
+_SENTINEL = 0xDEADBEEF
+_VERSION = 2
+
+# Numbers of the element types inside weight.bin; they differ from those in MIL.proto.
+_BLOB_TYPES = {
+    1: "fp16",
+    2: "fp32",
+    3: "uint8",
+    4: "int8",
+    6: "int16",
+    7: "uint16",
+    8: "int4",
+    9: "uint1",
+    10: "uint2",
+    11: "uint4",
+    12: "uint3",
+    13: "uint6",
+    14: "int32",
+    15: "uint32",
+}
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """A `weight.bin` in memory.
+
+    Attributes:
+        data: the file's bytes.
+        name: what errors call it.
+    """
+
+    data: memoryview
+    name: str
+
+    def __post_init__(self) -> None:
+        if len(self.data) < _HEADER_SIZE:
+            raise ArtifactError(
+                f"{self.name} has {len(self.data)} bytes; its header alone takes {_HEADER_SIZE}."
+            )
+        version = _HEADER.unpack_from(self.data)[1]
+        if version != _VERSION:
+            raise ArtifactError(
+                f"{self.name} has version {version} of the weight format; only {_VERSION} is known."
+            )
+
+    def read(self, offset: int, dtype: str, count: int) -> np.ndarray:
+        """Return the blob whose metadata is at `offset`.
+
+        Args:
+            offset: where the program says that the blob's metadata is.
+            dtype: the element type that the program declares.
+            count: the number of elements that the program declares.
+
+        Returns:
+            One-dimensional array of `count` elements; a view into the file where the type allows
+            it, otherwise the unpacked elements, one per byte.
+
+        Raises:
+            ArtifactError: the metadata is absent or contradicts the program, or the data is cut.
+        """
+        where = f"The blob at offset {offset} of {self.name}"
+        if offset < 0 or offset + _METADATA_SIZE > len(self.data):
+            raise ArtifactError(f"{where} lies outside of the file's {len(self.data)} bytes.")
+        sentinel, code, size, start, padding = _METADATA.unpack_from(self.data, offset)
+        if sentinel != _SENTINEL:
+            raise ArtifactError(f"{where} does not start with the mark of a weight.")
+        if _BLOB_TYPES.get(code) != dtype:
+            raise ArtifactError(
+                f"{where} holds {_BLOB_TYPES.get(code, f'type {code}')}; "
+                f"the program declares {dtype}."
+            )
+        if start + size > len(self.data):
+            raise ArtifactError(
+                f"{where} ends at byte {start + size}; the file has {len(self.data)}. "
+                "The weights are truncated."
+            )
+        row = DTYPES[dtype]
+        bits = size * 8 - (padding if row.bits < 8 else 0)
+        if bits != count * row.bits:
+            raise ArtifactError(
+                f"{where} holds {bits} bits; the program declares {count} elements of {dtype}."
+            )
+        return unpack_elements(self.data[start : start + size], row, count)
+
+
+def unpack_elements(data: memoryview | bytes, row: DType, count: int) -> np.ndarray:
+    """Return `count` elements of type `row` from packed little-endian bytes.
+
+    Args:
+        data: at least `ceil(count * row.bits / 8)` bytes.
+        row: the element type.
+        count: how many elements to return.
+
+    Returns:
+        One-dimensional array of type `row.array`; a read-only view where `row.bits >= 8`.
+    """
+    if row.bits >= 8:
+        return np.frombuffer(data, row.array, count)
+    packed = np.frombuffer(data, np.uint8)
+    if row.bits in (1, 2, 4):
+        elements = _split_bytes(packed, row.bits)[:count]
+    else:
+        elements = _split_groups(packed, row.bits, count)
+    if not row.signed:
+        return elements
+    shift = 8 - row.bits
+    # An arithmetic shift down from the top of the byte copies the sign.
+    return (elements << shift).view(np.int8) >> shift
+
+
+def _split_bytes(packed: np.ndarray, bits: int) -> np.ndarray:
+    per_byte = 8 // bits
+    result = np.empty((packed.size, per_byte), np.uint8)
+    for place in range(per_byte):
+        np.right_shift(packed, place * bits, out=result[:, place])
+    result &= (1 << bits) - 1
+    return result.reshape(-1)
+
+
+def _split_groups(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
+    """Unpack 3 or 6 bits: `bits` bytes hold eight elements, in one 64-bit word."""
+    groups = math.ceil(count / 8)
+    padded = np.zeros(groups * bits, np.uint8)
+    used = min(packed.size, padded.size)
+    padded[:used] = packed[:used]
+    words = np.zeros((groups, 8), np.uint8)
+    words[:, :bits] = padded.reshape(groups, bits)
+    word = words.view("<u8").reshape(groups)
+    result = np.empty((groups, 8), np.uint8)
+    for place in range(8):
+        result[:, place] = (word >> np.uint64(place * bits)) & np.uint64((1 << bits) - 1)
+    return result.reshape(-1)[:count]
