@@ -1,10 +1,10 @@
 """The folder that an export writes: program, manifest, tokenizer, model card.
 
-    with new_bundle(Path("out"), overwrite=False) as draft:      # a hidden folder beside it
-        (draft / "model.pte").write_bytes(...)
-                                                                 # renamed to out/ here, or removed
-    bundle = open_bundle(Path("out"))
-    bundle.manifest["verification"]
+with new_bundle(Path("out"), overwrite=False) as draft:      # a hidden folder beside it
+(draft / "model.pte").write_bytes(...)
+# renamed to out/ here, or removed
+bundle = open_bundle(Path("out"))
+bundle.manifest["verification"]
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ RESULTS = "results.json"
 CARD = "README.md"
 TOKENIZER = "tokenizer.json"
 MANIFEST_VERSION = 1
+# Less than this is a full disk to whoever writes weights.
+_FULL_DISK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,9 @@ def open_bundle(folder: Path) -> Bundle:
             f"'{folder}' holds no {MANIFEST}; give the folder that an export wrote."
         ) from None
     except (OSError, ValueError) as error:
-        raise ArtifactError(f"'{folder / MANIFEST}' cannot be read: {error}. Export again.") from None
+        raise ArtifactError(
+            f"'{folder / MANIFEST}' cannot be read: {error}. Export again."
+        ) from None
     version = manifest.get("version") if isinstance(manifest, dict) else None
     if version != MANIFEST_VERSION:
         raise ArtifactError(
@@ -161,6 +165,11 @@ def new_bundle(output: Path, overwrite: bool) -> Iterator[Path]:
         draft.rename(output)
     except OSError as error:
         raise output_error(output, error) from None
+    except RuntimeError as error:
+        # Libraries in C++ report a full disk in words of their own.
+        if draft is not None and shutil.disk_usage(draft).free < _FULL_DISK:
+            raise output_error(output, OSError(errno.ENOSPC, str(error))) from None
+        raise
     finally:
         tempfile.tempdir = previous
         if draft is not None:
@@ -170,7 +179,7 @@ def new_bundle(output: Path, overwrite: bool) -> Iterator[Path]:
 
 def output_error(path: Path, error: OSError) -> OutputError:
     """Say in one sentence why `path` could not be written."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return OutputError(
             f"The disk that holds '{path}' is full; free some space or give another -o. "
             "Nothing was written."

@@ -1,8 +1,8 @@
 """How long work tells how far it is, without knowing who listens.
 
-    progress.stage("quantize")
-    progress.advance(0.25)
-    progress.note("the head is stored twice: 12.1 MB more")
+progress.stage("quantize")
+progress.advance(0.25)
+progress.note("the head is stored twice: 12.1 MB more")
 """
 
 from __future__ import annotations

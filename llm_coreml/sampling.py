@@ -1,6 +1,6 @@
 """Choosing the next token from a row of logits.
 
-    Sampler(temperature=0.8, top_p=0.95, seed=1).choose(logits)
+Sampler(temperature=0.8, top_p=0.95, seed=1).choose(logits)
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The tokenizer of a bundle, and the ids that begin and end a text.
 
-    tokenizer = Tokenizer(Path("out/tokenizer.json"), bos_id=1)
-    tokenizer.encode("def add(a, b):")
+tokenizer = Tokenizer(Path("out/tokenizer.json"), bos_id=1)
+tokenizer.encode("def add(a, b):")
 """
 
 from __future__ import annotations

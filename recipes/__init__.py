@@ -1,7 +1,7 @@
-"""Recipes: a short name for a model with the settings that suit it.
+"""Recipes: short names for models.
 
     recipe = load_recipe("llama-3.2-1b")
-    recipe.model, recipe.settings
+    recipe.source
 
 Adding one: a YAML file in this folder; a test loads every file.
 """
@@ -11,11 +11,9 @@ from __future__ import annotations
 import importlib.resources
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
-from llm_coreml.config import ExportConfig
 from llm_coreml.errors import ConfigError, nearest
 
 BUNDLED = "bundled"
@@ -23,19 +21,17 @@ BUNDLED = "bundled"
 
 @dataclass(frozen=True)
 class Recipe:
-    """A named export.
+    """A named model.
 
     Attributes:
         name: File name without its ending.
         description: One line.
         model: Hub id, or `bundled` for the small Llama that ships in the package.
-        settings: Fields of `ExportConfig` that differ from their defaults.
     """
 
     name: str
     description: str
     model: str
-    settings: dict[str, Any]
 
     @property
     def source(self) -> str:
@@ -70,10 +66,8 @@ def load_recipe(name: str) -> Recipe:
             f"{', '.join(recipe_names())}.{nearest(name, recipe_names())}"
         )
     text = importlib.resources.files(__name__).joinpath(f"{name}.yaml").read_text()
-    values: dict[str, Any] = yaml.safe_load(text)
-    unknown = set(values) - {"description", "model", "settings"}
+    values: dict[str, str] = yaml.safe_load(text)
+    unknown = set(values) - {"description", "model"}
     if unknown:
         raise ConfigError(f"Recipe {name} has the unknown key '{min(unknown)}'.")
-    settings = values.get("settings") or {}
-    ExportConfig.from_json(settings)
-    return Recipe(name, values["description"], values["model"], settings)
+    return Recipe(name, values["description"], values["model"])

@@ -89,9 +89,7 @@ def require(config: Mapping[str, Any], key: str) -> int:
         CheckpointError: it is missing.
     """
     if key not in config:
-        raise CheckpointError(
-            f"config.json has no {key}; a {config['model_type']} model needs it."
-        )
+        raise CheckpointError(f"config.json has no {key}; a {config['model_type']} model needs it.")
     value: int = config[key]
     return value
 

@@ -1,0 +1,47 @@
+"""The model card of a bundle: what it is, how it was made, how it was checked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def model_card(manifest: dict[str, Any]) -> str:
+    """Return the `README.md` that goes beside the program described by `manifest`."""
+    source, program = manifest["source"], manifest["program"]
+    target, checked = manifest["target"], manifest["verification"]
+    quantization = manifest["quantization"]
+    base = f"base_model: {source['name']}\n" if source["kind"] == "hub" else ""
+    lengths = ", ".join(map(str, program["seq_lengths"]))
+    return f"""---
+{base}library_name: executorch
+tags: [coreml, executorch, llm-coreml]
+pipeline_tag: text-generation
+---
+
+# {source["name"]} for ExecuTorch
+
+`{program["file"]}` is an ExecuTorch program, {program["bytes"]:,} bytes, made by llm-coreml
+{manifest["versions"]["llm-coreml"]}.
+
+| | |
+|---|---|
+| backend | {target["backend"]}, compute unit {target["compute_unit"]}, {target["minimum_os"]} or later |
+| weights | {quantization["linear"]["label"]}; token table {quantization["embedding"]["label"]}; \
+head {quantization["lm_head"]["label"]}{" (tied)" if quantization["tied"] else ""}; \
+{quantization["bits_per_weight"]:.2f} bits per weight |
+| precision | {target["compute_precision"]} |
+| method | `forward(tokens int64 [1, S], start_pos int64 [1])`, {program["output"]} |
+| lengths S | {lengths} |
+| context | {program["context"]} positions, KV cache inside the program |
+
+## Verification
+
+Produced by: {checked["runtime"]}. {checked["rows"]} rows of logits against the quantized model in
+PyTorch, fp32: largest error {checked["max_relative_error"]:.2e} of the largest logit (bound
+{checked["max_relative_error_bound"]:.0e}), mean KL divergence {checked["mean_kl"]:.2e} nats (bound
+{checked["mean_kl_bound"]:.0e}). No Apple device took part.
+
+## Rebuild
+
+    {" ".join(manifest["rebuild"])}
+"""
