@@ -1,1 +1,1 @@
-"""."""
+"""Measure an artifact: perplexity, divergence from the original, latency, size."""

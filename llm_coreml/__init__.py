@@ -1,1 +1,53 @@
-"""Export Hugging Face causal LMs to Core ML `.pte` files and measure them off-device."""
+"""Export Hugging Face causal LMs to Core ML `.pte` files, and prove the result off-device.
+
+    import llm_coreml
+
+    llm_coreml.export(model, tokenizer, bits=4, output="out/")
+    print(llm_coreml.load("out/").generate("def add(a, b):"))
+    print(llm_coreml.evaluate("out/", model=model).artifact.perplexity)
+
+Names load on first use, so that the import itself is quick and brings no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llm_coreml.config import ExportConfig
+    from llm_coreml.errors import LlmCoreMLError
+    from llm_coreml.eval.evaluate import evaluate
+    from llm_coreml.eval.results import Evaluation
+    from llm_coreml.export import export
+    from llm_coreml.language_model import LanguageModel, load
+
+_HOMES = {
+    "Evaluation": "llm_coreml.eval.results",
+    "ExportConfig": "llm_coreml.config",
+    "LanguageModel": "llm_coreml.language_model",
+    "LlmCoreMLError": "llm_coreml.errors",
+    "evaluate": "llm_coreml.eval.evaluate",
+    "export": "llm_coreml.export",
+    "load": "llm_coreml.language_model",
+}
+
+__all__ = [
+    "Evaluation",
+    "ExportConfig",
+    "LanguageModel",
+    "LlmCoreMLError",
+    "evaluate",
+    "export",
+    "load",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'llm_coreml' has no attribute '{name}'")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

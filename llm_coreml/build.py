@@ -13,19 +13,28 @@ from typing import Any
 
 import torch
 
-from llm_coreml.checkpoint import Checkpoint, open_checkpoint
+from llm_coreml.checkpoint import Checkpoint, Source, open_checkpoint
 from llm_coreml.config import ExportConfig, Shapes, resolve_shapes
 from llm_coreml.decoder import Decoder, DecoderSpec
 from llm_coreml.families import Family, find_family
 from llm_coreml.quantize import QuantizationPlan
 from llm_coreml.quantize.fill import check_checkpoint, fill
+from llm_coreml.recipes import BUNDLED, BUNDLED_RECIPE, load_recipe
 from llm_coreml.targets import get_target
 
 
 @dataclass(frozen=True)
 class Model:
-    """An opened checkpoint and what its configuration says."""
+    """An opened checkpoint and what its configuration says.
 
+    Attributes:
+        source: Where it came from, as a manifest records it.
+        checkpoint: Its tensors and tokenizer.
+        family: Names its tensors.
+        spec: Its sizes.
+    """
+
+    source: Source
     checkpoint: Checkpoint
     family: Family
     spec: DecoderSpec
@@ -39,10 +48,18 @@ def open_model(
 ) -> Model:
     """Open a checkpoint and hold its tensors' names and shapes against its family's.
 
+    Args:
+        source: Recipe name, hub id, folder, or a live `transformers` model.
+        tokenizer: Tokenizer of a live model.
+        revision: Branch, tag or commit of a hub id.
+        local_files_only: Use the hub's local cache only.
+
     Raises:
+        ConfigError: a bare word that is no recipe and no folder.
         CheckpointError: it is absent, damaged, or disagrees with its `config.json`.
         UnsupportedError: an unknown family or option.
     """
+    source, bundled = _resolve(source)
     checkpoint = open_checkpoint(
         source, tokenizer=tokenizer, revision=revision, local_files_only=local_files_only
     )
@@ -50,7 +67,18 @@ def open_model(
     spec = family.spec(checkpoint.config)
     # A context of one: only names and shapes are asked for.
     check_checkpoint(Decoder(spec, context=1), checkpoint, family)
-    return Model(checkpoint, family, spec)
+    origin = Source("bundled", BUNDLED_RECIPE) if bundled else checkpoint.source
+    return Model(origin, checkpoint, family, spec)
+
+
+def _resolve(
+    source: str | Path | torch.nn.Module,
+) -> tuple[str | Path | torch.nn.Module, bool]:
+    """Turn a recipe's name into its model, and say whether it is the bundled one."""
+    if not isinstance(source, str) or Path(source).is_dir() or "/" in source:
+        return source, False
+    recipe = load_recipe(source)
+    return recipe.source, recipe.model == BUNDLED
 
 
 def build_decoder(

@@ -25,7 +25,8 @@ pipeline_tag: text-generation
 
 | | |
 |---|---|
-| backend | {target["backend"]}, compute unit {target["compute_unit"]}, {target["minimum_os"]} or later |
+| backend | {target["backend"]}, compute unit {target["compute_unit"]}, \
+{target["minimum_os"]} or later |
 | weights | {quantization["linear"]["label"]}; token table {quantization["embedding"]["label"]}; \
 head {quantization["lm_head"]["label"]}{" (tied)" if quantization["tied"] else ""}; \
 {quantization["bits_per_weight"]:.2f} bits per weight |

@@ -33,7 +33,7 @@ from llm_coreml.lower.program import constant_methods
 from llm_coreml.manifest import make_manifest
 from llm_coreml.progress import Progress, Silent
 from llm_coreml.quantize import make_plan
-from llm_coreml.recipes import bundled_model, load_recipe, recipe_names
+from llm_coreml.recipes import bundled_model
 from llm_coreml.runtime import EagerRunner, ExecutorchRunner, ReferenceRunner, Runner
 from llm_coreml.tokenizer import Tokenizer, special_ids
 from llm_coreml.verify import Verification, verify
@@ -84,8 +84,7 @@ def export(
     job = _Job(config=replace(config or ExportConfig(), **changes), progress=progress or Silent())
     check_output(Path(output), overwrite)
     job.progress.stage("open")
-    source = resolve_source(model)
-    opened = open_model(source, tokenizer, revision, local_files_only)
+    opened = open_model(model, tokenizer, revision, local_files_only)
     with new_bundle(Path(output), overwrite) as draft:
         _write(job, opened, draft)
     return open_bundle(Path(output))
@@ -97,19 +96,6 @@ class _Job:
 
     config: ExportConfig
     progress: Progress
-
-
-def resolve_source(model: str | Path | torch.nn.Module) -> str | Path | torch.nn.Module:
-    """Turn a recipe's name into its model; leave folders, hub ids and live models as they are.
-
-    Raises:
-        ConfigError: a bare word that is no recipe and no folder.
-    """
-    if not isinstance(model, str) or Path(model).is_dir():
-        return model
-    if model in recipe_names() or "/" not in model:
-        return load_recipe(model).source
-    return model
 
 
 def _write(job: _Job, model: Model, draft: Path) -> None:

@@ -42,13 +42,12 @@ def make_manifest(
         methods: Its constant methods.
         verification: Its result.
     """
-    checkpoint = model.checkpoint
     return {
         "version": MANIFEST_VERSION,
-        "source": {**asdict(checkpoint.source), "sha256": checkpoint.sha256()},
+        "source": {**asdict(model.source), "sha256": model.checkpoint.sha256()},
         "spec": asdict(model.spec),
         "config": config.to_json(),
-        "rebuild": rebuild_command(checkpoint.source.name, config),
+        "rebuild": rebuild_command(model.source.name, config),
         "quantization": _quantization(plan, model.spec),
         "program": {
             "file": program.name,

@@ -17,6 +17,7 @@ from typing import final
 
 import torch
 
+from llm_coreml.bundle import Bundle
 from llm_coreml.decoder import Decoder
 from llm_coreml.errors import ArtifactError, ConfigError
 from llm_coreml.reference.method import load_method
@@ -247,3 +248,14 @@ def _constant(constants: Mapping[str, object], name: str, path: Path) -> int:
     if not isinstance(value, int):
         raise ArtifactError(f"'{path}' has no constant method {name}; it is no export of an LLM.")
     return value
+
+
+def open_runner(bundle: Bundle) -> Runner:
+    """Return the runner for a bundle's program on this machine.
+
+    Raises:
+        ArtifactError: the program is damaged, or contradicts the manifest.
+    """
+    if bundle.manifest["target"]["backend"] == "coreml":
+        return ReferenceRunner(bundle.program)
+    return ExecutorchRunner(bundle.program, tuple(bundle.manifest["program"]["seq_lengths"]))

@@ -17,6 +17,8 @@ import yaml
 from llm_coreml.errors import ConfigError, nearest
 
 BUNDLED = "bundled"
+# The recipe of the bundled model, by which manifests name it.
+BUNDLED_RECIPE = "llama"
 
 
 @dataclass(frozen=True)

@@ -46,12 +46,12 @@ class Source:
     """Where a checkpoint came from, as a manifest records it.
 
     Attributes:
-        kind: `folder`, `hub` or `live`.
-        name: The folder as it was given, the hub id, or the live model's own name.
+        kind: `folder`, `hub`, `live`, or `bundled` for the model that ships in the package.
+        name: The folder as it was given, the hub id, the live model's own name, or the recipe.
         revision: The resolved commit of a hub id, else None.
     """
 
-    kind: Literal["folder", "hub", "live"]
+    kind: Literal["folder", "hub", "live", "bundled"]
     name: str
     revision: str | None = None
 

@@ -1,0 +1,131 @@
+"""Measure a bundle: the file itself, beside the model that it came from.
+
+result = evaluate("out/")                      # the bundled text, the manifest's source
+result = evaluate("out/", model=live_model)    # a model that is not on disk
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from llm_coreml.eval.latency import measure_latency
+from llm_coreml.eval.quality import measure_quality
+from llm_coreml.eval.results import Evaluation
+from llm_coreml.eval.sizes import measure_bytes
+from llm_coreml.eval.text import cut, read_text
+
+from llm_coreml.build import Model, build_decoder, build_original, open_model
+from llm_coreml.bundle import RESULTS, Bundle, open_bundle, write_json
+from llm_coreml.config import ExportConfig
+from llm_coreml.errors import ArtifactError, CheckpointError, ConfigError
+from llm_coreml.manifest import file_sha256
+from llm_coreml.progress import Progress, Silent
+from llm_coreml.quantize import make_plan
+from llm_coreml.runtime import EagerRunner, Runner, open_runner
+from llm_coreml.tokenizer import Tokenizer
+
+DEFAULT_TOKENS = 2048
+
+
+def evaluate(
+    bundle: str | Path,
+    *,
+    model: str | Path | torch.nn.Module | None = None,
+    text: str | Path | None = None,
+    tokens: int = DEFAULT_TOKENS,
+    artifact_only: bool = False,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Measure the artifact and write `results.json` beside it.
+
+    Args:
+        bundle: Folder that an export wrote.
+        model: The original, where the manifest's source is not at hand (a live model, say).
+        text: UTF-8 file; None takes the held-out text that ships in the package.
+        tokens: Most tokens to score. A `last` program is fed one at a time.
+        artifact_only: Leave out the original and the quantized eager model.
+        progress: Told of stages and shares.
+
+    Raises:
+        ArtifactError: the bundle or its program is damaged.
+        CheckpointError: the original is absent, or is another model than was exported.
+        ConfigError: the text cannot be used.
+    """
+    if tokens < 1:
+        raise ConfigError(f"--tokens is {tokens}; score at least 1.")
+    progress = progress or Silent()
+    progress.stage("open")
+    opened = open_bundle(Path(bundle))
+    artifact = open_runner(opened)
+    _check_program(opened)
+    name, windows = _windows(opened, artifact, text, tokens)
+    runners: dict[str, Runner] = {}
+    if not artifact_only:
+        runners.update(_originals(opened, model))
+    runners["artifact"] = artifact
+    progress.stage("score")
+    qualities = measure_quality(runners, windows, progress.advance)
+    progress.stage("time")
+    result = Evaluation(
+        text=name,
+        tokens=sum(len(window) - 1 for window in windows),
+        window=max(map(len, windows)),
+        qualities=qualities,
+        latencies=measure_latency(artifact, windows[0]),
+        bytes=measure_bytes(opened),
+        bits_per_weight=opened.manifest["quantization"]["bits_per_weight"],
+        source=opened.manifest["source"],
+        program_sha256=opened.manifest["program"]["sha256"],
+    )
+    write_json(opened.folder / RESULTS, result.to_json())
+    return result
+
+
+def _check_program(bundle: Bundle) -> None:
+    expected = bundle.manifest["program"]["sha256"]
+    found = file_sha256(bundle.program)
+    if found != expected:
+        raise ArtifactError(
+            f"'{bundle.program}' is not the file that its manifest describes: its SHA-256 begins "
+            f"with {found[:12]}, not {expected[:12]}. Export again."
+        )
+
+
+def _windows(
+    bundle: Bundle, artifact: Runner, text: str | Path | None, tokens: int
+) -> tuple[str, list[list[int]]]:
+    if not bundle.tokenizer.is_file():
+        raise ArtifactError(
+            f"'{bundle.folder}' was exported without a tokenizer, so no text can be scored; "
+            "export again with one."
+        )
+    bos_id: Any = bundle.manifest["program"]["constant_methods"].get("get_bos_id")
+    name, content = read_text(None if text is None else Path(text))
+    encoded = Tokenizer(bundle.tokenizer, bos_id).encode(content)
+    return name, cut(encoded, artifact.context, bos_id, tokens)
+
+
+def _originals(bundle: Bundle, model: str | Path | torch.nn.Module | None) -> dict[str, Runner]:
+    """Build the unquantized and the quantized eager model of a bundle."""
+    source = bundle.manifest["source"]
+    if model is None and source["kind"] == "live":
+        raise CheckpointError(
+            "This bundle was exported from a model in memory; give the same model with --model "
+            "(a folder where it is saved) or model=, or measure with --artifact-only."
+        )
+    revision = source["revision"] if model is None else None
+    opened: Model = open_model(model or source["name"], revision=revision)
+    if opened.checkpoint.sha256() != source["sha256"]:
+        raise CheckpointError(
+            f"'{opened.source.name}' holds other weights than were exported; give the "
+            "original with --model, or measure with --artifact-only."
+        )
+    config = ExportConfig.from_json(bundle.manifest["config"])
+    decoder, shapes = build_decoder(opened, config, make_plan(config, opened.spec))
+    original = build_original(opened, shapes.context)
+    return {
+        "original": EagerRunner(original, "PyTorch eager fp32"),
+        "quantized": EagerRunner(decoder, "PyTorch eager fp32"),
+    }

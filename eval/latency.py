@@ -1,0 +1,34 @@
+"""Seconds per call, by length. On this machine, by the named runtime: no device is predicted."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+
+from llm_coreml.eval.results import Latency
+
+from llm_coreml.runtime import Runner
+
+_RUNS = 5
+_ENOUGH_SECONDS = 10.0
+
+
+def measure_latency(runner: Runner, tokens: Sequence[int]) -> tuple[Latency, ...]:
+    """Time each of the runner's lengths on the first of `tokens`, repeated where they are few."""
+    longest = max(runner.seq_lengths)
+    text = (list(tokens) * (longest // len(tokens) + 1))[:longest]
+    return tuple(_time(runner, text[:length]) for length in runner.seq_lengths)
+
+
+def _time(runner: Runner, chunk: list[int]) -> Latency:
+    seconds: list[float] = []
+    runner.reset()
+    runner.step(chunk)
+    while len(seconds) < _RUNS and (len(seconds) < 2 or sum(seconds) < _ENOUGH_SECONDS):
+        if runner.position + len(chunk) > runner.context:
+            runner.reset()
+        start = time.perf_counter()
+        runner.step(chunk)
+        seconds.append(time.perf_counter() - start)
+    return Latency(runner.label, len(chunk), statistics.median(seconds), len(seconds))

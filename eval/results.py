@@ -1,0 +1,100 @@
+"""What an evaluation found, as data and as JSON.
+
+result = evaluate("out/")
+result.artifact.perplexity, result.artifact.mean_kl
+result.to_json()
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+RESULTS_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How well one model predicts the text, and how far it is from the original.
+
+    Attributes:
+        name: `original`, `quantized` (eager, fp32) or `artifact`.
+        runtime: What produced the figures.
+        perplexity: exp of the mean cost per token.
+        mean_kl: Mean KL(original || this) per token, in nats; None without an original.
+        p99_kl: Its 99th percentile.
+        top1_agreement: Share of tokens with the same most likely next token.
+    """
+
+    name: str
+    runtime: str
+    perplexity: float
+    mean_kl: float | None = None
+    p99_kl: float | None = None
+    top1_agreement: float | None = None
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Median seconds of one call of `tokens` tokens.
+
+    Attributes:
+        runtime: What produced the figure; never a prediction for a device.
+        tokens: Length of the call; 1 is decode.
+        seconds: Median.
+        runs: Calls timed, after one that is not.
+    """
+
+    runtime: str
+    tokens: int
+    seconds: float
+    runs: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Throughput of the median call."""
+        return self.tokens / self.seconds
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Everything that `evaluate` measures.
+
+    Attributes:
+        text: Name of the text.
+        tokens: Tokens scored, the same for every model.
+        window: Longest run of tokens read from an empty cache.
+        qualities: The original, the quantized and the artifact, as far as they were at hand.
+        latencies: One entry for each length of the program.
+        bytes: Size of every part, by name.
+        bits_per_weight: Stored bits per weight, a tied table counted once.
+        source: What was exported, and the hash of its weights.
+        program_sha256: The measured file.
+    """
+
+    text: str
+    tokens: int
+    window: int
+    qualities: tuple[Quality, ...]
+    latencies: tuple[Latency, ...]
+    bytes: dict[str, int]
+    bits_per_weight: float
+    source: dict[str, Any]
+    program_sha256: str
+
+    @property
+    def artifact(self) -> Quality:
+        """The figures of the `.pte`."""
+        return self.qualities[-1]
+
+    def quality(self, name: str) -> Quality:
+        """Return the figures of `original`, `quantized` or `artifact`; KeyError if not measured."""
+        return {quality.name: quality for quality in self.qualities}[name]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the content of `results.json`."""
+        latencies = [
+            {**asdict(latency), "tokens_per_second": latency.tokens_per_second}
+            for latency in self.latencies
+        ]
+        return {"version": RESULTS_VERSION, **asdict(self), "latencies": latencies}

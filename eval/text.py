@@ -1,0 +1,63 @@
+"""The text that models are measured on, cut into windows.
+
+windows = cut(tokenizer.encode(text), window=512, bos_id=1, limit=4096)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from llm_coreml.recipes import bundled_model
+
+from llm_coreml.errors import ConfigError
+
+_HELDOUT = "heldout.txt"
+
+
+def read_text(path: Path | None) -> tuple[str, str]:
+    """Return name and content of the text at `path`, or of the one that ships in the package.
+
+    Raises:
+        ConfigError: it cannot be read as UTF-8, or is empty.
+    """
+    if path is None:
+        return "bundled held-out text", (bundled_model() / _HELDOUT).read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--text '{path}' cannot be read: {error}. Give a UTF-8 file.") from None
+    if not text.strip():
+        raise ConfigError(f"--text '{path}' is empty; give a text of some hundred words.")
+    return path.name, text
+
+
+def cut(tokens: Sequence[int], window: int, bos_id: int | None, limit: int) -> list[list[int]]:
+    """Cut `tokens` into consecutive windows, each of which begins with `bos_id` where there is one.
+
+    Every token of the text is scored once at most: a window's first token is given, and so the
+    windows overlap by one token where there is no `bos_id`.
+
+    Args:
+        tokens: The text, without special tokens.
+        window: Longest window, the beginning token counted.
+        bos_id: Token that begins a text, or None.
+        limit: Most tokens to score over all windows.
+
+    Returns:
+        Windows of at least two tokens.
+
+    Raises:
+        ConfigError: fewer than two tokens to look at.
+    """
+    given = [] if bos_id is None else [bos_id]
+    windows, start, scored = [], 0, 0
+    while scored < limit and start + (not given) < len(tokens):
+        count = min(window - len(given), limit - scored + (not given))
+        piece = given + list(tokens[start : start + count])
+        windows.append(piece)
+        scored += len(piece) - 1
+        start += len(piece) - 1
+    if not windows:
+        raise ConfigError("The text is shorter than two tokens; give a longer one with --text.")
+    return windows

@@ -1,0 +1,308 @@
+"""The command line: options in, one library call, a table or JSON out.
+
+    llm-coreml export llama --bits 4 -o out
+    llm-coreml eval out --format json
+
+Results go to stdout, everything else to stderr; exit codes are those of `errors`. Heavy imports
+happen inside the commands, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import click
+
+from llm_coreml.errors import LlmCoreMLError
+
+_FORMATS = click.Choice(["human", "json"])
+
+
+class _Lengths(click.ParamType):
+    """Comma-separated whole numbers."""
+
+    name = "N,N,..."
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        """Parse; a list passes."""
+        try:
+            return tuple(int(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value} is no list of whole numbers such as 1,8,64.", param, ctx)
+
+
+def _plain_names(name: str) -> str:
+    return name.replace("_", "-") if name.startswith("--") else name
+
+
+@click.group(
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": _plain_names,
+        "max_content_width": 100,
+    }
+)
+@click.version_option(package_name="llm-coreml")
+def cli() -> None:
+    """Export Hugging Face causal LMs to Core ML .pte files, and prove the result off-device.
+
+    \b
+    Exit codes: 0 done, 1 other error, 2 usage, 4 checkpoint, 5 unsupported, 6 output,
+    7 artifact, 8 verification, 130 interrupted.
+    """
+
+
+@cli.command("export")
+@click.argument("model", metavar="RECIPE|HUB_ID|FOLDER", required=False)
+@click.option("--model", "-m", "given", metavar="ID_OR_DIR", help="Use this model instead.")
+@click.option("--output", "-o", type=click.Path(path_type=Path), help="Folder to make.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier export there.")
+@click.option("--revision", help="Branch, tag or commit of a hub id.")
+@click.option("--local-files-only", is_flag=True, help="Hub ids: use the local cache only.")
+@click.option("--bits", type=int, help="Bits per weight: 1, 2, 3, 4, 6, 8 or 16.  [default: 4]")
+@click.option("--scheme", help="Weight format, see `llm-coreml ls`; the target's by default.")
+@click.option("--group-size", type=int, default=32, show_default=True, help="int4-group: inputs.")
+@click.option(
+    "--codebook-rows", type=int, default=16, show_default=True, help="codebook: rows per table."
+)
+@click.option(
+    "--embedding", default="int8-channel", show_default=True, help="Scheme of the token table."
+)
+@click.option("--lm-head", help="Scheme of the output head; the token table's by default.")
+@click.option(
+    "--target", default="gpu", show_default=True, help="Compute unit: gpu, ane, cpu or all."
+)
+@click.option("--minimum-os", default="iOS18", show_default=True, help="Oldest system to run on.")
+@click.option(
+    "--compute-precision", type=click.Choice(["fp16", "fp32"]), default="fp16", show_default=True
+)
+@click.option(
+    "--logits",
+    type=click.Choice(["last", "all"]),
+    default="last",
+    show_default=True,
+    help="Rows of logits that a call returns.",
+)
+@click.option("--context", type=int, help="Positions of the KV cache.  [default: up to 2048]")
+@click.option(
+    "--seq-lengths", type=_Lengths(), help="Chunk lengths to accept.  [default: 1,8,64,512]"
+)
+@click.option(
+    "--backend",
+    type=click.Choice(["coreml", "xnnpack"]),
+    default="coreml",
+    show_default=True,
+    help="xnnpack makes a twin that ExecuTorch's stock runner runs on Linux.",
+)
+@click.option("--force", is_flag=True, help="Export a scheme that the target is known to refuse.")
+@click.option("--format", "form", type=_FORMATS, default="human", show_default=True)
+@click.option("--verbose", "-v", is_flag=True, help="Show what the libraries below print.")
+def export_command(
+    model: str | None,
+    given: str | None,
+    output: Path | None,
+    overwrite: bool,
+    revision: str | None,
+    local_files_only: bool,
+    form: str,
+    verbose: bool,
+    **settings: Any,
+) -> None:
+    """Quantize a model, lower it to a .pte and verify that file.
+
+    \b
+    llm-coreml export llama --bits 4                       the bundled model, offline
+    llm-coreml export llama-3.2-1b -o llama                a recipe, from the hub
+    llm-coreml export ./my-finetune --target ane --bits 4  a folder
+    """
+    from llm_coreml.config import ExportConfig
+    from llm_coreml.recipes import BUNDLED_RECIPE
+    from llm_coreml.terminal import terminal
+
+    source = given or model
+    if source is None:
+        raise click.UsageError("Give a recipe, a hub id or a folder; see `llm-coreml ls`.")
+    config = ExportConfig(**settings)
+    folder = output or Path(f"{Path(model or source).name}-coreml")
+    with terminal(verbose) as screen:
+        if source == BUNDLED_RECIPE and not Path(source).is_dir():
+            screen.progress.note(
+                "Exporting the small Llama that ships in the package; --model takes any other."
+            )
+        from llm_coreml.export import export
+
+        bundle = export(
+            source,
+            output=folder,
+            config=config,
+            overwrite=overwrite,
+            revision=revision,
+            local_files_only=local_files_only,
+            progress=screen.progress,
+        )
+        screen.progress.close()
+        if form == "json":
+            _print_json(screen.result.file, bundle.manifest)
+        else:
+            from llm_coreml.tables import export_table
+
+            screen.result.print(export_table(bundle.manifest, str(folder)))
+
+
+@cli.command("eval")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--model", "-m", metavar="ID_OR_DIR", help="The original, if it was moved.")
+@click.option("--text", type=click.Path(path_type=Path), help="UTF-8 file; else the bundled text.")
+@click.option("--tokens", type=int, default=2048, show_default=True, help="Most tokens to score.")
+@click.option("--artifact-only", is_flag=True, help="Do not load the original.")
+@click.option("--format", "form", type=_FORMATS, default="human", show_default=True)
+@click.option("--verbose", "-v", is_flag=True, help="Show what the libraries below print.")
+def eval_command(
+    bundle: Path,
+    model: str | None,
+    text: Path | None,
+    tokens: int,
+    artifact_only: bool,
+    form: str,
+    verbose: bool,
+) -> None:
+    """Measure an export: perplexity, divergence from the original, latency, size.
+
+    Runs the program inside the .pte on this machine and writes results.json into the folder.
+    """
+    from llm_coreml.terminal import terminal
+
+    with terminal(verbose) as screen:
+        from llm_coreml.eval.evaluate import evaluate
+        from llm_coreml.tables import evaluation_table
+
+        result = evaluate(
+            bundle,
+            model=model,
+            text=text,
+            tokens=tokens,
+            artifact_only=artifact_only,
+            progress=screen.progress,
+        )
+        screen.progress.close()
+        if form == "json":
+            _print_json(screen.result.file, result.to_json())
+        else:
+            screen.result.print(evaluation_table(result))
+
+
+@cli.command("generate")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--prompt", "-p", required=True, help="Text to continue.")
+@click.option("--max-new-tokens", type=int, default=64, show_default=True)
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--top-p", type=float, default=1.0, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--verbose", "-v", is_flag=True, help="Show what the libraries below print.")
+def generate_command(
+    bundle: Path,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    verbose: bool,
+) -> None:
+    """Continue a text with the program inside the .pte, on this machine."""
+    from llm_coreml.terminal import terminal
+
+    with terminal(verbose) as screen:
+        from llm_coreml.language_model import load
+
+        pieces = load(bundle).stream(
+            prompt, max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
+        )
+        for piece in pieces:
+            click.echo(piece, file=screen.result.file, nl=False)
+        click.echo(file=screen.result.file)
+
+
+@cli.command("show")
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--format", "form", type=_FORMATS, default="human", show_default=True)
+@click.option("--verbose", "-v", is_flag=True, help="Show what the libraries below print.")
+def show_command(path: Path, form: str, verbose: bool) -> None:
+    """Tell what is in a bundle or a .pte: method, states, ops, bytes."""
+    from llm_coreml.terminal import terminal
+
+    with terminal(verbose) as screen:
+        from llm_coreml.contents import contents
+        from llm_coreml.tables import contents_table
+
+        found = contents(path)
+        if form == "json":
+            _print_json(screen.result.file, found)
+        else:
+            screen.result.print(contents_table(found))
+
+
+@cli.command("ls")
+@click.option("--format", "form", type=_FORMATS, default="human", show_default=True)
+def ls_command(form: str) -> None:
+    """List recipes, targets and weight schemes."""
+    from rich.console import Console
+
+    from llm_coreml.quantize.schemes import SCHEMES
+    from llm_coreml.recipes import load_recipe, recipe_names
+    from llm_coreml.tables import listing_table
+    from llm_coreml.targets import TARGETS
+
+    recipes = {name: load_recipe(name).description for name in recipe_names()}
+    targets = {
+        name: f"{target.summary}; --bits 4 is {target.default_scheme}"
+        for name, target in TARGETS.items()
+    }
+    lists = {"recipes": recipes, "targets": targets, "schemes": dict(SCHEMES)}
+    if form == "json":
+        _print_json(sys.stdout, lists)
+        return
+    console = Console(highlight=False, soft_wrap=True)
+    for title, rows in lists.items():
+        console.print(listing_table(title, rows))
+        console.print()
+
+
+def _print_json(file: Any, value: dict[str, Any]) -> None:
+    click.echo(json.dumps(value, indent=2, sort_keys=True), file=file)
+
+
+def main() -> None:
+    """Run the command line and exit with its code."""
+    try:
+        code = cli.main(standalone_mode=False) or 0
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except LlmCoreMLError as error:
+        click.echo(f"Error: {error}", err=True)
+        code = error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("Interrupted; nothing was written.", err=True)
+        code = 130
+    except BrokenPipeError:
+        code = 0
+    except Exception as error:
+        if "-v" in sys.argv or "--verbose" in sys.argv:
+            traceback.print_exc()
+        click.echo(
+            f"Error: an unexpected {type(error).__name__} in llm-coreml: {error}. Run again with "
+            "-v for the traceback, and please report it.",
+            err=True,
+        )
+        code = 1
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

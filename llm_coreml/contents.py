@@ -1,0 +1,60 @@
+"""What is inside a bundle or a `.pte`, without running it.
+
+contents(Path("out"))["ops"]["linear"]
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from llm_coreml.bundle import PROGRAM, open_bundle
+from llm_coreml.reference import pte
+from llm_coreml.reference.inmemoryfs import unpack
+from llm_coreml.reference.mil import Feature
+from llm_coreml.reference.milproto import parse
+from llm_coreml.reference.runtime import BACKEND
+
+
+def contents(path: Path) -> dict[str, Any]:
+    """Describe the bundle folder or `.pte` at `path`.
+
+    Raises:
+        ArtifactError: it is damaged, or neither of the two.
+    """
+    found: dict[str, Any] = {}
+    if path.is_dir():
+        found["manifest"] = open_bundle(path).manifest
+        path = path / PROGRAM
+    container = pte.read(path)
+    found["bytes"] = path.stat().st_size
+    found["constant_methods"] = pte.constants_of(container)
+    found["methods"] = {
+        name: [_delegate(delegate) for delegate in method.delegates]
+        for name, method in container.methods.items()
+        if method.delegates
+    }
+    return found
+
+
+def _delegate(delegate: pte.Delegate) -> dict[str, Any]:
+    described: dict[str, Any] = {"backend": delegate.backend, "bytes": len(delegate.data)}
+    if delegate.backend != BACKEND:
+        return described
+    files = unpack(delegate.data)
+    model = parse(files, "model.mlpackage")
+    function = model.functions[model.default_function]
+    interface = model.interfaces[model.default_function]
+    described["files"] = {name: len(content) for name, content in files.items()}
+    described["specification_version"] = model.specification_version
+    for kind in ("inputs", "outputs", "states"):
+        features = getattr(interface, kind)
+        described[kind] = {feature.name: _shape(feature) for feature in features}
+    described["ops"] = dict(Counter(op.type for op in function.operations).most_common())
+    return described
+
+
+def _shape(feature: Feature) -> str:
+    shapes = feature.enumerated or (feature.shape,)
+    return f"{feature.dtype} {' or '.join(str(list(shape)) for shape in shapes)}"

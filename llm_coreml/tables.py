@@ -1,0 +1,113 @@
+"""Results as tables for people."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from llm_coreml.eval.results import Evaluation, Quality
+
+
+def export_table(manifest: dict[str, Any], folder: str) -> Group:
+    """Return what an export made, in a few rows."""
+    program, target = manifest["program"], manifest["target"]
+    quantization, checked = manifest["quantization"], manifest["verification"]
+    table = _plain("", "")
+    tied = " (one table for both)" if quantization["tied"] else ""
+    rows = {
+        "program": f"{folder}/{program['file']}, {program['bytes']:,} bytes",
+        "weights": f"{quantization['linear']['label']}, "
+        f"{quantization['bits_per_weight']:.2f} bits per weight over all",
+        "embedding, head": f"{quantization['embedding']['label']}, "
+        f"{quantization['lm_head']['label']}{tied}",
+        "target": f"{target['backend']}, {target['compute_unit']}, {target['minimum_os']}, "
+        f"{target['compute_precision']}",
+        "lengths, context": f"{', '.join(map(str, program['seq_lengths']))}; {program['context']}",
+        "verified by": f"{checked['runtime']}: {checked['rows']} rows, largest error "
+        f"{checked['max_relative_error']:.1e} (bound {checked['max_relative_error_bound']:.0e}), "
+        f"mean KL {checked['mean_kl']:.1e} (bound {checked['mean_kl_bound']:.0e})",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return Group(table)
+
+
+def evaluation_table(result: Evaluation) -> Group:
+    """Return quality, latency and size, each figure under what produced it."""
+    quality = _plain("model", "runtime", "perplexity", "mean KL", "p99 KL", "top-1 agreement")
+    for row in result.qualities:
+        quality.add_row(*_quality_row(row))
+    latency = _plain("call", "runtime", "median", "tokens/s")
+    for timed in result.latencies:
+        name = "decode, 1 token" if timed.tokens == 1 else f"prefill, {timed.tokens} tokens"
+        latency.add_row(
+            name, timed.runtime, f"{1e3 * timed.seconds:.1f} ms", f"{timed.tokens_per_second:.0f}"
+        )
+    size = _plain("part", "bytes")
+    for name, count in result.bytes.items():
+        size.add_row(f"  {name.split('/')[1]}" if "/" in name else name, f"{count:,}")
+    size.add_row("bits per weight", f"{result.bits_per_weight:.2f}")
+    text = Text(
+        f"{result.tokens:,} tokens of {result.text}, windows of up to {result.window}; KL and "
+        "agreement against the original"
+    )
+    return Group(text, quality, latency, size)
+
+
+def contents_table(found: dict[str, Any]) -> Group:
+    """Return what `contents.contents` found in a bundle or `.pte`."""
+    parts: list[Any] = []
+    if "manifest" in found:
+        source = found["manifest"]["source"]
+        parts.append(Text(f"export of {source['name']} ({source['kind']})"))
+    constants = {name: str(value) for name, value in found["constant_methods"].items()}
+    parts.append(listing_table(f"program, {found['bytes']:,} bytes", constants))
+    for method, delegates in found["methods"].items():
+        for delegate in delegates:
+            rows: dict[str, str] = {}
+            for kind in ("inputs", "outputs", "states"):
+                for name, shape in delegate.get(kind, {}).items():
+                    rows[f"{kind[:-1]} {name}"] = shape
+            for name, count in delegate.get("files", {}).items():
+                rows[name.rsplit("/", 1)[-1]] = f"{count:,} bytes"
+            ops = delegate.get("ops", {})
+            if ops:
+                counts = ", ".join(f"{count} {op}" for op, count in ops.items() if op != "const")
+                rows[f"{sum(ops.values()) - ops.get('const', 0)} ops"] = counts
+            title = f"{method}: {delegate['backend']}, {delegate['bytes']:,} bytes"
+            parts += [Text(""), listing_table(title, rows)]
+    return Group(*parts)
+
+
+def listing_table(title: str, rows: dict[str, str]) -> Table:
+    """Return names and what they mean."""
+    table = _plain(title, "")
+    for name, meaning in rows.items():
+        table.add_row(name, meaning)
+    return table
+
+
+def _quality_row(quality: Quality) -> tuple[str, ...]:
+    def figure(value: float | None, digits: str) -> str:
+        return "" if value is None else format(value, digits)
+
+    return (
+        quality.name,
+        quality.runtime,
+        f"{quality.perplexity:.4f}",
+        figure(quality.mean_kl, ".5f"),
+        figure(quality.p99_kl, ".5f"),
+        figure(quality.top1_agreement, ".2%"),
+    )
+
+
+def _plain(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=any(columns))
+    for number, column in enumerate(columns):
+        numeric = column in {"perplexity", "mean KL", "p99 KL", "top-1 agreement", "median"}
+        right = number > 0 and (numeric or column in {"tokens/s", "bytes"})
+        table.add_column(column, justify="right" if right else "left", overflow="fold")
+    return table

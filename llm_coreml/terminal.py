@@ -1,0 +1,145 @@
+"""What a person sees: progress on stderr, results on stdout, nobody else's chatter.
+
+with terminal(verbose=False) as screen:
+export(..., progress=screen.progress)
+screen.result.print(table)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import TimeRemainingColumn as TimeRemaining
+
+_LABELS = {
+    "open": "opening the checkpoint",
+    "quantize": "reading and quantizing weights",
+    "lower": "lowering to Core ML",
+    "verify": "verifying the artifact",
+    "score": "scoring text",
+    "time": "timing calls",
+}
+
+
+@dataclass(frozen=True)
+class Screen:
+    """Where a command writes.
+
+    Attributes:
+        result: Console on stdout.
+        progress: Listener that draws on stderr.
+    """
+
+    result: Console
+    progress: Stages
+
+
+class Stages:
+    """Draws stages as bars with the time left on a terminal, else a line with the time taken."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._console = Console(file=file, highlight=False, soft_wrap=True)
+        self._bars: Progress | None = None
+        self._task: TaskID | None = None
+        self._name, self._start = "", 0.0
+        if self._console.is_terminal:
+            self._bars = Progress(
+                TextColumn("{task.description:<32}"),
+                BarColumn(bar_width=30),
+                TimeElapsedColumn(),
+                TimeRemaining(compact=True),
+                console=self._console,
+            )
+            self._bars.start()
+
+    def stage(self, name: str) -> None:
+        """Begin a stage."""
+        self._finish()
+        self._name, self._start = _LABELS.get(name, name), time.monotonic()
+        if self._bars is not None:
+            self._task = self._bars.add_task(self._name, total=None)
+        else:
+            self._console.print(f"{self._name} ...", end="")
+
+    def advance(self, share: float) -> None:
+        """Move the bar; the first call gives the stage an end."""
+        if self._bars is not None and self._task is not None:
+            self._bars.update(self._task, total=1.0, completed=share)
+
+    def note(self, text: str) -> None:
+        """Print a line above the bars."""
+        self._console.print(text)
+
+    def close(self) -> None:
+        """End the last stage and leave the terminal as it was."""
+        self._finish()
+        if self._bars is not None:
+            self._bars.stop()
+
+    def _finish(self) -> None:
+        if not self._name:
+            return
+        if self._bars is not None and self._task is not None:
+            self._bars.update(self._task, total=1.0, completed=1.0)
+        else:
+            self._console.print(f" {time.monotonic() - self._start:.1f} s")
+        self._name = ""
+
+
+@contextlib.contextmanager
+def terminal(verbose: bool) -> Iterator[Screen]:
+    """Give a screen; unless `verbose`, everything else that is printed meanwhile is dropped.
+
+    torch, coremltools and ExecuTorch print from Python and from C++, so the process's own
+    descriptors are pointed elsewhere, and the screen writes to copies of them.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = [os.dup(1), os.dup(2)]
+    out = os.fdopen(os.dup(saved[0]), "w", buffering=1)
+    err = os.fdopen(os.dup(saved[1]), "w", buffering=1)
+    screen = Screen(Console(file=out, highlight=False, soft_wrap=True), Stages(err))
+    try:
+        with _hidden(verbose):
+            yield screen
+    finally:
+        screen.progress.close()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for copy, descriptor in zip(saved, (1, 2), strict=True):
+            os.dup2(copy, descriptor)
+            os.close(copy)
+        for file in (out, err):
+            with contextlib.suppress(BrokenPipeError):
+                file.close()
+
+
+@contextlib.contextmanager
+def _hidden(verbose: bool) -> Iterator[None]:
+    if verbose:
+        # Results alone belong on stdout, whoever else writes there.
+        os.dup2(2, 1)
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        previous = logging.root.manager.disable
+        logging.disable(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logging.disable(previous)
