@@ -94,8 +94,9 @@ def build_decoder(
         ConfigError: context or lengths do not fit the model.
     """
     shapes = resolve_shapes(config, model.spec.max_position_embeddings)
-    attention = get_target(config.target).attention
-    decoder = Decoder(model.spec, shapes.context, attention, config.logits)
+    # XNNPACK has no fused attention.
+    fused = config.backend == "coreml" and get_target(config.target).attention == "fused"
+    decoder = Decoder(model.spec, shapes.context, "fused" if fused else "decomposed", config.logits)
     storage = torch.float16 if config.compute_precision == "fp16" else torch.float32
     fill(decoder, model.checkpoint, model.family, plan, storage, on_progress)
     return decoder.eval(), shapes

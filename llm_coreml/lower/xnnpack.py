@@ -26,7 +26,7 @@ def _kv_write(
 ) -> torch.Tensor:
     """`llm_coreml::kv_write` in ATen ops, for which portable kernels exist."""
     rows = start_pos.to(torch.int64) + torch.arange(update.shape[2])
-    written = torch.index_put(cache[layer], (None, rows), update[0])
+    written = torch.ops.aten.index_put.default(cache[layer], [None, rows], update[0])
     return torch.select_scatter(cache, written, 0, layer)
 
 
