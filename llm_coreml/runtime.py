@@ -11,9 +11,9 @@ padded, so the last row of each chunk is always a real token's.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 import torch
 
@@ -222,7 +222,9 @@ class ExecutorchRunner(Runner):
         super().__init__()
         from executorch.runtime import Runtime, Verification
 
-        self._load = lambda: Runtime.get().load_program(path, verification=Verification.Minimal)
+        self._load: Callable[[], Any] = lambda: Runtime.get().load_program(
+            path, verification=Verification.Minimal
+        )
         self.label = "XNNPACK on CPU"
         self.seq_lengths = seq_lengths
         self._clear()
