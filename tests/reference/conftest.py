@@ -165,3 +165,90 @@ def load_program(tmp_path: Path) -> Iterator[Callable[..., CoreMLProgram]]:
         return load(path)
 
     yield build
+
+
+class Counter(torch.nn.Module):
+    """Adds what it sees to a state, as a cache would; two integer inputs as a language model has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.register_buffer("total", torch.zeros(1, 3, 8))
+        self.embedding = torch.nn.Embedding(9, 8)
+        self.head = torch.nn.Linear(8, 5)
+
+    def forward(self, tokens: torch.Tensor, start_pos: torch.Tensor) -> torch.Tensor:
+        hidden = self.embedding(tokens.to(torch.int32)) + start_pos.to(torch.int32)
+        self.total.add_(hidden)
+        return self.head(self.total)
+
+
+class Pair(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(torch.relu(x + 1).flip(0) + 1)
+
+
+def _lower(module: torch.nn.Module, arguments: tuple[Any, ...], *, inline: bool, skip: Any) -> Any:
+    from executorch.backends.apple.coreml.compiler import CoreMLBackend
+    from executorch.backends.apple.coreml.partition import CoreMLPartitioner
+    from executorch.exir import ExecutorchBackendConfig, to_edge_transform_and_lower
+
+    specs = CoreMLBackend.generate_compile_specs(minimum_deployment_target=ct.target.iOS18)
+    partitioner = CoreMLPartitioner(compile_specs=specs, skip_ops_for_coreml_delegation=skip)
+    edge = to_edge_transform_and_lower(
+        torch.export.export(module.eval(), arguments),
+        partitioner=[partitioner],
+        constant_methods={
+            "get_max_seq_len": 16,
+            "get_eos_ids": [1, 2],
+            "use_kv_cache": True,
+            "get_scale": 1.5,
+            "get_zero": 0,
+        },
+    )
+    return edge.to_executorch(ExecutorchBackendConfig(extract_delegate_segments=not inline)).buffer
+
+
+@pytest.fixture(scope="session")
+def sample_pte(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A stateful method `forward(tokens int64 [1, 3], start_pos int64 [1])`, data inline."""
+    path = tmp_path_factory.mktemp("pte") / "sample.pte"
+    arguments = (torch.tensor([[1, 2, 3]]), torch.tensor([0]))
+    path.write_bytes(
+        _lower(
+            Counter(),
+            arguments,
+            inline=True,
+            skip=["aten._to_copy.default", "dim_order_ops._to_dim_order_copy.default"],
+        )
+    )
+    return path
+
+
+@pytest.fixture(scope="session")
+def segmented_pte(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `sample_pte`, with the delegate's data in a segment behind the program."""
+    path = tmp_path_factory.mktemp("pte") / "segmented.pte"
+    path.write_bytes(_lower(Pair(), (torch.zeros(2),), inline=False, skip=None))
+    return path
+
+
+@pytest.fixture(scope="session")
+def portable_pte(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two Core ML delegates with a kernel between them."""
+    path = tmp_path_factory.mktemp("pte") / "portable.pte"
+    path.write_bytes(_lower(Pair(), (torch.zeros(2),), inline=True, skip=["aten.flip.default"]))
+    return path
+
+
+@pytest.fixture(scope="session")
+def xnnpack_pte(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A method lowered for another backend."""
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+
+    exported = torch.export.export(torch.nn.Linear(2, 3).eval(), (torch.zeros(1, 2),))
+    edge = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()])
+    path = tmp_path_factory.mktemp("pte") / "xnnpack.pte"
+    path.write_bytes(edge.to_executorch().buffer)
+    return path

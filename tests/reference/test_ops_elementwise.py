@@ -14,7 +14,7 @@ Y = RNG.standard_normal((4,)).astype(np.float32)
 UNIT = RNG.uniform(-0.9, 0.9, (3, 4)).astype(np.float32)
 POSITIVE = RNG.uniform(0.1, 3, (3, 4)).astype(np.float32)
 HALVES = np.array([-2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 0.0], np.float32)
-I = RNG.integers(-9, 9, (3, 4)).astype(np.int32)
+INTS = RNG.integers(-9, 9, (3, 4)).astype(np.int32)
 J = np.array([-3, -2, 2, 5], np.int32)
 P = RNG.integers(0, 2, (3, 4)).astype(bool)
 Q = np.array([True, False, True, False])
@@ -29,7 +29,7 @@ def _unary() -> dict[str, tuple[Callable[..., Any], tuple[np.ndarray, ...], Any]
     for name in ("ceil", "floor", "round", "softsign", "softplus"):
         cases[name] = (getattr(mb, name), (HALVES,), None)
     for name in ("abs", "sign", "square"):
-        cases[f"{name}_int"] = (getattr(mb, name), (I,), None)
+        cases[f"{name}_int"] = (getattr(mb, name), (INTS,), None)
     for name in ("sqrt", "log", "rsqrt", "inverse"):
         cases[name] = (getattr(mb, name), (POSITIVE,), None)
     for name in ("log", "rsqrt", "inverse"):
@@ -45,13 +45,17 @@ def _binary() -> dict[str, Any]:
     for name in (*arithmetic, *compare):
         function = getattr(mb, name)
         cases[name] = (lambda x, y, f=function: f(x=x, y=y), (X, Y), None)
-        cases[f"{name}_int"] = (lambda x, y, f=function: f(x=x, y=y), (I, J), None)
+        cases[f"{name}_int"] = (lambda x, y, f=function: f(x=x, y=y), (INTS, J), None)
     for name in ("logical_and", "logical_or", "logical_xor"):
         function = getattr(mb, name)
         cases[name] = (lambda x, y, f=function: f(x=x, y=y), (P, Q), None)
     cases["real_div"] = (lambda x, y: mb.real_div(x=x, y=y), (X, Y), None)
     cases["pow"] = (lambda x, y: mb.pow(x=x, y=y), (POSITIVE, Y), None)
-    cases["pow_int"] = (lambda x, y: mb.pow(x=x, y=y), (I, np.array([2, 3, 0, 1], np.int32)), None)
+    cases["pow_int"] = (
+        lambda x, y: mb.pow(x=x, y=y),
+        (INTS, np.array([2, 3, 0, 1], np.int32)),
+        None,
+    )
     return cases
 
 
@@ -61,16 +65,16 @@ def _others() -> dict[str, Any]:
     return {
         "logical_not": (lambda x: mb.logical_not(x=x), (P,), None),
         "select": (lambda c, a, b: mb.select(cond=c, a=a, b=b), (P, X, UNIT), where),
-        "select_int": (lambda c, a, b: mb.select(cond=c, a=a, b=b), (P, I, I * 2), where),
+        "select_int": (lambda c, a, b: mb.select(cond=c, a=a, b=b), (P, INTS, INTS * 2), where),
         "clip": (lambda x: mb.clip(x=x, alpha=-0.5, beta=0.25), (X,), None),
         "threshold": (lambda x: mb.threshold(x=x, alpha=0.25), (X,), None),
         "identity": (lambda x: mb.identity(x=x), (X,), None),
         "cast_down": (lambda x: mb.cast(x=x, dtype="int32"), (X * 3,), None),
-        "cast_up": (lambda x: mb.cast(x=x, dtype="fp32"), (I,), None),
-        "cast_bool": (lambda x: mb.cast(x=x, dtype="bool"), (I,), None),
+        "cast_up": (lambda x: mb.cast(x=x, dtype="fp32"), (INTS,), None),
+        "cast_bool": (lambda x: mb.cast(x=x, dtype="bool"), (INTS,), None),
         "cast_from_bool": (lambda x: mb.cast(x=x, dtype="fp32"), (P,), None),
-        "cast_int8": (lambda x: mb.cast(x=x, dtype="int8"), (I,), None),
-        "cast_uint16": (lambda x: mb.cast(x=x, dtype="uint16"), (abs(I) * 5000,), None),
+        "cast_int8": (lambda x: mb.cast(x=x, dtype="int8"), (INTS,), None),
+        "cast_uint16": (lambda x: mb.cast(x=x, dtype="uint16"), (abs(INTS) * 5000,), None),
         "cast_half": (lambda x: mb.cast(x=x, dtype="fp16"), (X * 1e4,), None),
         "silu": (lambda x: mb.silu(x=x), (X,), silu),
         "softmax": (lambda x: mb.softmax(x=x, axis=0), (X,), None),
@@ -112,8 +116,8 @@ def test_equals_value_inference(name: str, outcomes: Any, harness: Any) -> None:
 
 def test_integers_stay_integers(outcomes: Any) -> None:
     assert outcomes["floor_div_int"].actual[0].dtype == np.int32
-    np.testing.assert_array_equal(outcomes["floor_div_int"].actual[0], I // J)
-    np.testing.assert_array_equal(outcomes["mod_int"].actual[0], I % J)
+    np.testing.assert_array_equal(outcomes["floor_div_int"].actual[0], INTS // J)
+    np.testing.assert_array_equal(outcomes["mod_int"].actual[0], INTS % J)
 
 
 def test_cast_out_of_range_is_refused(load_program: Any) -> None:
