@@ -1,7 +1,7 @@
 """Builds Core ML programs with coremltools and runs them, many cases in one program.
 
-A case is built twice: from constants, where coremltools infers the value, and from inputs, where the
-reference has to compute it.
+A case is built twice: from constants, where coremltools infers the value, and from inputs, where
+the reference has to compute it.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def load_program(tmp_path: Path) -> Iterator[Callable[..., CoreMLProgram]]:
 
 
 class Counter(torch.nn.Module):
-    """Adds what it sees to a state, as a cache would; two integer inputs as a language model has."""
+    """Adds what it sees to a state, as a cache would; takes what a language model takes."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -45,7 +45,9 @@ IOS18 = {
         data=UINT4, scale=SCALES, offset=OFFSETS
     ),
     "float offsets": lambda: mb.constexpr_blockwise_shift_scale(
-        data=UINT4.astype(np.uint8), scale=SCALES.astype(np.float32), offset=np.full((8, 4), 7.5, np.float32)
+        data=UINT4.astype(np.uint8),
+        scale=SCALES.astype(np.float32),
+        offset=np.full((8, 4), 7.5, np.float32),
     ),
     "int8 channels": lambda: mb.constexpr_blockwise_shift_scale(
         data=INT8, scale=SCALES[:, :1].astype(np.float32)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -163,10 +164,8 @@ def test_every_truncation_is_refused() -> None:
 
 @given(st.binary(max_size=200))
 def test_random_tails_never_escape(tail: bytes) -> None:
-    try:
+    with contextlib.suppress(ArtifactError):
         unpack(b"0123" + tail + b"{")
-    except ArtifactError:
-        pass
 
 
 def test_quotes_without_end_are_scanned_once() -> None:

@@ -99,6 +99,7 @@ def _indices() -> dict[str, Any]:
         "gather": (lambda x, i: mb.gather(x=x, indices=i, axis=1), (A, ids), None),
         "gather_negative_axis": (lambda x, i: mb.gather(x=x, indices=i, axis=-1), (A, ids), None),
         "gather_scalar": (lambda x: mb.gather(x=x, indices=-2, axis=0), (A,), None),
+        "gather_element": (lambda x: mb.gather(x=x, indices=2, axis=0), (VECTOR,), None),
         "gather_batch": (
             lambda x, i: mb.gather(x=x, indices=i, axis=2, batch_dims=1),
             (A, batched),
@@ -198,7 +199,8 @@ def _reductions() -> dict[str, Any]:
     cases["topk"] = (lambda x: mb.topk(x=x, k=2, axis=1), (A,), None)
     cases["topk_ascending"] = (lambda x: mb.topk(x=x, k=3, axis=-1, ascending=True), (A,), None)
     cases["topk_values"] = (
-        lambda x: mb.topk(x=x, k=1, axis=-1, return_indices=False), (A,), lambda x: x.max(-1, keepdims=True)
+        lambda x: mb.topk(x=x, k=1, axis=-1, return_indices=False), (A,),
+        lambda x: x.max(-1, keepdims=True),
     )  # fmt: skip
     cases["argsort"] = (lambda x: mb.argsort(x=x, axis=1), (A,), None)
     cases["cumsum"] = (lambda x: mb.cumsum(x=x, axis=1), (A,), None)
@@ -223,7 +225,7 @@ def _products() -> dict[str, Any]:
     mask = RNG.standard_normal((3, 5)).astype(np.float32)
     allowed = np.array([[1, 0, 0, 0, 0], [1, 1, 0, 1, 0], [1, 1, 1, 1, 1]]).astype(bool)
 
-    def attention(*, where: np.ndarray | None = None) -> Any:
+    def attention() -> Any:
         return lambda q, k, v, m=None: mb.scaled_dot_product_attention(
             query=q, key=k, value=v, **({} if m is None else {"attn_mask": m})
         )
@@ -232,6 +234,9 @@ def _products() -> dict[str, Any]:
         return lambda x: torch.nn.functional.conv2d(
             torch.from_numpy(x), torch.from_numpy(KERNEL), torch.from_numpy(bias), **settings
         ).numpy()
+
+    def same(x: np.ndarray) -> Any:
+        return expected_conv(groups=2)(np.pad(x, ((0, 0), (0, 0), (1, 1), (0, 1))))
 
     def conv(**settings: Any) -> Any:
         return lambda x: mb.conv(x=x, weight=KERNEL, bias=bias, groups=2, **settings)
@@ -253,7 +258,7 @@ def _products() -> dict[str, Any]:
             conv(pad_type="custom", pad=[2, 2, 1, 1], strides=[2, 1], dilations=[1, 2]), (IMAGE,),
             expected_conv(groups=2, padding=(2, 1), stride=(2, 1), dilation=(1, 2)),
         ),
-        "conv_same": (conv(pad_type="same"), (IMAGE,), lambda x: expected_conv(groups=2)(np.pad(x, ((0, 0), (0, 0), (1, 1), (0, 1))))),
+        "conv_same": (conv(pad_type="same"), (IMAGE,), same),
         "conv_1x1": (
             lambda x: mb.conv(x=x, weight=weight[:, :, None, None]), (IMAGE,),
             lambda x: np.einsum("oc,nchw->nohw", weight, x),
@@ -263,16 +268,19 @@ def _products() -> dict[str, Any]:
             lambda x: np.einsum("oc,ncw->now", weight[:, :3], x),
         ),
         "layer_norm": (
-            lambda x: mb.layer_norm(x=x, axes=[-1], gamma=VECTOR, beta=VECTOR, epsilon=1e-3), (A,), None
+            lambda x: mb.layer_norm(x=x, axes=[-1], gamma=VECTOR, beta=VECTOR, epsilon=1e-3),
+            (A,), None,
         ),
         "layer_norm_all": (lambda x: mb.layer_norm(x=x, axes=[1, 2]), (A,), None),
         "l2_norm": (lambda x: mb.l2_norm(x=x, epsilon=1e-3), (IMAGE,), None),
         "l2_norm_3": (lambda x: mb.l2_norm(x=x), (A,), None),
         "batch_norm": (
-            lambda x: mb.batch_norm(x=x, mean=VECTOR, variance=abs(VECTOR), gamma=VECTOR, beta=VECTOR),
+            lambda x: mb.batch_norm(
+                x=x, mean=VECTOR, variance=abs(VECTOR), gamma=VECTOR, beta=VECTOR),
             (IMAGE,),
             lambda x: torch.nn.functional.batch_norm(
-                torch.from_numpy(x), *(torch.from_numpy(p) for p in (VECTOR, abs(VECTOR), VECTOR, VECTOR))
+                torch.from_numpy(x),
+                *(torch.from_numpy(p) for p in (VECTOR, abs(VECTOR), VECTOR, VECTOR)),
             ).numpy(),
         ),
         "instance_norm": (
@@ -280,7 +288,8 @@ def _products() -> dict[str, Any]:
             lambda x: torch.nn.functional.instance_norm(torch.from_numpy(x)).numpy(),
         ),
         "quantize": (
-            lambda x: mb.quantize(input=x, scale=np.float32(0.1), zero_point=np.int8(3), output_dtype="int8"),
+            lambda x: mb.quantize(
+                input=x, scale=np.float32(0.1), zero_point=np.int8(3), output_dtype="int8"),
             (A * 9,), None,
         ),
         "quantize_axis": (
@@ -294,7 +303,7 @@ def _products() -> dict[str, Any]:
                 input=mb.cast(x=x, dtype="int8"), scale=np.array([0.1, 0.2, 0.3], np.float32),
                 zero_point=np.array([3, 4, -5], np.int8), axis=1),
             (N,),
-            lambda x: (x - np.array([3, 4, -5])[:, None]) * np.array([0.1, 0.2, 0.3], np.float32)[:, None],
+            lambda x: (x - np.array([[3], [4], [-5]])) * np.float32([[0.1], [0.2], [0.3]]),
         ),
     }  # fmt: skip
 

@@ -329,7 +329,7 @@ def test_damaged_packages_are_refused(load_program: Any, tmp_path: Path) -> None
 def test_functions_are_chosen_by_name(load_program: Any, tmp_path: Path) -> None:
     program = load_program({"x": mb.placeholder(shape=(2,))}, simple)
     assert program.function_names == ("main",)
-    with pytest.raises(ArtifactError, match="no function 'mains'.*Did you mean 'main'"):
+    with pytest.raises(ArtifactError, match=r"no function 'mains'.*Did you mean 'main'"):
         load(tmp_path / "model.mlpackage", "mains")
 
 

@@ -17,7 +17,8 @@ from llm_coreml.reference.dtypes import DTYPES
 from llm_coreml.reference.weights import WeightFile, unpack_elements
 
 RANGES = {
-    "int8": (-128, 127), "uint8": (0, 255), "int16": (-(2**15), 2**15 - 1), "uint16": (0, 2**16 - 1),
+    "int8": (-128, 127), "uint8": (0, 255), "int16": (-(2**15), 2**15 - 1),
+    "uint16": (0, 2**16 - 1),
     "int32": (-(2**31), 2**31 - 1), "uint32": (0, 2**32 - 1), "int4": (-8, 7), "uint1": (0, 1),
     "uint2": (0, 3), "uint3": (0, 7), "uint4": (0, 15), "uint6": (0, 63),
 }  # fmt: skip

@@ -51,7 +51,7 @@ def gather(
     places = wrapped(indices, x.shape[axis])
     if batch_dims == 0:
         flat = x.index_select(axis, places.reshape(-1))
-        return flat.reshape(*x.shape[:axis], *places.shape, *x.shape[axis + 1 :])
+        return flat.reshape((*x.shape[:axis], *places.shape, *x.shape[axis + 1 :]))
     batch = math.prod(x.shape[:batch_dims])
     rows = x.reshape(batch, *x.shape[batch_dims:])
     chosen = places.reshape(batch, -1)
