@@ -10,6 +10,8 @@ import pytest
 import torch
 from coremltools.converters.mil.mil import Builder as mb
 
+from llm_coreml.reference.ops import attention
+
 RNG = np.random.default_rng(1)
 A = RNG.standard_normal((2, 3, 4)).astype(np.float32)
 B = RNG.standard_normal((2, 3, 4)).astype(np.float32)
@@ -225,7 +227,7 @@ def _products() -> dict[str, Any]:
     mask = RNG.standard_normal((3, 5)).astype(np.float32)
     allowed = np.array([[1, 0, 0, 0, 0], [1, 1, 0, 1, 0], [1, 1, 1, 1, 1]]).astype(bool)
 
-    def attention() -> Any:
+    def attend() -> Any:
         return lambda q, k, v, m=None: mb.scaled_dot_product_attention(
             query=q, key=k, value=v, **({} if m is None else {"attn_mask": m})
         )
@@ -250,9 +252,9 @@ def _products() -> dict[str, Any]:
             lambda x, y: mb.einsum(values=(x, y), equation="abcd,adce->abce"), (left, right),
             lambda x, y: np.einsum("abcd,adce->abce", x, y),
         ),
-        "attention": (attention(), (q, k, v), None),
-        "attention_float": (attention(), (q, k, v, mask), None),
-        "attention_bool": (attention(), (q, k, v, allowed), None),
+        "attention": (attend(), (q, k, v), None),
+        "attention_float": (attend(), (q, k, v, mask), None),
+        "attention_bool": (attend(), (q, k, v, allowed), None),
         "conv": (conv(), (IMAGE,), expected_conv(groups=2)),
         "conv_custom": (
             conv(pad_type="custom", pad=[2, 2, 1, 1], strides=[2, 1], dilations=[1, 2]), (IMAGE,),
@@ -378,7 +380,21 @@ def test_competing_updates_are_refused(load_program: Any) -> None:
         program({"x": torch.zeros(4), "u": torch.ones(2)})
 
 
-def test_attention_row_without_keys_is_nan(load_program: Any) -> None:
+@pytest.mark.parametrize("kind", ["none", "bool", "float"])
+def test_both_ways_of_attention_agree(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    query, key, value = (torch.randn(1, 2, rows, 8) for rows in (5, 7, 7))
+    mask = {"none": None, "bool": torch.rand(5, 7) > 0.3, "float": torch.randn(5, 7)}[kind]
+    few = attention.scaled_dot_product_attention(query, key, value, mask)
+    monkeypatch.setattr(attention, "_FEW_ROWS", 0)
+    many = attention.scaled_dot_product_attention(query, key, value, mask)
+    torch.testing.assert_close(few, many, equal_nan=True)
+
+
+@pytest.mark.parametrize("limit", [0, 16])
+def test_attention_row_without_keys_is_nan(
+    limit: int, load_program: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_FEW_ROWS", limit)
     shape = (1, 1, 2, 4)
     program = load_program(
         {name: mb.placeholder(shape=shape) for name in ("q", "k", "v")},
