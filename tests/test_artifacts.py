@@ -263,7 +263,7 @@ def test_constant_methods_tell_runners_what_they_need(three_layers: Artifact) ->
         "use_sdpa_with_kv_cache": False,
         "enable_dynamic_shape": True,
         "get_bos_id": 1,
-        "get_eos_ids": [2],
+        "get_eos_ids": [2, 5],
     }
 
 

@@ -163,12 +163,12 @@ def test_integers_lie_within_half_a_step_of_their_block(
     scheme: Scheme, block: tuple[int, int]
 ) -> None:
     weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
-    weight *= torch.logspace(-3, 1, 16).unsqueeze(1)
+    weight *= torch.logspace(-2, 1, 16).unsqueeze(1)
     largest = weight.view(16, -1, block[1]).abs().amax(-1)
     # The largest value may lie half a step past the last code; fp16 then rounds the step itself.
     step = largest / (2 ** (scheme.bits - 1) - 0.5)
     error = (dense(weight, scheme) - weight).abs().view(16, -1, block[1]).amax(-1)
-    assert (error <= 0.52 * step).all()
+    assert (error <= (0.51 + 2 ** (scheme.bits - 12)) * step).all()
     assert (dense(weight, scheme) != 0).any(dim=-1).all(), "small rows keep scales of their own"
 
 
