@@ -55,7 +55,7 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Artif
 @pytest.fixture(scope="session")
 def three_layers(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """A tied, unquantized decoder of three layers."""
-    model = llama(num_hidden_layers=3, tie_word_embeddings=True)
+    model = llama(num_hidden_layers=3, vocab_size=257, tie_word_embeddings=True)
     config = ExportConfig(context=32, seq_lengths=(1, 16), **UNQUANTIZED)
     return lower(model, config, tmp_path_factory.mktemp("three") / "model.pte")
 

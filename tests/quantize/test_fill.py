@@ -200,3 +200,15 @@ def test_more_bits_are_nearer() -> None:
 def test_a_matrix_of_zeros_stays_zero(scheme: Scheme) -> None:
     found = dense(torch.zeros(32, 64), scheme)
     assert torch.equal(found, torch.zeros(32, 64))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "attribute"),
+    [(IntGroup(4, 8), "scale"), (IntChannel(8), "scale"), (Codebook(2, 16), "codebook")],
+    ids=["int4-group", "int8-channel", "codebook"],
+)
+def test_scales_and_tables_are_rounded_to_fp16(scheme: Scheme, attribute: str) -> None:
+    module = torch.nn.Linear(64, 32, bias=False).requires_grad_(False)
+    quantize_weight(module, scheme)
+    values = getattr(module.weight, attribute)
+    assert torch.equal(values, values.half().to(values.dtype))
