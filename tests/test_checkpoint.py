@@ -19,8 +19,9 @@ from huggingface_hub import errors as hub_errors
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from llm_coreml import checkpoint_files, checkpoint_tensors
 from llm_coreml.checkpoint import Checkpoint, Source, check_tensors, open_checkpoint
+from llm_coreml.checkpoint import files as checkpoint_files
+from llm_coreml.checkpoint import tensors as checkpoint_tensors
 from llm_coreml.checkpoint.tensors import WEIGHT_DTYPES
 from llm_coreml.errors import (
     CheckpointError,

@@ -1,0 +1,180 @@
+"""Lower tiny models to `.pte` files, and look inside them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from llm_coreml.build import build_decoder, open_model
+from llm_coreml.config import ExportConfig, Shapes
+from llm_coreml.decoder import Decoder, DecoderSpec
+from llm_coreml.quantize import QuantizationPlan, make_plan
+from llm_coreml.reference import pte
+from llm_coreml.reference.dtypes import DTYPES, to_tensor
+from llm_coreml.reference.inmemoryfs import unpack
+from llm_coreml.reference.mil import Constant, Function, Operation, TensorType
+from llm_coreml.reference.milproto import parse
+from llm_coreml.reference.ops.constexpr import (
+    constexpr_blockwise_shift_scale,
+    constexpr_lut_to_dense,
+)
+from llm_coreml.runtime import ReferenceRunner, Runner
+
+UNQUANTIZED: dict[str, Any] = {"scheme": "none", "embedding": "none"}
+PROJECTIONS = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A lowered decoder beside the eager one that it was made from."""
+
+    path: Path
+    decoder: Decoder
+    plan: QuantizationPlan
+    shapes: Shapes
+
+    def runner(self) -> ReferenceRunner:
+        return ReferenceRunner(self.path)
+
+
+@dataclass(frozen=True)
+class StoredMatrix:
+    """A weight matrix as the program holds it.
+
+    Attributes:
+        dense: Its values in fp32, before the rounding to the declared type.
+        declared: The type that the program gives the dense matrix.
+        bytes: What codes, scales and tables take in the weight file, without alignment.
+    """
+
+    dense: torch.Tensor
+    declared: str
+    bytes: int
+
+
+def lower(source: Any, config: ExportConfig, path: Path) -> Artifact:
+    """Quantize and lower a folder or live model to the file `path`, without verifying it."""
+    from llm_coreml.lower.coreml import lower_coreml
+    from llm_coreml.lower.program import constant_methods
+
+    model = open_model(source)
+    plan = make_plan(config, model.spec)
+    decoder, shapes = build_decoder(model, config, plan)
+    methods = constant_methods(model.spec, shapes, bos_id=1, eos_ids=(2,))
+    with path.open("wb") as file:
+        lower_coreml(decoder, config, shapes, methods).write_to_file(file)
+    return Artifact(path, decoder, plan, shapes)
+
+
+def method(path: Path) -> pte.Method:
+    """Return the plan of `forward`."""
+    return pte.read(path).methods["forward"]
+
+
+def files(path: Path) -> dict[str, memoryview]:
+    """Return the files of the only delegate, by path."""
+    (delegate,) = method(path).delegates
+    return unpack(delegate.data)
+
+
+def program(path: Path) -> Function:
+    """Return the only function of the Core ML program."""
+    (function,) = parse(files(path), "model.mlpackage").functions.values()
+    return function
+
+
+def weight_bytes(path: Path) -> int:
+    """Return the size of `weight.bin`."""
+    (size,) = [len(data) for name, data in files(path).items() if name.endswith("weight.bin")]
+    return size
+
+
+def matrices(path: Path, spec: DecoderSpec) -> dict[str, StoredMatrix]:
+    """Return every matrix of the program under the decoder's name of its module.
+
+    Linear operations come in the order of the decoder's own; the token table is what `gather`
+    reads with as many rows as the vocabulary.
+    """
+    function = program(path)
+    sources = {output.name: op for op in function.operations for output in op.outputs}
+    linears = [op for op in function.operations if op.type == "linear"]
+    names = [f"layers.{i}.{part}" for i in range(spec.num_hidden_layers) for part in PROJECTIONS]
+    found = {
+        name: _stored(sources, _source(sources, op, "weight"))
+        for name, op in zip([*names, "lm_head"], linears, strict=True)
+    }
+    tables = [_source(sources, op, "x") for op in function.operations if op.type == "gather"]
+    (table,) = [op for op in tables if op is not None and _shape(op)[0] == spec.vocab_size]
+    return {**found, "embed_tokens": _stored(sources, table)}
+
+
+def _source(sources: dict[str, Operation], op: Operation, parameter: str) -> Any:
+    (binding,) = op.inputs[parameter]
+    assert isinstance(binding, str)
+    source = sources.get(binding)
+    return source if source is not None and source.type.startswith("const") else None
+
+
+def _shape(op: Operation) -> tuple[int | None, ...]:
+    declared = op.outputs[0].type
+    assert isinstance(declared, TensorType)
+    return declared.shape
+
+
+def _constant(sources: dict[str, Operation], op: Operation, parameter: str) -> Constant:
+    if parameter in op.attributes:
+        return op.attributes[parameter]
+    (binding,) = op.inputs[parameter]
+    return sources[binding].attributes["val"] if isinstance(binding, str) else binding
+
+
+def _array(constant: Constant) -> tuple[torch.Tensor, int]:
+    """Return a constant's values, and the bytes that they take packed."""
+    assert isinstance(constant.type, TensorType)
+    values = np.array(constant.value())
+    bits = DTYPES[constant.type.dtype].bits * values.size
+    return to_tensor(values, constant.type.dtype), math.ceil(bits / 8)
+
+
+def _stored(sources: dict[str, Operation], op: Operation) -> StoredMatrix:
+    declared = op.outputs[0].type
+    assert isinstance(declared, TensorType)
+    kinds: dict[str, tuple[str, ...]] = {
+        "const": ("val",),
+        "constexpr_blockwise_shift_scale": ("data", "scale"),
+        "constexpr_lut_to_dense": ("indices", "lut"),
+    }
+    assert "offset" not in op.inputs, "every scheme is symmetric"
+    parts = [_array(_constant(sources, op, parameter)) for parameter in kinds[op.type]]
+    values = [part[0] for part in parts]
+    if op.type == "const":
+        dense = values[0].to(torch.float32)
+    elif op.type == "constexpr_lut_to_dense":
+        dense = constexpr_lut_to_dense(values[0], values[1].to(torch.float32))
+    else:
+        dense = constexpr_blockwise_shift_scale(values[0], values[1].to(torch.float32))
+    return StoredMatrix(dense, declared.dtype, sum(part[1] for part in parts))
+
+
+def feed(runner: Runner, tokens: Sequence[int], parts: Sequence[int]) -> torch.Tensor:
+    """Feed `tokens` from an empty cache in chunks of the lengths `parts`; all rows returned."""
+    runner.reset()
+    rows, start = [], 0
+    for length in parts:
+        rows.append(runner.step(tokens[start : start + length]))
+        start += length
+    return torch.cat(rows)

@@ -1,0 +1,152 @@
+"""The decoder computes what `transformers` computes, through folder, family and loader.
+
+Both sides run fp32 on random weights whose logits reach several units; the bound is absolute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from tiny import expected_logits, llama, mistral, save, tokens_for
+
+from llm_coreml.build import Model, build_decoder, build_original, open_model
+from llm_coreml.config import ExportConfig
+from llm_coreml.decoder import Decoder
+from llm_coreml.quantize import make_plan
+from llm_coreml.quantize.fill import fill
+
+CONTEXT = 64
+BOUND = 1e-4
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "gqa-4-2": {},
+    "gqa-6-2": {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 2},
+    "one-kv-head": {"num_attention_heads": 8, "num_key_value_heads": 1},
+    "mha": {"num_key_value_heads": 4},
+    "head-dim-48": {"hidden_size": 96, "head_dim": 48},
+    "tied": {"tie_word_embeddings": True},
+    "attention-bias": {"attention_bias": True},
+    "mlp-bias": {"mlp_bias": True},
+    "eps-1e-6": {"rms_norm_eps": 1e-6},
+    "three-layers": {"num_hidden_layers": 3, "tie_word_embeddings": True},
+    "rope-theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
+    "rope-linear": {
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.5}
+    },
+    "rope-dynamic": {
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    },
+    "rope-llama3": {"rope_parameters": LLAMA3},
+}
+SPLITS = {
+    "whole": [CONTEXT],
+    "chunks": [1, 8, 3, 32, 1, 7, 12],
+    "one-by-one": [1] * CONTEXT,
+}
+
+
+def run(decoder: Decoder, tokens: Sequence[int], parts: Sequence[int]) -> torch.Tensor:
+    """Feed `tokens` in chunks of the lengths `parts`; returns the rows of all calls."""
+    rows, start = [], 0
+    decoder.cache.reset()
+    with torch.inference_mode():
+        for length in parts:
+            chunk = torch.tensor([list(tokens[start : start + length])])
+            rows.append(decoder(chunk, torch.tensor([start]))[0])
+            start += length
+    return torch.cat(rows)
+
+
+def build(
+    model: Model, attention: Literal["fused", "decomposed"], logits: Literal["last", "all"]
+) -> Decoder:
+    decoder = Decoder(model.spec, CONTEXT, attention, logits)
+    fill(decoder, model.checkpoint, model.family, plan=None, storage=None)
+    return decoder.eval()
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_in_every_split(option: str, tmp_path: Path) -> None:
+    reference = llama(**OPTIONS[option])
+    tokens = tokens_for(97, CONTEXT)
+    expected = expected_logits(reference, tokens)
+    assert expected.abs().max() > 1, "tiny logits would hide differences"
+    model = open_model(save(reference, tmp_path))
+    for attention in ("fused", "decomposed"):
+        decoder = build(model, attention, "all")
+        for name, parts in SPLITS.items():
+            error = (run(decoder, tokens, parts) - expected).abs().max()
+            assert error < BOUND, f"{attention}, {name}: {error}"
+
+
+@pytest.mark.parametrize("parts", SPLITS.values(), ids=SPLITS)
+def test_last_logits_are_the_last_row_of_each_chunk(parts: list[int], tmp_path: Path) -> None:
+    reference = llama(num_hidden_layers=2)
+    tokens = tokens_for(97, CONTEXT)
+    ends = torch.tensor(parts).cumsum(0) - 1
+    rows = run(build(open_model(save(reference, tmp_path)), "fused", "last"), tokens, parts)
+    assert rows.shape == (len(parts), 97)
+    assert (rows - expected_logits(reference, tokens)[ends]).abs().max() < BOUND
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_checkpoints_compute_in_fp32(dtype: torch.dtype, tmp_path: Path) -> None:
+    from transformers import LlamaForCausalLM
+
+    narrow = llama(num_hidden_layers=2, attention_bias=True).to(dtype)
+    model = open_model(save(narrow, tmp_path, max_shard_size="60KB"))
+    # Read again rather than widened: `to` has rounded the model's RoPE frequencies as well.
+    reference = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    tokens = tokens_for(97, CONTEXT)
+    decoder = build_original(model, CONTEXT)
+    assert decoder.layers[0].mlp.gate_proj.weight.dtype == dtype, "weights stay 16 bits wide"
+    decoder.logits = "all"
+    error = (run(decoder, tokens, [40, 24]) - expected_logits(reference, tokens)).abs()
+    assert error.max() < BOUND
+
+
+def test_build_decoder_unquantized_in_fp32(tmp_path: Path) -> None:
+    reference = llama(tie_word_embeddings=True)
+    model = open_model(save(reference, tmp_path))
+    config = ExportConfig(
+        scheme="none",
+        embedding="none",
+        compute_precision="fp32",
+        logits="all",
+        target="ane",
+        context=32,
+    )
+    decoder, shapes = build_decoder(model, config, make_plan(config, model.spec))
+    assert shapes.context == 32
+    tokens = tokens_for(97, 32)
+    error = (run(decoder, tokens, [8, 24]) - expected_logits(reference, tokens)).abs().max()
+    assert error < BOUND
+
+
+def test_mistral_without_a_window(tmp_path: Path) -> None:
+    reference = mistral(sliding_window=None, num_hidden_layers=2)
+    tokens = tokens_for(97, CONTEXT)
+    decoder = build(open_model(save(reference, tmp_path)), "fused", "all")
+    for parts in SPLITS.values():
+        error = (run(decoder, tokens, parts) - expected_logits(reference, tokens)).abs().max()
+        assert error < BOUND
+
+
+def test_a_live_model_needs_no_folder() -> None:
+    reference = llama(tie_word_embeddings=True)
+    tokens = tokens_for(97, CONTEXT)
+    decoder = build(open_model(reference), "fused", "all")
+    error = (run(decoder, tokens, [CONTEXT]) - expected_logits(reference, tokens)).abs().max()
+    assert error < BOUND

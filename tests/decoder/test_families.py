@@ -1,0 +1,159 @@
+"""From `config.json` to a spec: what is read, and what is refused with a way on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import llama, mistral, save
+
+from llm_coreml.build import build_original, open_model
+from llm_coreml.decoder.spec import RopeSpec
+from llm_coreml.errors import CheckpointError, UnsupportedError
+from llm_coreml.families import find_family, known_model_types
+
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+
+
+def spec_of(**changes: Any) -> Any:
+    config = {**LLAMA, **changes}
+    return find_family(config).spec(config)
+
+
+def test_silent_options_take_the_defaults_of_transformers() -> None:
+    spec = spec_of()
+    assert (spec.num_key_value_heads, spec.head_dim, spec.max_position_embeddings) == (4, 16, 2048)
+    assert spec.rms_norm_eps == 1e-6
+    assert spec.rope == RopeSpec(original_max_position_embeddings=2048)
+    assert not (spec.tie_word_embeddings or spec.attention_bias or spec.mlp_bias)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 4.0}},
+        {"rope_theta": 5e5, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+        {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e5}},
+    ],
+    ids=["type", "rope_type", "transformers-5"],
+)
+def test_rope_is_read_in_its_three_spellings(changes: dict[str, Any]) -> None:
+    expected = RopeSpec(theta=5e5, kind="linear", factor=4.0, original_max_position_embeddings=2048)
+    assert spec_of(**changes).rope == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
+            "config.json scales RoPE by 'yarn'; supported are default, linear, dynamic, llama3.",
+        ),
+        (
+            {"hidden_act": "gelu"},
+            "config.json gives hidden_act 'gelu'; this family computes silu only.",
+        ),
+        (
+            {"sliding_window": 16},
+            "config.json gives sliding_window = 16; attention windows are not supported yet. Set "
+            "it to null in config.json only if the model was trained without one.",
+        ),
+        (
+            {"model_type": "lama"},
+            "There is no family for model_type 'lama'; known are llama, mistral. "
+            "Did you mean 'llama'?",
+        ),
+        (
+            {"model_type": "mistral"},
+            "config.json gives sliding_window = 4096; attention windows are not supported yet. Set "
+            "it to null in config.json only if the model was trained without one.",
+        ),
+    ],
+    ids=["rope", "activation", "window", "model_type", "mistral-default"],
+)
+def test_what_the_decoder_does_not_compute_is_refused(
+    changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UnsupportedError) as caught:
+        spec_of(**changes)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"vocab_size": 0}, "vocab_size = 0; it must be a positive whole number"),
+        ({"hidden_size": 64.0}, "hidden_size = 64.0"),
+        ({"num_hidden_layers": True}, "num_hidden_layers = True"),
+        ({"num_key_value_heads": 3}, "4 attention heads and 3 key/value heads"),
+        ({"head_dim": 15}, "head_dim = 15; rotary embeddings need an even one"),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+            "scales RoPE by 'llama3' but gives no low_freq_factor for it",
+        ),
+        ({"rope_scaling": {"rope_type": "linear"}}, "gives no factor for it"),
+    ],
+)
+def test_sizes_that_make_no_sense_are_named(changes: dict[str, Any], part: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        spec_of(**changes)
+    assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("key", sorted(set(LLAMA) - {"model_type"}))
+def test_a_missing_size_is_named(key: str) -> None:
+    config = {name: value for name, value in LLAMA.items() if name != key}
+    with pytest.raises(CheckpointError, match=f"has no {key}; a llama model needs it"):
+        find_family(config).spec(config)
+
+
+@pytest.mark.parametrize("model_type", known_model_types())
+def test_every_family_names_each_parameter_once(model_type: str) -> None:
+    for tied in (False, True):
+        spec = spec_of(
+            model_type=model_type,
+            sliding_window=None,
+            num_key_value_heads=2,
+            tie_word_embeddings=tied,
+            attention_bias=True,
+            mlp_bias=True,
+        )
+        family = find_family({"model_type": model_type})
+        names = family.tensor_names(spec)
+        assert len(set(names.values())) == len(names)
+        assert len(names) == 2 * 16 + (2 if tied else 3)
+
+
+def test_a_window_in_the_file_is_refused_when_the_folder_is_opened(tmp_path: Path) -> None:
+    folder = save(mistral(sliding_window=16), tmp_path)
+    with pytest.raises(UnsupportedError, match="sliding_window = 16"):
+        open_model(folder)
+
+
+def test_dynamic_rope_past_the_trained_length_is_refused(tmp_path: Path) -> None:
+    folder = save(llama(), tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"] = {
+        "rope_type": "dynamic",
+        "rope_theta": 10000.0,
+        "factor": 2.0,
+        "original_max_position_embeddings": 32,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    model = open_model(folder)
+    build_original(model, context=32)
+    with pytest.raises(UnsupportedError) as caught:
+        build_original(model, context=64)
+    assert str(caught.value) == (
+        "rope_scaling 'dynamic' changes its angles past 32 positions, which a fixed table of 64 "
+        "cannot hold; use --context 32 or less."
+    )

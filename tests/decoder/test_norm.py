@@ -1,0 +1,87 @@
+"""RMSNorm by the row's largest magnitude: the textbook's values, and finite in fp16."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llm_coreml.decoder.norm import RMSNorm
+
+# Nine fp16 operations of relative error 2^-11 each, the last two on values near one.
+FP16_BOUND = 2.0**-8
+
+
+def textbook(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    x = x.to(torch.float64)
+    return x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps) * weight.to(torch.float64)
+
+
+def norm_with(size: int, eps: float, seed: int, dtype: torch.dtype) -> RMSNorm:
+    norm = RMSNorm(size, eps).to(dtype)
+    # Made in fp32; here each precision gets the best root it can hold.
+    norm.root_eps = torch.tensor([math.sqrt(eps)], dtype=dtype)
+    generator = torch.Generator().manual_seed(seed)
+    norm.weight.copy_(1 + 0.2 * torch.randn(size, generator=generator))
+    return norm
+
+
+def rows_of(size: int, scale: float, seed: int) -> torch.Tensor:
+    """Normal rows, a row with one outlier and a constant row, all up to `scale`."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(3, size, generator=generator, dtype=torch.float64)
+    rows[1] *= 0.01
+    rows[1, 0] = -1
+    rows[2] = 1
+    return rows / rows.abs().amax(dim=-1, keepdim=True) * scale
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    exponent=st.floats(math.log(1e-6), math.log(6e4)),
+    eps=st.sampled_from([1e-5, 1e-6, 1e-8]),
+    size=st.integers(1, 70),
+    seed=st.integers(0, 1000),
+)
+def test_is_the_textbook_formula_in_fp64(exponent: float, eps: float, size: int, seed: int) -> None:
+    norm = norm_with(size, eps, seed, torch.float64)
+    x = rows_of(size, math.exp(exponent), seed)
+    expected = textbook(x, norm.weight, eps)
+    assert ((norm(x) - expected).abs() <= 1e-13 * expected.abs() + 1e-300).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    exponent=st.floats(math.log(1e-3), math.log(6e4)),
+    eps=st.sampled_from([1e-5, 1e-6]),
+    size=st.sampled_from([16, 64, 576]),
+    seed=st.integers(0, 1000),
+)
+def test_stays_near_fp64_step_by_step_in_fp16(
+    exponent: float, eps: float, size: int, seed: int
+) -> None:
+    norm = norm_with(size, eps, seed, torch.float16)
+    x = rows_of(size, math.exp(exponent), seed).to(torch.float16)
+    found = norm(x)
+    assert found.dtype == torch.float16
+    expected = textbook(x, norm.weight, eps)
+    largest = expected.abs().amax(dim=-1, keepdim=True)
+    assert torch.isfinite(found).all()
+    assert ((found.to(torch.float64) - expected).abs() <= FP16_BOUND * largest).all()
+
+
+@pytest.mark.parametrize("largest", [256.0, 60000.0, 65504.0])
+def test_does_not_overflow_where_the_textbook_does(largest: float) -> None:
+    x = torch.full((1, 64), largest, dtype=torch.float16)
+    assert torch.isinf((x * x).mean()), "the plain formula overflows here"
+    found = norm_with(64, 1e-5, 0, torch.float16)(x)
+    assert torch.isfinite(found).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_zero_rows_give_zeros(dtype: torch.dtype) -> None:
+    norm = norm_with(64, 1e-6, 0, dtype)
+    assert torch.equal(norm(torch.zeros(2, 64, dtype=dtype)), torch.zeros(2, 64, dtype=dtype))

@@ -1,0 +1,205 @@
+"""Settings of an export: what is refused, with which words, and how a command is rebuilt."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llm_coreml.config import ExportConfig, Shapes, resolve_shapes
+from llm_coreml.errors import ConfigError, LlmCoreMLError, UnsupportedError
+from llm_coreml.manifest import rebuild_command
+from llm_coreml.targets import MINIMUM_OS, TARGETS, opset_of
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"context": 33}, "--context is 33; it must be a multiple of 32, such as 32."),
+        ({"context": 100}, "--context is 100; it must be a multiple of 32, such as 96."),
+        ({"context": 5}, "--context is 5; it must be a multiple of 32, such as 32."),
+        ({"context": 0}, "--context is 0; it must be a multiple of 32, such as 32."),
+        ({"context": -32}, "--context is -32; it must be a multiple of 32, such as 32."),
+        (
+            {"seq_lengths": (8, 64)},
+            "--seq-lengths 8,64 lacks 1, without which no single token can be generated; add it.",
+        ),
+        (
+            {"seq_lengths": (1, 8, 8)},
+            "--seq-lengths 1,8,8 must be different numbers of at least 1.",
+        ),
+        ({"seq_lengths": (0, 1)}, "--seq-lengths 0,1 must be different numbers of at least 1."),
+        (
+            {"seq_lengths": tuple(range(1, 130))},
+            "--seq-lengths holds 129 lengths; Core ML allows 128.",
+        ),
+        (
+            {"bits": 5},
+            "--bits is 5; Core ML holds weights of 1, 2, 3, 4, 6, 8 and 16 bits.",
+        ),
+        ({"logits": "first"}, "logits is 'first'; it must be last or all."),
+        ({"compute_precision": "bf16"}, "compute_precision is 'bf16'; it must be fp16 or fp32."),
+        ({"backend": "mps"}, "backend is 'mps'; it must be coreml or xnnpack."),
+        (
+            {"target": "anee"},
+            "There is no target 'anee'; the targets are gpu, ane, cpu, all. Did you mean 'ane'?",
+        ),
+        (
+            {"minimum_os": "ios18"},
+            f"There is no OS 'ios18'; known are {', '.join(MINIMUM_OS)}. Did you mean 'iOS18'?",
+        ),
+    ],
+    ids=lambda value: None if isinstance(value, str) else ",".join(value),
+)
+def test_settings_that_break_a_rule(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        ExportConfig(**settings)
+    assert str(caught.value) == message
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("system", ["iOS17", "iOS13", "macOS14"])
+def test_systems_before_states_are_refused(system: str) -> None:
+    with pytest.raises(UnsupportedError) as caught:
+        ExportConfig(minimum_os=system)
+    assert str(caught.value) == (
+        f"{system} is too old: Core ML keeps a KV cache as state, and holds int4, grouped and "
+        "codebook weights, from iOS18 and macOS15 on; use --minimum-os iOS18."
+    )
+
+
+@pytest.mark.parametrize(("system", "opset"), MINIMUM_OS.items())
+def test_every_known_system_names_an_opset_of_coremltools(system: str, opset: str) -> None:
+    import coremltools
+
+    assert opset_of(system) == opset
+    known = coremltools.target.__members__
+    # coremltools has no word for visionOS; its systems follow those of iOS.
+    assert known[opset] == known.get(system, known[opset])
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+def test_targets_name_units_of_coremltools(target: Any) -> None:
+    import coremltools
+
+    assert target.compute_unit in coremltools.ComputeUnit.__members__
+    assert target.default_scheme not in target.misfits
+
+
+@pytest.mark.parametrize(
+    ("settings", "positions", "expected"),
+    [
+        ({}, 8192, Shapes(2048, (1, 8, 64, 512))),
+        ({}, 1000, Shapes(992, (1, 8, 64, 512))),
+        ({}, 512, Shapes(512, (1, 8, 64, 512))),
+        ({}, 100, Shapes(96, (1, 8, 64))),
+        ({}, 33, Shapes(32, (1, 8))),
+        ({"context": 4096}, 8192, Shapes(4096, (1, 8, 64, 512))),
+        ({"context": 96, "seq_lengths": (7, 96, 1)}, 100, Shapes(96, (1, 7, 96))),
+    ],
+)
+def test_shapes_of_a_model(settings: dict[str, Any], positions: int, expected: Shapes) -> None:
+    assert resolve_shapes(ExportConfig(**settings), positions) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "positions", "message"),
+    [
+        (
+            {"context": 128},
+            100,
+            "--context 128 is longer than the 100 positions that the model was trained for; use "
+            "96 or less.",
+        ),
+        ({}, 31, "The model has 31 positions; the KV cache needs 32 at least."),
+        (
+            {"context": 32, "seq_lengths": (1, 33)},
+            100,
+            "--seq-lengths holds 33, which is longer than the context of 32; drop it or raise "
+            "--context.",
+        ),
+    ],
+)
+def test_shapes_that_do_not_fit_a_model(
+    settings: dict[str, Any], positions: int, message: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve_shapes(ExportConfig(**settings), positions)
+    assert str(caught.value) == message
+
+
+CONFIGS = st.builds(
+    ExportConfig,
+    bits=st.sampled_from([None, 1, 2, 3, 4, 6, 8, 16]),
+    scheme=st.sampled_from([None, "codebook", "int4-group"]),
+    group_size=st.integers(1, 256),
+    codebook_rows=st.integers(1, 64),
+    embedding=st.sampled_from(["int8-channel", "codebook:4", "none"]),
+    lm_head=st.sampled_from([None, "codebook:6"]),
+    target=st.sampled_from(sorted(TARGETS)),
+    minimum_os=st.sampled_from(sorted(MINIMUM_OS)),
+    compute_precision=st.sampled_from(["fp16", "fp32"]),
+    logits=st.sampled_from(["last", "all"]),
+    context=st.none() | st.integers(1, 100).map(lambda n: 32 * n),
+    seq_lengths=st.none()
+    | st.sets(st.integers(2, 4096), max_size=5).map(lambda lengths: (1, *sorted(lengths))),
+    backend=st.sampled_from(["coreml", "xnnpack"]),
+    force=st.booleans(),
+)
+
+
+@given(CONFIGS)
+def test_json_round_trip(config: ExportConfig) -> None:
+    assert ExportConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+def parse(words: list[str]) -> ExportConfig:
+    """Read the flags of a command as the command line would."""
+    kinds = {field.name: str(field.type) for field in fields(ExportConfig)}
+    values: dict[str, Any] = {}
+    rest = iter(words)
+    for word in rest:
+        name = word.removeprefix("--").replace("-", "_")
+        if kinds[name] == "bool":
+            values[name] = True
+        elif kinds[name].startswith("tuple"):
+            values[name] = tuple(int(part) for part in next(rest).split(","))
+        else:
+            text = next(rest)
+            values[name] = int(text) if kinds[name].startswith("int") else text
+    return ExportConfig(**values)
+
+
+@given(CONFIGS)
+def test_the_rebuild_command_says_all_of_it(config: ExportConfig) -> None:
+    words = rebuild_command("org/name", config)
+    assert words[:3] == ["llm-coreml", "export", "org/name"]
+    assert all(isinstance(word, str) for word in words)
+    assert parse(words[3:]) == config
+
+
+def test_the_rebuild_command_leaves_defaults_out() -> None:
+    assert rebuild_command("m", ExportConfig()) == ["llm-coreml", "export", "m"]
+    config = ExportConfig(bits=3, seq_lengths=(1, 16), force=True)
+    assert rebuild_command("m", config)[3:] == [
+        "--bits",
+        "3",
+        "--seq-lengths",
+        "1,16",
+        "--force",
+    ]
+
+
+def test_an_unknown_setting_offers_the_nearest() -> None:
+    with pytest.raises(ConfigError) as caught:
+        ExportConfig.from_json({"grop_size": 8})
+    assert str(caught.value) == "There is no setting 'grop_size'. Did you mean 'group_size'?"
+
+
+def test_exit_codes_are_different() -> None:
+    codes = [error.exit_code for error in (LlmCoreMLError, *LlmCoreMLError.__subclasses__())]
+    assert sorted(codes) == list(range(1, len(codes) + 1))
