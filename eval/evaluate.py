@@ -7,7 +7,6 @@ result = evaluate("out/", model=live_model)    # a model that is not on disk
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from llm_coreml.eval.latency import measure_latency
@@ -101,10 +100,9 @@ def _windows(
             f"'{bundle.folder}' was exported without a tokenizer, so no text can be scored; "
             "export again with one."
         )
-    bos_id: Any = bundle.manifest["program"]["constant_methods"].get("get_bos_id")
+    tokenizer = Tokenizer(bundle.tokenizer)
     name, content = read_text(None if text is None else Path(text))
-    encoded = Tokenizer(bundle.tokenizer, bos_id).encode(content)
-    return name, cut(encoded, artifact.context, bos_id, tokens)
+    return name, cut(tokenizer.encode(content), artifact.context, tokenizer.bos_id, tokens)
 
 
 def _originals(bundle: Bundle, model: str | Path | torch.nn.Module | None) -> dict[str, Runner]:

@@ -61,10 +61,15 @@ class Bundle:
 def open_bundle(folder: Path) -> Bundle:
     """Read a bundle's manifest and check that its program is there.
 
+    Args:
+        folder: The bundle, or the program in it.
+
     Raises:
         ArtifactError: no such folder, no program, or a manifest that is damaged or of a later
             version.
     """
+    if folder.is_file():
+        folder = folder.parent
     if not folder.is_dir():
         raise ArtifactError(f"'{folder}' is no folder; give the folder that an export wrote.")
     try:

@@ -22,19 +22,11 @@ from llm_coreml.errors import LlmCoreMLError
 _FORMATS = click.Choice(["human", "json"])
 
 
-class _Lengths(click.ParamType):
-    """Comma-separated whole numbers."""
-
-    name = "N,N,..."
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, ...]:
-        """Parse; a list passes."""
-        try:
-            return tuple(int(part) for part in str(value).split(","))
-        except ValueError:
-            self.fail(f"{value} is no list of whole numbers such as 1,8,64.", param, ctx)
+def _lengths(value: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in value.split(","))
+    except ValueError:
+        raise click.BadParameter(f"'{value}' is no list of numbers such as 1,8,64.") from None
 
 
 def _plain_names(name: str) -> str:
@@ -91,7 +83,10 @@ def cli() -> None:
 )
 @click.option("--context", type=int, help="Positions of the KV cache.  [default: up to 2048]")
 @click.option(
-    "--seq-lengths", type=_Lengths(), help="Chunk lengths to accept.  [default: 1,8,64,512]"
+    "--seq-lengths",
+    type=_lengths,
+    metavar="N,N,...",
+    help="Chunk lengths to accept.  [default: 1,8,64,512]",
 )
 @click.option(
     "--backend",

@@ -109,7 +109,7 @@ def _write(job: _Job, model: Model, draft: Path) -> None:
             f"{plan.untied_bytes:,} bytes."
         )
     bos_id, eos_ids = special_ids(model.checkpoint.config, model.checkpoint.generation_config)
-    text = _write_tokenizer(job, model, draft, bos_id)
+    text = _write_tokenizer(job, model, draft)
     progress.stage("quantize")
     decoder, shapes = build_decoder(model, config, plan, progress.advance)
     methods = constant_methods(model.spec, shapes, bos_id, eos_ids)
@@ -123,7 +123,7 @@ def _write(job: _Job, model: Model, draft: Path) -> None:
     (draft / CARD).write_text(model_card(manifest))
 
 
-def _write_tokenizer(job: _Job, model: Model, draft: Path, bos_id: int | None) -> list[int]:
+def _write_tokenizer(job: _Job, model: Model, draft: Path) -> list[int]:
     """Save the tokenizer and return the tokens that the artifact is verified on."""
     try:
         model.checkpoint.save_tokenizer(draft)
@@ -133,7 +133,7 @@ def _write_tokenizer(job: _Job, model: Model, draft: Path, bos_id: int | None) -
         generator = torch.Generator().manual_seed(0)
         shape = (_VERIFIED_TOKENS,)
         return torch.randint(model.spec.vocab_size, shape, generator=generator).tolist()
-    tokenizer = Tokenizer(draft / TOKENIZER, bos_id)
+    tokenizer = Tokenizer(draft / TOKENIZER)
     text = (bundled_model() / "heldout.txt").read_text(encoding="utf-8")
     return tokenizer.prompt(text[: 8 * _VERIFIED_TOKENS])[:_VERIFIED_TOKENS]
 

@@ -42,7 +42,7 @@ class LanguageModel:
         self._stop: tuple[int, ...] = tuple(methods.get("get_eos_ids", ()))
         self._tokenizer: Tokenizer | None = None
         if bundle.tokenizer.is_file():
-            self._tokenizer = Tokenizer(bundle.tokenizer, methods.get("get_bos_id"))
+            self._tokenizer = Tokenizer(bundle.tokenizer)
 
     @property
     def tokenizer(self) -> Tokenizer:

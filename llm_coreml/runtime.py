@@ -11,9 +11,9 @@ padded, so the last row of each chunk is always a real token's.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 import torch
 
@@ -83,21 +83,25 @@ class Runner(ABC):
                     f"Token {token} is outside the vocabulary of {self.vocab_size} entries; use "
                     "the tokenizer that belongs to the model."
                 )
-        if self.position + len(tokens) > self.context:
-            raise ConfigError(
-                f"{self.position} tokens are in the cache and {len(tokens)} more do not fit its "
-                f"{self.context} positions; reset, or export with a larger --context."
-            )
+        self._check_room(len(tokens))
         chunk = torch.tensor([list(tokens)], dtype=torch.int64)
         logits = self._forward(chunk, torch.tensor([self.position], dtype=torch.int64))
         self.position += len(tokens)
         return logits[0].to(torch.float32)
+
+    def _check_room(self, count: int) -> None:
+        if self.position + count > self.context:
+            raise ConfigError(
+                f"{self.position} tokens are in the cache and {count} more do not fit its "
+                f"{self.context} positions; give fewer, or export with a larger --context."
+            )
 
     @final
     def feed(self, tokens: Sequence[int]) -> torch.Tensor:
         """Continue the sequence by `tokens` and return the last row, float32 `[vocab]`."""
         if not tokens:
             raise ConfigError("There are no tokens to feed; give at least one.")
+        self._check_room(len(tokens))
         row, start = torch.empty(0), 0
         for length in split_lengths(len(tokens), self.seq_lengths):
             row = self.step(tokens[start : start + length])[-1]
@@ -114,6 +118,7 @@ class Runner(ABC):
             float32 `[len(tokens), vocab]`.
         """
         self.reset()
+        self._check_room(len(tokens))
         lengths = self.seq_lengths if self.every_row else (1,)
         rows, start = [], 0
         for length in split_lengths(len(tokens), lengths):
@@ -222,7 +227,9 @@ class ExecutorchRunner(Runner):
         super().__init__()
         from executorch.runtime import Runtime, Verification
 
-        self._load = lambda: Runtime.get().load_program(path, verification=Verification.Minimal)
+        self._load: Callable[[], Any] = lambda: Runtime.get().load_program(
+            path, verification=Verification.Minimal
+        )
         self.label = "XNNPACK on CPU"
         self.seq_lengths = seq_lengths
         self._clear()

@@ -1,7 +1,7 @@
 """The tokenizer of a bundle, and the ids that begin and end a text.
 
-tokenizer = Tokenizer(Path("out/tokenizer.json"), bos_id=1)
-tokenizer.encode("def add(a, b):")
+tokenizer = Tokenizer(Path("out/tokenizer.json"))
+tokenizer.prompt("def add(a, b):")
 """
 
 from __future__ import annotations
@@ -16,22 +16,27 @@ from llm_coreml.errors import CheckpointError
 class Tokenizer:
     """A `tokenizer.json`.
 
+    Attributes:
+        bos_id: Token that the tokenizer itself puts before a text, or None. (config.json may name
+            a beginning token that the model never saw.)
+
     Args:
         path: The file.
-        bos_id: Token that begins every text, or None.
 
     Raises:
         CheckpointError: the file is damaged.
     """
 
-    def __init__(self, path: Path, bos_id: int | None) -> None:
+    def __init__(self, path: Path) -> None:
         import tokenizers
 
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
             raise CheckpointError(f"'{path}' is no tokenizer: {error}. Save it again.") from None
-        self.bos_id = bos_id
+        text = self._tokenizer.encode("a", add_special_tokens=True).ids
+        before = text[: text.index(self.encode("a")[0])]
+        self.bos_id: int | None = before[0] if before else None
 
     def encode(self, text: str) -> list[int]:
         """Return the tokens of `text`, without any that begin or end a text."""

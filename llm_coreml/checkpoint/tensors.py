@@ -211,5 +211,5 @@ def _not_finite(
         )
     return CheckpointError(
         f"'{name}' in {where} is {value:g} at {index}, beyond the largest {type_name(cast.dtype)}, "
-        f"{torch.finfo(cast.dtype).max:g}. Read it as float32."
+        f"{torch.finfo(cast.dtype).max:g}; use --compute-precision fp32, which reads it as float32."
     )

@@ -90,7 +90,8 @@ class Attention(nn.Module):
         attended = self._attend(queries, keys, values, mask)  # [1, kv_heads, group * S, head_dim]
         attended = attended.reshape(1, spec.num_attention_heads, -1, spec.head_dim)
         width = spec.num_attention_heads * spec.head_dim
-        return self.o_proj(attended.transpose(1, 2).reshape(1, -1, width))
+        joined = attended.transpose(1, 2).reshape(1, -1, width)
+        return self.o_proj(joined)  # type: ignore[no-any-return]
 
     def _attend(
         self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor

@@ -13,8 +13,10 @@ from coremltools.converters.mil.frontend.torch.ops import _get_inputs
 from coremltools.converters.mil.frontend.torch.torch_op_registry import register_torch_op
 from coremltools.converters.mil.mil import types
 
+_NAMES = ["llm_coreml::kv_write", "llm_coreml.kv_write"]
 
-@register_torch_op(torch_alias=["llm_coreml::kv_write", "llm_coreml.kv_write"], override=True)
+
+@register_torch_op(torch_alias=_NAMES, override=True)  # type: ignore[untyped-decorator]
 def kv_write(context: Any, node: Any) -> None:
     """Lower a cache write to `slice_update` on the state's value and a state write right after.
 

@@ -30,7 +30,7 @@ def _inputs(module: GraphModule) -> list[Node]:
     ]
 
 
-class AskTheCast(PassBase):  # type: ignore[misc]
+class AskTheCast(PassBase):
     """Point `sym_size` of an int64 input at its int32 cast."""
 
     def call(self, graph_module: GraphModule) -> PassResult:

@@ -19,8 +19,6 @@ from torchao.quantization.granularity import PerAxis, PerGroup
 
 from llm_coreml.quantize.schemes import Codebook, IntChannel, IntGroup, Scheme, Unquantized
 
-_INT_DTYPES = {4: torch.int4, 8: torch.int8}
-
 
 @singledispatch
 def torchao_config(scheme: Scheme) -> AOBaseConfig | None:
@@ -31,13 +29,13 @@ def torchao_config(scheme: Scheme) -> AOBaseConfig | None:
 @torchao_config.register
 def _(scheme: IntGroup) -> AOBaseConfig:
     return IntxWeightOnlyConfig(
-        weight_dtype=_INT_DTYPES[scheme.bits], granularity=PerGroup(scheme.group_size)
+        weight_dtype=_int_dtype(scheme.bits), granularity=PerGroup(scheme.group_size)
     )
 
 
 @torchao_config.register
 def _(scheme: IntChannel) -> AOBaseConfig:
-    return IntxWeightOnlyConfig(weight_dtype=_INT_DTYPES[scheme.bits], granularity=PerAxis(0))
+    return IntxWeightOnlyConfig(weight_dtype=_int_dtype(scheme.bits), granularity=PerAxis(0))
 
 
 @torchao_config.register
@@ -57,8 +55,13 @@ def quantize_weight(module: nn.Module, scheme: Scheme) -> None:
     if config is None:
         return
     quantize_(module, config, filter_fn=lambda m, _: m is module)
-    weight: torch.Tensor = module.weight
+    weight = module.get_parameter("weight")
     for name in ("scale", "codebook"):
         values = getattr(weight, name, None)
         if values is not None:
             values.copy_(values.to(torch.float16).to(values.dtype))
+
+
+def _int_dtype(bits: int) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, f"int{bits}")
+    return dtype

@@ -96,9 +96,7 @@ def _set_matrix(
         weight = checkpoint.tensor(name, storage or checkpoint.dtype(name))
         module.weight = nn.Parameter(weight, requires_grad=False)
         return
-    # fp16 first: it is what Core ML would hold unquantized, and it finds what overflows there.
-    weight = checkpoint.tensor(name, storage or torch.float32).to(torch.float32)
-    module.weight = nn.Parameter(weight, requires_grad=False)
+    module.weight = nn.Parameter(checkpoint.tensor(name, torch.float32), requires_grad=False)
     quantize_weight(module, scheme)
 
 

@@ -1,0 +1,35 @@
+# Everything a fresh machine needs: make demo, make test. Only sh, make and Python 3.10-3.13.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: install demo test lint clean
+
+install: .venv/installed
+
+# The CPU build of torch is enough: an export needs no GPU.
+.venv/installed: pyproject.toml
+	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 10) <= v[:2] <= (3, 13) else "Python %d.%d found; 3.10 to 3.13 is needed: make PYTHON=python3.12" % v[:2])'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+# Export the bundled model at 4 bits, verify it, measure it.
+demo: install
+	$(BIN)/llm-coreml export llama --bits 4 --output out/demo --overwrite
+	$(BIN)/llm-coreml eval out/demo --tokens 2048
+
+test: install
+	$(BIN)/pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf build/typed
+	$(BIN)/python -m pip install --quiet --no-deps --target build/typed .
+	cd build/typed && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p llm_coreml
+
+clean:
+	rm -rf .venv build out dist *.egg-info

@@ -1,0 +1,86 @@
+"""The bundled model through the whole product: a real language model, real text, real figures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from llm_coreml.eval.quality import measure_quality
+from llm_coreml.eval.text import cut, read_text
+from llm_coreml.recipes import bundled_model
+
+import llm_coreml
+from llm_coreml import ExportConfig
+from llm_coreml.build import build_decoder, build_original, open_model
+from llm_coreml.quantize import make_plan
+from llm_coreml.runtime import EagerRunner, Runner
+from llm_coreml.tokenizer import Tokenizer
+
+TOKENS = 2048
+PROMPT = "The with statement is used to"
+NEW_TOKENS = 24
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The bundled model for the GPU, for the Neural Engine, and the GPU's twin for XNNPACK."""
+    folder = tmp_path_factory.mktemp("bundles")
+    configs = {
+        "int4-group": ExportConfig(bits=4, logits="all"),
+        "codebook": ExportConfig(bits=4, target="ane", logits="all"),
+        "twin": ExportConfig(bits=4, backend="xnnpack"),
+    }
+    for name, config in configs.items():
+        llm_coreml.export("llama", output=folder / name, config=config)
+    return {name: folder / name for name in configs}
+
+
+def windows() -> list[list[int]]:
+    tokenizer = Tokenizer(bundled_model() / "tokenizer.json")
+    return cut(tokenizer.encode(read_text(None)[1]), 1024, tokenizer.bos_id, TOKENS)
+
+
+@pytest.mark.parametrize("scheme", ["int4-group", "codebook"])
+def test_artifact_keeps_the_perplexity_of_its_quantized_model(
+    bundles: dict[str, Path], scheme: str
+) -> None:
+    result = llm_coreml.evaluate(bundles[scheme], tokens=TOKENS)
+    quantized, artifact = result.quality("quantized"), result.quality("artifact")
+    assert result.tokens == TOKENS
+    assert artifact.runtime == "reference runtime"
+    assert artifact.perplexity == pytest.approx(quantized.perplexity, rel=0.005)
+    assert artifact.mean_kl == pytest.approx(quantized.mean_kl, rel=0.05)
+    assert artifact.top1_agreement is not None and artifact.top1_agreement > 0.8
+
+
+def test_bundled_model_beats_a_trigram_model_and_loses_by_bits() -> None:
+    facts = json.loads((bundled_model() / "training.json").read_text())
+    model = open_model("llama")
+    runners: dict[str, Runner] = {"original": EagerRunner(build_original(model, 1024), "eager")}
+    for bits in (4, 3, 2):
+        config = ExportConfig(bits=bits, scheme="codebook", context=1024)
+        decoder, _ = build_decoder(model, config, make_plan(config, model.spec))
+        runners[f"{bits} bits"] = EagerRunner(decoder, "eager")
+    rows = {row.name: row for row in measure_quality(runners, windows())}
+    assert rows["original"].perplexity < 0.75 * facts["trigram_heldout_perplexity"]
+    divergences = [rows[f"{bits} bits"].mean_kl or 0.0 for bits in (4, 3, 2)]
+    assert divergences[0] > 1e-3
+    assert divergences[1] > 2 * divergences[0]
+    assert divergences[2] > 2 * divergences[1]
+    assert rows["2 bits"].perplexity > 1.05 * rows["original"].perplexity
+
+
+def test_stock_runner_of_executorch_generates_the_same_text(bundles: dict[str, Path]) -> None:
+    from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
+
+    pieces: list[str] = []
+    runner = TextLLMRunner(
+        str(bundles["twin"] / "model.pte"), str(bundles["twin"] / "tokenizer.json")
+    )
+    config = GenerationConfig(max_new_tokens=NEW_TOKENS, temperature=0.0, echo=False, num_bos=1)
+    runner.generate(PROMPT, config, token_callback=pieces.append)
+    text = "".join(pieces)
+    assert text.strip()
+    assert text == llm_coreml.load(bundles["twin"]).generate(PROMPT, NEW_TOKENS)
+    assert text == llm_coreml.load(bundles["int4-group"]).generate(PROMPT, NEW_TOKENS)
