@@ -30,7 +30,7 @@ def _lengths(value: str) -> tuple[int, ...]:
 
 
 def _plain_names(name: str) -> str:
-    return name.replace("_", "-") if name.startswith("--") else name
+    return name.replace("_", "-")  # click has taken the leading hyphens off
 
 
 @click.group(
@@ -285,8 +285,6 @@ def main() -> None:
     except (click.Abort, KeyboardInterrupt):
         click.echo("Interrupted; nothing was written.", err=True)
         code = 130
-    except BrokenPipeError:
-        code = 0
     except Exception as error:
         if "-v" in sys.argv or "--verbose" in sys.argv:
             traceback.print_exc()
