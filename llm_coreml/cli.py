@@ -130,7 +130,7 @@ def export_command(
             screen.progress.note(
                 "Exporting the small Llama that ships in the package; --model takes any other."
             )
-        from llm_coreml.export import export
+        from llm_coreml.pipeline import export
 
         bundle = export(
             source,
