@@ -56,6 +56,7 @@ def in_process(
     capfd.readouterr()
     monkeypatch.setattr(sys, "argv", ["llm-coreml", *map(str, words)])
     monkeypatch.setenv("COLUMNS", "1000")
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     with pytest.raises(SystemExit) as ended:
         main()
     out, err = capfd.readouterr()

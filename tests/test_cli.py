@@ -167,10 +167,8 @@ class FakeExport:
 
 @pytest.fixture
 def fake_export(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> FakeExport:
-    import importlib
-
     fake = FakeExport(bundle)
-    monkeypatch.setattr(importlib.import_module("llm_coreml.export"), "export", fake)
+    monkeypatch.setattr("llm_coreml.pipeline.export", fake)
     return fake
 
 
