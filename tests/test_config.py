@@ -201,5 +201,6 @@ def test_an_unknown_setting_offers_the_nearest() -> None:
 
 
 def test_exit_codes_are_different() -> None:
-    codes = [error.exit_code for error in (LlmCoreMLError, *LlmCoreMLError.__subclasses__())]
+    errors: list[type[LlmCoreMLError]] = [LlmCoreMLError, *LlmCoreMLError.__subclasses__()]
+    codes = [error.exit_code for error in errors]
     assert sorted(codes) == list(range(1, len(codes) + 1))

@@ -13,7 +13,7 @@ import pytest
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    import tomli as tomllib
+    import tomli as tomllib  # type: ignore[import-not-found]
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = {"llm_coreml": ROOT / "llm_coreml", "eval": ROOT / "eval", "recipes": ROOT / "recipes"}
@@ -54,19 +54,19 @@ def modules() -> list[tuple[str, Path]]:
 def imports(path: Path) -> Iterator[tuple[int, str]]:
     """Yield the line and layer of every import of ours in `path`, wherever it stands."""
     for node in ast.walk(ast.parse(path.read_text())):
-        names: list[str] = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno} imports by a relative name"
-            module = node.module or ""
-            names = [module]
-            if module == "llm_coreml":
-                names = [f"{module}.{alias.name}" for alias in node.names]
+            names = [node.module or ""]
+            if node.module == "llm_coreml":
+                names = [f"llm_coreml.{alias.name}" for alias in node.names]
+        else:
+            continue
         for name in names:
-            parts = name.split(".")
-            if parts[0] == "llm_coreml" and len(parts) > 1:
-                yield node.lineno, parts[1]
+            top, _, rest = name.partition(".")
+            if top == "llm_coreml" and rest:
+                yield node.lineno, rest.split(".")[0]
 
 
 def test_every_module_has_a_layer() -> None:

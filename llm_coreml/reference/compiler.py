@@ -221,12 +221,13 @@ class _Compiler:
         for number, operation in enumerate(operations):
             for name in (*tensor_names(operation), *(item.name for item in operation.outputs)):
                 last[name] = number
-        kept = {*self.states, *self.function.outputs, *self.constants, *self.expanded}
+        held = {*self.constants, *self.expanded}
+        kept = {*self.states, *self.function.outputs, *held}
         steps = []
         defined = {item.name for item in self.function.inputs}
         for number, operation in enumerate(operations):
             for name in tensor_names(operation):
-                if name in self.slots and name not in defined and name not in kept - self.states:
+                if name in self.slots and name not in defined | held:
                     raise ArtifactError(f"{_label(operation)} uses '{name}' before it exists.")
             defined |= {item.name for item in operation.outputs}
             if number in plan.settled:

@@ -123,8 +123,11 @@ class Table:
 
     def string(self, number: int) -> str:
         """Return a field of type string, or an empty one where the file omits it."""
-        view = self.bytes(number)
-        self._buffer.spend(len(view))
+        start, count = self._vector(number, 1)
+        if start and start + count >= self._buffer.size:
+            raise MalformedError("a name runs past the end")
+        view = self._buffer.data[start : start + count]
+        self._buffer.spend(count)
         try:
             return str(view, "utf-8")
         except UnicodeDecodeError as error:

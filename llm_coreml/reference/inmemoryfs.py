@@ -31,7 +31,7 @@ _MAX_DEPTH = 64
 # leaves a few zero bytes behind the index.
 _MAX_SLACK = 4096
 # A string without an end swallows the rest, which keeps the scan linear on hostile data.
-_TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\Z)|[{}]', re.DOTALL)
+_TOKEN = re.compile(rb'"[^"\\]*(?:\\.?[^"\\]*)*(?:"|\Z)|[{}]', re.DOTALL)
 
 
 @dataclass(frozen=True)

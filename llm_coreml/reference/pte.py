@@ -131,6 +131,9 @@ def read(path: str | Path) -> Container:
             for item in program.tables(4)
         ]
         inline = [item.bytes(0) for item in program.tables(3)]
+        # Not needed, but a file that is cut within its constants must not pass for a whole one.
+        for buffer in program.tables(2):
+            buffer.bytes(0)
         plans = [_method(plan, inline, segments) for plan in program.tables(1)]
         named = {
             item.string(0): _pick(segments, item.scalar(1, "uint"), "segment")
@@ -228,6 +231,10 @@ def _pick(items: list[memoryview], number: int, what: str) -> memoryview:
 
 def _method(plan: Table, inline: list[memoryview], segments: list[memoryview]) -> Method:
     name = plan.string(0)
+    metadata = plan.table(1)
+    if metadata is not None:
+        metadata.string(0), metadata.string(1)
+    plan.scalars(8, "long")
     values = _values(plan.tables(2))
     delegates = tuple(
         _delegate(name, number, item, inline, segments)

@@ -111,7 +111,8 @@ def test_16_bit_checkpoints_compute_in_fp32(dtype: torch.dtype, tmp_path: Path) 
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     tokens = tokens_for(97, CONTEXT)
     decoder = build_original(model, CONTEXT)
-    assert decoder.layers[0].mlp.gate_proj.weight.dtype == dtype, "weights stay 16 bits wide"
+    stored = decoder.get_parameter("layers.0.mlp.gate_proj.weight")
+    assert stored.dtype == dtype, "weights stay 16 bits wide"
     decoder.logits = "all"
     error = (run(decoder, tokens, [40, 24]) - expected_logits(reference, tokens)).abs()
     assert error.max() < BOUND

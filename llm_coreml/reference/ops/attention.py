@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch.nn import functional as F
 
 from llm_coreml.errors import ArtifactError
 from llm_coreml.reference.ops.registry import Tensor, floats, op
+
+# Up to here the formula is faster than torch's kernel, which is made for many rows.
+_FEW_ROWS = 16
 
 
 @op("scaled_dot_product_attention", floats("query", "key", "value"), fresh=True)
@@ -32,6 +37,8 @@ def scaled_dot_product_attention(
             f"has batch axes {list(query.shape[:-2])}, {list(key.shape[:-2])} and "
             f"{list(value.shape[:-2])} of query, key and value, which must be equal"
         )
+    if query.shape[-2] <= _FEW_ROWS:
+        return _by_formula(query, key, value, attn_mask)
     result = F.scaled_dot_product_attention(query, key, value, attn_mask)
     if attn_mask is None:
         return result
@@ -41,3 +48,12 @@ def scaled_dot_product_attention(
         empty = attn_mask.amax(-1, keepdim=True) == -torch.inf
     # torch gives zeros for such rows; the formula does not, and a program must not rely on it.
     return torch.where(empty, torch.nan, result) if bool(empty.any()) else result
+
+
+def _by_formula(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> Tensor:
+    scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = torch.where(attn_mask, scores, -torch.inf)
+    elif attn_mask is not None:
+        scores = scores + attn_mask
+    return torch.softmax(scores, -1) @ value

@@ -1,0 +1,242 @@
+"""From flags to schemes: what each pair means and costs, and what is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from llm_coreml.config import ExportConfig
+from llm_coreml.decoder import DecoderSpec
+from llm_coreml.errors import ConfigError, LlmCoreMLError, UnsupportedError
+from llm_coreml.manifest import bits_per_weight
+from llm_coreml.quantize import SCHEMES, Scheme, make_plan
+from llm_coreml.quantize.plan import linear_scheme
+from llm_coreml.quantize.schemes import Codebook, IntChannel, IntGroup, Unquantized
+
+SPEC = DecoderSpec(
+    model_type="llama",
+    vocab_size=1000,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=64,
+)
+TIED = replace(SPEC, tie_word_embeddings=True)
+NEURAL_ENGINE = (
+    "the Neural Engine takes per-channel and palettized weights only and has been reported to "
+    "fall back or compute wrong values with per-block int4 (coremltools issue 2510)"
+)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, IntGroup(4, 32)),
+        ({"bits": 4}, IntGroup(4, 32)),
+        ({"bits": 4, "target": "ane"}, Codebook(4, 16)),
+        ({"target": "all"}, Codebook(4, 16)),
+        ({"target": "cpu", "group_size": 16}, IntGroup(4, 16)),
+        ({"bits": 8}, IntChannel(8)),
+        ({"bits": 8, "scheme": "codebook"}, Codebook(8, 16)),
+        ({"bits": 3}, Codebook(3, 16)),
+        ({"bits": 1, "codebook_rows": 8}, Codebook(1, 8)),
+        ({"bits": 6}, Codebook(6, 16)),
+        ({"bits": 16}, Unquantized(16)),
+        ({"scheme": "none"}, Unquantized(16)),
+        ({"scheme": "none", "compute_precision": "fp32"}, Unquantized(32)),
+        ({"scheme": "int4-channel"}, IntChannel(4)),
+        ({"scheme": "int8-channel", "target": "ane"}, IntChannel(8)),
+        ({"scheme": "int4-group", "target": "ane", "force": True}, IntGroup(4, 32)),
+    ],
+)
+def test_what_bits_and_scheme_mean(settings: dict[str, Any], expected: Scheme) -> None:
+    assert linear_scheme(ExportConfig(**settings)) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "message"),
+    [
+        (
+            {"group_size": 48},
+            UnsupportedError,
+            "layers.0.self_attn.q_proj has 64 inputs, which --group-size 48 does not divide; use a "
+            "group size that does, such as 32, or --scheme int4-channel.",
+        ),
+        (
+            {"scheme": "codebook", "codebook_rows": 24},
+            UnsupportedError,
+            "layers.0.self_attn.q_proj has 64 rows, which --codebook-rows 24 does not divide; use "
+            "a number that does, such as 16.",
+        ),
+        (
+            {"embedding": "codebook:4"},
+            UnsupportedError,
+            "the token table has 1000 rows, which --codebook-rows 16 does not divide; use a number "
+            "that does, such as 10.",
+        ),
+        (
+            {"lm_head": "codebook:4"},
+            UnsupportedError,
+            "the output head has 1000 rows, which --codebook-rows 16 does not divide; use a number "
+            "that does, such as 10.",
+        ),
+        (
+            {"bits": 3, "scheme": "int4-group"},
+            UnsupportedError,
+            "--bits asks for 3 bit int4-group; Core ML holds integer weights of 4 and 8 bits only. "
+            "Use --scheme codebook for 1, 2, 3, 4, 6 or 8 bits.",
+        ),
+        (
+            {"bits": 4, "scheme": "int8-channel"},
+            UnsupportedError,
+            "--bits asks for 4 bit int8-channel; Core ML holds integer weights of 4 and 8 bits "
+            "only. Use --scheme codebook for 1, 2, 3, 4, 6 or 8 bits.",
+        ),
+        (
+            {"bits": 4, "scheme": "none"},
+            ConfigError,
+            "--scheme none keeps 16 bits, but --bits is 4; drop one of them.",
+        ),
+        *[
+            (
+                {"embedding": f"codebook:{bits}"},
+                UnsupportedError,
+                f"--embedding asks for a {bits} bit codebook; Core ML holds 1, 2, 3, 4, 6 and 8 "
+                "bits.",
+            )
+            for bits in (5, 7)
+        ],
+        (
+            {"lm_head": "codebook:7"},
+            UnsupportedError,
+            "--lm-head asks for a 7 bit codebook; Core ML holds 1, 2, 3, 4, 6 and 8 bits.",
+        ),
+        (
+            {"embedding": "int8"},
+            ConfigError,
+            "--embedding int8 is not known; give one of int4-group, int4-channel, int8-channel, "
+            "codebook, none, codebooks as codebook:4. Did you mean 'int8-channel'?",
+        ),
+        (
+            {"lm_head": "codebook:four"},
+            ConfigError,
+            "--lm-head codebook:four is not known; give one of int4-group, int4-channel, "
+            "int8-channel, codebook, none, codebooks as codebook:4. Did you mean 'codebook'?",
+        ),
+        (
+            {"scheme": "int4-groups"},
+            ConfigError,
+            "There is no scheme 'int4-groups'; the schemes are int4-group, int4-channel, "
+            "int8-channel, codebook, none. Did you mean 'int4-group'?",
+        ),
+        (
+            {"scheme": "int4-group", "target": "ane"},
+            UnsupportedError,
+            f"--target ane does not take int4-group: {NEURAL_ENGINE}. Use --scheme codebook, or "
+            "--force to export it all the same.",
+        ),
+        (
+            {"scheme": "int4-group", "target": "all"},
+            UnsupportedError,
+            f"--target all does not take int4-group: {NEURAL_ENGINE}. Use --scheme codebook, or "
+            "--force to export it all the same.",
+        ),
+        ({"group_size": 0}, ConfigError, "--group-size is 0; it must be at least 1."),
+        (
+            {"scheme": "codebook", "codebook_rows": 0},
+            ConfigError,
+            "--codebook-rows is 0; it must be at least 1.",
+        ),
+    ],
+)
+def test_what_cannot_be_held_is_refused_before_any_work(
+    settings: dict[str, Any], kind: type[LlmCoreMLError], message: str
+) -> None:
+    with pytest.raises(kind) as caught:
+        make_plan(ExportConfig(**settings), SPEC)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("bits", [5, 7])
+def test_codebooks_of_5_and_7_bits_are_no_setting_at_all(bits: int) -> None:
+    with pytest.raises(ConfigError, match=rf"--bits is {bits}; Core ML holds weights of 1, 2, 3,"):
+        ExportConfig(bits=bits, scheme="codebook")
+
+
+@pytest.mark.parametrize("target", ["ane", "all"])
+def test_force_exports_what_the_target_is_known_to_refuse(target: str) -> None:
+    plan = make_plan(ExportConfig(scheme="int4-group", target=target, force=True), SPEC)
+    assert plan.linear == IntGroup(4, 32)
+
+
+def test_a_table_that_the_target_refuses_is_refused_too() -> None:
+    with pytest.raises(UnsupportedError, match="--target ane does not take int4-group"):
+        make_plan(ExportConfig(target="ane", embedding="int4-group"), SPEC)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("none", Unquantized(16)),
+        ("int4-channel", IntChannel(4)),
+        ("int8-channel:8", IntChannel(8)),
+        ("int4-group", IntGroup(4, 32)),
+        ("codebook", Codebook(4, 8)),
+        ("codebook:6", Codebook(6, 8)),
+    ],
+)
+def test_table_schemes_are_parsed(text: str, expected: Scheme) -> None:
+    plan = make_plan(ExportConfig(embedding=text, codebook_rows=8), SPEC)
+    assert plan.embedding == plan.lm_head == expected
+    plan = make_plan(ExportConfig(embedding="none", lm_head=text, codebook_rows=8), SPEC)
+    assert (plan.embedding, plan.lm_head) == (Unquantized(16), expected)
+
+
+def test_a_tied_table_costs_twice_where_the_formats_differ() -> None:
+    same = make_plan(ExportConfig(embedding="int8-channel"), TIED)
+    assert same.tied and same.untied_bytes == 0
+    differing = make_plan(ExportConfig(embedding="int8-channel", lm_head="int4-group"), TIED)
+    assert not differing.tied
+    assert differing.untied_bytes == 1000 * 64 // 2 + 1000 * 2 * 2
+    untied = make_plan(ExportConfig(embedding="int8-channel", lm_head="int4-group"), SPEC)
+    assert not untied.tied and untied.untied_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("scheme", "bits"),
+    [
+        (IntGroup(4, 32), 4.5),
+        (IntGroup(4, 8), 6.0),
+        (IntChannel(4), 4 + 16 / 96),
+        (IntChannel(8), 8 + 16 / 96),
+        (Codebook(1, 16), 1 + 16 * 2 / (16 * 96)),
+        (Codebook(4, 8), 4 + 16 * 16 / (8 * 96)),
+        (Codebook(8, 64), 8 + 16 * 256 / (64 * 96)),
+        (Unquantized(16), 16.0),
+        (Unquantized(32), 32.0),
+    ],
+)
+def test_bits_per_weight_count_scales_and_tables(scheme: Scheme, bits: float) -> None:
+    assert scheme.bits_per_weight((64, 96)) == pytest.approx(bits, rel=1e-12)
+
+
+def test_bits_per_weight_of_a_model_count_a_tied_table_once() -> None:
+    config = ExportConfig(scheme="none", embedding="int8-channel")
+    blocks = 2 * (64 * 64 * 2 + 32 * 64 * 2 + 3 * 64 * 96)
+    table = 1000 * 64
+    per_row = 8 + 16 / 64
+    once = (16 * blocks + per_row * table) / (blocks + table)
+    twice = (16 * blocks + 2 * per_row * table) / (blocks + 2 * table)
+    assert bits_per_weight(make_plan(config, TIED), TIED) == pytest.approx(once)
+    assert bits_per_weight(make_plan(config, SPEC), SPEC) == pytest.approx(twice)
+
+
+def test_every_scheme_is_described() -> None:
+    plans = [linear_scheme(ExportConfig(scheme=name)) for name in SCHEMES]
+    assert [scheme.name for scheme in plans] == list(SCHEMES)
+    assert len({scheme.label for scheme in plans}) == len(plans)

@@ -1,0 +1,334 @@
+"""The output folder: whole or not there at all, and read back only when it is what it says."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from tiny import llama
+
+from llm_coreml.build import open_model
+from llm_coreml.bundle import (
+    MANIFEST,
+    PROGRAM,
+    check_output,
+    manifest_schema,
+    new_bundle,
+    open_bundle,
+    write_json,
+)
+from llm_coreml.card import model_card
+from llm_coreml.config import ExportConfig, resolve_shapes
+from llm_coreml.errors import ArtifactError, ConfigError, OutputError
+from llm_coreml.export import export
+from llm_coreml.manifest import file_sha256, make_manifest
+from llm_coreml.quantize import make_plan
+from llm_coreml.verify import Verification
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The manifest of an export whose program is a stand-in."""
+    program = tmp_path_factory.mktemp("program") / PROGRAM
+    program.write_bytes(b"program")
+    model = open_model(llama(intermediate_size=96, tie_word_embeddings=True))
+    config = ExportConfig(context=32, seq_lengths=(1, 8))
+    return make_manifest(
+        model,
+        config,
+        make_plan(config, model.spec),
+        resolve_shapes(config, model.spec.max_position_embeddings),
+        program,
+        {"get_max_seq_len": 8},
+        Verification("reference runtime", 64, 40, 1e-3, 1e-6),
+    )
+
+
+@pytest.fixture
+def bundle(manifest: dict[str, Any], tmp_path: Path) -> Path:
+    """A folder as an export leaves it."""
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    (folder / PROGRAM).write_bytes(b"program")
+    write_json(folder / MANIFEST, manifest)
+    return folder
+
+
+def entries(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# Reading
+
+
+def test_a_manifest_fits_its_schema_and_is_read_back(
+    bundle: Path, manifest: dict[str, Any]
+) -> None:
+    jsonschema.Draft202012Validator.check_schema(manifest_schema())
+    jsonschema.validate(manifest, manifest_schema())
+    opened = open_bundle(bundle)
+    assert opened.manifest == json.loads(json.dumps(manifest))
+    assert opened.program == bundle / PROGRAM
+    assert opened.manifest["program"]["sha256"] == file_sha256(opened.program)
+    assert opened.manifest["program"]["bytes"] == 7
+    assert entries(bundle) == [MANIFEST, PROGRAM], "no draft of the manifest is left"
+
+
+def test_bytes_of_the_groups_add_up(manifest: dict[str, Any]) -> None:
+    described = manifest["quantization"]
+    assert described["lm_head"]["bytes"] == 0, "a tied head is stored with the table"
+    linear = 64 * 64 * 2 + 32 * 64 * 2 + 3 * 64 * 96
+    assert described["linear"]["bytes"] == linear * 4.5 / 8
+    assert described["linear"]["matrices"] == 7
+    assert described["embedding"]["bytes"] == 97 * 64 + 97 * 2
+
+
+def test_the_card_tells_what_the_manifest_holds(manifest: dict[str, Any]) -> None:
+    card = model_card(manifest)
+    for part in ("int4 group 32", "1.00e-03", "No Apple device took part", "float32 [1, 1, 97]"):
+        assert part in card
+    assert " ".join(manifest["rebuild"]) in card
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        (lambda m: m.pop("source"), "is damaged at $: 'source' is a required property"),
+        (lambda m: m.update(extra=1), "is damaged at $: Additional properties"),
+        (lambda m: m["source"].update(sha256="0"), "is damaged at $.source.sha256"),
+        (lambda m: m["source"].update(kind="ftp"), "is damaged at $.source.kind"),
+        (lambda m: m["program"].update(bytes=0), "is damaged at $.program.bytes"),
+        (lambda m: m["program"].update(file="../x"), "is damaged at $.program.file"),
+        (lambda m: m["program"].update(seq_lengths=[]), "is damaged at $.program.seq_lengths"),
+        (lambda m: m["program"].update(seq_lengths=[0]), "at $.program.seq_lengths[0]"),
+        (lambda m: m["quantization"].pop("tied"), "is damaged at $.quantization"),
+        (lambda m: m["quantization"].update(linear={}), "is damaged at $.quantization.linear"),
+        (lambda m: m["verification"].pop("rows"), "is damaged at $.verification"),
+        (lambda m: m.update(version=2), "has version 2; this release reads version 1"),
+        (lambda m: m.pop("version"), "has version None; this release reads version 1"),
+    ],
+)
+def test_a_damaged_manifest_is_refused(
+    bundle: Path, manifest: dict[str, Any], change: Callable[[dict[str, Any]], Any], part: str
+) -> None:
+    damaged = json.loads(json.dumps(manifest))
+    change(damaged)
+    (bundle / MANIFEST).write_text(json.dumps(damaged))
+    with pytest.raises(ArtifactError) as caught:
+        open_bundle(bundle)
+    assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("data", "part"),
+    [
+        (b"", "cannot be read"),
+        (b'{"version": 1', "cannot be read"),
+        (b"\xff\xfe\x00", "cannot be read"),
+        (b"[1]", "has version None"),
+        (b"null", "has version None"),
+        (b'"text"', "has version None"),
+    ],
+)
+def test_a_manifest_that_is_none_is_refused(bundle: Path, data: bytes, part: str) -> None:
+    (bundle / MANIFEST).write_bytes(data)
+    with pytest.raises(ArtifactError) as caught:
+        open_bundle(bundle)
+    assert part in str(caught.value)
+
+
+def test_folders_that_are_no_bundle(bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="is no folder; give the folder that an export wrote"):
+        open_bundle(tmp_path / "absent")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ArtifactError, match=r"holds no manifest\.json"):
+        open_bundle(tmp_path / "empty")
+    (bundle / PROGRAM).unlink()
+    with pytest.raises(ArtifactError, match=r"holds no model\.pte; export again"):
+        open_bundle(bundle)
+
+
+# Where an output may go
+
+
+def test_an_output_that_exists_is_left_alone(bundle: Path) -> None:
+    with pytest.raises(OutputError, match="exists already; give another -o, or --overwrite"):
+        check_output(bundle, overwrite=False)
+    check_output(bundle, overwrite=True)
+
+
+def test_overwrite_replaces_exports_only(tmp_path: Path) -> None:
+    foreign = tmp_path / "photos"
+    foreign.mkdir()
+    check_output(foreign, overwrite=True)
+    (foreign / "cat.jpg").write_bytes(b"cat")
+    with pytest.raises(OutputError, match="was not written by an export, so --overwrite leaves"):
+        check_output(foreign, overwrite=True)
+    with pytest.raises(OutputError, match="was not written by an export"):
+        check_output(foreign / "cat.jpg", overwrite=True)
+    assert (foreign / "cat.jpg").read_bytes() == b"cat"
+
+
+def test_a_file_as_parent_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for output in (tmp_path / "file" / "out", tmp_path / "file" / "deep" / "out"):
+        with pytest.raises(OutputError, match="file' cannot be written to; give another -o"):
+            check_output(output, overwrite=False)
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs Linux's /proc")
+def test_a_place_that_takes_no_folders_is_refused() -> None:
+    """Root passes every permission check, but nobody makes a folder in /proc."""
+    output = Path("/proc/out")
+    with pytest.raises(OutputError, match="/proc"), new_bundle(output, overwrite=False):
+        pytest.fail("the block must not run")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_parent_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o555)
+    with pytest.raises(OutputError, match="cannot be written to; give another -o"):
+        check_output(tmp_path / "out", overwrite=False)
+
+
+# Writing
+
+
+def test_a_good_end_leaves_the_bundle_alone(tmp_path: Path) -> None:
+    output = tmp_path / "deep" / "out"
+    before = tempfile.gettempdir()
+    with new_bundle(output, overwrite=False) as draft:
+        assert not output.exists()
+        (draft / PROGRAM).write_bytes(b"program")
+        assert Path(tempfile.gettempdir()).is_relative_to(draft), "libraries write into the draft"
+        Path(tempfile.mkdtemp(), "leftover").write_text("x")
+    assert tempfile.gettempdir() == before
+    assert entries(tmp_path / "deep") == ["out"]
+    assert entries(output) == [PROGRAM]
+    assert output.stat().st_mode & 0o777 == 0o755
+
+
+def test_overwrite_swaps_the_folder_whole(bundle: Path) -> None:
+    (bundle / "old").write_text("x")
+    with new_bundle(bundle, overwrite=True) as draft:
+        (draft / PROGRAM).write_bytes(b"new")
+        assert (bundle / PROGRAM).read_bytes() == b"program", "the old one stays until the end"
+    assert entries(bundle) == [PROGRAM]
+    assert entries(bundle.parent) == ["bundle"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("bug"), RuntimeError("C++")])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_nothing_is_left_after_an_error(
+    error: BaseException, overwrite: bool, bundle: Path
+) -> None:
+    output = bundle if overwrite else bundle.parent / "out"
+    before = tempfile.gettempdir()
+    with pytest.raises(type(error)) as caught, new_bundle(output, overwrite) as draft:
+        (draft / PROGRAM).write_bytes(b"half")
+        raise error
+    assert caught.value is error
+    assert tempfile.gettempdir() == before
+    assert entries(bundle.parent) == ["bundle"]
+    assert (bundle / PROGRAM).read_bytes() == b"program"
+
+
+def test_a_failed_export_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="longer than the 64 positions"):
+        export(llama(intermediate_size=96), output=tmp_path / "out", context=128)
+    assert entries(tmp_path) == []
+
+
+def test_an_export_refuses_its_output_before_it_opens_the_model(bundle: Path) -> None:
+    with pytest.raises(OutputError, match="exists already"):
+        export("no/such-model", output=bundle)
+
+
+# A full disk
+
+_FILL = """
+import sys
+from pathlib import Path
+from llm_coreml.bundle import new_bundle, write_json
+from llm_coreml.errors import OutputError
+
+way, output, cap = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+if cap:
+    import resource, signal
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (cap, cap))
+try:
+    with new_bundle(output, overwrite=False) as draft:
+        if way == "json":
+            write_json(draft / "manifest.json", {"text": "x" * 4_000_000})
+        elif way == "torch":
+            import torch
+            torch.save(torch.zeros(1_000_000), draft / "model.pte")
+        else:
+            (draft / "model.pte").write_bytes(bytes(4_000_000))
+except OutputError as error:
+    print(error)
+    sys.exit(error.exit_code)
+"""
+
+
+def fill(way: str, output: Path, cap: int) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", _FILL, way, str(output), str(cap)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path) -> Iterator[int]:
+    """Make `folder` a disk of 1 MiB where this process may mount one.
+
+    Yields:
+        0, or where no disk can be mounted the file size that stands in for it.
+    """
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    try:
+        mounted = subprocess.run(command, capture_output=True).returncode == 0
+    except FileNotFoundError:
+        mounted = False
+    try:
+        yield 0 if mounted else 1 << 20
+    finally:
+        if mounted:
+            subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("way", ["bytes", "json"])
+@pytest.mark.parametrize("disk", ["mounted where allowed", "limited"])
+def test_a_full_disk_is_told_and_left_as_it_was(way: str, disk: str, tmp_path: Path) -> None:
+    folder = tmp_path / "disk"
+    with small_disk(folder) if disk != "limited" else contextlib.nullcontext(1 << 20) as cap:
+        folder.mkdir(exist_ok=True)
+        done = fill(way, folder / "out", cap)
+        assert done.returncode == OutputError.exit_code, done.stderr
+        assert "is full; free some space or give another -o. Nothing was written." in done.stdout
+        assert entries(folder) == []
+
+
+def test_a_library_that_fails_on_a_full_disk_is_told_so(tmp_path: Path) -> None:
+    """torch reports a full disk as a RuntimeError; new_bundle then looks at the disk itself."""
+    with small_disk(tmp_path / "disk") as cap:
+        done = fill("torch", tmp_path / "disk" / "out", cap)
+        if cap:  # no disk is full here, so torch's own error must come through
+            assert done.returncode == 1 and "RuntimeError" in done.stderr
+        else:
+            assert done.returncode == OutputError.exit_code, done.stderr
+            assert "is full" in done.stdout
+        assert entries(tmp_path / "disk") == []
