@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from llm_coreml.errors import LlmCoreMLError
     from llm_coreml.eval.evaluate import evaluate
     from llm_coreml.eval.results import Evaluation
-    from llm_coreml.export import export
     from llm_coreml.language_model import LanguageModel, load
+    from llm_coreml.pipeline import export
 
 _HOMES = {
     "Evaluation": "llm_coreml.eval.results",
@@ -28,7 +28,7 @@ _HOMES = {
     "LanguageModel": "llm_coreml.language_model",
     "LlmCoreMLError": "llm_coreml.errors",
     "evaluate": "llm_coreml.eval.evaluate",
-    "export": "llm_coreml.export",
+    "export": "llm_coreml.pipeline",
     "load": "llm_coreml.language_model",
 }
 

@@ -168,18 +168,31 @@ def new_bundle(output: Path, overwrite: bool) -> Iterator[Path]:
         if output.exists():
             output.rename(draft.with_name(draft.name + ".old"))
         draft.rename(output)
-    except OSError as error:
-        raise output_error(output, error) from None
-    except RuntimeError as error:
-        # Libraries in C++ report a full disk in words of their own.
-        if draft is not None and shutil.disk_usage(draft).free < _FULL_DISK:
-            raise output_error(output, OSError(errno.ENOSPC, str(error))) from None
-        raise
+    except (OSError, RuntimeError, OutputError) as error:
+        failure = _failed_write(error, output, draft)
+        if failure is None:
+            raise
+        raise failure from None
     finally:
         tempfile.tempdir = previous
         if draft is not None:
             shutil.rmtree(draft, ignore_errors=True)
             shutil.rmtree(draft.with_name(draft.name + ".old"), ignore_errors=True)
+
+
+def _failed_write(error: Exception, output: Path, draft: Path | None) -> OutputError | None:
+    """Return the error to tell if `error` is about a file in the draft, else None."""
+    # A layer below says that its file in the draft failed; the user knows of the output alone.
+    cause = error.__context__ if isinstance(error, OutputError) else error
+    if not isinstance(cause, (OSError, RuntimeError)):
+        return None
+    # Libraries in C++, and shutil, report a full disk in words of their own.
+    number = getattr(cause, "errno", None)
+    if number is None and draft is not None and shutil.disk_usage(draft).free < _FULL_DISK:
+        number = errno.ENOSPC
+    if number is None and isinstance(cause, RuntimeError):
+        return None
+    return output_error(output, OSError(number, str(cause)) if number is not None else cause)
 
 
 def output_error(path: Path, error: OSError) -> OutputError:

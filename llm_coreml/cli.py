@@ -30,7 +30,7 @@ def _lengths(value: str) -> tuple[int, ...]:
 
 
 def _plain_names(name: str) -> str:
-    return name.replace("_", "-") if name.startswith("--") else name
+    return name.replace("_", "-")  # click has taken the leading hyphens off
 
 
 @click.group(
@@ -130,7 +130,7 @@ def export_command(
             screen.progress.note(
                 "Exporting the small Llama that ships in the package; --model takes any other."
             )
-        from llm_coreml.export import export
+        from llm_coreml.pipeline import export
 
         bundle = export(
             source,
@@ -285,8 +285,6 @@ def main() -> None:
     except (click.Abort, KeyboardInterrupt):
         click.echo("Interrupted; nothing was written.", err=True)
         code = 130
-    except BrokenPipeError:
-        code = 0
     except Exception as error:
         if "-v" in sys.argv or "--verbose" in sys.argv:
             traceback.print_exc()
@@ -296,6 +294,9 @@ def main() -> None:
             err=True,
         )
         code = 1
+    if code:
+        # Open temporary files of interrupted libraries find their folder gone; nobody needs to know.
+        sys.unraisablehook = lambda _: None
     sys.exit(code)
 
 

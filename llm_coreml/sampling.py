@@ -5,6 +5,8 @@ Sampler(temperature=0.8, top_p=0.95, seed=1).choose(logits)
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from llm_coreml.errors import ConfigError
@@ -23,8 +25,8 @@ class Sampler:
     """
 
     def __init__(self, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0) -> None:
-        if temperature < 0:
-            raise ConfigError(f"temperature is {temperature}; it must be 0 or more.")
+        if not 0 <= temperature < math.inf:  # NaN too is refused
+            raise ConfigError(f"temperature is {temperature}; it must be finite and 0 or more.")
         if not 0 < top_p <= 1:
             raise ConfigError(f"top_p is {top_p}; it must lie above 0 and be at most 1.")
         self._temperature = temperature
@@ -35,7 +37,9 @@ class Sampler:
         """Return one token for float logits `[vocab]`."""
         if self._temperature == 0:
             return int(logits.argmax())
-        probabilities = torch.softmax(logits.to(torch.float32) / self._temperature, dim=-1)
+        # The largest at zero, so that no temperature is too small to divide by.
+        logits = logits.to(torch.float64)
+        probabilities = torch.softmax((logits - logits.max()) / self._temperature, dim=-1)
         ordered, tokens = probabilities.sort(descending=True)
         # The token that crosses the threshold still belongs to the nucleus.
         ordered[ordered.cumsum(0) - ordered >= self._top_p] = 0.0

@@ -12,6 +12,8 @@ from tiny import llama
 
 from llm_coreml.config import ExportConfig
 
+pytest_plugins = ["exported"]
+
 # Tiny operations gain nothing from threads, and lose much to them beside other work.
 torch.set_num_threads(1)
 

@@ -1,0 +1,455 @@
+"""Every command, as a user and as a script sees it: streams, tables, JSON, exit codes."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from exported import CHATTER, SHAPES, Run, command, files_of, in_process, manifest_of, run
+from llm_coreml.recipes import recipe_names
+
+from llm_coreml.cli import cli
+from llm_coreml.config import ExportConfig
+from llm_coreml.quantize.schemes import SCHEMES
+from llm_coreml.targets import TARGETS
+
+COMMANDS = ("eval", "export", "generate", "ls", "show")
+STAGES = (
+    "opening the checkpoint ...",
+    "reading and quantizing weights ...",
+    "lowering to Core ML ...",
+    "verifying the artifact ...",
+)
+HEAVY = ("torch", "coremltools", "transformers", "executorch", "rich", "tokenizers", "yaml")
+
+
+# Help
+
+
+def test_the_commands_are_these() -> None:
+    assert tuple(sorted(cli.commands)) == COMMANDS
+
+
+@pytest.mark.parametrize("words", [(), *((name,) for name in COMMANDS)], ids=" ".join)
+def test_help_imports_nothing_heavy(words: tuple[str, ...]) -> None:
+    script = f"""
+import sys
+sys.argv = ["llm-coreml", *{words!r}, "--help"]
+from llm_coreml.cli import main
+try:
+    main()
+except SystemExit as ended:
+    assert not ended.code, ended.code
+print("LOADED", *sorted(set({HEAVY!r}) & sys.modules.keys()))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""
+    assert done.stdout.startswith("Usage: llm-coreml")
+    assert done.stdout.splitlines()[-1] == "LOADED"
+
+
+def options_of(name: str) -> list[click.Option]:
+    return [option for option in cli.commands[name].params if isinstance(option, click.Option)]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_is_explained(name: str) -> None:
+    assert cli.commands[name].help
+    for option in options_of(name):
+        chosen = isinstance(option.type, click.Choice)
+        told = option.name in {"max_new_tokens", "top_p", "seed"} and option.show_default
+        assert option.help or chosen or told, option.name
+        assert all(flag == flag.lower() and "_" not in flag for flag in option.opts)
+
+
+def test_export_has_an_option_for_every_setting_with_the_same_default() -> None:
+    options = {str(option.name): option for option in options_of("export")}
+    # Nothing required, so that what a bare command is given are the defaults.
+    context = cli.commands["export"].make_context("export", [])
+    for name, value in ExportConfig().to_json().items():
+        assert name in options and context.params[name] == value, name
+
+
+def test_exit_codes_of_the_help_page_are_those_of_the_errors() -> None:
+    import llm_coreml.errors as errors
+
+    text = " ".join(str(cli.help).split("Exit codes:")[1].split())
+    told = {int(code) for code in re.findall(r"\b\d+\b", text)}
+    kinds = [kind for kind in vars(errors).values() if hasattr(kind, "exit_code")]
+    # No command has a threshold yet.
+    assert told == {0, 130} | {kind.exit_code for kind in kinds} - {3}
+
+
+def test_version(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    done = in_process(capfd, monkeypatch, "--version")
+    assert done.code == 0 and re.search(r"version \d+\.\d+", done.out) and done.err == ""
+
+
+# ls
+
+
+def test_ls(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    as_json = in_process(capfd, monkeypatch, "ls", "--format", "json")
+    lists = json.loads(as_json.out)
+    assert as_json.code == 0 and as_json.err == ""
+    assert list(lists) == ["recipes", "schemes", "targets"]
+    assert list(lists["recipes"]) == recipe_names()
+    assert lists["targets"].keys() == TARGETS.keys() and lists["schemes"].keys() == SCHEMES.keys()
+    for_people = in_process(capfd, monkeypatch, "ls")
+    assert for_people.code == 0 and for_people.err == ""
+    for title, rows in lists.items():
+        assert re.search(rf"^{title}\s*$", for_people.out, re.M)
+        for name, meaning in rows.items():
+            assert re.search(rf"^{re.escape(name)}  +{re.escape(meaning)}", for_people.out, re.M)
+
+
+# export
+
+
+def test_export_tells_json_on_stdout_and_stages_on_stderr(export_run: tuple[Run, Path]) -> None:
+    done, bundle = export_run
+    assert json.loads(done.out) == manifest_of(bundle)
+    lines = [line for line in done.err.splitlines() if line]
+    assert len(lines) == len(STAGES)
+    for stage, line in zip(STAGES, lines, strict=True):
+        assert re.fullmatch(re.escape(stage) + r" \d+\.\d s", line)
+    assert files_of(bundle.parent) == {"bundle"} | {
+        f"bundle/{name}"
+        for name in (
+            "README.md",
+            "generation_config.json",
+            "manifest.json",
+            "model.pte",
+            "tokenizer.json",
+            "tokenizer_config.json",
+        )
+    }
+
+
+def test_export_hides_the_libraries_unless_asked(
+    export_run: tuple[Run, Path], checkpoint: Path, tmp_path: Path
+) -> None:
+    quiet, bundle = export_run
+    words = (checkpoint, "-o", tmp_path / "out", *SHAPES, "--bits", "4", "--format", "json")
+    loud = run("export", *words, "--verbose")
+    assert loud.code == 0, loud.err
+    # One and the same manifest, and nothing else, on stdout; the program is the same bytes.
+    assert loud.out == quiet.out
+    assert (tmp_path / "out/model.pte").read_bytes() == (bundle / "model.pte").read_bytes()
+    for known in CHATTER:
+        assert known not in quiet.err + quiet.out, known
+        assert known in loud.err and known not in loud.out, known
+    for stage in STAGES:
+        assert stage in loud.err
+
+
+class FakeExport:
+    """Stands in for the slow call, and remembers what it was given."""
+
+    def __init__(self, bundle: Path) -> None:
+        self.bundle = bundle
+        self.given: dict[str, Any] = {}
+
+    def __call__(self, model: str, **given: Any) -> Any:
+        from llm_coreml.bundle import open_bundle
+
+        given["progress"].stage("open")
+        self.given = {"model": model, **given}
+        return open_bundle(self.bundle)
+
+
+@pytest.fixture
+def fake_export(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> FakeExport:
+    fake = FakeExport(bundle)
+    monkeypatch.setattr("llm_coreml.pipeline.export", fake)
+    return fake
+
+
+def test_export_table(
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    bundle: Path,
+    fake_export: FakeExport,
+) -> None:
+    done = in_process(capfd, monkeypatch, "export", "org/model", "-o", "there")
+    assert done.code == 0 and done.err.startswith("opening the checkpoint ... ")
+    manifest = manifest_of(bundle)
+    checked = manifest["verification"]
+    rows: dict[str, str] = dict(re.findall(r"^(.+?)  +(.+)$", done.out, re.M))
+    assert rows["program"].strip() == f"there/model.pte, {manifest['program']['bytes']:,} bytes"
+    assert rows["lengths, context"].strip() == "1, 8; 64"
+    assert rows["verified by"].startswith(f"reference runtime: {checked['rows']} rows, largest")
+    for figure, bound in (("max_relative_error", "max_relative_error_bound"),
+                          ("mean_kl", "mean_kl_bound")):  # fmt: skip
+        assert f"{checked[figure]:.1e} (bound {checked[bound]:.0e})" in rows["verified by"]
+
+
+@pytest.mark.parametrize(
+    ("words", "model", "output"),
+    [
+        (("llama",), "llama", "llama-coreml"),
+        (("org/name",), "org/name", "name-coreml"),
+        (("some/folder/",), "some/folder/", "folder-coreml"),
+        (("llama", "--model", "org/mine"), "org/mine", "llama-coreml"),
+        (("-m", "org/mine", "-o", "x/y"), "org/mine", "x/y"),
+    ],
+)
+def test_export_model_and_output(
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    fake_export: FakeExport,
+    words: tuple[str, ...],
+    model: str,
+    output: str,
+) -> None:
+    done = in_process(capfd, monkeypatch, "export", *words)
+    assert done.code == 0, done.err
+    assert fake_export.given["model"] == model and fake_export.given["output"] == Path(output)
+    assert fake_export.given["config"] == ExportConfig()
+    # Whoever asks for a Llama must not take the small one in the package for another.
+    first = done.err.splitlines()[0]
+    assert ("ships in the package" in first) == (model == "llama")
+    assert "--model" in first or model != "llama"
+
+
+def test_a_folder_named_as_the_bundled_recipe_is_not_called_bundled(
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    fake_export: FakeExport,
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "llama").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert "ships" not in in_process(capfd, monkeypatch, "export", "llama").err
+
+
+@pytest.mark.parametrize("separator", ["-", "_"])
+def test_export_flags_reach_the_config(
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    fake_export: FakeExport,
+    separator: str,
+) -> None:
+    settings: dict[str, Any] = {
+        "bits": 3,
+        "scheme": "codebook",
+        "group_size": 64,
+        "codebook_rows": 8,
+        "embedding": "int4-channel",
+        "lm_head": "codebook:6",
+        "target": "ane",
+        "minimum_os": "macOS26",
+        "compute_precision": "fp32",
+        "logits": "all",
+        "context": 96,
+        "seq_lengths": (1, 4, 16),
+        "backend": "xnnpack",
+        "force": True,
+    }
+    assert settings.keys() == ExportConfig().to_json().keys()
+    words: list[str] = []
+    for name, value in settings.items():
+        flag = "--" + name.replace("_", separator)
+        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        words += [flag] if value is True else [flag, text]
+    words += [f"--local{separator}files{separator}only", "--overwrite", "--revision", "v1"]
+    done = in_process(capfd, monkeypatch, "export", "org/model", *words)
+    assert done.code == 0, done.err
+    assert fake_export.given["config"] == ExportConfig(**settings)
+    assert fake_export.given["overwrite"] is True
+    assert fake_export.given["local_files_only"] is True
+    assert fake_export.given["revision"] == "v1"
+
+
+# eval
+
+
+@pytest.fixture
+def own_bundle(bundle: Path, tmp_path: Path) -> Path:
+    """A copy that a test may write to."""
+    return Path(shutil.copytree(bundle, tmp_path / "own"))
+
+
+def test_eval_json_is_results_json(
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    own_bundle: Path,
+    text_file: Path,
+) -> None:
+    words = (own_bundle, "--text", text_file, "--tokens", "70", "--format", "json")
+    before = files_of(own_bundle)
+    done = in_process(capfd, monkeypatch, "eval", *words)
+    assert done.code == 0, done.err
+    results = json.loads(done.out)
+    assert results == json.loads((own_bundle / "results.json").read_text())
+    assert files_of(own_bundle) == before | {"results.json"}
+    assert results["text"] == "tëxt.txt" and results["tokens"] == 70 and results["window"] == 64
+    names = [quality["name"] for quality in results["qualities"]]
+    assert names == ["original", "quantized", "artifact"]
+    assert [latency["tokens"] for latency in results["latencies"]] == [1, 8]
+    manifest = manifest_of(own_bundle)
+    assert results["program_sha256"] == manifest["program"]["sha256"]
+    assert results["source"] == manifest["source"]
+    assert results["bytes"]["model.pte"] == manifest["program"]["bytes"]
+    inside = [count for name, count in results["bytes"].items() if name.startswith("model.pte/")]
+    assert sum(inside) == manifest["program"]["bytes"]
+    for stage in ("opening the checkpoint", "scoring text", "timing calls"):
+        assert re.search(rf"{stage} \.\.\. \d+\.\d s", done.err)
+
+
+def test_eval_table(
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    own_bundle: Path,
+    text_file: Path,
+) -> None:
+    done = in_process(capfd, monkeypatch, "eval", own_bundle, "--text", text_file, "--tokens", "9")
+    assert done.code == 0, done.err
+    results = json.loads((own_bundle / "results.json").read_text())
+    assert done.out.startswith("9 tokens of tëxt.txt, windows of up to 10; KL and agreement")
+    for quality in results["qualities"]:
+        row = next(line for line in done.out.splitlines() if line.startswith(quality["name"]))
+        # Every figure stands beside what produced it.
+        assert quality["runtime"] in row and f"{quality['perplexity']:.4f}" in row
+        if quality["name"] != "original":
+            assert f"{quality['mean_kl']:.5f}" in row and f"{quality['top1_agreement']:.2%}" in row
+    assert re.search(r"^decode, 1 token +reference runtime +\d+\.\d ms +\d+$", done.out, re.M)
+    assert re.search(r"^prefill, 8 tokens +reference runtime ", done.out, re.M)
+    assert re.search(rf"^model\.pte +{results['bytes']['model.pte']:,}$", done.out, re.M)
+    assert re.search(rf"^bits per weight +{results['bits_per_weight']:.2f}$", done.out, re.M)
+
+
+def test_eval_artifact_only_needs_no_original(
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    own_bundle: Path,
+    text_file: Path,
+) -> None:
+    manifest = manifest_of(own_bundle)
+    manifest["source"]["name"] = "/gone"
+    (own_bundle / "manifest.json").write_text(json.dumps(manifest))
+    words = (own_bundle, "--text", text_file, "--tokens", "9")
+    refused = in_process(capfd, monkeypatch, "eval", *words)
+    assert refused.code == 4 and "'/gone'" in refused.err and refused.out == ""
+    done = in_process(capfd, monkeypatch, "eval", *words, "--artifact-only", "--format", "json")
+    assert done.code == 0, done.err
+    (quality,) = json.loads(done.out)["qualities"]
+    assert quality["name"] == "artifact" and quality["mean_kl"] is None
+
+
+def test_eval_of_a_moved_original(
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    own_bundle: Path,
+    checkpoint: Path,
+    text_file: Path,
+) -> None:
+    manifest = manifest_of(own_bundle)
+    manifest["source"]["name"] = "/gone"
+    (own_bundle / "manifest.json").write_text(json.dumps(manifest))
+    words = (own_bundle, "--text", text_file, "--tokens", "9", "--model", checkpoint)
+    done = in_process(capfd, monkeypatch, "eval", *words)
+    assert done.code == 0, done.err
+
+
+def test_eval_takes_the_bundled_text(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, own_bundle: Path
+) -> None:
+    words = (own_bundle, "--artifact-only", "--tokens", "5", "--format", "json")
+    done = in_process(capfd, monkeypatch, "eval", *words)
+    assert done.code == 0 and json.loads(done.out)["text"] == "bundled held-out text"
+
+
+# generate
+
+
+def test_generate_is_greedy_and_the_one_of_the_library(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, bundle: Path
+) -> None:
+    from llm_coreml import load
+
+    words = ("generate", bundle, "--prompt", "The quick", "--max-new-tokens", "12")
+    first, second = (in_process(capfd, monkeypatch, *words) for _ in range(2))
+    assert first.code == 0 and first.err == "" and first == second
+    assert first.out == load(bundle).generate("The quick", 12) + "\n"
+
+
+def test_generate_seed_makes_draws_repeatable(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, bundle: Path
+) -> None:
+    def drawn(seed: int) -> str:
+        words = ("--max-new-tokens", "12", "--temperature", "1.5", "--top-p", "0.9", "--seed")
+        done = in_process(capfd, monkeypatch, "generate", bundle, "-p", "The", *words, str(seed))
+        assert done.code == 0, done.err
+        return done.out
+
+    assert drawn(1) == drawn(1) and len({drawn(seed) for seed in range(4)}) > 1
+
+
+# show
+
+
+def test_show_json(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, bundle: Path
+) -> None:
+    of_bundle = in_process(capfd, monkeypatch, "show", bundle, "--format", "json")
+    of_program = in_process(capfd, monkeypatch, "show", bundle / "model.pte", "--format", "json")
+    assert of_bundle.code == of_program.code == 0 and of_bundle.err == of_program.err == ""
+    found = json.loads(of_bundle.out)
+    manifest = found.pop("manifest")
+    assert manifest == manifest_of(bundle) and found == json.loads(of_program.out)
+    assert found["bytes"] == manifest["program"]["bytes"]
+    constants = manifest["program"]["constant_methods"]
+    assert found["constant_methods"] == {**constants, "get_eos_ids": 1}  # a list of one
+    (delegate,) = found["methods"]["forward"]
+    assert delegate["backend"] == "CoreMLBackend"
+    assert delegate["states"] == dict.fromkeys(("cache_keys", "cache_values"), "fp16 [1, 2, 64, 8]")
+    assert list(delegate["inputs"].values()) == ["int32 [1, 1] or [1, 8]", "int32 [1]"]
+    assert list(delegate["outputs"].values()) == ["fp16 [1, 1, 300]"]
+    assert delegate["ops"]["write_state"] == 2 and delegate["ops"]["linear"] == 8
+    assert sum(delegate["files"].values()) < delegate["bytes"]
+
+
+def test_show_tables(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, bundle: Path
+) -> None:
+    size = manifest_of(bundle)["program"]["bytes"]
+    of_bundle = in_process(capfd, monkeypatch, "show", bundle)
+    of_program = in_process(capfd, monkeypatch, "show", bundle / "model.pte")
+    assert of_bundle.code == of_program.code == 0 and of_bundle.err == of_program.err == ""
+    first, rest = of_bundle.out.split("\n", 1)
+    assert first.startswith("export of ") and first.endswith("tiny-llama (folder)")
+    assert rest == of_program.out
+    assert rest.startswith(f"program, {size:,} bytes")
+    for row in (
+        r"get_vocab_size +300",
+        r"forward: CoreMLBackend, [\d,]+ bytes",
+        r"input \w+ +int32 \[1, 1\] or \[1, 8\]",
+        r"output \w+ +fp16 \[1, 1, 300\]",
+        r"state cache_keys +fp16 \[1, 2, 64, 8\]",
+        r"weight\.bin +[\d,]+ bytes",
+        r"\d+ ops +.*\d+ linear",
+    ):
+        assert re.search(rf"^{row}", rest, re.M), row
+
+
+# Streams
+
+
+def test_a_closed_pipe_ends_quietly(bundle: Path) -> None:
+    writer = subprocess.Popen(
+        command("show", bundle, "--format", "json"), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert writer.stdout is not None and writer.stderr is not None
+    writer.stdout.close()
+    err = writer.stderr.read().decode()
+    writer.stderr.close()
+    # 1 is what click and rich end with when nobody reads.
+    assert writer.wait() == 1 and err == ""
