@@ -3,7 +3,7 @@
     decoder = Decoder(spec, context)
     fill(decoder, checkpoint, family, plan, torch.float16)
 
-At no time is more than one matrix held in fp32.
+At no time is more than one matrix held unquantized.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def _set_matrix(
         module.weight = nn.Parameter(weight, requires_grad=False)
         return
     # fp16 first: it is what Core ML would hold unquantized, and it finds what overflows there.
-    weight = checkpoint.tensor(name, storage or torch.float32).to(torch.float32)
+    weight = checkpoint.tensor(name, storage or torch.float32)
     module.weight = nn.Parameter(weight, requires_grad=False)
     quantize_weight(module, scheme)
 
