@@ -77,16 +77,20 @@ class Measurement:
 
     Attributes:
         seconds: Wall time from the start of the process to its end.
-        unverified_seconds: The same up to the verification; the peer has none.
+        cpu_seconds: Processor time of all its threads; a busy machine changes it least.
+        unverified_seconds: Wall time up to the verification; the peer has none.
+        unverified_cpu_seconds: Processor time up to there.
         peak_bytes: Peak resident memory.
-        unverified_peak_bytes: The same up to the verification.
+        unverified_peak_bytes: The same up to there.
         file_bytes: Size of the `.pte`.
         stages: Seconds of each stage of ours.
         verification: Its figures, out of the manifest.
     """
 
     seconds: float
+    cpu_seconds: float
     unverified_seconds: float
+    unverified_cpu_seconds: float
     peak_bytes: int
     unverified_peak_bytes: int
     file_bytes: int
@@ -94,13 +98,22 @@ class Measurement:
     verification: dict[str, Any] = field(default_factory=dict)
 
 
-_FIGURES = ("seconds", "unverified_seconds", "peak_bytes", "unverified_peak_bytes", "file_bytes")
+_FIGURES = {
+    "seconds": "s",
+    "cpu_seconds": "CPU s",
+    "peak_bytes": "peak MB",
+    "unverified_seconds": "unverified: s",
+    "unverified_cpu_seconds": "CPU s",
+    "unverified_peak_bytes": "peak MB",
+    "file_bytes": "file MB",
+}
 
 
 def main() -> None:
     if sys.argv[1:2] == ["--child"]:
         child, *arguments = sys.argv[2:]
-        {"make-model": make_model, "export": export_ours}[child](*arguments)
+        children: dict[str, Callable[..., None]] = {"make-model": make_model, "export": export_ours}
+        children[child](*arguments)
         return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--layers", type=int, default=2, help="layers of the model (2)")
@@ -144,10 +157,10 @@ def measure(name: str, folder: Path, context: int) -> Measurement:
             command = [sys.executable, __file__, "--child", "export", str(folder / "hf"), scratch]
             command += [settings]
         started = time.time()
-        seconds, peak = _run(command, folder)
+        seconds, cpu, peak = _run(command, folder)
         size = program.stat().st_size
         if case.peer is None:
-            return Measurement(seconds, seconds, peak, peak, size)
+            return Measurement(seconds, cpu, seconds, cpu, peak, peak, size)
         told = json.loads(notes.read_text())
     begun = told["begun"]
     stages = {"imports": begun["open"] - started}
@@ -155,7 +168,9 @@ def measure(name: str, folder: Path, context: int) -> Measurement:
     stages |= {stage: end - begun[stage] for stage, end in zip(names, ends, strict=True)}
     return Measurement(
         seconds,
+        cpu,
         begun["verify"] - started,
+        told["cpu_before_verify"],
         peak,
         told["peak_before_verify"],
         size,
@@ -164,8 +179,8 @@ def measure(name: str, folder: Path, context: int) -> Measurement:
     )
 
 
-def _run(command: list[str], folder: Path) -> tuple[float, int]:
-    """Run `command` to its end; return its wall seconds and its peak memory in bytes."""
+def _run(command: list[str], folder: Path) -> tuple[float, float, int]:
+    """Run `command` to its end; return wall seconds, processor seconds and peak memory in bytes."""
     log = folder / "log.txt"
     root = str(Path(__file__).resolve().parent.parent)
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
@@ -186,7 +201,7 @@ def _run(command: list[str], folder: Path) -> tuple[float, int]:
     if process.returncode:
         tail = log.read_text(errors="replace")[-3000:]
         raise SystemExit(f"{tail}\n{' '.join(command)} failed with {process.returncode}.")
-    return seconds, _in_bytes(usage.ru_maxrss)
+    return seconds, usage.ru_utime + usage.ru_stime, _in_bytes(usage.ru_maxrss)
 
 
 def _in_bytes(maxrss: int) -> int:
@@ -227,15 +242,17 @@ def as_json(options: argparse.Namespace, medians: dict[str, Measurement]) -> dic
 
 def print_table(medians: dict[str, Measurement]) -> None:
     """Print figures and ratios as Markdown tables."""
-    print("| case | formats | s | s unverified | peak MB | peak MB unverified | file MB |")
-    print("|---|---|--:|--:|--:|--:|--:|")
+    heads = " | ".join(_FIGURES.values())
+    print(f"| case | formats | {heads} |")
+    print("|---|---|" + "--:|" * len(_FIGURES))
     for name, result in medians.items():
-        times = f"{result.seconds:.1f} | {result.unverified_seconds:.1f}"
-        sizes = (result.peak_bytes, result.unverified_peak_bytes, result.file_bytes)
-        megabytes = " | ".join(f"{size / 1e6:.0f}" for size in sizes)
-        print(f"| {name} | {CASES[name].formats} | {times} | {megabytes} |")
-    print("\n| ours / peer | time | unverified | peak | unverified | file |")
-    print("|---|--:|--:|--:|--:|--:|")
+        row = " | ".join(
+            f"{getattr(result, key) / 1e6:.0f}" if "bytes" in key else f"{getattr(result, key):.0f}"
+            for key in _FIGURES
+        )
+        print(f"| {name} | {CASES[name].formats} | {row} |")
+    print(f"\n| ours / peer | {heads.replace(' MB', '')} |")
+    print("|---|" + "--:|" * len(_FIGURES))
     for name, values in ratios(medians).items():
         row = " | ".join(f"{values[key]:.2f}" for key in _FIGURES)
         print(f"| {name} / {CASES[name].peer} | {row} |")
@@ -262,15 +279,15 @@ def export_ours(model: str, scratch: str, settings: str) -> None:
     from llm_coreml.export import export
 
     begun: dict[str, float] = {}
-    peak_before_verify = 0
+    before_verify: dict[str, float] = {}
 
     class Clock:
         def stage(self, name: str) -> None:
-            nonlocal peak_before_verify
             begun[name] = time.time()
             if name == "verify":
                 usage = resource.getrusage(resource.RUSAGE_SELF)
-                peak_before_verify = _in_bytes(usage.ru_maxrss)
+                before_verify["peak_before_verify"] = _in_bytes(usage.ru_maxrss)
+                before_verify["cpu_before_verify"] = usage.ru_utime + usage.ru_stime
 
         def advance(self, share: float) -> None:
             pass
@@ -281,11 +298,7 @@ def export_ours(model: str, scratch: str, settings: str) -> None:
     config = ExportConfig(bits=4, **json.loads(settings))
     bundle = export(model, output=Path(scratch, "bundle"), config=config, progress=Clock())
     bundle.program.rename(Path(scratch, "model.pte"))
-    notes = {
-        "begun": begun,
-        "peak_before_verify": peak_before_verify,
-        "verification": bundle.manifest["verification"],
-    }
+    notes = {"begun": begun, "verification": bundle.manifest["verification"], **before_verify}
     Path(scratch, "notes.json").write_text(json.dumps(notes))
 
 
@@ -315,11 +328,8 @@ def make_model(folder: str, layers: str) -> None:
         Path(folder, kind).mkdir()
     save_file(ours, Path(folder, "hf", "model.safetensors"), metadata={"format": "pt"})
     torch.save(theirs, Path(folder, "meta", "consolidated.00.pth"))
-    write: Callable[[Path, dict[str, Any]], int] = lambda path, value: path.write_text(  # noqa: E731
-        json.dumps(value, indent=2)
-    )
-    write(Path(folder, "hf", "config.json"), _hf_config(int(layers)))
-    write(Path(folder, "meta", "params.json"), _metas_params(int(layers)))
+    Path(folder, "hf", "config.json").write_text(json.dumps(_hf_config(int(layers))))
+    Path(folder, "meta", "params.json").write_text(json.dumps(_metas_params(int(layers))))
 
 
 def _in_metas_order(name: str, weight: torch.Tensor) -> torch.Tensor:
