@@ -295,7 +295,7 @@ def main() -> None:
         )
         code = 1
     if code:
-        # Open temporary files of interrupted libraries find their folder gone; nobody needs to know.
+        # Temporary files that a stopped library left open find their folder gone: no news.
         sys.unraisablehook = lambda _: None
     sys.exit(code)
 

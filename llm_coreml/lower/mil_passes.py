@@ -5,6 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import coremltools as ct
+import numpy as np
+from coremltools.converters.mil.mil.passes.defs.cleanup.const_deduplication import (
+    const_deduplication,
+)
 from coremltools.converters.mil.mil.passes.graph_pass import AbstractGraphPass
 from coremltools.converters.mil.mil.passes.pass_registry import register_pass
 
@@ -32,6 +36,45 @@ class drop_repeated_state_writes(AbstractGraphPass):  # type: ignore[misc]
             function.remove_ops(repeated)
 
 
+@register_pass(namespace="llm_coreml")
+class share_equal_constants(const_deduplication):  # type: ignore[misc]
+    """Store equal constants once, as coremltools' own pass does, but compare them exactly.
+
+    Its comparison within a tolerance takes 30 bytes of memory per weight and half of the lowering's
+    time on a tied token table of 128 thousand rows.
+    """
+
+    @staticmethod
+    def find_constants(blocks: list[Any]) -> dict[Any, list[Any]]:
+        """Return each distinct constant with those that equal it."""
+        groups: dict[Any, list[Any]] = {}
+        duplicates: dict[Any, list[Any]] = {}
+        operations = [op for block in blocks for op in block.operations]
+        for op in operations:
+            if op.op_type != "const":
+                continue
+            var = op.outputs[0]
+            if not isinstance(var.val, np.ndarray) or var.val.size < _SHARED_SIZE:
+                continue
+            start = var.val.reshape(-1)[:100].tobytes()
+            key = (var.dtype, getattr(op, "weight_key", None), var.shape, start)
+            group = groups.setdefault(key, [])
+            equal = next((known for known in group if np.array_equal(known.val, var.val)), None)
+            if equal is None:
+                group.append(var)
+                duplicates[var] = []
+            else:
+                duplicates[equal].append(var)
+        return duplicates
+
+
+# Fewer elements are stored in the program itself.
+_SHARED_SIZE = 100
+_REPLACED = {"common::const_deduplication": "llm_coreml::share_equal_constants"}
+
+
 def pass_names() -> list[str]:
-    """Return coremltools' default pipeline with our passes at its end."""
-    return [*ct.PassPipeline.DEFAULT.passes, "llm_coreml::drop_repeated_state_writes"]
+    """Return coremltools' default pipeline with our passes in it and at its end."""
+    default = ct.PassPipeline.DEFAULT.passes
+    names = [_REPLACED.get(name, name) for name in default]
+    return [*names, "llm_coreml::drop_repeated_state_writes"]

@@ -9,6 +9,7 @@ eager model is exactly the model that the artifact holds.
 from __future__ import annotations
 
 from functools import singledispatch
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,6 +19,10 @@ from torchao.quantization import IntxWeightOnlyConfig, quantize_
 from torchao.quantization.granularity import PerAxis, PerGroup
 
 from llm_coreml.quantize.schemes import Codebook, IntChannel, IntGroup, Scheme, Unquantized
+
+# Weights quantized at a time: torchao holds several fp32 copies of what it is given. The rows of
+# integer formats do not depend on each other.
+_PIECE = 1 << 24
 
 
 @singledispatch
@@ -50,16 +55,38 @@ def _(scheme: Unquantized) -> None:
 
 
 def quantize_weight(module: nn.Module, scheme: Scheme) -> None:
-    """Replace `module.weight` (float `[out, in]`) by its quantized form."""
+    """Replace `module.weight` (`[out, in]`, any float type) by its form quantized from fp32."""
     config = torchao_config(scheme)
     if config is None:
         return
-    quantize_(module, config, filter_fn=lambda m, _: m is module)
-    weight = module.get_parameter("weight")
+    weight = module.get_parameter("weight").detach()
+    rows = len(weight) if isinstance(scheme, Codebook) else max(1, _PIECE // weight.shape[1])
+    quantized = _join([_quantized(piece, config) for piece in torch.split(weight, rows)])
     for name in ("scale", "codebook"):
-        values = getattr(weight, name, None)
+        values = getattr(quantized, name, None)
         if values is not None:
             values.copy_(values.to(torch.float16).to(values.dtype))
+    module.weight = nn.Parameter(quantized, requires_grad=False)
+
+
+def _quantized(piece: torch.Tensor, config: AOBaseConfig) -> torch.Tensor:
+    holder = nn.Linear(piece.shape[1], piece.shape[0], bias=False, device="meta")
+    holder.weight = nn.Parameter(piece.to(torch.float32), requires_grad=False)
+    quantize_(holder, config)
+    return holder.weight.detach()
+
+
+def _join(pieces: list[torch.Tensor]) -> torch.Tensor:
+    """Return the quantized matrix whose rows are those of `pieces`, in order."""
+    first: Any = pieces[0]
+    if len(pieces) == 1:
+        return pieces[0]
+    data = [
+        torch.cat([getattr(piece, name) for piece in pieces]) for name in first.tensor_data_names
+    ]
+    attributes = [getattr(first, name) for name in first.tensor_attribute_names]
+    joined: torch.Tensor = type(first)(*data, *attributes)
+    return joined
 
 
 def _int_dtype(bits: int) -> torch.dtype:

@@ -3,7 +3,7 @@
     decoder = Decoder(spec, context)
     fill(decoder, checkpoint, family, plan, torch.float16)
 
-At no time is more than one matrix held in fp32.
+At no time is more than one matrix held unquantized.
 """
 
 from __future__ import annotations
@@ -96,7 +96,8 @@ def _set_matrix(
         weight = checkpoint.tensor(name, storage or checkpoint.dtype(name))
         module.weight = nn.Parameter(weight, requires_grad=False)
         return
-    module.weight = nn.Parameter(checkpoint.tensor(name, torch.float32), requires_grad=False)
+    weight = checkpoint.tensor(name, checkpoint.dtype(name))
+    module.weight = nn.Parameter(weight, requires_grad=False)
     quantize_weight(module, scheme)
 
 
