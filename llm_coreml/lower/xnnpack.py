@@ -10,9 +10,11 @@ import torch
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.exir import (
     EdgeCompileConfig,
+    ExecutorchBackendConfig,
     ExecutorchProgramManager,
     to_edge_transform_and_lower,
 )
+from executorch.exir.passes.init_mutable_pass import InitializedMutableBufferPass
 from torch import nn
 from torchao.utils import TorchAOBaseTensor
 
@@ -53,4 +55,6 @@ def lower_xnnpack(
         compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
         constant_methods=dict(methods),
     )
-    return edge.to_executorch()
+    # Without this the cache begins with whatever is in memory, and a masked NaN is still a NaN.
+    zeros = InitializedMutableBufferPass(["cache_keys", "cache_values"])
+    return edge.to_executorch(ExecutorchBackendConfig(passes=[zeros]))
