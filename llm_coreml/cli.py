@@ -295,7 +295,7 @@ def main() -> None:
         )
         code = 1
     if code:
-        # Open temporary files of interrupted libraries find their folder gone; nobody needs to know.
+        # Open temporary files of a failed library find their folder gone; nobody needs to know.
         sys.unraisablehook = lambda _: None
     sys.exit(code)
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from exported import SHAPES, TEXT, Run, files_of, in_process, manifest_of
+from exported import SHAPES, TEXT, Run, files_of, in_process, manifest_of, run
 from safetensors.torch import load_file, save_file
 
 DOWN = "model.layers.0.mlp.down_proj.weight"
@@ -354,14 +354,17 @@ def test_disk_full(
     tmp_path: Path,
     kilobytes: int,
 ) -> None:
+    words = ("export", checkpoint, "-o", tmp_path / "disk/out", *SHAPES)
     with small_disk(tmp_path / "disk", kilobytes):
-        done = in_process(
-            capfd, monkeypatch, "export", checkpoint, "-o", tmp_path / "disk/out", *SHAPES
-        )
+        if kilobytes == 40:
+            # coremltools leaves a temporary file open, which complains when a process ends.
+            done = run(*words)
+        else:
+            done = in_process(capfd, monkeypatch, *words)
         assert files_of(tmp_path / "disk") == set()
     assert done.code == 6, done.err
     assert f"The disk that holds '{tmp_path}/disk/out' is full; free some" in message(done)
-    assert "Traceback" not in done.err and done.out == ""
+    assert "Traceback" not in done.err and "ignored" not in done.err and done.out == ""
 
 
 # The artifact
