@@ -356,11 +356,9 @@ def test_disk_full(
 ) -> None:
     words = ("export", checkpoint, "-o", tmp_path / "disk/out", *SHAPES)
     with small_disk(tmp_path / "disk", kilobytes):
-        if kilobytes == 40:
-            # coremltools leaves a temporary file open, which complains when a process ends.
-            done = run(*words)
-        else:
-            done = in_process(capfd, monkeypatch, *words)
+        # coremltools leaves a temporary file open, which complains when a process ends.
+        alone = kilobytes == 40
+        done = run(*words) if alone else in_process(capfd, monkeypatch, *words)
         assert files_of(tmp_path / "disk") == set()
     assert done.code == 6, done.err
     assert f"The disk that holds '{tmp_path}/disk/out' is full; free some" in message(done)
