@@ -326,7 +326,7 @@ def threads_and_files() -> int:
 def small_disk(folder: Path, kilobytes: int) -> Iterator[None]:
     """Make `folder` a disk of `kilobytes`, where one can be mounted.
 
-    Elsewhere every single file is limited, which a library sees as the same failure of a write.
+    Elsewhere every single file is limited, to what fails at the same write.
     """
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)]
@@ -338,7 +338,8 @@ def small_disk(folder: Path, kilobytes: int) -> Iterator[None]:
         return
     previous = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (kilobytes << 10, previous[1]))
+    largest = {4: 4, 40: 30, 140: 50}[kilobytes]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest << 10, previous[1]))
     try:
         yield
     finally:
