@@ -295,7 +295,7 @@ def main() -> None:
         )
         code = 1
     if code:
-        # Temporary files that a stopped library left open find their folder gone: no news.
+        # Open temporary files of a failed library find their folder gone; nobody needs to know.
         sys.unraisablehook = lambda _: None
     sys.exit(code)
 

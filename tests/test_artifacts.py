@@ -30,7 +30,7 @@ from tiny import BASE, expected_logits, llama, mistral, random_split, save, toke
 
 from llm_coreml.config import ExportConfig
 from llm_coreml.decoder.cache import CacheView
-from llm_coreml.export import export
+from llm_coreml.pipeline import export
 from llm_coreml.reference.mil import StateType, TensorType
 from llm_coreml.runtime import EagerRunner, split_lengths
 
@@ -288,7 +288,7 @@ _EXPORT = """
 import sys
 from pathlib import Path
 from llm_coreml.config import ExportConfig
-from llm_coreml.export import export
+from llm_coreml.pipeline import export
 config = ExportConfig(scheme="codebook", bits=2, embedding="int8-channel", seq_lengths=(1, 8))
 export(sys.argv[1], output=sys.argv[2], context=32, config=config)
 """

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from exported import SHAPES, TEXT, Run, files_of, in_process, manifest_of
+from exported import SHAPES, TEXT, Run, files_of, in_process, manifest_of, run
 from safetensors.torch import load_file, save_file
 
 DOWN = "model.layers.0.mlp.down_proj.weight"
@@ -326,7 +326,7 @@ def threads_and_files() -> int:
 def small_disk(folder: Path, kilobytes: int) -> Iterator[None]:
     """Make `folder` a disk of `kilobytes`, where one can be mounted.
 
-    Elsewhere every single file is limited, which a library sees as the same failure of a write.
+    Elsewhere every single file is limited, to what fails at the same write.
     """
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)]
@@ -338,7 +338,8 @@ def small_disk(folder: Path, kilobytes: int) -> Iterator[None]:
         return
     previous = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (kilobytes << 10, previous[1]))
+    largest = {4: 4, 40: 30, 140: 50}[kilobytes]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest << 10, previous[1]))
     try:
         yield
     finally:
@@ -354,14 +355,15 @@ def test_disk_full(
     tmp_path: Path,
     kilobytes: int,
 ) -> None:
+    words = ("export", checkpoint, "-o", tmp_path / "disk/out", *SHAPES)
     with small_disk(tmp_path / "disk", kilobytes):
-        done = in_process(
-            capfd, monkeypatch, "export", checkpoint, "-o", tmp_path / "disk/out", *SHAPES
-        )
+        # coremltools leaves a temporary file open, which complains when a process ends.
+        alone = kilobytes == 40
+        done = run(*words) if alone else in_process(capfd, monkeypatch, *words)
         assert files_of(tmp_path / "disk") == set()
     assert done.code == 6, done.err
     assert f"The disk that holds '{tmp_path}/disk/out' is full; free some" in message(done)
-    assert "Traceback" not in done.err and done.out == ""
+    assert "Traceback" not in done.err and "ignored" not in done.err and done.out == ""
 
 
 # The artifact

@@ -29,8 +29,8 @@ from llm_coreml.bundle import (
 from llm_coreml.card import model_card
 from llm_coreml.config import ExportConfig, resolve_shapes
 from llm_coreml.errors import ArtifactError, ConfigError, OutputError
-from llm_coreml.export import export
 from llm_coreml.manifest import file_sha256, make_manifest
+from llm_coreml.pipeline import export
 from llm_coreml.quantize import make_plan
 from llm_coreml.verify import Verification
 

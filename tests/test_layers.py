@@ -32,7 +32,7 @@ LAYERS = (
     ("bundle",),
     ("verify",),
     ("manifest", "card"),
-    ("export",),
+    ("pipeline",),
     ("eval",),
     ("cli",),
 )
