@@ -14,18 +14,27 @@ from llm_coreml.eval.quality import measure_quality
 from llm_coreml.eval.results import Evaluation
 from llm_coreml.eval.sizes import measure_bytes
 from llm_coreml.eval.text import cut, read_text
+from llm_coreml.recipes import bundled_model
 
 from llm_coreml.build import Model, build_decoder, build_original, open_model
-from llm_coreml.bundle import RESULTS, Bundle, open_bundle, write_json
+from llm_coreml.bundle import (
+    RESULTS,
+    Bundle,
+    check_program,
+    check_writable,
+    open_bundle,
+    write_json,
+)
 from llm_coreml.config import ExportConfig
 from llm_coreml.errors import ArtifactError, CheckpointError, ConfigError
-from llm_coreml.manifest import file_sha256
 from llm_coreml.progress import Progress, Silent
 from llm_coreml.quantize import make_plan
 from llm_coreml.runtime import EagerRunner, Runner, open_runner
 from llm_coreml.tokenizer import Tokenizer
 
 DEFAULT_TOKENS = 2048
+# Two models' logits of a window are held at a time: 1 GB at a vocabulary of 128 thousand.
+_LONGEST_WINDOW = 1024
 
 
 def evaluate(
@@ -57,8 +66,9 @@ def evaluate(
     progress = progress or Silent()
     progress.stage("open")
     opened = open_bundle(Path(bundle))
+    check_writable(opened.folder)
     artifact = open_runner(opened)
-    _check_program(opened)
+    check_program(opened)
     name, windows = _windows(opened, artifact, text, tokens)
     runners: dict[str, Runner] = {}
     if not artifact_only:
@@ -72,7 +82,7 @@ def evaluate(
         tokens=sum(len(window) - 1 for window in windows),
         window=max(map(len, windows)),
         qualities=qualities,
-        latencies=measure_latency(artifact, windows[0]),
+        latencies=measure_latency(artifact, windows[0], progress.advance),
         bytes=measure_bytes(opened),
         bits_per_weight=opened.manifest["quantization"]["bits_per_weight"],
         source=opened.manifest["source"],
@@ -80,16 +90,6 @@ def evaluate(
     )
     write_json(opened.folder / RESULTS, result.to_json())
     return result
-
-
-def _check_program(bundle: Bundle) -> None:
-    expected = bundle.manifest["program"]["sha256"]
-    found = file_sha256(bundle.program)
-    if found != expected:
-        raise ArtifactError(
-            f"'{bundle.program}' is not the file that its manifest describes: its SHA-256 begins "
-            f"with {found[:12]}, not {expected[:12]}. Export again."
-        )
 
 
 def _windows(
@@ -102,7 +102,8 @@ def _windows(
         )
     tokenizer = Tokenizer(bundle.tokenizer)
     name, content = read_text(None if text is None else Path(text))
-    return name, cut(tokenizer.encode(content), artifact.context, tokenizer.bos_id, tokens)
+    window = min(artifact.context, _LONGEST_WINDOW)
+    return name, cut(tokenizer.encode(content), window, tokenizer.bos_id, tokens)
 
 
 def _originals(bundle: Bundle, model: str | Path | torch.nn.Module | None) -> dict[str, Runner]:
@@ -113,17 +114,26 @@ def _originals(bundle: Bundle, model: str | Path | torch.nn.Module | None) -> di
             "This bundle was exported from a model in memory; give the same model with --model "
             "(a folder where it is saved) or model=, or measure with --artifact-only."
         )
+    original = bundled_model() if source["kind"] == "bundled" else source["name"]
     revision = source["revision"] if model is None else None
-    opened: Model = open_model(model or source["name"], revision=revision)
-    if opened.checkpoint.sha256() != source["sha256"]:
+    try:
+        opened: Model = open_model(model or original, revision=revision)
+    except CheckpointError as error:
+        if model is not None:
+            raise
         raise CheckpointError(
-            f"'{opened.source.name}' holds other weights than were exported; give the "
-            "original with --model, or measure with --artifact-only."
+            f"The original is not at hand: {error} Give it with --model, or measure with "
+            "--artifact-only."
+        ) from None
+    if opened.sha256() != source["sha256"]:
+        raise CheckpointError(
+            f"'{opened.source.name}' holds other weights than were exported; give the original "
+            "with --model, or measure with --artifact-only."
         )
     config = ExportConfig.from_json(bundle.manifest["config"])
     decoder, shapes = build_decoder(opened, config, make_plan(config, opened.spec))
-    original = build_original(opened, shapes.context)
+    unquantized = build_original(opened, shapes.context)
     return {
-        "original": EagerRunner(original, "PyTorch eager fp32"),
+        "original": EagerRunner(unquantized, "PyTorch eager fp32"),
         "quantized": EagerRunner(decoder, "PyTorch eager fp32"),
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from llm_coreml.eval.results import Latency
 
@@ -14,11 +14,17 @@ _RUNS = 5
 _ENOUGH_SECONDS = 10.0
 
 
-def measure_latency(runner: Runner, tokens: Sequence[int]) -> tuple[Latency, ...]:
+def measure_latency(
+    runner: Runner, tokens: Sequence[int], on_progress: Callable[[float], None] = lambda _: None
+) -> tuple[Latency, ...]:
     """Time each of the runner's lengths on the first of `tokens`, repeated where they are few."""
     longest = max(runner.seq_lengths)
     text = (list(tokens) * (longest // len(tokens) + 1))[:longest]
-    return tuple(_time(runner, text[:length]) for length in runner.seq_lengths)
+    timed = []
+    for length in runner.seq_lengths:
+        timed.append(_time(runner, text[:length]))
+        on_progress(len(timed) / len(runner.seq_lengths))
+    return tuple(timed)
 
 
 def _time(runner: Runner, chunk: list[int]) -> Latency:

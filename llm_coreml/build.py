@@ -7,7 +7,7 @@ decoder = build_decoder(model, shapes, plan, torch.float16)
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from llm_coreml.decoder import Decoder, DecoderSpec
 from llm_coreml.families import Family, find_family
 from llm_coreml.quantize import QuantizationPlan
 from llm_coreml.quantize.fill import check_checkpoint, fill
-from llm_coreml.recipes import BUNDLED, BUNDLED_RECIPE, load_recipe
+from llm_coreml.recipes import BUNDLED, BUNDLED_RECIPE, load_recipe, recipe_names
 from llm_coreml.targets import get_target
 
 
@@ -39,12 +39,17 @@ class Model:
     family: Family
     spec: DecoderSpec
 
+    def sha256(self) -> str:
+        """Return the hash of the tensors that the decoder is made of."""
+        return self.checkpoint.sha256(set(self.family.tensor_names(self.spec).values()))
+
 
 def open_model(
     source: str | Path | torch.nn.Module,
     tokenizer: Any = None,
     revision: str | None = None,
     local_files_only: bool = False,
+    accept: Callable[[DecoderSpec], object] = lambda _: None,
 ) -> Model:
     """Open a checkpoint and hold its tensors' names and shapes against its family's.
 
@@ -53,29 +58,60 @@ def open_model(
         tokenizer: Tokenizer of a live model.
         revision: Branch, tag or commit of a hub id.
         local_files_only: Use the hub's local cache only.
+        accept: Given the sizes before any weights are fetched; raises to refuse them.
 
     Raises:
         ConfigError: a bare word that is no recipe and no folder.
         CheckpointError: it is absent, damaged, or disagrees with its `config.json`.
         UnsupportedError: an unknown family or option.
     """
+
+    def judge(config: dict[str, Any]) -> None:
+        accept(find_family(config).spec(config))
+
     source, bundled = _resolve(source)
     checkpoint = open_checkpoint(
-        source, tokenizer=tokenizer, revision=revision, local_files_only=local_files_only
+        source,
+        tokenizer=tokenizer,
+        revision=revision,
+        local_files_only=local_files_only,
+        judge=judge,
     )
     family = find_family(checkpoint.config)
-    spec = family.spec(checkpoint.config)
+    spec = _with_true_head(checkpoint, family, family.spec(checkpoint.config))
     # A context of one: only names and shapes are asked for.
     check_checkpoint(Decoder(spec, context=1), checkpoint, family)
     origin = Source("bundled", BUNDLED_RECIPE) if bundled else checkpoint.source
     return Model(origin, checkpoint, family, spec)
 
 
+def _with_true_head(checkpoint: Checkpoint, family: Family, spec: DecoderSpec) -> DecoderSpec:
+    """Untie a spec whose checkpoint holds a head that differs from the token table.
+
+    Fine-tuning may train the head apart while `tie_word_embeddings` stays true; transformers then
+    keeps both tensors.
+    """
+    untied = replace(spec, tie_word_embeddings=False)
+    names = family.tensor_names(untied)
+    head, table = names["lm_head.weight"], names["embed_tokens.weight"]
+    present = checkpoint.names()
+    if not spec.tie_word_embeddings or head not in present or table not in present:
+        return spec
+    same = torch.equal(checkpoint.stored(head), checkpoint.stored(table))
+    return spec if same else untied
+
+
 def _resolve(
     source: str | Path | torch.nn.Module,
 ) -> tuple[str | Path | torch.nn.Module, bool]:
-    """Turn a recipe's name into its model, and say whether it is the bundled one."""
-    if not isinstance(source, str) or Path(source).is_dir() or "/" in source:
+    """Turn a recipe's name into its model, and say whether it is the bundled one.
+
+    A folder of a recipe's name wins only if it holds a model: exports are often named so.
+    """
+    if not isinstance(source, str):
+        return source, False
+    is_recipe = source in recipe_names() and not (Path(source) / "config.json").is_file()
+    if not is_recipe and (Path(source).is_dir() or "/" in source):
         return source, False
     recipe = load_recipe(source)
     return recipe.source, recipe.model == BUNDLED

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import importlib.resources
 import json
 import os
@@ -23,6 +24,7 @@ from typing import Any
 
 import jsonschema
 
+from llm_coreml.checkpoint.tensors import TOKENIZER_FILES
 from llm_coreml.errors import ArtifactError, OutputError
 
 PROGRAM = "model.pte"
@@ -68,10 +70,12 @@ def open_bundle(folder: Path) -> Bundle:
         ArtifactError: no such folder, no program, or a manifest that is damaged or of a later
             version.
     """
-    if folder.is_file():
+    if folder.is_file() and folder.name == PROGRAM:
         folder = folder.parent
     if not folder.is_dir():
-        raise ArtifactError(f"'{folder}' is no folder; give the folder that an export wrote.")
+        raise ArtifactError(
+            f"'{folder}' is no bundle; give the folder that an export wrote or its {PROGRAM}."
+        )
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
     except FileNotFoundError:
@@ -106,6 +110,30 @@ def manifest_schema() -> dict[str, Any]:
     return schema
 
 
+def check_program(bundle: Bundle) -> None:
+    """Hold the program against the hash in the manifest.
+
+    Raises:
+        ArtifactError: it is another file.
+    """
+    expected = bundle.manifest["program"]["sha256"]
+    found = file_sha256(bundle.program)
+    if found != expected:
+        raise ArtifactError(
+            f"'{bundle.program}' is not the file that its manifest describes: its SHA-256 begins "
+            f"with {found[:12]}, not {expected[:12]}. Export again."
+        )
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, read a piece at a time."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write `value` beside `path` and rename it, so that a reader never sees half of it.
 
@@ -127,19 +155,32 @@ def check_output(output: Path, overwrite: bool) -> None:
     Raises:
         OutputError: as said.
     """
-    if output.exists() and not overwrite:
-        raise OutputError(
-            f"'{output}' exists already; give another -o, or --overwrite to replace it."
-        )
-    if output.exists() and not (output / MANIFEST).is_file() and any(_entries(output)):
-        raise OutputError(
-            f"'{output}' was not written by an export, so --overwrite leaves it alone; "
-            "give another -o."
-        )
+    if output.exists():
+        if not overwrite:
+            raise OutputError(
+                f"'{output}' exists already; give another -o, or --overwrite to replace it."
+            )
+        foreign = _foreign_entry(output)
+        if foreign is not None:
+            raise OutputError(
+                f"'{output}' holds '{foreign}', which no export wrote, so --overwrite leaves the "
+                "folder alone; move that file, or give another -o."
+            )
     parent = output.absolute().parent
     existing = next(folder for folder in (parent, *parent.parents) if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise OutputError(f"'{existing}' cannot be written to; give another -o.")
+
+
+def _foreign_entry(output: Path) -> str | None:
+    """Return the name of something at `output` that an export did not write, or None."""
+    if not output.is_dir():
+        return output.name
+    known = {PROGRAM, MANIFEST, RESULTS, CARD, *TOKENIZER_FILES}
+    names = sorted(entry.name for entry in output.iterdir())
+    if names and not (output / PROGRAM).is_file():
+        return names[0]
+    return next((name for name in names if name not in known), None)
 
 
 @contextlib.contextmanager
@@ -153,9 +194,10 @@ def new_bundle(output: Path, overwrite: bool) -> Iterator[Path]:
         OutputError: the output exists, cannot be written, or the disk is full.
     """
     check_output(output, overwrite)
-    output = output.absolute()
+    output = output.resolve()
     draft: Path | None = None
     previous = tempfile.tempdir
+    made = [folder for folder in output.parents if not folder.exists()]
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
@@ -165,9 +207,8 @@ def new_bundle(output: Path, overwrite: bool) -> Iterator[Path]:
         yield draft
         shutil.rmtree(scratch)
         draft.chmod(0o755)
-        if output.exists():
-            output.rename(draft.with_name(draft.name + ".old"))
-        draft.rename(output)
+        check_output(output, overwrite)
+        _replace(output, draft)
     except (OSError, RuntimeError, OutputError) as error:
         failure = _failed_write(error, output, draft)
         if failure is None:
@@ -177,7 +218,24 @@ def new_bundle(output: Path, overwrite: bool) -> Iterator[Path]:
         tempfile.tempdir = previous
         if draft is not None:
             shutil.rmtree(draft, ignore_errors=True)
-            shutil.rmtree(draft.with_name(draft.name + ".old"), ignore_errors=True)
+        if not output.exists():
+            for folder in made:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+
+
+def _replace(output: Path, draft: Path) -> None:
+    """Put `draft` in the place of `output`; whatever interrupts it, one of the two is there."""
+    old = draft.with_name(draft.name + ".old")
+    try:
+        if output.exists():
+            output.rename(old)
+        draft.rename(output)
+    except BaseException:
+        if old.exists() and not output.exists():
+            old.rename(output)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _failed_write(error: Exception, output: Path, draft: Path | None) -> OutputError | None:
@@ -190,9 +248,22 @@ def _failed_write(error: Exception, output: Path, draft: Path | None) -> OutputE
     number = getattr(cause, "errno", None)
     if number is None and draft is not None and shutil.disk_usage(draft).free < _FULL_DISK:
         number = errno.ENOSPC
-    if number is None and isinstance(cause, RuntimeError):
-        return None
-    return output_error(output, OSError(number, str(cause)) if number is not None else cause)
+    if number is not None:
+        return output_error(output, OSError(number, str(cause)))
+    return output_error(output, cause) if isinstance(cause, OSError) else None
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse a folder into which nothing can be written.
+
+    Raises:
+        OutputError: as said.
+    """
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OutputError(
+            f"'{folder}' cannot be written to, and {RESULTS} belongs there; make it writable or "
+            "work on a copy."
+        )
 
 
 def output_error(path: Path, error: OSError) -> OutputError:
@@ -203,7 +274,3 @@ def output_error(path: Path, error: OSError) -> OutputError:
             "Nothing was written."
         )
     return OutputError(f"'{path}' cannot be written: {error.strerror or error}. Give another -o.")
-
-
-def _entries(folder: Path) -> Iterator[Path]:
-    return folder.iterdir() if folder.is_dir() else iter((folder,))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 
@@ -37,12 +38,13 @@ head {quantization["lm_head"]["label"]}{" (tied)" if quantization["tied"] else "
 
 ## Verification
 
-Produced by: {checked["runtime"]}. {checked["rows"]} rows of logits against the quantized model in
+Produced by: {checked["runtime"]}. {checked["rows"]} rows of logits on
+{checked["text"]}, up to position {checked["last_position"]}, against the quantized model in
 PyTorch, fp32: largest error {checked["max_relative_error"]:.2e} of the largest logit (bound
 {checked["max_relative_error_bound"]:.0e}), mean KL divergence {checked["mean_kl"]:.2e} nats (bound
 {checked["mean_kl_bound"]:.0e}). No Apple device took part.
 
 ## Rebuild
 
-    {" ".join(manifest["rebuild"])}
+    {shlex.join(manifest["rebuild"]) or "llm_coreml.export(model, tokenizer, ...)"}
 """

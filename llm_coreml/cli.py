@@ -117,14 +117,16 @@ def export_command(
     llm-coreml export ./my-finetune --target ane --bits 4  a folder
     """
     from llm_coreml.config import ExportConfig
-    from llm_coreml.recipes import BUNDLED_RECIPE
+    from llm_coreml.recipes import BUNDLED_RECIPE, load_recipe
     from llm_coreml.terminal import terminal
 
+    if model is not None and given is not None:
+        load_recipe(model)
     source = given or model
     if source is None:
         raise click.UsageError("Give a recipe, a hub id or a folder; see `llm-coreml ls`.")
     config = ExportConfig(**settings)
-    folder = output or Path(f"{Path(model or source).name}-coreml")
+    folder = output or Path(f"{Path(source).absolute().name}-coreml")
     with terminal(verbose) as screen:
         if source == BUNDLED_RECIPE and not Path(source).is_dir():
             screen.progress.note(

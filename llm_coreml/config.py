@@ -70,14 +70,15 @@ class ExportConfig:
             value = getattr(self, name)
             if value not in allowed:
                 raise ConfigError(f"{name} is '{value}'; it must be {' or '.join(allowed)}.")
-        if self.bits is not None and self.bits not in (1, 2, 3, 4, 6, 8, 16, 32):
+        if self.bits is not None and self.bits not in (1, 2, 3, 4, 6, 8, 16):
             raise ConfigError(
                 f"--bits is {self.bits}; Core ML holds weights of 1, 2, 3, 4, 6, 8 and 16 bits."
             )
         if self.context is not None:
             _check_context(self.context)
         if self.seq_lengths is not None:
-            _check_lengths(self.seq_lengths)
+            object.__setattr__(self, "seq_lengths", tuple(self.seq_lengths))
+            _check_lengths(tuple(self.seq_lengths))
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON values."""
@@ -85,7 +86,7 @@ class ExportConfig:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> ExportConfig:
-        """Build a config from `to_json` output or a recipe.
+        """Build a config from `to_json` output.
 
         Raises:
             ConfigError: an unknown key.
@@ -94,8 +95,6 @@ class ExportConfig:
         for key in values:
             if key not in known:
                 raise ConfigError(f"There is no setting '{key}'.{nearest(key, known)}")
-        if values.get("seq_lengths") is not None:
-            values = {**values, "seq_lengths": tuple(values["seq_lengths"])}
         return cls(**values)
 
 

@@ -23,7 +23,7 @@ def contents(path: Path) -> dict[str, Any]:
     Raises:
         ArtifactError: it is damaged, or neither of the two.
     """
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"path": str(path)}
     if path.is_dir():
         found["manifest"] = open_bundle(path).manifest
         path = path / PROGRAM

@@ -2,7 +2,6 @@
 
     LlmCoreMLError            1   anything below; also a bug we could name
       ConfigError             2   flags or fields that contradict a rule (as click's usage errors)
-      ThresholdError          3   measured, but a gate failed
       CheckpointError         4   the model's files are absent, damaged or not what config.json says
       UnsupportedError        5   a model, weight format or target that is understood and refused
       OutputError             6   the output exists, cannot be written, or the disk is full
@@ -29,12 +28,6 @@ class ConfigError(LlmCoreMLError):
     """A setting breaks a rule, or two settings contradict each other."""
 
     exit_code = 2
-
-
-class ThresholdError(LlmCoreMLError):
-    """A measurement was made and does not meet the limit that the user set."""
-
-    exit_code = 3
 
 
 class CheckpointError(LlmCoreMLError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import platform
 from collections.abc import Sequence
@@ -11,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from llm_coreml.build import Model
-from llm_coreml.bundle import MANIFEST_VERSION
+from llm_coreml.bundle import MANIFEST_VERSION, file_sha256
+from llm_coreml.checkpoint import Source
 from llm_coreml.config import ExportConfig, Shapes
 from llm_coreml.decoder import DecoderSpec
 from llm_coreml.quantize import QuantizationPlan, Scheme
@@ -44,11 +44,11 @@ def make_manifest(
     """
     return {
         "version": MANIFEST_VERSION,
-        "source": {**asdict(model.source), "sha256": model.checkpoint.sha256()},
+        "source": {**asdict(model.source), "sha256": model.sha256()},
         "spec": asdict(model.spec),
         "config": config.to_json(),
-        "rebuild": rebuild_command(model.source.name, config),
-        "quantization": _quantization(plan, model.spec),
+        "rebuild": rebuild_command(model.source, config),
+        "quantization": _quantization(plan, model.spec, config.backend == "xnnpack"),
         "program": {
             "file": program.name,
             "bytes": program.stat().st_size,
@@ -61,14 +61,7 @@ def make_manifest(
             "seq_lengths": list(shapes.seq_lengths),
             "constant_methods": methods,
         },
-        "target": {
-            "backend": config.backend,
-            "name": config.target,
-            "compute_unit": get_target(config.target).compute_unit,
-            "minimum_os": config.minimum_os,
-            "opset": opset_of(config.minimum_os),
-            "compute_precision": config.compute_precision,
-        },
+        "target": _target(config),
         "versions": {
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in _PACKAGES},
@@ -77,9 +70,13 @@ def make_manifest(
     }
 
 
-def rebuild_command(source: str, config: ExportConfig) -> list[str]:
-    """Return the command line that makes the same artifact again."""
-    words = ["llm-coreml", "export", source]
+def rebuild_command(source: Source, config: ExportConfig) -> list[str]:
+    """Return the command line that makes the same artifact again; none for a live model."""
+    if source.kind == "live":
+        return []
+    words = ["llm-coreml", "export", source.name]
+    if source.revision is not None:
+        words += ["--revision", source.revision]
     for field in fields(config):
         value = getattr(config, field.name)
         flag = "--" + field.name.replace("_", "-")
@@ -92,15 +89,6 @@ def rebuild_command(source: str, config: ExportConfig) -> list[str]:
         else:
             words += [flag, str(value)]
     return words
-
-
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, read a piece at a time."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def bits_per_weight(plan: QuantizationPlan, spec: DecoderSpec) -> float:
@@ -118,7 +106,28 @@ def _cost(scheme: Scheme, shapes: Sequence[tuple[int, int]]) -> tuple[float, int
     return sum(scheme.bits * r * c + scheme.overhead_bits((r, c)) for r, c in shapes), weights
 
 
-def _quantization(plan: QuantizationPlan, spec: DecoderSpec) -> dict[str, Any]:
+def _target(config: ExportConfig) -> dict[str, str]:
+    if config.backend == "xnnpack":
+        return {
+            "backend": "xnnpack",
+            "name": "cpu",
+            "compute_unit": "CPU",
+            "minimum_os": "any",
+            "opset": "none",
+            "compute_precision": "fp32",
+        }
+    return {
+        "backend": "coreml",
+        "name": config.target,
+        "compute_unit": get_target(config.target).compute_unit,
+        "minimum_os": config.minimum_os,
+        "opset": opset_of(config.minimum_os),
+        "compute_precision": config.compute_precision,
+    }
+
+
+def _quantization(plan: QuantizationPlan, spec: DecoderSpec, dequantized: bool) -> dict[str, Any]:
+    """Describe the weights; the twin holds their dequantized values as fp32, a tied table once."""
     table = [(spec.vocab_size, spec.hidden_size)]
     groups = {
         "linear": (plan.linear, [shape for _, shape in matrices(spec)]),
@@ -128,9 +137,11 @@ def _quantization(plan: QuantizationPlan, spec: DecoderSpec) -> dict[str, Any]:
     described: dict[str, Any] = {}
     for name, (scheme, shapes) in groups.items():
         bits, weights = _cost(scheme, shapes)
+        if dequantized:
+            bits = 32 * weights
         described[name] = {
             "scheme": scheme.name,
-            "label": scheme.label,
+            "label": f"{scheme.label}, stored as fp32" if dequantized else scheme.label,
             "bits": scheme.bits,
             "bits_per_weight": bits / weights,
             "bytes": 0 if name == "lm_head" and plan.tied else round(bits / 8),
@@ -140,7 +151,7 @@ def _quantization(plan: QuantizationPlan, spec: DecoderSpec) -> dict[str, Any]:
         **described,
         "tied": plan.tied,
         "untied_bytes": plan.untied_bytes,
-        "bits_per_weight": bits_per_weight(plan, spec),
+        "bits_per_weight": 32.0 if dequantized else bits_per_weight(plan, spec),
     }
 
 

@@ -27,7 +27,7 @@ from llm_coreml.bundle import (
 )
 from llm_coreml.card import model_card
 from llm_coreml.config import ExportConfig, Shapes, resolve_shapes
-from llm_coreml.decoder import Decoder
+from llm_coreml.decoder import Decoder, DecoderSpec
 from llm_coreml.errors import CheckpointError
 from llm_coreml.lower.program import constant_methods
 from llm_coreml.manifest import make_manifest
@@ -35,11 +35,8 @@ from llm_coreml.progress import Progress, Silent
 from llm_coreml.quantize import make_plan
 from llm_coreml.recipes import bundled_model
 from llm_coreml.runtime import EagerRunner, ExecutorchRunner, ReferenceRunner, Runner
-from llm_coreml.tokenizer import Tokenizer, special_ids
+from llm_coreml.tokenizer import Tokenizer, convert, special_ids
 from llm_coreml.verify import Verification, verify
-
-# Enough to read every default length from either end, and to decode after it.
-_VERIFIED_TOKENS = 1024
 
 
 def export(
@@ -84,7 +81,7 @@ def export(
     job = _Job(config=replace(config or ExportConfig(), **changes), progress=progress or Silent())
     check_output(Path(output), overwrite)
     job.progress.stage("open")
-    opened = open_model(model, tokenizer, revision, local_files_only)
+    opened = open_model(model, tokenizer, revision, local_files_only, accept=job.check)
     with new_bundle(Path(output), overwrite) as draft:
         _write(job, opened, draft)
     return open_bundle(Path(output))
@@ -97,11 +94,15 @@ class _Job:
     config: ExportConfig
     progress: Progress
 
+    def check(self, spec: DecoderSpec) -> None:
+        """Refuse settings that cannot work for a model of these sizes."""
+        make_plan(self.config, spec)
+        resolve_shapes(self.config, spec.max_position_embeddings)
+
 
 def _write(job: _Job, model: Model, draft: Path) -> None:
     config, progress = job.config, job.progress
     plan = make_plan(config, model.spec)
-    resolve_shapes(config, model.spec.max_position_embeddings)
     if plan.untied_bytes:
         progress.note(
             f"The head shares its weights with the token table but not its format "
@@ -109,7 +110,7 @@ def _write(job: _Job, model: Model, draft: Path) -> None:
             f"{plan.untied_bytes:,} bytes."
         )
     bos_id, eos_ids = special_ids(model.checkpoint.config, model.checkpoint.generation_config)
-    text = _write_tokenizer(job, model, draft)
+    _write_tokenizer(job, model, draft)
     progress.stage("quantize")
     decoder, shapes = build_decoder(model, config, plan, progress.advance)
     methods = constant_methods(model.spec, shapes, bos_id, eos_ids)
@@ -117,25 +118,40 @@ def _write(job: _Job, model: Model, draft: Path) -> None:
     program = draft / PROGRAM
     _lower(decoder, config, shapes, methods, program)
     progress.stage("verify")
-    verification = _verify(config, shapes, decoder, program, text)
+    verification = _verify(job, shapes, decoder, program)
     manifest = make_manifest(model, config, plan, shapes, program, methods, verification)
     write_json(draft / MANIFEST, manifest)
     (draft / CARD).write_text(model_card(manifest))
 
 
-def _write_tokenizer(job: _Job, model: Model, draft: Path) -> list[int]:
-    """Save the tokenizer and return the tokens that the artifact is verified on."""
+def _write_tokenizer(job: _Job, model: Model, draft: Path) -> None:
+    """Save the tokenizer's files, with a `tokenizer.json` among them if there is any way."""
+    checkpoint = model.checkpoint
     try:
-        model.checkpoint.save_tokenizer(draft)
-    except CheckpointError:
-        job.progress.note("There is no tokenizer: the bundle will not read or write text.")
+        checkpoint.save_tokenizer(draft)
+        if not (draft / TOKENIZER).is_file():
+            files = list(checkpoint.tokenizer_files.values())
+            convert(files[0].parent if files else draft, draft / TOKENIZER)
+    except CheckpointError as error:
+        job.progress.note(f"The bundle will not read or write text: {error}")
+        return
+    tokenizer = Tokenizer(draft / TOKENIZER)
+    if tokenizer.changed:
+        tokenizer.save(draft / TOKENIZER)
+
+
+def _verification_text(draft: Path, decoder: Decoder) -> tuple[str, list[int]]:
+    """Return the tokens that an artifact is verified on, and what they are."""
+    count = decoder.context
     if not (draft / TOKENIZER).is_file():
         generator = torch.Generator().manual_seed(0)
-        shape = (_VERIFIED_TOKENS,)
-        return torch.randint(model.spec.vocab_size, shape, generator=generator).tolist()
-    tokenizer = Tokenizer(draft / TOKENIZER)
+        shape = (count,)
+        tokens = torch.randint(decoder.spec.vocab_size, shape, generator=generator).tolist()
+        return "random tokens", tokens
     text = (bundled_model() / "heldout.txt").read_text(encoding="utf-8")
-    return tokenizer.prompt(text[: 8 * _VERIFIED_TOKENS])[:_VERIFIED_TOKENS]
+    # A token is rarely longer than eight characters; a long context reads the text again.
+    tokens = Tokenizer(draft / TOKENIZER).prompt(text[: 8 * count])
+    return "held-out text", (tokens * (count // len(tokens) + 1))[:count]
 
 
 def _lower(
@@ -158,12 +174,12 @@ def _lower(
         program.write_to_file(file)
 
 
-def _verify(
-    config: ExportConfig, shapes: Shapes, decoder: Decoder, program: Path, tokens: list[int]
-) -> Verification:
+def _verify(job: _Job, shapes: Shapes, decoder: Decoder, program: Path) -> Verification:
     artifact: Runner
-    if config.backend == "coreml":
+    if job.config.backend == "coreml":
         artifact = ReferenceRunner(program)
     else:
         artifact = ExecutorchRunner(program, shapes.seq_lengths)
-    return verify(artifact, EagerRunner(decoder, "quantized"), tokens)
+    text, tokens = _verification_text(program.parent, decoder)
+    eager = EagerRunner(decoder, "quantized")
+    return verify(artifact, eager, tokens, text, job.progress.advance)

@@ -17,7 +17,7 @@ from typing import Any, final
 
 import torch
 
-from llm_coreml.bundle import Bundle
+from llm_coreml.bundle import Bundle, check_program
 from llm_coreml.decoder import Decoder
 from llm_coreml.errors import ArtifactError, ConfigError
 from llm_coreml.reference.method import load_method
@@ -62,10 +62,10 @@ class Runner(ABC):
         """Empty the cache."""
 
     @final
-    def reset(self) -> None:
-        """Forget the sequence."""
+    def reset(self, position: int = 0) -> None:
+        """Forget the sequence; the next token is read at `position`, after that many zeros."""
         self._clear()
-        self.position = 0
+        self.position = position
 
     @final
     def step(self, tokens: Sequence[int]) -> torch.Tensor:
@@ -109,15 +109,19 @@ class Runner(ABC):
         return row
 
     @final
-    def logits(self, tokens: Sequence[int]) -> torch.Tensor:
+    def logits(self, tokens: Sequence[int], position: int = 0) -> torch.Tensor:
         """Return the logits after every one of `tokens`, from an empty cache.
 
         A program that returns last rows only is fed one token at a time.
 
+        Args:
+            tokens: The sequence.
+            position: Where its first token is read, see `reset`.
+
         Returns:
             float32 `[len(tokens), vocab]`.
         """
-        self.reset()
+        self.reset(position)
         self._check_room(len(tokens))
         lengths = self.seq_lengths if self.every_row else (1,)
         rows, start = [], 0
@@ -265,4 +269,6 @@ def open_runner(bundle: Bundle) -> Runner:
     """
     if bundle.manifest["target"]["backend"] == "coreml":
         return ReferenceRunner(bundle.program)
+    # ExecuTorch trusts what it loads.
+    check_program(bundle)
     return ExecutorchRunner(bundle.program, tuple(bundle.manifest["program"]["seq_lengths"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 from rich.console import Group
@@ -13,11 +14,17 @@ from llm_coreml.eval.results import Evaluation, Quality
 
 def export_table(manifest: dict[str, Any], folder: str) -> Group:
     """Return what an export made, in a few rows."""
+    table = _plain("", "")
+    for name, value in _export_rows(manifest, folder).items():
+        table.add_row(name, value)
+    return Group(table)
+
+
+def _export_rows(manifest: dict[str, Any], folder: str) -> dict[str, str]:
     program, target = manifest["program"], manifest["target"]
     quantization, checked = manifest["quantization"], manifest["verification"]
-    table = _plain("", "")
     tied = " (one table for both)" if quantization["tied"] else ""
-    rows = {
+    return {
         "program": f"{folder}/{program['file']}, {program['bytes']:,} bytes",
         "weights": f"{quantization['linear']['label']}, "
         f"{quantization['bits_per_weight']:.2f} bits per weight over all",
@@ -30,9 +37,6 @@ def export_table(manifest: dict[str, Any], folder: str) -> Group:
         f"{checked['max_relative_error']:.1e} (bound {checked['max_relative_error_bound']:.0e}), "
         f"mean KL {checked['mean_kl']:.1e} (bound {checked['mean_kl_bound']:.0e})",
     }
-    for name, value in rows.items():
-        table.add_row(name, value)
-    return Group(table)
 
 
 def evaluation_table(result: Evaluation) -> Group:
@@ -61,13 +65,16 @@ def contents_table(found: dict[str, Any]) -> Group:
     """Return what `contents.contents` found in a bundle or `.pte`."""
     parts: list[Any] = []
     if "manifest" in found:
-        source = found["manifest"]["source"]
-        parts.append(Text(f"export of {source['name']} ({source['kind']})"))
+        manifest = found["manifest"]
+        source = manifest["source"]
+        rows = _export_rows(manifest, found["path"])
+        rows["rebuild"] = shlex.join(manifest["rebuild"]) or "from the same live model"
+        parts += [listing_table(f"{source['name']} ({source['kind']})", rows), Text("")]
     constants = {name: str(value) for name, value in found["constant_methods"].items()}
     parts.append(listing_table(f"program, {found['bytes']:,} bytes", constants))
     for method, delegates in found["methods"].items():
         for delegate in delegates:
-            rows: dict[str, str] = {}
+            rows = {}
             for kind in ("inputs", "outputs", "states"):
                 for name, shape in delegate.get(kind, {}).items():
                     rows[f"{kind[:-1]} {name}"] = shape

@@ -24,7 +24,7 @@ from rich.progress import TimeRemainingColumn as TimeRemaining
 _LABELS = {
     "open": "opening the checkpoint",
     "quantize": "reading and quantizing weights",
-    "lower": "lowering to Core ML",
+    "lower": "lowering to an ExecuTorch program",
     "verify": "verifying the artifact",
     "score": "scoring text",
     "time": "timing calls",
@@ -48,7 +48,7 @@ class Stages:
     """Draws stages as bars with the time left on a terminal, else a line with the time taken."""
 
     def __init__(self, file: TextIO) -> None:
-        self._console = Console(file=file, highlight=False, soft_wrap=True)
+        self._console = Console(file=file, highlight=False, soft_wrap=True, markup=False)
         self._bars: Progress | None = None
         self._task: TaskID | None = None
         self._name, self._start = "", 0.0
@@ -78,11 +78,17 @@ class Stages:
 
     def note(self, text: str) -> None:
         """Print a line above the bars."""
+        if self._name and self._bars is None:
+            self._console.print()
         self._console.print(text)
 
-    def close(self) -> None:
-        """End the last stage and leave the terminal as it was."""
-        self._finish()
+    def close(self, finished: bool = True) -> None:
+        """End the last stage, or leave it as it is if it was not finished."""
+        if finished:
+            self._finish()
+        elif self._name and self._bars is None:
+            self._console.print()
+        self._name = ""
         if self._bars is not None:
             self._bars.stop()
 
@@ -108,12 +114,15 @@ def terminal(verbose: bool) -> Iterator[Screen]:
     saved = [os.dup(1), os.dup(2)]
     out = os.fdopen(os.dup(saved[0]), "w", buffering=1)
     err = os.fdopen(os.dup(saved[1]), "w", buffering=1)
-    screen = Screen(Console(file=out, highlight=False, soft_wrap=True), Stages(err))
+    console = Console(file=out, highlight=False, soft_wrap=True, markup=False)
+    screen = Screen(console, Stages(err))
+    finished = False
     try:
         with _hidden(verbose):
             yield screen
+        finished = True
     finally:
-        screen.progress.close()
+        screen.progress.close(finished)
         sys.stdout.flush()
         sys.stderr.flush()
         for copy, descriptor in zip(saved, (1, 2), strict=True):

@@ -1,15 +1,15 @@
 """Does the program that was written compute what the model computes?
 
 The artifact and the eager quantized decoder read the same real text, in every length that the
-program accepts, in both orders, then token by token. What they disagree by is bounded, and the
-bound is part of the manifest.
+program accepts, in both orders, then token by token, at the beginning and at the end of the
+context. What they disagree by is bounded, and the bound is part of the manifest.
 
-    verification = verify(artifact, eager, tokens)
+    verification = verify(artifact, eager, tokens, "held-out text")
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -32,7 +32,9 @@ class Verification:
 
     Attributes:
         runtime: What executed the artifact.
+        text: What was read.
         tokens: Tokens read, over all passes.
+        last_position: Highest position read.
         rows: Rows of logits compared.
         max_relative_error: Largest logit difference over the largest logit.
         mean_kl: Mean Kullback-Leibler divergence of the next-token distributions, in nats.
@@ -41,7 +43,9 @@ class Verification:
     """
 
     runtime: str
+    text: str
     tokens: int
+    last_position: int
     rows: int
     max_relative_error: float
     mean_kl: float
@@ -61,35 +65,54 @@ class Verification:
         return asdict(self)
 
 
-def verify(artifact: Runner, eager: Runner, tokens: Sequence[int]) -> Verification:
+def verify(
+    artifact: Runner,
+    eager: Runner,
+    tokens: Sequence[int],
+    text: str,
+    on_progress: Callable[[float], None] = lambda _: None,
+) -> Verification:
     """Compare the two on `tokens`.
+
+    Args:
+        artifact: The written program.
+        eager: The quantized decoder.
+        tokens: What to read; more than the context is not.
+        text: What it is, for the record.
+        on_progress: Called with the share done, 0 to 1.
 
     Raises:
         VerificationError: they differ by more than the bounds allow.
     """
-    read, worst, largest = 0, 0.0, 0.0
-    divergences: list[torch.Tensor] = []
-    passes = verification_passes(artifact.seq_lengths, min(len(tokens), artifact.context))
-    # A causal model: what it says of a text begins with what it says of the text's beginning.
-    expected = eager.logits(tokens[: max(map(sum, passes))])
-    for parts in passes:
-        text = tokens[: sum(parts)]
-        artifact.reset()
-        start = 0
-        for length in parts:
-            rows = artifact.step(text[start : start + length])
-            start += length
-            wanted = expected[start - rows.shape[0] : start]
-            # A plain max() would pass over NaN.
-            error = float((rows - wanted).abs().max())
-            worst = error if not error <= worst else worst
-            largest = max(largest, float(wanted.abs().max()))
+    passes = verification_passes(artifact.seq_lengths, artifact.context, len(tokens))
+    total = sum(part.count for part in passes)
+    read = 0
+    errors, sizes, divergences = [], [], []
+    expected: dict[int, torch.Tensor] = {}
+    for part in passes:
+        if part.start not in expected:
+            # A causal model: what it says of a text begins with what it says of its beginning.
+            longest = max(other.count for other in passes if other.start == part.start)
+            expected[part.start] = eager.logits(tokens[:longest], part.start)
+        artifact.reset(part.start)
+        at = 0
+        for length in part.lengths:
+            rows = artifact.step(tokens[at : at + length])
+            at += length
+            wanted = expected[part.start][at - rows.shape[0] : at]
+            errors.append((rows - wanted).abs().max())
+            sizes.append(wanted.abs().max())
             divergences.append(kl_divergence(wanted, rows))
-        read += len(text)
+            on_progress((read + at) / total)
+        read += at
+    # max() of a tensor keeps NaN, as the bounds need.
+    worst, largest = float(torch.stack(errors).max()), float(torch.stack(sizes).max())
     divergence = torch.cat(divergences)
     result = Verification(
         runtime=artifact.label,
+        text=text,
         tokens=read,
+        last_position=max(part.start + part.count for part in passes) - 1,
         rows=len(divergence),
         max_relative_error=worst / largest if largest else worst,
         mean_kl=float(divergence.mean()),
@@ -105,14 +128,39 @@ def verify(artifact: Runner, eager: Runner, tokens: Sequence[int]) -> Verificati
     return result
 
 
-def verification_passes(lengths: Sequence[int], count: int) -> list[list[int]]:
-    """Split up to `count` tokens into chunks: descending and ascending lengths, then decode."""
-    passes = []
-    for order in (sorted(lengths, reverse=True), sorted(lengths)):
-        parts: list[int] = []
-        for length in order:
-            if sum(parts) + length <= count:
-                parts.append(length)
-        parts += [1] * min(_DECODED, count - sum(parts))
-        passes.append(parts)
-    return passes
+@dataclass(frozen=True)
+class Pass:
+    """One reading of the text.
+
+    Attributes:
+        start: Position of the first token; the cache before it is zero.
+        lengths: Chunks to feed.
+    """
+
+    start: int
+    lengths: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        """Tokens read."""
+        return sum(self.lengths)
+
+
+def verification_passes(lengths: Sequence[int], context: int, available: int) -> list[Pass]:
+    """Plan what to read: every length from either end, decode after it, and the context's end."""
+    limit = min(context, available)
+    descending = _chunks(sorted(lengths, reverse=True), limit)
+    ascending = _chunks(sorted(lengths), limit)
+    return [
+        Pass(0, descending),
+        Pass(0, ascending),
+        Pass(context - sum(ascending), ascending),
+    ]
+
+
+def _chunks(lengths: Sequence[int], limit: int) -> tuple[int, ...]:
+    parts: list[int] = []
+    for length in lengths:
+        if sum(parts) + length <= limit:
+            parts.append(length)
+    return (*parts, *([1] * min(_DECODED, limit - sum(parts))))

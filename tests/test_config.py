@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llm_coreml.checkpoint import Source
 from llm_coreml.config import ExportConfig, Shapes, resolve_shapes
 from llm_coreml.errors import ConfigError, LlmCoreMLError, UnsupportedError
 from llm_coreml.manifest import rebuild_command
@@ -176,16 +177,18 @@ def parse(words: list[str]) -> ExportConfig:
 
 @given(CONFIGS)
 def test_the_rebuild_command_says_all_of_it(config: ExportConfig) -> None:
-    words = rebuild_command("org/name", config)
-    assert words[:3] == ["llm-coreml", "export", "org/name"]
+    words = rebuild_command(Source("hub", "org/name", "c0ffee"), config)
+    assert words[:5] == ["llm-coreml", "export", "org/name", "--revision", "c0ffee"]
     assert all(isinstance(word, str) for word in words)
-    assert parse(words[3:]) == config
+    assert parse(words[5:]) == config
 
 
 def test_the_rebuild_command_leaves_defaults_out() -> None:
-    assert rebuild_command("m", ExportConfig()) == ["llm-coreml", "export", "m"]
+    source = Source("folder", "m")
+    assert rebuild_command(source, ExportConfig()) == ["llm-coreml", "export", "m"]
+    assert rebuild_command(Source("live", "m"), ExportConfig()) == []
     config = ExportConfig(bits=3, seq_lengths=(1, 16), force=True)
-    assert rebuild_command("m", config)[3:] == [
+    assert rebuild_command(source, config)[3:] == [
         "--bits",
         "3",
         "--seq-lengths",
@@ -203,4 +206,4 @@ def test_an_unknown_setting_offers_the_nearest() -> None:
 def test_exit_codes_are_different() -> None:
     errors: list[type[LlmCoreMLError]] = [LlmCoreMLError, *LlmCoreMLError.__subclasses__()]
     codes = [error.exit_code for error in errors]
-    assert sorted(codes) == list(range(1, len(codes) + 1))
+    assert sorted(codes) == [1, 2, 4, 5, 6, 7, 8]

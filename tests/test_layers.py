@@ -28,12 +28,13 @@ LAYERS = (
     ("quantize",),
     ("reference",),
     ("lower",),
-    ("build", "runtime"),
-    ("bundle",),
-    ("verify",),
+    ("build", "bundle"),
+    ("runtime",),
+    ("verify", "language_model", "contents"),
     ("manifest", "card"),
     ("pipeline",),
     ("eval",),
+    ("tables", "terminal"),
     ("cli",),
 )
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}

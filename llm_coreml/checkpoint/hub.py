@@ -9,7 +9,9 @@ and second copies of its weights (`consolidated.safetensors`) are never fetched.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from llm_coreml.checkpoint.files import (
     ADAPTER_CONFIG,
@@ -27,20 +29,26 @@ from llm_coreml.errors import CheckpointError
 _SMALL_FILES = (CONFIG, ADAPTER_CONFIG, INDEX, *TOKENIZER_FILES)
 
 
-def open_hub(repo: str, revision: str | None, local_files_only: bool) -> FileCheckpoint:
+def open_hub(
+    repo: str,
+    revision: str | None,
+    local_files_only: bool,
+    judge: Callable[[dict[str, Any]], None],
+) -> FileCheckpoint:
     """Fetch `org/name` into the hub's local cache and open it there.
 
     Args:
         repo: The hub id.
         revision: A branch, tag or commit; None is the default branch.
         local_files_only: Use the cache and no network, as `HF_HUB_OFFLINE=1` does.
+        judge: Given the configuration before any weights are fetched; raises to refuse it.
 
     Raises:
         CheckpointError: It cannot be fetched, or what was fetched is damaged.
         UnsupportedError: The weights are quantized, or the repository holds only an adapter.
     """
     folder = _fetch(repo, revision, local_files_only, _SMALL_FILES)
-    read_config(folder)
+    judge(read_config(folder))
     # The cache names a snapshot's folder after its commit: both fetches see the same one.
     commit = folder.name
     weight_map = read_weight_map(folder) if (folder / INDEX).is_file() else None

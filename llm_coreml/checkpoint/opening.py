@@ -12,7 +12,7 @@ from __future__ import annotations
 import fnmatch
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ def open_checkpoint(
     tokenizer: Any = None,
     revision: str | None = None,
     local_files_only: bool = False,
+    judge: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> Checkpoint:
     """Open a checkpoint; reads configuration and headers, and no tensor data.
 
@@ -50,6 +51,7 @@ def open_checkpoint(
         tokenizer: The tokenizer of a live model; files bring their own.
         revision: Branch, tag or commit of a hub id.
         local_files_only: Take a hub id from the local cache, without network.
+        judge: Given the configuration before any weights are fetched; raises to refuse it.
 
     Raises:
         CheckpointError: Nothing is there, it cannot be fetched, or it is damaged.
@@ -69,15 +71,20 @@ def open_checkpoint(
             "Leave it out."
         )
     if isinstance(source, torch.nn.Module):
-        return open_live(source, tokenizer)
+        return _judged(open_live(source, tokenizer), judge)
     if folder is not None:
-        return open_folder(folder, Source("folder", str(source)))
+        return _judged(open_folder(folder, Source("folder", str(source))), judge)
     if isinstance(source, str) and _HUB_ID.fullmatch(source):
-        return open_hub(source, revision, local_files_only)
+        return open_hub(source, revision, local_files_only, judge)
     raise CheckpointError(
         f"{str(source)!r} is neither an existing folder, a hub id (org/name) nor a live model. "
         "Check the path, or write the id in full."
     )
+
+
+def _judged(checkpoint: Checkpoint, judge: Callable[[dict[str, Any]], None]) -> Checkpoint:
+    judge(checkpoint.config)
+    return checkpoint
 
 
 def check_tensors(

@@ -14,7 +14,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, final
 
@@ -141,14 +141,17 @@ class Checkpoint(abc.ABC):
         return result
 
     @final
-    def sha256(self) -> str:
-        """Return a hash over every tensor's name, type, shape and bytes, in order of name.
+    def sha256(self, names: Collection[str] | None = None) -> str:
+        """Return a hash over tensors' names, types, shapes and bytes, in order of name.
 
-        Sharding, file metadata and tied copies do not enter, so the same weights give the same
-        hash as one file, as shards, or as a live model. Reads all data once, a piece at a time.
+        Sharding and file metadata do not enter, so the same weights give the same hash as one
+        file, as shards, or as a live model. Reads the data once, a piece at a time.
+
+        Args:
+            names: The tensors to hash; None takes all of `names()`.
         """
         digest = hashlib.sha256()
-        for name in sorted(self.names()):
+        for name in sorted(self.names() if names is None else names):
             stored = self.stored(name)
             digest.update(
                 json.dumps([name, type_name(stored.dtype), list(stored.shape)]).encode() + b"\n"

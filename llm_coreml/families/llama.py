@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 from llm_coreml.decoder.spec import DecoderSpec, RopeKind, RopeSpec
 from llm_coreml.errors import CheckpointError, UnsupportedError
 from llm_coreml.families.family import Family
+from llm_coreml.families.fields import number, table, whole
 
-_ROPE_KINDS: dict[str, RopeKind] = {
-    "default": "default",
-    "linear": "linear",
-    "dynamic": "dynamic",
-    "llama3": "llama3",
-}
+# transformers' own defaults where config.json is silent.
+_POSITIONS = 2048
+_EPSILON = 1e-6
+_THETA = 10000.0
 
 
 def spec(config: Mapping[str, Any]) -> DecoderSpec:
     """Read a Llama `config.json`.
 
     Raises:
-        CheckpointError: a size is missing or makes no sense.
+        CheckpointError: a field is missing, of another type, or makes no sense.
         UnsupportedError: an activation or RoPE scaling that the decoder does not compute.
     """
-    activation = config.get("hidden_act", "silu")
+    activation = config.get("hidden_act") or "silu"
     if activation not in ("silu", "swish"):
         raise UnsupportedError(
             f"config.json gives hidden_act '{activation}'; this family computes silu only."
@@ -35,63 +34,65 @@ def spec(config: Mapping[str, Any]) -> DecoderSpec:
             "are not supported yet. Set it to null in config.json only if the model was trained "
             "without one."
         )
-    heads = require(config, "num_attention_heads")
-    hidden = require(config, "hidden_size")
+    heads = whole(config, "num_attention_heads")
+    hidden = whole(config, "hidden_size")
     return DecoderSpec(
         model_type=str(config["model_type"]),
-        vocab_size=require(config, "vocab_size"),
+        vocab_size=whole(config, "vocab_size"),
         hidden_size=hidden,
-        intermediate_size=require(config, "intermediate_size"),
-        num_hidden_layers=require(config, "num_hidden_layers"),
+        intermediate_size=whole(config, "intermediate_size"),
+        num_hidden_layers=whole(config, "num_hidden_layers"),
         num_attention_heads=heads,
-        num_key_value_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or hidden // heads,
-        max_position_embeddings=config.get("max_position_embeddings", 2048),
-        rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        num_key_value_heads=whole(config, "num_key_value_heads", heads),
+        head_dim=whole(config, "head_dim", max(1, hidden // heads)),
+        max_position_embeddings=whole(config, "max_position_embeddings", _POSITIONS),
+        rms_norm_eps=number(config, "rms_norm_eps", _EPSILON),
         rope=rope_spec(config),
-        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-        attention_bias=bool(config.get("attention_bias", False)),
-        mlp_bias=bool(config.get("mlp_bias", False)),
+        tie_word_embeddings=bool(config.get("tie_word_embeddings")),
+        attention_bias=bool(config.get("attention_bias")),
+        mlp_bias=bool(config.get("mlp_bias")),
     )
 
 
 def rope_spec(config: Mapping[str, Any]) -> RopeSpec:
-    """Read `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
-    values: dict[str, Any] = dict(config.get("rope_scaling") or {})
-    values.update(config.get("rope_parameters") or {})
-    kind = str(values.get("rope_type", values.get("type", "default")))
-    if kind not in _ROPE_KINDS:
-        raise UnsupportedError(
-            f"config.json scales RoPE by '{kind}'; supported are {', '.join(_ROPE_KINDS)}."
-        )
-    trained = values.get("original_max_position_embeddings") or config.get(
-        "max_position_embeddings", 2048
-    )
-    try:
-        return RopeSpec(
-            theta=float(values.get("rope_theta") or config.get("rope_theta") or 10000.0),
-            kind=_ROPE_KINDS[kind],
-            factor=float(values["factor"]) if kind in ("linear", "llama3") else 1.0,
-            low_freq_factor=float(values["low_freq_factor"]) if kind == "llama3" else 1.0,
-            high_freq_factor=float(values["high_freq_factor"]) if kind == "llama3" else 4.0,
-            original_max_position_embeddings=int(trained),
-        )
-    except KeyError as error:
-        raise CheckpointError(
-            f"config.json scales RoPE by '{kind}' but gives no {error.args[0]} for it."
-        ) from None
-
-
-def require(config: Mapping[str, Any], key: str) -> int:
-    """Return the whole number `config[key]`.
+    """Read `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before).
 
     Raises:
-        CheckpointError: it is missing.
+        CheckpointError: a parameter of the scaling is missing or of another type.
+        UnsupportedError: a scaling that the decoder does not compute.
     """
-    if key not in config:
-        raise CheckpointError(f"config.json has no {key}; a {config['model_type']} model needs it.")
-    value: int = config[key]
-    return value
+    values = {**table(config, "rope_scaling"), **table(config, "rope_parameters")}
+    kind = values.get("rope_type") or values.get("type") or "default"
+    for known in get_args(RopeKind):
+        if kind == known:
+            return _rope_spec(known, values, config)
+    raise UnsupportedError(
+        f"config.json scales RoPE by '{kind}'; supported are {', '.join(get_args(RopeKind))}."
+    )
+
+
+def _rope_spec(kind: RopeKind, values: dict[str, Any], config: Mapping[str, Any]) -> RopeSpec:
+    scaled = kind in ("linear", "llama3")
+    by_band = kind == "llama3"
+    trained = "original_max_position_embeddings"
+    positions = whole(config, "max_position_embeddings", _POSITIONS)
+    where = f"The {kind} scaling of RoPE in config.json"
+    low = number(values, "low_freq_factor", where=where) if by_band else 1.0
+    high = number(values, "high_freq_factor", where=where) if by_band else 4.0
+    if not high > low:
+        raise CheckpointError(
+            f"config.json gives high_freq_factor = {high} and low_freq_factor = {low}; the first "
+            "must be the larger. Download or save the model again."
+        )
+    return RopeSpec(
+        theta=number(values, "rope_theta", number(config, "rope_theta", _THETA)),
+        kind=kind,
+        factor=number(values, "factor", where=where) if scaled else 1.0,
+        low_freq_factor=low,
+        high_freq_factor=high,
+        # As transformers looks it up: beside the sizes first, then among the scaling's parameters.
+        original_max_position_embeddings=whole(config, trained, whole(values, trained, positions)),
+    )
 
 
 def tensor_names(spec: DecoderSpec) -> dict[str, str]:

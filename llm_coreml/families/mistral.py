@@ -9,13 +9,17 @@ from llm_coreml.decoder.spec import DecoderSpec
 from llm_coreml.families import llama
 from llm_coreml.families.family import Family
 
-# transformers' own default where config.json is silent.
-_DEFAULT_WINDOW = 4096
+# transformers' own defaults where config.json is silent.
+_DEFAULTS = {
+    "sliding_window": 4096,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 4096 * 32,
+}
 
 
 def spec(config: Mapping[str, Any]) -> DecoderSpec:
     """Read a Mistral `config.json`; refuses sliding windows, see `llama.spec`."""
-    return llama.spec({"sliding_window": _DEFAULT_WINDOW, "num_key_value_heads": 8, **config})
+    return llama.spec({**_DEFAULTS, **config})
 
 
 FAMILY = Family(spec, llama.tensor_names, ignored=llama.FAMILY.ignored)

@@ -1,6 +1,6 @@
 """Lower a decoder to an ExecuTorch program whose body is one Core ML program.
 
-lower_coreml(decoder, config, shapes, constant_methods).write(path)
+lower_coreml(decoder, config, shapes, methods).write_to_file(file)
 """
 
 from __future__ import annotations

@@ -33,12 +33,15 @@ def _kv_write(
 
 
 def _dequantize(decoder: Decoder) -> None:
+    done: dict[int, nn.Parameter] = {}
     for module in decoder.modules():
         if isinstance(module, (nn.Linear, nn.Embedding)):
             weight = module.weight
-            if isinstance(weight, TorchAOBaseTensor):
-                weight = weight.dequantize()
-            module.weight = nn.Parameter(weight.detach().to(torch.float32), requires_grad=False)
+            if id(weight) not in done:
+                dense = weight.dequantize() if isinstance(weight, TorchAOBaseTensor) else weight
+                values = dense.detach().to(torch.float32)
+                done[id(weight)] = nn.Parameter(values, requires_grad=False)
+            module.weight = done[id(weight)]
 
 
 def lower_xnnpack(

@@ -96,7 +96,8 @@ def _set_matrix(
         weight = checkpoint.tensor(name, storage or checkpoint.dtype(name))
         module.weight = nn.Parameter(weight, requires_grad=False)
         return
-    weight = checkpoint.tensor(name, checkpoint.dtype(name))
+    # Read in the program's own precision, which finds values that it cannot hold.
+    weight = checkpoint.tensor(name, storage or checkpoint.dtype(name))
     module.weight = nn.Parameter(weight, requires_grad=False)
     quantize_weight(module, scheme)
 

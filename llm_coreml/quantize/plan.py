@@ -73,11 +73,14 @@ def make_plan(config: ExportConfig, spec: DecoderSpec) -> QuantizationPlan:
     embedding = _table_scheme(config.embedding, config, "--embedding")
     lm_head = _table_scheme(config.lm_head or config.embedding, config, "--lm-head")
     target = get_target(config.target)
-    for scheme in {linear.name, embedding.name, lm_head.name}:
-        if scheme in target.misfits and not config.force:
+    chosen = {"--scheme": linear, "--embedding": embedding, "--lm-head": lm_head}
+    for flag, scheme in chosen.items():
+        if scheme.name in target.misfits and not config.force:
+            fitting = target.default_scheme if flag == "--scheme" else "int8-channel"
             raise UnsupportedError(
-                f"--target {target.name} does not take {scheme}: {target.misfits[scheme]}. Use "
-                f"--scheme {target.default_scheme}, or --force to export it all the same."
+                f"--target {target.name} does not take {scheme.name}: "
+                f"{target.misfits[scheme.name]}. Use {flag} {fitting}, or --force to export it all "
+                "the same."
             )
     for name, shape in matrices(spec):
         linear.check(name, shape)
@@ -124,18 +127,18 @@ def _table_scheme(text: str, config: ExportConfig, flag: str) -> Scheme:
 
 
 def _build(name: str, bits: int | None, config: ExportConfig, flag: str) -> Scheme:
+    full = 32 if config.compute_precision == "fp32" else 16
     if name == "codebook":
         bits = 4 if bits is None else bits
         if bits not in CODEBOOK_BITS:
             raise UnsupportedError(
                 f"{flag} asks for a {bits} bit codebook; Core ML holds 1, 2, 3, 4, 6 and 8 bits."
             )
-        return Codebook(bits, config.codebook_rows)
-    full = 32 if config.compute_precision == "fp32" else 16
+        return Codebook(bits, config.codebook_rows, full)
     schemes: dict[str, Scheme] = {
-        "int4-group": IntGroup(4, config.group_size),
-        "int4-channel": IntChannel(4),
-        "int8-channel": IntChannel(8),
+        "int4-group": IntGroup(4, config.group_size, full),
+        "int4-channel": IntChannel(4, full),
+        "int8-channel": IntChannel(8, full),
         "none": Unquantized(full),
     }
     scheme = schemes[name]
@@ -144,6 +147,6 @@ def _build(name: str, bits: int | None, config: ExportConfig, flag: str) -> Sche
             f"{flag} asks for {bits} bit {name}; Core ML holds integer weights of 4 and 8 bits "
             f"only. Use --scheme codebook for 1, 2, 3, 4, 6 or 8 bits."
         )
-    if name == "none" and bits not in (None, 16, 32):
+    if name == "none" and bits not in (None, 16):
         raise ConfigError(f"--scheme none keeps 16 bits, but --bits is {bits}; drop one of them.")
     return scheme

@@ -56,10 +56,11 @@ class Scheme(ABC):
 
 @dataclass(frozen=True)
 class IntGroup(Scheme):
-    """Symmetric int4, one fp16 scale per `group_size` consecutive inputs of a row."""
+    """Symmetric int4, one scale of `scale_bits` per `group_size` consecutive inputs of a row."""
 
     bits: int = 4
     group_size: int = 32
+    scale_bits: int = 16
 
     def __post_init__(self) -> None:
         if self.group_size < 1:
@@ -76,18 +77,19 @@ class IntGroup(Scheme):
             raise UnsupportedError(
                 f"{tensor} has {shape[1]} inputs, which --group-size {self.group_size} does not "
                 f"divide; use a group size that does, such as {_largest_divisor(shape[1])}, "
-                "or --scheme int4-channel."
+                "or int4-channel, which has no groups."
             )
 
     def overhead_bits(self, shape: tuple[int, int]) -> int:
-        return 16 * shape[0] * (shape[1] // self.group_size)
+        return self.scale_bits * shape[0] * (shape[1] // self.group_size)
 
 
 @dataclass(frozen=True)
 class IntChannel(Scheme):
-    """Symmetric int4 or int8, one fp16 scale per output row."""
+    """Symmetric int4 or int8, one scale of `scale_bits` per output row."""
 
     bits: int = 8
+    scale_bits: int = 16
 
     @property
     def name(self) -> str:
@@ -101,15 +103,16 @@ class IntChannel(Scheme):
         """Any shape fits."""
 
     def overhead_bits(self, shape: tuple[int, int]) -> int:
-        return 16 * shape[0]
+        return self.scale_bits * shape[0]
 
 
 @dataclass(frozen=True)
 class Codebook(Scheme):
-    """Codes into tables of 2^bits fp16 values, one table per `rows` output rows."""
+    """Codes into tables of 2^bits values of `scale_bits`, one table per `rows` output rows."""
 
     bits: int = 4
     rows: int = 16
+    scale_bits: int = 16
 
     def __post_init__(self) -> None:
         if self.rows < 1:
@@ -129,7 +132,7 @@ class Codebook(Scheme):
             )
 
     def overhead_bits(self, shape: tuple[int, int]) -> int:
-        return int(16 * 2**self.bits * (shape[0] // self.rows))
+        return int(self.scale_bits * 2**self.bits * (shape[0] // self.rows))
 
 
 @dataclass(frozen=True)

@@ -91,16 +91,23 @@ def test_what_the_decoder_does_not_compute_is_refused(
 @pytest.mark.parametrize(
     ("changes", "part"),
     [
-        ({"vocab_size": 0}, "vocab_size = 0; it must be a positive whole number"),
+        ({"vocab_size": 0}, "vocab_size = 0; it must be a whole number of at least 1"),
         ({"hidden_size": 64.0}, "hidden_size = 64.0"),
         ({"num_hidden_layers": True}, "num_hidden_layers = True"),
         ({"num_key_value_heads": 3}, "4 attention heads and 3 key/value heads"),
         ({"head_dim": 15}, "head_dim = 15; rotary embeddings need an even one"),
         (
             {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
-            "scales RoPE by 'llama3' but gives no low_freq_factor for it",
+            "The llama3 scaling of RoPE in config.json has no low_freq_factor",
         ),
-        ({"rope_scaling": {"rope_type": "linear"}}, "gives no factor for it"),
+        (
+            {"rope_scaling": {"rope_type": "linear"}},
+            "The linear scaling of RoPE in config.json has no factor",
+        ),
+        ({"hidden_size": None}, "config.json has no hidden_size"),
+        ({"num_attention_heads": "4"}, "num_attention_heads = '4'"),
+        ({"rms_norm_eps": "x"}, "rms_norm_eps = 'x'; it must be a number above 0"),
+        ({"rope_scaling": "linear"}, "rope_scaling = 'linear'; it must be an object"),
     ],
 )
 def test_sizes_that_make_no_sense_are_named(changes: dict[str, Any], part: str) -> None:
@@ -112,7 +119,7 @@ def test_sizes_that_make_no_sense_are_named(changes: dict[str, Any], part: str) 
 @pytest.mark.parametrize("key", sorted(set(LLAMA) - {"model_type"}))
 def test_a_missing_size_is_named(key: str) -> None:
     config = {name: value for name, value in LLAMA.items() if name != key}
-    with pytest.raises(CheckpointError, match=f"has no {key}; a llama model needs it"):
+    with pytest.raises(CheckpointError, match=f"has no {key}, which this family needs"):
         find_family(config).spec(config)
 
 
@@ -157,3 +164,21 @@ def test_dynamic_rope_past_the_trained_length_is_refused(tmp_path: Path) -> None
         "rope_scaling 'dynamic' changes its angles past 32 positions, which a fixed table of 64 "
         "cannot hold; use --context 32 or less."
     )
+
+
+def test_null_fields_mean_the_default() -> None:
+    nulls = {"num_key_value_heads": None, "head_dim": None, "rope_scaling": None, "mlp_bias": None}
+    assert spec_of(**nulls) == spec_of()
+
+
+def test_the_trained_length_beside_the_sizes_wins() -> None:
+    scaling = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 4096,
+    }
+    spec = spec_of(rope_scaling=scaling, original_max_position_embeddings=8192)
+    assert spec.rope.original_max_position_embeddings == 8192
+    assert spec_of(rope_scaling=scaling).rope.original_max_position_embeddings == 4096

@@ -65,7 +65,7 @@ def test_what_bits_and_scheme_mean(settings: dict[str, Any], expected: Scheme) -
             {"group_size": 48},
             UnsupportedError,
             "layers.0.self_attn.q_proj has 64 inputs, which --group-size 48 does not divide; use a "
-            "group size that does, such as 32, or --scheme int4-channel.",
+            "group size that does, such as 32, or int4-channel, which has no groups.",
         ),
         (
             {"scheme": "codebook", "codebook_rows": 24},
