@@ -24,7 +24,7 @@ COMMANDS = ("eval", "export", "generate", "ls", "show")
 STAGES = (
     "opening the checkpoint ...",
     "reading and quantizing weights ...",
-    "lowering to Core ML ...",
+    "lowering to an ExecuTorch program ...",
     "verifying the artifact ...",
 )
 HEAVY = ("torch", "coremltools", "transformers", "executorch", "rich", "tokenizers", "yaml")
@@ -197,7 +197,7 @@ def test_export_table(
         (("llama",), "llama", "llama-coreml"),
         (("org/name",), "org/name", "name-coreml"),
         (("some/folder/",), "some/folder/", "folder-coreml"),
-        (("llama", "--model", "org/mine"), "org/mine", "llama-coreml"),
+        (("llama", "--model", "org/mine"), "org/mine", "mine-coreml"),
         (("-m", "org/mine", "-o", "x/y"), "org/mine", "x/y"),
     ],
 )
@@ -404,7 +404,9 @@ def test_show_json(
     assert of_bundle.code == of_program.code == 0 and of_bundle.err == of_program.err == ""
     found = json.loads(of_bundle.out)
     manifest = found.pop("manifest")
-    assert manifest == manifest_of(bundle) and found == json.loads(of_program.out)
+    assert manifest == manifest_of(bundle)
+    assert found.pop("path") == str(bundle)
+    assert found == {key: json.loads(of_program.out)[key] for key in found}
     assert found["bytes"] == manifest["program"]["bytes"]
     constants = manifest["program"]["constant_methods"]
     assert found["constant_methods"] == {**constants, "get_eos_ids": 1}  # a list of one
@@ -424,9 +426,11 @@ def test_show_tables(
     of_bundle = in_process(capfd, monkeypatch, "show", bundle)
     of_program = in_process(capfd, monkeypatch, "show", bundle / "model.pte")
     assert of_bundle.code == of_program.code == 0 and of_bundle.err == of_program.err == ""
-    first, rest = of_bundle.out.split("\n", 1)
-    assert first.startswith("export of ") and first.endswith("tiny-llama (folder)")
-    assert rest == of_program.out
+    head, rest = of_bundle.out.split("\n\n", 1)
+    assert "tiny-llama (folder)" in head.splitlines()[0]
+    for row in ("program", "weights", "target", "verified by", "rebuild  "):
+        assert re.search(rf"^{row}", head, re.M), row
+    assert rest.split() == of_program.out.split()
     assert rest.startswith(f"program, {size:,} bytes")
     for row in (
         r"get_vocab_size +300",

@@ -40,8 +40,9 @@ def check(told: str) -> None:
     """Nothing but stages and the message, which has a line of its own."""
     assert told.endswith(f"\n{MESSAGE}")
     assert "Traceback" not in told and "ignored" not in told and "Error" not in told
-    *stages, _ = [line for line in told.splitlines() if line]
+    *stages, stopped, _ = [line for line in told.splitlines() if line]
     assert all("..." in line and line.endswith(" s") for line in stages)
+    assert stopped.endswith("..."), "a stage that did not end shows no time"
 
 
 @pytest.mark.parametrize(
@@ -49,7 +50,7 @@ def check(told: str) -> None:
     [
         "opening the checkpoint ...",
         "reading and quantizing weights ...",
-        "lowering to Core ML ...",
+        "lowering to an ExecuTorch program ...",
         "verifying the artifact ...",
     ],
 )
