@@ -275,7 +275,7 @@ def export_ours(model: str, scratch: str, settings: str) -> None:
     """Export, and leave `model.pte` and `notes.json` in `scratch`."""
     import resource
 
-    from llm_coreml.export import export
+    from llm_coreml.pipeline import export
 
     from llm_coreml.config import ExportConfig
 

@@ -1,0 +1,95 @@
+"""Tokenizers as they are found: with leftovers of training, odd templates, or in another form."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import sentencepiece
+from llm_coreml.recipes import bundled_model
+
+from llm_coreml.errors import CheckpointError
+from llm_coreml.tokenizer import Tokenizer, convert, special_ids
+
+TEXT = "The with statement wraps the execution of a block with methods defined by a manager."
+
+
+def edited(tmp_path: Path, **changes: object) -> Path:
+    """The bundled tokenizer.json with some of its fields replaced."""
+    tokenizer = json.loads((bundled_model() / "tokenizer.json").read_text())
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps({**tokenizer, **changes}))
+    return path
+
+
+def test_truncation_and_padding_are_left_out(tmp_path: Path) -> None:
+    plain = Tokenizer(bundled_model() / "tokenizer.json")
+    truncation = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    padding = {
+        "strategy": {"Fixed": 64},
+        "direction": "Left",
+        "pad_to_multiple_of": None,
+        "pad_id": 1,
+        "pad_type_id": 0,
+        "pad_token": "<|end_of_text|>",
+    }
+    left_over = Tokenizer(edited(tmp_path, truncation=truncation, padding=padding))
+    assert left_over.changed and not plain.changed
+    assert len(plain.encode(TEXT)) > 4
+    assert left_over.prompt(TEXT) == plain.prompt(TEXT)
+    left_over.save(tmp_path / "saved.json")
+    saved = json.loads((tmp_path / "saved.json").read_text())
+    assert saved["truncation"] is None and saved["padding"] is None
+
+
+def test_the_beginning_token_is_the_tokenizers_own(tmp_path: Path) -> None:
+    assert Tokenizer(bundled_model() / "tokenizer.json").bos_id == 0
+    without = Tokenizer(edited(tmp_path, post_processor=None))
+    assert without.bos_id is None
+    assert without.prompt(TEXT) == without.encode(TEXT)
+
+
+def test_a_sentencepiece_model_becomes_a_tokenizer_json(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("\n".join([TEXT] * 50))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text"),
+        model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=64,
+        model_type="bpe",
+        byte_fallback=False,
+        minloglevel=2,
+    )
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    convert(tmp_path, tmp_path / "tokenizer.json")
+    converted = Tokenizer(tmp_path / "tokenizer.json")
+    model = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    assert converted.encode(TEXT) == model.encode(TEXT)
+    assert converted.decode(converted.encode(TEXT)).strip() == TEXT
+
+
+def test_files_that_are_no_tokenizer_are_named(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json' is no tokenizer"):
+        Tokenizer(tmp_path / "tokenizer.json")
+    (tmp_path / "tokenizer.model").write_bytes(b"not a model")
+    with pytest.raises(CheckpointError, match="cannot be turned into a tokenizer"):
+        convert(tmp_path, tmp_path / "out.json")
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "expected"),
+    [
+        ({"bos_token_id": 1, "eos_token_id": 2}, {}, (1, (2,))),
+        ({"bos_token_id": 1, "eos_token_id": 2}, {"eos_token_id": [2, 7]}, (1, (2, 7))),
+        ({"eos_token_id": [3]}, {}, (None, (3,))),
+        ({}, {}, (None, ())),
+    ],
+)
+def test_special_ids(
+    config: dict[str, object],
+    generation: dict[str, object],
+    expected: tuple[int | None, tuple[int, ...]],
+) -> None:
+    assert special_ids(config, generation) == expected
