@@ -19,7 +19,7 @@ install: .venv/installed
 # Export the bundled model at 4 bits, verify it, measure it.
 demo: install
 	$(BIN)/llm-coreml export llama --bits 4 --output out/demo --overwrite
-	$(BIN)/llm-coreml eval out/demo --tokens 2048
+	$(BIN)/llm-coreml eval out/demo --tokens 4096
 
 test: install
 	$(BIN)/pytest

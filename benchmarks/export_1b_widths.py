@@ -275,9 +275,8 @@ def export_ours(model: str, scratch: str, settings: str) -> None:
     """Export, and leave `model.pte` and `notes.json` in `scratch`."""
     import resource
 
-    from llm_coreml.pipeline import export
-
     from llm_coreml.config import ExportConfig
+    from llm_coreml.pipeline import export
 
     begun: dict[str, float] = {}
     before_verify: dict[str, float] = {}

@@ -85,37 +85,17 @@ def verify(
         VerificationError: they differ by more than the bounds allow.
     """
     passes = verification_passes(artifact.seq_lengths, artifact.context, len(tokens))
-    total = sum(part.count for part in passes)
-    read = 0
-    errors, sizes, divergences = [], [], []
-    expected: dict[int, torch.Tensor] = {}
-    for part in passes:
-        if part.start not in expected:
-            # A causal model: what it says of a text begins with what it says of its beginning.
-            longest = max(other.count for other in passes if other.start == part.start)
-            expected[part.start] = eager.logits(tokens[:longest], part.start)
-        artifact.reset(part.start)
-        at = 0
-        for length in part.lengths:
-            rows = artifact.step(tokens[at : at + length])
-            at += length
-            wanted = expected[part.start][at - rows.shape[0] : at]
-            errors.append((rows - wanted).abs().max())
-            sizes.append(wanted.abs().max())
-            divergences.append(kl_divergence(wanted, rows))
-            on_progress((read + at) / total)
-        read += at
+    compared = _compare(artifact, eager, tokens, passes, on_progress)
     # max() of a tensor keeps NaN, as the bounds need.
-    worst, largest = float(torch.stack(errors).max()), float(torch.stack(sizes).max())
-    divergence = torch.cat(divergences)
+    worst, largest = float(compared.errors.max()), float(compared.sizes.max())
     result = Verification(
         runtime=artifact.label,
         text=text,
-        tokens=read,
+        tokens=sum(part.count for part in passes),
         last_position=max(part.start + part.count for part in passes) - 1,
-        rows=len(divergence),
+        rows=len(compared.divergences),
         max_relative_error=worst / largest if largest else worst,
-        mean_kl=float(divergence.mean()),
+        mean_kl=float(compared.divergences.mean()),
     )
     if not result.passed:
         raise VerificationError(
@@ -144,6 +124,44 @@ class Pass:
     def count(self) -> int:
         """Tokens read."""
         return sum(self.lengths)
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """Figures of every chunk, and the divergence of every row."""
+
+    errors: torch.Tensor
+    sizes: torch.Tensor
+    divergences: torch.Tensor
+
+
+def _compare(
+    artifact: Runner,
+    eager: Runner,
+    tokens: Sequence[int],
+    passes: Sequence[Pass],
+    on_progress: Callable[[float], None],
+) -> _Compared:
+    total, read = sum(part.count for part in passes), 0
+    errors, sizes, divergences = [], [], []
+    expected: dict[int, torch.Tensor] = {}
+    for part in passes:
+        if part.start not in expected:
+            # A causal model: what it says of a text begins with what it says of its beginning.
+            longest = max(other.count for other in passes if other.start == part.start)
+            expected[part.start] = eager.logits(tokens[:longest], part.start)
+        artifact.reset(part.start)
+        at = 0
+        for length in part.lengths:
+            rows = artifact.step(tokens[at : at + length])
+            at += length
+            wanted = expected[part.start][at - rows.shape[0] : at]
+            errors.append((rows - wanted).abs().max())
+            sizes.append(wanted.abs().max())
+            divergences.append(kl_divergence(wanted, rows))
+            on_progress((read + at) / total)
+        read += at
+    return _Compared(torch.stack(errors), torch.stack(sizes), torch.cat(divergences))
 
 
 def verification_passes(lengths: Sequence[int], context: int, available: int) -> list[Pass]:

@@ -7,6 +7,7 @@ Grouped-query attention folds the query heads that share a key/value head into t
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -37,6 +38,25 @@ class Linear(nn.Linear):
         return F.linear(x, weight, bias)
 
 
+@dataclass(frozen=True)
+class Chunk:
+    """What every layer is told of the chunk that it works on.
+
+    Attributes:
+        cos: Cosines of the S positions, `[S, 1, head_dim / 2]`.
+        sin: Sines, same shape.
+        mask: Added to the scores, `[1, 1, group * S, context]`.
+        cache: Keys and values, updated by each layer.
+        start_pos: int `[1]`, position of the first token.
+    """
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    mask: torch.Tensor
+    cache: CacheView
+    start_pos: torch.Tensor
+
+
 class Attention(nn.Module):
     """Causal self-attention over the whole cache, masked past the current position.
 
@@ -60,34 +80,17 @@ class Attention(nn.Module):
         self.v_proj = Linear(hidden, kv_size, bias=spec.attention_bias)
         self.o_proj = Linear(query_size, hidden, bias=spec.attention_bias)
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        mask: torch.Tensor,
-        cache: CacheView,
-        start_pos: torch.Tensor,
-    ) -> torch.Tensor:
-        """Attend from `x` `[1, S, hidden]` to everything up to each token's own position.
-
-        Args:
-            x: Normalised hidden states.
-            cos: Cosines for the S positions, `[S, 1, head_dim / 2]`.
-            sin: Sines, same shape.
-            mask: Added to the scores, `[1, 1, group * S, context]`.
-            cache: Keys and values, updated here.
-            start_pos: int `[1]`, position of the first token of `x`.
-        """
+    def forward(self, x: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+        """Attend from `x` `[1, S, hidden]` to everything up to each token's own position."""
         spec = self.spec
         heads = (1, -1, spec.num_key_value_heads, spec.head_dim)
         queries = self.q_proj(x).view(1, -1, spec.num_attention_heads, spec.head_dim)
-        queries = rotate(queries, cos, sin).transpose(1, 2)  # [1, heads, S, head_dim]
+        queries = rotate(queries, chunk.cos, chunk.sin).transpose(1, 2)  # [1, heads, S, head_dim]
         queries = queries.reshape(1, spec.num_key_value_heads, -1, spec.head_dim)
-        keys = rotate(self.k_proj(x).view(heads), cos, sin).transpose(1, 2)
+        keys = rotate(self.k_proj(x).view(heads), chunk.cos, chunk.sin).transpose(1, 2)
         values = self.v_proj(x).view(heads).transpose(1, 2)
-        keys, values = cache.update(self.layer, keys, values, start_pos)
-        attended = self._attend(queries, keys, values, mask)  # [1, kv_heads, group * S, head_dim]
+        keys, values = chunk.cache.update(self.layer, keys, values, chunk.start_pos)
+        attended = self._attend(queries, keys, values, chunk.mask)
         attended = attended.reshape(1, spec.num_attention_heads, -1, spec.head_dim)
         width = spec.num_attention_heads * spec.head_dim
         joined = attended.transpose(1, 2).reshape(1, -1, width)
@@ -128,15 +131,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
         self.mlp = MLP(spec)
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        mask: torch.Tensor,
-        cache: CacheView,
-        start_pos: torch.Tensor,
-    ) -> torch.Tensor:
-        """Map `[1, S, hidden]` to the same shape; arguments as `Attention.forward`."""
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, start_pos)
+    def forward(self, x: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+        """Map `[1, S, hidden]` to the same shape."""
+        x = x + self.self_attn(self.input_layernorm(x), chunk)
         return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]

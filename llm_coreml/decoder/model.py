@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from llm_coreml.decoder.cache import KVCache
-from llm_coreml.decoder.layers import AttentionForm, Block, Linear
+from llm_coreml.decoder.layers import AttentionForm, Block, Chunk, Linear
 from llm_coreml.decoder.norm import RMSNorm
 from llm_coreml.decoder.rope import rope_tables
 from llm_coreml.decoder.spec import DecoderSpec
@@ -92,12 +92,11 @@ class Decoder(nn.Module):
         rows = self.positions[: tokens.shape[1]] + start_pos  # [S]
         cos = F.embedding(rows, self.cos).unsqueeze(1)  # [S, 1, head_dim / 2]
         sin = F.embedding(rows, self.sin).unsqueeze(1)
-        mask = self._mask(rows)
+        chunk = Chunk(cos, sin, self._mask(rows), self.cache.open(), start_pos)
         x = self.embed_tokens(tokens)
-        cache = self.cache.open()
         for block in self.layers:
-            x = block(x, cos, sin, mask, cache, start_pos)
-        self.cache.close(cache)
+            x = block(x, chunk)
+        self.cache.close(chunk.cache)
         if self.logits == "last":
             x = x[:, -1:]
         return self.lm_head(self.norm(x))  # type: ignore[no-any-return]
