@@ -164,7 +164,7 @@ class EagerRunner(Runner):
     """A decoder in PyTorch, fp32: the judge of the artifact made from it."""
 
     # Eager code takes any length; this only bounds the size of the attention scores.
-    _LONGEST = 512
+    _LONGEST = 1024
 
     def __init__(self, decoder: Decoder, label: str) -> None:
         super().__init__()
