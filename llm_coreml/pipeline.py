@@ -32,7 +32,7 @@ from llm_coreml.errors import CheckpointError
 from llm_coreml.lower.program import constant_methods
 from llm_coreml.manifest import make_manifest
 from llm_coreml.progress import Progress, Silent
-from llm_coreml.quantize import make_plan
+from llm_coreml.quantize import QuantizationPlan, make_plan
 from llm_coreml.recipes import bundled_model
 from llm_coreml.runtime import EagerRunner, ExecutorchRunner, ReferenceRunner, Runner
 from llm_coreml.tokenizer import Tokenizer, convert, special_ids
@@ -103,12 +103,7 @@ class _Job:
 def _write(job: _Job, model: Model, draft: Path) -> None:
     config, progress = job.config, job.progress
     plan = make_plan(config, model.spec)
-    if plan.untied_bytes:
-        progress.note(
-            f"The head shares its weights with the token table but not its format "
-            f"({plan.lm_head.label}, {plan.embedding.label}): storing it separately costs "
-            f"{plan.untied_bytes:,} bytes."
-        )
+    _tell_of_the_head(job, model, plan)
     bos_id, eos_ids = special_ids(model.checkpoint.config, model.checkpoint.generation_config)
     _write_tokenizer(job, model, draft)
     progress.stage("quantize")
@@ -122,6 +117,21 @@ def _write(job: _Job, model: Model, draft: Path) -> None:
     manifest = make_manifest(model, config, plan, shapes, program, methods, verification)
     write_json(draft / MANIFEST, manifest)
     (draft / CARD).write_text(model_card(manifest))
+
+
+def _tell_of_the_head(job: _Job, model: Model, plan: QuantizationPlan) -> None:
+    claimed = model.checkpoint.config.get("tie_word_embeddings")
+    if claimed and not model.spec.tie_word_embeddings:
+        job.progress.note(
+            "config.json ties the head to the token table, but the checkpoint holds another head: "
+            "it is read, and stored separately."
+        )
+    if plan.untied_bytes:
+        job.progress.note(
+            f"The head shares its weights with the token table but not its format "
+            f"({plan.lm_head.label}, {plan.embedding.label}): storing it separately costs "
+            f"{plan.untied_bytes:,} bytes."
+        )
 
 
 def _write_tokenizer(job: _Job, model: Model, draft: Path) -> None:
