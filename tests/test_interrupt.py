@@ -14,6 +14,10 @@ from exported import SHAPES, command, files_of
 MESSAGE = "Interrupted; nothing was written.\n"
 
 
+def heed_ctrl_c() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def interrupt(label: str, temporary: Path, *words: str | Path) -> str:
     """Run a command, press Ctrl-C when stderr ends with `label`, and return what stderr says."""
     temporary.mkdir()
@@ -22,6 +26,8 @@ def interrupt(label: str, temporary: Path, *words: str | Path) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env={**os.environ, "TMPDIR": str(temporary)},
+        # A test run in the background may have been told to ignore Ctrl-C, and would pass it on.
+        preexec_fn=heed_ctrl_c,
     )
     assert process.stdout is not None and process.stderr is not None
     told = b""
