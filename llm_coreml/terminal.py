@@ -59,6 +59,9 @@ class Stages:
                 TimeElapsedColumn(),
                 TimeRemaining(compact=True),
                 console=self._console,
+                # rich would lift what others print out of the descriptors that hide it.
+                redirect_stdout=False,
+                redirect_stderr=False,
             )
             self._bars.start()
 
