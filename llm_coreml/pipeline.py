@@ -111,7 +111,7 @@ def _write(job: _Job, model: Model, draft: Path) -> None:
     methods = constant_methods(model.spec, shapes, bos_id, eos_ids)
     progress.stage("lower")
     program = draft / PROGRAM
-    _lower(decoder, config, shapes, methods, program)
+    _lower(job, decoder, shapes, methods, program)
     progress.stage("verify")
     verification = _verify(job, shapes, decoder, program)
     manifest = make_manifest(model, config, plan, shapes, program, methods, verification)
@@ -165,17 +165,17 @@ def _verification_text(draft: Path, decoder: Decoder) -> tuple[str, list[int]]:
 
 
 def _lower(
+    job: _Job,
     decoder: Decoder,
-    config: ExportConfig,
     shapes: Shapes,
     methods: dict[str, int | bool | list[int]],
     path: Path,
 ) -> None:
     # Imported here: these load coremltools and XNNPACK, and an export needs one of them.
-    if config.backend == "coreml":
+    if job.config.backend == "coreml":
         from llm_coreml.lower.coreml import lower_coreml
 
-        program = lower_coreml(decoder, config, shapes, methods)
+        program = lower_coreml(decoder, job.config, shapes, methods, job.progress.advance)
     else:
         from llm_coreml.lower.xnnpack import lower_xnnpack
 

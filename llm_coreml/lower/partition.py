@@ -51,10 +51,14 @@ class WholeMethodPartitioner(Partitioner):  # type: ignore[misc]
 
     Args:
         compile_specs: Settings of the Core ML backend.
+        on_partition: Called when the graph is ready for the backend.
     """
 
-    def __init__(self, compile_specs: list[CompileSpec]) -> None:
+    def __init__(
+        self, compile_specs: list[CompileSpec], on_partition: Callable[[], None] = lambda: None
+    ) -> None:
         super().__init__()
+        self._on_partition = on_partition
         self._delegation = DelegationSpec("CoreMLBackend", compile_specs)
 
     def ops_to_not_decompose(
@@ -67,6 +71,7 @@ class WholeMethodPartitioner(Partitioner):  # type: ignore[misc]
 
     def partition(self, exported_program: ExportedProgram) -> PartitionResult:
         """Tag the graph."""
+        self._on_partition()
         inputs = set(_inputs(exported_program.graph_module))
         for node in exported_program.graph.nodes:
             if node.op == "call_function" and not inputs.intersection(node.all_input_nodes):
