@@ -6,7 +6,6 @@ the reference has to compute it.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +19,6 @@ from coremltools.converters.mil.mil import Builder as mb
 from coremltools.converters.mil.mil import Function, Program, types
 
 from llm_coreml.reference import CoreMLProgram, load
-
-# The bars of coremltools would drown the output of a failing test.
-os.environ.setdefault("TQDM_DISABLE", "1")
 
 DTYPES = {
     np.dtype(np.float32): types.fp32,
