@@ -1,7 +1,7 @@
 """Open a model and build eager decoders from it: what an export and an evaluation both need.
 
 model = open_model("folder-or-hub-id")
-decoder = build_decoder(model, shapes, plan, torch.float16)
+decoder, shapes = build_decoder(model, config, make_plan(config, model.spec))
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
 """The folder that an export writes: program, manifest, tokenizer, model card.
 
-with new_bundle(Path("out"), overwrite=False) as draft:      # a hidden folder beside it
-(draft / "model.pte").write_bytes(...)
-# renamed to out/ here, or removed
-bundle = open_bundle(Path("out"))
-bundle.manifest["verification"]
+An export writes into the hidden folder that `new_bundle(Path("out"), overwrite=False)` gives. It is
+renamed to `out` when the block ends well, and removed when it does not. Everybody else reads:
+
+    open_bundle(Path("out")).manifest["verification"]
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ from llm_coreml.manifest import make_manifest
 from llm_coreml.progress import Progress, Silent
 from llm_coreml.quantize import QuantizationPlan, make_plan
 from llm_coreml.recipes import bundled_model
-from llm_coreml.runtime import EagerRunner, ExecutorchRunner, ReferenceRunner, Runner
+from llm_coreml.runtime import EagerRunner, program_runner
 from llm_coreml.tokenizer import Tokenizer, convert, special_ids
 from llm_coreml.verify import Verification, verify
 
@@ -185,11 +185,7 @@ def _lower(
 
 
 def _verify(job: _Job, shapes: Shapes, decoder: Decoder, program: Path) -> Verification:
-    artifact: Runner
-    if job.config.backend == "coreml":
-        artifact = ReferenceRunner(program)
-    else:
-        artifact = ExecutorchRunner(program, shapes.seq_lengths)
+    artifact = program_runner(program, job.config.backend, shapes.seq_lengths)
     text, tokens = _verification_text(program.parent, decoder)
     eager = EagerRunner(decoder, "quantized")
     return verify(artifact, eager, tokens, text, job.progress.advance)

@@ -267,8 +267,17 @@ def open_runner(bundle: Bundle) -> Runner:
     Raises:
         ArtifactError: the program is damaged, or contradicts the manifest.
     """
-    if bundle.manifest["target"]["backend"] == "coreml":
-        return ReferenceRunner(bundle.program)
-    # ExecuTorch trusts what it loads.
-    check_program(bundle)
-    return ExecutorchRunner(bundle.program, tuple(bundle.manifest["program"]["seq_lengths"]))
+    backend = bundle.manifest["target"]["backend"]
+    if backend != "coreml":
+        # ExecuTorch trusts what it loads.
+        check_program(bundle)
+    return program_runner(bundle.program, backend, tuple(bundle.manifest["program"]["seq_lengths"]))
+
+
+def program_runner(path: Path, backend: str, seq_lengths: tuple[int, ...]) -> Runner:
+    """Return the runner for the program at `path`, lowered for `backend`.
+
+    Raises:
+        ArtifactError: the program is damaged.
+    """
+    return ReferenceRunner(path) if backend == "coreml" else ExecutorchRunner(path, seq_lengths)

@@ -1,8 +1,7 @@
 """What a person sees: progress on stderr, results on stdout, nobody else's chatter.
 
-with terminal(verbose=False) as screen:
-export(..., progress=screen.progress)
-screen.result.print(table)
+Inside `with terminal(verbose=False) as screen`, work is given `screen.progress`, and what it found
+is printed by `screen.result`.
 """
 
 from __future__ import annotations
@@ -18,8 +17,14 @@ from dataclasses import dataclass
 from typing import TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.progress import TimeRemainingColumn as TimeRemaining
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 _LABELS = {
     "open": "opening the checkpoint",
@@ -57,7 +62,7 @@ class Stages:
                 TextColumn("{task.description:<32}"),
                 BarColumn(bar_width=30),
                 TimeElapsedColumn(),
-                TimeRemaining(compact=True),
+                TimeRemainingColumn(compact=True),
                 console=self._console,
                 # rich would lift what others print out of the descriptors that hide it.
                 redirect_stdout=False,

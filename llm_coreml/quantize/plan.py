@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from torch import nn
+
 from llm_coreml.config import ExportConfig
-from llm_coreml.decoder.spec import DecoderSpec
+from llm_coreml.decoder import Decoder, DecoderSpec
 from llm_coreml.errors import ConfigError, UnsupportedError, nearest
 from llm_coreml.quantize.schemes import (
     CODEBOOK_BITS,
@@ -45,21 +47,9 @@ class QuantizationPlan:
 
 def matrices(spec: DecoderSpec) -> Iterator[tuple[str, tuple[int, int]]]:
     """Yield name and shape of every linear weight in the blocks, as the decoder names them."""
-    hidden, inner = spec.hidden_size, spec.intermediate_size
-    query_size = spec.num_attention_heads * spec.head_dim
-    kv_size = spec.num_key_value_heads * spec.head_dim
-    shapes = {
-        "self_attn.q_proj": (query_size, hidden),
-        "self_attn.k_proj": (kv_size, hidden),
-        "self_attn.v_proj": (kv_size, hidden),
-        "self_attn.o_proj": (hidden, query_size),
-        "mlp.gate_proj": (inner, hidden),
-        "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
-    }
-    for layer in range(spec.num_hidden_layers):
-        for name, shape in shapes.items():
-            yield f"layers.{layer}.{name}", shape
+    for name, module in Decoder(spec, context=1).layers.named_modules(prefix="layers"):
+        if isinstance(module, nn.Linear):
+            yield name, (module.out_features, module.in_features)
 
 
 def make_plan(config: ExportConfig, spec: DecoderSpec) -> QuantizationPlan:
