@@ -12,7 +12,7 @@ first call, from the operations alone, and keeps the copy wherever it is not sur
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llm_coreml.reference.mil import Function, Operation, StateType
@@ -68,7 +68,7 @@ class _Planner:
     def _last_uses(self) -> dict[str, int]:
         last: dict[str, int] = {}
         for number, operation in enumerate(self.operations):
-            for name in tensor_names(operation):
+            for name in operation.names():
                 last[name] = number
         for name in self.outputs:
             last[name] = len(self.operations)
@@ -118,7 +118,14 @@ class _Planner:
 
     def _compute(self, operation: Operation) -> None:
         spec = OPS.get(operation.type)
-        shared = frozenset(token for name in tensor_names(operation) for token in self._of(name))
+        names = set(operation.names())
+        shared = frozenset(token for name in names for token in self._of(name))
+        if operation.blocks:
+            # A block may read the state, and may bind it to other memory.
+            for state in names & self.current.keys():
+                shared |= {self.current[state]}
+                self.current[state] = self._new()
+                shared |= {self.current[state]}
         for item in operation.outputs:
             fresh = item.name in self.owned or (spec is not None and spec.fresh)
             self.shares[item.name] = frozenset((self._new(),)) if fresh else shared
@@ -142,6 +149,8 @@ class _Planner:
     def _becomes_state(self, number: int, operation: Operation, state: str) -> bool:
         value = operation.outputs[0].name
         for later in self.operations[number + 1 :]:
+            if later.blocks and state in set(later.names()):
+                return False
             if later.type == "write_state" and _single(later, "input") == state:
                 return _single(later, "data") == value
             if later.type == "read_state" and _single(later, "input") == state:
@@ -149,14 +158,6 @@ class _Planner:
             if later.type == "slice_update" and _single(later, "x") == value:
                 value = later.outputs[0].name
         return False
-
-
-def tensor_names(operation: Operation) -> Iterator[str]:
-    """Yield the names that the operation's inputs are bound to."""
-    for bindings in operation.inputs.values():
-        for binding in bindings:
-            if isinstance(binding, str):
-                yield binding
 
 
 def _single(operation: Operation, parameter: str) -> str:

@@ -4,41 +4,38 @@ Constants are decoded, compressed weights are expanded, every operation is looke
 and element types are checked, and each value gets a place in a list. What this module accepts can
 only fail at run time for a reason that depends on the inputs.
 
-    compiled = compile_function(model.functions["main"])
+    compiled = compile_function(model.functions["main"], pool)
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-import torch
-
 from llm_coreml.errors import ArtifactError, nearest
-from llm_coreml.reference.aliasing import UpdatePlan, plan_updates, tensor_names
-from llm_coreml.reference.dtypes import to_tensor
+from llm_coreml.reference.aliasing import UpdatePlan, plan_updates
+from llm_coreml.reference.arguments import Arguments, arguments, label, result_types
+from llm_coreml.reference.constants import ConstantPool, Expression, PackedWeight, Source
+from llm_coreml.reference.control import CONTROL, branches, loop
 from llm_coreml.reference.mil import (
     Binding,
     Constant,
     Function,
+    NamedType,
     Operation,
     StateType,
     TensorType,
 )
-from llm_coreml.reference.ops import OPS, Spec
+from llm_coreml.reference.ops import Spec
 from llm_coreml.reference.ops.slicing import slice_update_in_place
-from llm_coreml.reference.steps import (
-    Output,
-    Place,
-    Step,
-    Values,
-    bind,
-    clone_of,
-    copy_of,
-    output,
-)
+from llm_coreml.reference.packed import packed_function
+from llm_coreml.reference.steps import Call, Output, Place, Step, Values, output
+
+_SIZES_FROM_DATA = frozenset({"non_zero"})
+_STATE_OPS = ("read_state", "write_state")
+# A constant of more elements exists in one form only, even where both fp16 and fp32 would serve.
+_LARGE = 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,53 +61,41 @@ class Compiled:
     shared_outputs: frozenset[str]
 
 
-def compile_function(function: Function) -> Compiled:
-    """Compile `function`.
+def compile_function(function: Function, pool: ConstantPool) -> Compiled:
+    """Compile `function`, whose constants `pool` holds.
 
     Raises:
         ArtifactError: an operation is unknown, is called wrongly, or declares what it cannot give.
     """
-    return _Compiler(function).compile()
+    return _Compiler(function, pool).compile()
 
 
 class _Compiler:
-    def __init__(self, function: Function) -> None:
+    def __init__(self, function: Function, pool: ConstantPool) -> None:
         self.function = function
+        self.pool = pool
+        self.ops = pool.numerics.ops
         self.initial: Values = []
         self.slots: dict[str, int] = {}
         self.types: dict[str, TensorType] = {}
-        self.constants: dict[str, Constant] = {}
-        self.expanded: dict[str, torch.Tensor] = {}
+        self.constants: dict[str, Source] = {}
+        self.constant_slots: dict[tuple[str, bool], int] = {}
+        self.wide: set[str] = set()
         self.states: set[str] = set()
 
     def compile(self) -> Compiled:
         for item in self.function.inputs:
-            self._declare(item.name, item.type)
-            self._place(item.name)
+            self._value(item)
             if isinstance(item.type, StateType):
                 self.states.add(item.name)
-        runnable: list[Operation] = []
-        for operation in self.function.operations:
-            if operation.type == "const":
-                self._constant(operation)
-            elif operation.type.startswith("constexpr_"):
-                self._expand(operation)
-            else:
-                self._known(operation)
-                runnable.append(operation)
-                for item in operation.outputs:
-                    self._declare(item.name, item.type)
-                    self._place(item.name)
-        reduced = Function(
-            self.function.name,
-            self.function.opset,
-            self.function.inputs,
-            self.function.outputs,
-            tuple(runnable),
-        )
+        runnable = self._define(self.function.operations)
+        reduced = replace(self.function, operations=runnable)
+        self._check_order(reduced)
+        for operation in _nested(runnable):
+            self._note_wide(operation)
         plan = plan_updates(reduced, self._owned(runnable))
         steps = self._steps(runnable, plan)
-        outputs = {name: self._slot(name, "An output") for name in self.function.outputs}
+        outputs = {name: self._slot(name, False, "An output") for name in self.function.outputs}
         names = [item.name for item in self.function.inputs]
         return Compiled(
             tuple(steps),
@@ -122,117 +107,170 @@ class _Compiler:
             plan.shared_outputs,
         )
 
-    def _declare(self, name: str, declared: object) -> None:
-        if name in self.types:
-            raise ArtifactError(f"The program defines '{name}' twice.")
-        wrapped = declared.wrapped if isinstance(declared, StateType) else declared
+    # Names, types and places.
+
+    def _define(self, operations: Sequence[Operation]) -> tuple[Operation, ...]:
+        """Note what the operations define; return those that a call must run."""
+        runnable = []
+        for operation in operations:
+            if operation.type == "const":
+                self._constant(operation)
+            elif operation.type.startswith("constexpr_"):
+                self._expression(operation)
+            else:
+                self._known(operation)
+                blocks = []
+                for block in operation.blocks:
+                    for item in block.inputs:
+                        self._value(item)
+                    blocks.append(replace(block, operations=self._define(block.operations)))
+                for item in operation.outputs:
+                    self._value(item)
+                runnable.append(replace(operation, blocks=tuple(blocks)))
+        return tuple(runnable)
+
+    def _value(self, item: NamedType) -> None:
+        self._declare(item)
+        self.slots[item.name] = self._place(None)
+
+    def _declare(self, item: NamedType) -> None:
+        if item.name in self.types or item.name in self.constants:
+            raise ArtifactError(f"The program defines '{item.name}' twice.")
+        wrapped = item.type.wrapped if isinstance(item.type, StateType) else item.type
         if not isinstance(wrapped, TensorType):
-            raise ArtifactError(f"'{name}' has the type {declared}; only tensors can be computed.")
-        self.types[name] = wrapped
+            raise ArtifactError(
+                f"'{item.name}' has the type {item.type}; only tensors can be computed."
+            )
+        self.types[item.name] = wrapped
 
-    def _place(self, name: str, value: torch.Tensor | None = None) -> int:
-        self.slots[name] = len(self.initial)
+    def _place(self, value: Any) -> int:
         self.initial.append(value)
-        return self.slots[name]
-
-    def _slot(self, name: str, who: str) -> int:
-        """Return the place of `name`, which becomes a tensor if it is a constant."""
-        if name not in self.slots:
-            self._place(name, self._tensor(name, who))
-        return self.slots[name]
+        return len(self.initial) - 1
 
     def _known(self, operation: Operation) -> None:
-        label = _label(operation)
-        if operation.blocks:
-            raise ArtifactError(f"{label} has nested blocks; control flow is not supported.")
-        if operation.type not in OPS and operation.type not in ("read_state", "write_state"):
+        who = label(operation)
+        if operation.type in CONTROL:
+            if len(operation.blocks) != 2:
+                raise ArtifactError(f"{who} has {len(operation.blocks)} nested blocks, not 2.")
+        elif operation.blocks:
+            raise ArtifactError(f"{who} has nested blocks, which this operation does not take.")
+        elif operation.type not in self.ops and operation.type not in _STATE_OPS:
             raise ArtifactError(
-                f"{label} is not known to the reference runtime."
-                f"{nearest(operation.type, OPS)} Add it in llm_coreml/reference/ops."
+                f"{who} is not known to the reference runtime."
+                f"{nearest(operation.type, self.ops)} Add it in llm_coreml/reference/ops."
             )
 
     def _constant(self, operation: Operation) -> None:
         value = operation.attributes.get("val")
         if value is None or len(operation.outputs) != 1:
-            raise ArtifactError(f"{_label(operation)} has no value.")
+            raise ArtifactError(f"{label(operation)} has no value.")
         item = operation.outputs[0]
         if item.type != value.type:
-            raise ArtifactError(f"{_label(operation)} declares {item.type} and holds {value.type}.")
-        if item.name in self.constants or item.name in self.types:
+            raise ArtifactError(f"{label(operation)} declares {item.type} and holds {value.type}.")
+        if isinstance(item.type, TensorType):
+            self._declare(item)
+        elif item.name in self.constants:
             raise ArtifactError(f"The program defines '{item.name}' twice.")
         self.constants[item.name] = value
-        if isinstance(value.type, TensorType):
-            self.types[item.name] = value.type
 
-    def _expand(self, operation: Operation) -> None:
-        """Compute a compressed constant now; its inputs are constants by definition."""
-        label = _label(operation)
-        spec = OPS.get(operation.type)
+    def _expression(self, operation: Operation) -> None:
+        """Note a compressed constant; its inputs are constants by definition."""
+        spec = self.ops.get(operation.type)
         if spec is None:
             self._known(operation)
             raise AssertionError("an unknown operation was accepted")
-        bindings: dict[str, tuple[Binding, ...]] = {
-            **{key: (value,) for key, value in operation.attributes.items()},
-            **operation.inputs,
-        }
-        complete = Operation(operation.type, operation.name, bindings, {}, operation.outputs)
-        arguments = self._arguments(complete, spec)
-        for name in tensor_names(complete):
-            if name not in self.constants and name not in self.expanded:
-                raise ArtifactError(f"{label} uses '{name}', which is not a constant.")
-        tensors: Values = []
-        places: dict[str, Place] = {}
-        for key, bound in arguments.tensors.items():
-            places[key] = len(tensors)
-            tensors.append(self._tensor(bound[0], label))
-        for item in operation.outputs:
-            self._declare(item.name, item.type)
-        first = len(tensors)
-        tensors += [None] * len(operation.outputs)
-        outputs = self._outputs(operation, spec, arguments, first)
-        Step(label, bind(spec.function, places, arguments.plain), outputs, ()).run(tensors)
-        for item, expected in zip(operation.outputs, outputs, strict=True):
-            self.expanded[item.name] = tensors[expected.slot]
+        given = arguments(operation, spec, self.constants, self.types)
+        result_types(operation, spec, given)
+        operands = {}
+        for key, bound in given.tensors.items():
+            source = self.constants.get(bound[0]) if isinstance(bound[0], str) else bound[0]
+            if source is None:
+                raise ArtifactError(
+                    f"{label(operation)} uses '{bound[0]}', which is not a constant."
+                )
+            operands[key] = source
+        for number, item in enumerate(operation.outputs):
+            self._declare(item)
+            declared = self.types[item.name]
+            self.constants[item.name] = Expression(
+                label(operation), spec, operands, given.plain, declared, number
+            )
 
-    def _tensor(self, binding: Binding, who: str) -> torch.Tensor:
-        if isinstance(binding, str):
-            if binding in self.expanded:
-                return self.expanded[binding]
-            if binding not in self.constants:
-                raise ArtifactError(f"{who} uses '{binding}', which nothing defines before.")
-            binding = self.constants[binding]
-        value = binding.value()
-        if not isinstance(value, np.ndarray) or not isinstance(binding.type, TensorType):
-            raise ArtifactError(f"{who} uses a {binding.type} as a tensor.")
-        return to_tensor(value, binding.type.dtype)
+    # Constants as tensors.
 
-    def _owned(self, operations: list[Operation]) -> frozenset[str]:
+    def _widens(self, operation: Operation) -> bool:
+        """Whether the operation gets its fp16 operands as fp32."""
+        spec = self.ops.get(operation.type)
+        if spec is None:
+            return False
+        # A large constant that another operation needs as fp32 is not kept twice.
+        return not spec.half or any(
+            name in self.wide and _size(self.constants[name]) > _LARGE for name in operation.names()
+        )
+
+    def _note_wide(self, operation: Operation) -> None:
+        if self._widens(operation):
+            self.wide |= self.constants.keys() & set(operation.names())
+
+    def _slot(self, binding: Binding, wide: bool, who: str) -> int:
+        """Return the place of a value; a constant becomes a tensor."""
+        if isinstance(binding, Constant):
+            return self._place(self.pool.held(binding, wide=wide))
+        if binding in self.states:
+            raise ArtifactError(f"{who} uses the state '{binding}' without read_state.")
+        if binding in self.slots:
+            return self.slots[binding]
+        if binding not in self.constants:
+            raise ArtifactError(f"{who} uses '{binding}', which nothing defines before.")
+        key = (binding, wide)
+        if key not in self.constant_slots:
+            held = self.pool.held(self.constants[binding], wide=wide)
+            self.constant_slots[key] = self._place(held)
+        return self.constant_slots[key]
+
+    # Order and memory.
+
+    def _check_order(self, function: Function) -> None:
+        defined = {item.name for item in function.inputs} | self.constants.keys()
+
+        def check(operations: Sequence[Operation], known: set[str]) -> None:
+            for operation in operations:
+                for bound in operation.inputs.values():
+                    for name in bound:
+                        if isinstance(name, str) and name not in known:
+                            raise ArtifactError(
+                                f"{label(operation)} uses '{name}', which nothing defines before."
+                            )
+                for block in operation.blocks:
+                    inner = known | {item.name for item in block.inputs}
+                    check(block.operations, inner)
+                known |= {item.name for item in operation.outputs}
+
+        check(function.operations, defined)
+
+    def _owned(self, operations: Sequence[Operation]) -> frozenset[str]:
         """Return the values that rounding to fp16 copies to fresh memory."""
         return frozenset(
             item.name
             for operation in operations
-            if operation.type in OPS and not OPS[operation.type].exact
+            if self.pool.numerics.halves and operation.type in self.ops and self._widens(operation)
             for item in operation.outputs
             if self.types[item.name].dtype == "fp16"
         )
 
-    def _steps(self, operations: list[Operation], plan: UpdatePlan) -> list[Step]:
+    # Steps.
+
+    def _steps(self, operations: Sequence[Operation], plan: UpdatePlan) -> list[Step]:
         last: dict[str, int] = {}
         for number, operation in enumerate(operations):
-            for name in (*tensor_names(operation), *(item.name for item in operation.outputs)):
+            for name in (*operation.names(), *(item.name for item in operation.outputs)):
                 last[name] = number
-        held = {*self.constants, *self.expanded}
-        kept = {*self.states, *self.function.outputs, *held}
+        kept = {*self.states, *self.function.outputs}
         steps = []
-        defined = {item.name for item in self.function.inputs}
         for number, operation in enumerate(operations):
-            for name in tensor_names(operation):
-                if name in self.slots and name not in defined | held:
-                    raise ArtifactError(f"{_label(operation)} uses '{name}' before it exists.")
-            defined |= {item.name for item in operation.outputs}
             if number in plan.settled:
                 continue
-            names = {*tensor_names(operation), *(item.name for item in operation.outputs)}
+            names = {*operation.names(), *(item.name for item in operation.outputs)}
             frees = tuple(
                 self.slots[name]
                 for name in sorted(names - kept)
@@ -241,140 +279,138 @@ class _Compiler:
             steps.append(self._step(operation, number in plan.in_place, frees))
         return steps
 
-    def _step(self, operation: Operation, in_place: bool, frees: tuple[int, ...]) -> Step:
-        label = _label(operation)
+    def _step(
+        self, operation: Operation, in_place: bool = False, frees: tuple[int, ...] = ()
+    ) -> Step:
+        who = label(operation)
         if operation.type == "read_state":
             state = self._state(operation)
-            item = operation.outputs[0]
-            expected = output(self.slots[item.name], self.types[item.name], exact=True)
-            return Step(label, copy_of(self.slots[state]), (expected,), frees)
+            call = Call(_same, {"x": self.slots[state]}, {})
+            return self._finish(operation, call, self._outputs(operation), frees)
         if operation.type == "write_state":
-            state = self._state(operation)
-            expected = output(self.slots[state], self.types[state], exact=True)
-            data = operation.inputs.get("data", ())
-            if len(data) != 1 or not isinstance(data[0], str):
-                raise ArtifactError(f"{label} has no data.")
-            if self.types[data[0]].dtype != self.types[state].dtype:
-                raise ArtifactError(
-                    f"{label} writes {self.types[data[0]].dtype} to a state of "
-                    f"{self.types[state].dtype}."
-                )
-            return Step(label, clone_of(self._slot(data[0], label)), (expected,), frees)
-        spec = OPS[operation.type]
-        arguments = self._arguments(operation, spec)
-        outputs = self._outputs(operation, spec, arguments, None)
-        function = slice_update_in_place if in_place else spec.function
+            return self._write(operation, frees)
+        if operation.type in CONTROL:
+            return self._control(operation, frees)
+        spec = self.ops[operation.type]
+        given = arguments(operation, spec, self.constants, self.types)
+        result_types(operation, spec, given)
+        wide = self._widens(operation)
         places: dict[str, Place] = {}
-        for key, bound in arguments.tensors.items():
-            slots = tuple(self._bound_slot(binding, label) for binding in bound)
+        for key, bound in given.tensors.items():
+            slots = tuple(self._slot(binding, wide, who) for binding in bound)
             places[key] = slots if spec.parameters[key] == "tensors" else slots[0]
-        return Step(label, bind(function, places, arguments.plain), outputs, frees)
+        fixed = {**given.plain, **self._supplied(operation, spec)}
+        function = slice_update_in_place if in_place else spec.function
+        packed = self._packed(places)
+        if packed:
+            function = packed_function(operation.type, spec.function, packed, fixed)
+        call = Call(
+            function,
+            places,
+            fixed,
+            self._widened(given) - packed if wide else frozenset(),
+            frozenset(key for key, kind in spec.parameters.items() if kind == "dynamic"),
+            operation.type in _SIZES_FROM_DATA,
+        )
+        return self._finish(operation, call, self._outputs(operation), frees)
+
+    def _finish(
+        self, operation: Operation, call: Call, outputs: tuple[Output, ...], frees: tuple[int, ...]
+    ) -> Step:
+        return Step(label(operation), operation.type, call, call.bind(), outputs, frees)
+
+    def _outputs(self, operation: Operation) -> tuple[Output, ...]:
+        return tuple(
+            output(item.name, self.slots[item.name], self.types[item.name], self.pool.numerics)
+            for item in operation.outputs
+        )
+
+    def _widened(self, given: Arguments) -> frozenset[str]:
+        """Return the parameters whose fp16 values are computed, so that they arrive as fp16."""
+        return frozenset(
+            key
+            for key, bound in given.tensors.items()
+            if given.dtypes.get(key) == "fp16"
+            and self.pool.numerics.halves
+            and any(isinstance(item, str) and item in self.slots for item in bound)
+        )
+
+    def _supplied(self, operation: Operation, spec: Spec) -> dict[str, Any]:
+        supplied: dict[str, Any] = {}
+        if "declared" in spec.supplied:
+            supplied["declared"] = self.types[operation.outputs[0].name].dtype
+        if "device" in spec.supplied:
+            supplied["device"] = self.pool.device
+        return supplied
+
+    def _packed(self, places: dict[str, Place]) -> frozenset[str]:
+        return frozenset(
+            key
+            for key, place in places.items()
+            if isinstance(place, int) and isinstance(self.initial[place], PackedWeight)
+        )
+
+    def _write(self, operation: Operation, frees: tuple[int, ...]) -> Step:
+        who, state = label(operation), self._state(operation)
+        data = operation.inputs.get("data", ())
+        if len(data) != 1 or not isinstance(data[0], str):
+            raise ArtifactError(f"{who} has no data.")
+        if self.types[data[0]].dtype != self.types[state].dtype:
+            raise ArtifactError(
+                f"{who} writes {self.types[data[0]].dtype} to a state of {self.types[state].dtype}."
+            )
+        call = Call(_copy, {"x": self._slot(data[0], False, who)}, {})
+        expected = output(state, self.slots[state], self.types[state], self.pool.numerics)
+        return self._finish(operation, call, (expected,), frees)
 
     def _state(self, operation: Operation) -> str:
         bound = operation.inputs.get("input", ())
         if len(bound) != 1 or not isinstance(bound[0], str) or bound[0] not in self.states:
-            raise ArtifactError(f"{_label(operation)} does not name a state.")
+            raise ArtifactError(f"{label(operation)} does not name a state.")
         return bound[0]
 
-    def _bound_slot(self, binding: Binding, who: str) -> int:
-        if isinstance(binding, str):
-            if binding in self.states:
-                raise ArtifactError(f"{who} uses the state '{binding}' without read_state.")
-            return self._slot(binding, who)
-        self.initial.append(self._tensor(binding, who))
-        return len(self.initial) - 1
-
-    def _outputs(
-        self, operation: Operation, spec: Spec, arguments: _Arguments, first: int | None
-    ) -> tuple[Output, ...]:
-        label = _label(operation)
-        try:
-            given = spec.result(arguments.dtypes, arguments.plain)
-        except ArtifactError as error:
-            raise ArtifactError(f"{label} {error}.") from error
-        except KeyError as error:
-            raise ArtifactError(f"{label} has no element type for {error}.") from error
-        outputs = []
-        for number, item in enumerate(operation.outputs):
-            declared = self.types[item.name]
-            dtype = given if isinstance(given, str) else given[min(number, len(given) - 1)]
-            if declared.dtype != dtype:
-                raise ArtifactError(
-                    f"{label} declares the result '{item.name}' as {declared}, "
-                    f"but its inputs make it {dtype}."
-                )
-            slot = self.slots[item.name] if first is None else first + number
-            outputs.append(output(slot, declared, spec.exact))
-        return tuple(outputs)
-
-    def _arguments(self, operation: Operation, spec: Spec) -> _Arguments:
-        return _arguments(operation, spec, self.constants, self.types)
-
-
-@dataclass(frozen=True, eq=False)
-class _Arguments:
-    tensors: dict[str, tuple[Binding, ...]]
-    plain: dict[str, Any]
-    dtypes: dict[str, str]
-
-
-def _arguments(
-    operation: Operation,
-    spec: Spec,
-    constants: Mapping[str, Constant],
-    types: Mapping[str, TensorType],
-) -> _Arguments:
-    """Sort an operation's inputs into tensors and Python values, by what its function expects."""
-    label = _label(operation)
-    bindings = {
-        **{key: (value,) for key, value in operation.attributes.items()},
-        **operation.inputs,
-    }
-    found = _Arguments({}, {}, {})
-    for key, bound in bindings.items():
-        kind = spec.parameters.get(key)
-        if kind is None:
-            raise ArtifactError(
-                f"{label} has the parameter '{key}', which the reference runtime does not know."
+    def _control(self, operation: Operation, frees: tuple[int, ...]) -> Step:
+        who = label(operation)
+        compiled = [
+            (
+                tuple(self._step(inner) for inner in block.operations),
+                tuple(self._slot(name, False, who) for name in block.outputs),
+                tuple(self.slots[item.name] for item in block.inputs),
             )
-        dtypes = {_dtype(binding, types, label) for binding in bound} - {None}
-        if len(dtypes) > 1:
-            raise ArtifactError(f"{label} mixes element types in '{key}'.")
-        found.dtypes.update((key, dtype) for dtype in dtypes if dtype is not None)
-        held = [constants.get(item) if isinstance(item, str) else item for item in bound]
-        if kind in ("tensor", "tensors"):
-            found.tensors[key] = bound
-        elif all(item is not None for item in held):
-            values = [_python(item) for item in held if item is not None]
-            found.plain[key] = values if kind == "plains" else values[0]
-        elif kind == "dynamic":
-            found.tensors[key] = bound
-        else:
-            raise ArtifactError(f"{label} computes '{key}', which must be a constant.")
-        if kind not in ("tensors", "plains") and len(bound) != 1:
-            raise ArtifactError(f"{label} binds '{key}' to {len(bound)} values.")
-    missing = spec.required - set(bindings)
-    if missing:
-        raise ArtifactError(f"{label} lacks {', '.join(sorted(missing))}.")
-    if spec.wants_declared:
-        found.plain["declared"] = types[operation.outputs[0].name].dtype
-    return found
+            for block in operation.blocks
+        ]
+        given = [
+            tuple(self._slot(item, False, who) for item in bound)
+            for key, bound in sorted(operation.inputs.items())
+        ]
+        if len(given) != 1:
+            raise ArtifactError(f"{who} takes one input, not {len(given)}.")
+        build = branches if operation.type == "cond" else loop
+        compute = build(given[0], *compiled)
+        call = Call(_same, {"x": given[0]}, {}, sizes_from_data=True)
+        return Step(who, operation.type, call, compute, self._outputs(operation), frees)
 
 
-def _dtype(binding: Binding, types: Mapping[str, TensorType], who: str) -> str | None:
-    if isinstance(binding, Constant):
-        return binding.type.dtype if isinstance(binding.type, TensorType) else None
-    if binding in types:
-        return types[binding].dtype
-    return None
+def _same(x: Any) -> Any:
+    return x
 
 
-def _python(constant: Constant) -> Any:
-    value = constant.value()
-    if isinstance(value, np.ndarray):
-        return value.tolist()
-    return list(value) if isinstance(value, tuple) else value
+def _copy(x: Any) -> Any:
+    return x.clone()
 
 
-def _label(operation: Operation) -> str:
-    return f"Operation '{operation.name}' ({operation.type})"
+def _size(source: Source) -> int:
+    declared = source.type
+    if not isinstance(declared, TensorType):
+        return 0
+    total = 1
+    for size in declared.shape:
+        total *= size or 0
+    return total
+
+
+def _nested(operations: Sequence[Operation]) -> Iterator[Operation]:
+    for operation in operations:
+        yield operation
+        for block in operation.blocks:
+            yield from _nested(block.operations)

@@ -11,6 +11,7 @@ unpacked before it is used.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,6 +83,27 @@ class Constant:
         file, offset = self.blob
         return file.read(offset, self.type.dtype, math.prod(shape)).reshape(shape)
 
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Return what `value()[start:stop]` is, without decoding the rest.
+
+        Args:
+            start: first row; a multiple of 8, so that it begins with a whole byte.
+            stop: the row after the last one.
+
+        Raises:
+            ArtifactError: as `value`.
+        """
+        if self.blob is None:
+            value = self.value()
+            assert isinstance(value, np.ndarray)
+            return value[start:stop]
+        assert isinstance(self.type, TensorType)
+        shape = fixed_shape(self.type, "A constant")
+        file, offset = self.blob
+        row = math.prod(shape[1:])
+        part = file.read(offset, self.type.dtype, math.prod(shape), slice(start * row, stop * row))
+        return part.reshape(-1, *shape[1:])
+
 
 Binding = str | Constant
 
@@ -95,6 +117,15 @@ class NamedType:
 
 
 @dataclass(frozen=True)
+class Block:
+    """What a branch or a loop runs; its inputs are what the loop carries."""
+
+    inputs: tuple[NamedType, ...]
+    outputs: tuple[str, ...]
+    operations: tuple[Operation, ...]
+
+
+@dataclass(frozen=True)
 class Operation:
     """One operation: parameter name to what is bound to it, several bindings for a tuple."""
 
@@ -103,7 +134,16 @@ class Operation:
     inputs: dict[str, tuple[Binding, ...]]
     attributes: dict[str, Constant]
     outputs: tuple[NamedType, ...]
-    blocks: int = 0
+    blocks: tuple[Block, ...] = ()
+
+    def names(self) -> Iterator[str]:
+        """Yield the names that the inputs, here and in nested blocks, are bound to."""
+        for bindings in self.inputs.values():
+            yield from (binding for binding in bindings if isinstance(binding, str))
+        for block in self.blocks:
+            yield from block.outputs
+            for operation in block.operations:
+                yield from operation.names()
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from llm_coreml.errors import ArtifactError
 from llm_coreml.reference.dtypes import DTYPES, by_code
 from llm_coreml.reference.mil import (
     Binding,
+    Block,
     Constant,
     Feature,
     Function,
@@ -38,6 +39,7 @@ from llm_coreml.reference.mil import (
 from llm_coreml.reference.weights import WeightFile, unpack_elements
 
 _BLOB_ROOT = "@model_path/"
+_MAX_DEPTH = 32
 
 
 def parse(files: Mapping[str, memoryview], package: str) -> Model:
@@ -170,7 +172,7 @@ class _Reader:
     def _named(self, message: Any) -> NamedType:
         return NamedType(message.name, self.type(message.type))
 
-    def _operation(self, message: Any) -> Operation:
+    def _operation(self, message: Any, depth: int = 0) -> Operation:
         attributes = {key: self.constant(value) for key, value in message.attributes.items()}
         label = attributes.pop("name", None)
         outputs = tuple(self._named(item) for item in message.outputs)
@@ -181,7 +183,17 @@ class _Reader:
             key: tuple(self._binding(item, name) for item in argument.arguments)
             for key, argument in message.inputs.items()
         }
-        return Operation(message.type, name, inputs, attributes, outputs, len(message.blocks))
+        blocks = tuple(self._block(item, depth + 1) for item in message.blocks)
+        return Operation(message.type, name, inputs, attributes, outputs, blocks)
+
+    def _block(self, message: Any, depth: int) -> Block:
+        if depth > _MAX_DEPTH:
+            raise ArtifactError(f"The program nests blocks deeper than {_MAX_DEPTH}.")
+        return Block(
+            tuple(self._named(item) for item in message.inputs),
+            tuple(message.outputs),
+            tuple(self._operation(item, depth) for item in message.operations),
+        )
 
     def _binding(self, message: Any, operation: str) -> Binding:
         kind = message.WhichOneof("binding")

@@ -12,7 +12,8 @@ type, rank and known sizes must be what the program declares.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -20,10 +21,13 @@ import torch
 from llm_coreml.errors import ArtifactError, nearest
 from llm_coreml.reference import pte
 from llm_coreml.reference.compiler import compile_function
+from llm_coreml.reference.constants import ConstantPool
 from llm_coreml.reference.inmemoryfs import unpack
-from llm_coreml.reference.mil import Feature, Interface, Model
+from llm_coreml.reference.mil import Feature, Interface, Model, fixed_shape
 from llm_coreml.reference.milproto import parse
-from llm_coreml.reference.steps import run_all
+from llm_coreml.reference.numerics import numerics
+from llm_coreml.reference.plans import Plan, analyse, make_plan
+from llm_coreml.reference.steps import Observer, Step, Values, run_all
 
 BACKEND = "CoreMLBackend"
 _REFERENCE_MARK = b"CMJR"
@@ -35,8 +39,18 @@ _INTERFACE_TYPES = {
 }
 
 
+# Plans for that many combinations of input shapes are kept.
+_MOST_PLANS = 32
+
+
 class CoreMLProgram:
     """One function of a Core ML model, with its states.
+
+    Args:
+        model: the parsed model.
+        function: which of its functions; the default one if None.
+        pool: its constants, and with them numerics and device; shared by a model's functions.
+        compiled: run through `torch.compile`, which takes minutes at the first call of a shape.
 
     Attributes:
         inputs: what a call takes.
@@ -46,7 +60,14 @@ class CoreMLProgram:
         function_names: all functions of the model.
     """
 
-    def __init__(self, model: Model, function: str | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        function: str | None = None,
+        pool: ConstantPool | None = None,
+        *,
+        compiled: bool = False,
+    ) -> None:
         name = function or model.default_function
         if name not in model.functions:
             raise ArtifactError(
@@ -61,46 +82,61 @@ class CoreMLProgram:
         self.inputs = interface.inputs
         self.outputs = interface.outputs
         self.states = interface.states
+        self._pool = pool or ConstantPool(numerics("declared"), torch.device("cpu"), None)
         with torch.inference_mode():
-            self._compiled = compile_function(model.functions[name])
+            self._compiled = compile_function(model.functions[name], self._pool)
         self._check_interface(interface)
         self._input_names = {feature.name for feature in self.inputs}
+        self._known = analyse(self._compiled)
+        self._plans: dict[tuple[torch.Size, ...], Plan] = {}
+        self._torch_compile = compiled
         self._state_values: dict[str, torch.Tensor] = {}
+        self._observe: Observer | None = None
         self.reset()
 
     def reset(self) -> None:
         """Set every state to zero."""
         for name in self._compiled.states:
             declared = self._compiled.types[name]
-            shape = [size for size in declared.shape if size is not None]
-            if len(shape) != len(declared.shape):
-                raise ArtifactError(f"The state '{name}' has the type {declared}, of unknown size.")
-            self._state_values[name] = torch.zeros(shape)
+            shape = fixed_shape(declared, f"The state '{name}'")
+            self._state_values[name] = torch.zeros(
+                shape, dtype=self._pool.numerics.held(declared.dtype), device=self._pool.device
+            )
 
-    def __call__(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def __call__(
+        self, inputs: Mapping[str, torch.Tensor] | None = None, /, **named: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
         """Run the function once.
 
         Args:
             inputs: one tensor per declared input, of the declared type (fp16, fp32, int32 or int8)
                 and of an allowed shape.
+            **named: inputs given by name, instead or in addition.
 
         Returns:
-            Output name to tensor, of the declared type. The caller owns the tensors.
+            Output name to tensor on the program's device, of the declared type; in the mode `fp32`
+            what is declared fp16 comes as fp32. The caller owns the tensors.
 
         Raises:
             ArtifactError: an input is not what the model declares, or the program contradicts
                 itself. States may then be half updated; `reset` makes them valid again.
         """
-        self._check_inputs(inputs)
-        compiled = self._compiled
-        values = compiled.initial.copy()
+        given = {**(inputs or {}), **named}
+        self._check_inputs(given)
+        compiled, held = self._compiled, self._pool.numerics.held
+        shapes = tuple(given[name].shape for name in compiled.inputs)
+        plan = None if self._observe else self._plans.get(shapes)
+        values = (plan or compiled).initial.copy()
         for name, slot in compiled.inputs.items():
-            value = inputs[name]
-            values[slot] = value.to(torch.float32) if value.dtype == torch.float16 else value
+            dtype = held(compiled.types[name].dtype)
+            values[slot] = given[name].to(self._pool.device, dtype)
         for name, slot in compiled.states.items():
             values[slot] = self._state_values[name]
         with torch.inference_mode():
-            run_all(compiled.steps, values)
+            if plan is None:
+                self._run_checked(values, shapes)
+            else:
+                plan.run(values)
             for name, slot in compiled.states.items():
                 self._state_values[name] = values[slot]
             return {
@@ -108,8 +144,61 @@ class CoreMLProgram:
                 for feature in self.outputs
             }
 
+    def _run_checked(self, values: Values, shapes: tuple[torch.Size, ...]) -> None:
+        """Run every step with all checks, and keep what the input shapes decide."""
+        seen: dict[int, torch.Tensor] = {}
+
+        def observe(step: Step, values: Values) -> None:
+            for item in step.outputs:
+                if item.slot in self._known.values:
+                    seen[item.slot] = values[item.slot]
+            if self._observe is not None:
+                self._observe(step, values)
+
+        run_all(self._compiled.steps, values, observe)
+        if len(self._plans) >= _MOST_PLANS:
+            self._plans.pop(next(iter(self._plans)))
+        self._plans[shapes] = make_plan(
+            self._compiled, self._known, seen, compiled=self._torch_compile
+        )
+
+    @contextmanager
+    def observed(self, observe: Observer) -> Iterator[None]:
+        """While the context lasts, have `observe(step, values)` called after each operation."""
+        self._observe = observe
+        try:
+            yield
+        finally:
+            self._observe = None
+
+    def snapshot(self) -> dict[str, torch.Tensor]:
+        """Return copies of all states, for `restore`."""
+        return {name: value.clone() for name, value in self._state_values.items()}
+
+    def restore(self, snapshot: Mapping[str, torch.Tensor]) -> None:
+        """Set every state to what `snapshot` returned.
+
+        Raises:
+            ArtifactError: a state is missing, unknown, or of another type or shape.
+        """
+        if set(snapshot) != set(self._state_values):
+            raise ArtifactError(
+                f"The snapshot holds the states {sorted(snapshot)}; the program has "
+                f"{sorted(self._state_values)}."
+            )
+        for name, value in snapshot.items():
+            current = self._state_values[name]
+            if value.shape != current.shape or value.dtype != current.dtype:
+                raise ArtifactError(
+                    f"The snapshot's state '{name}' is {value.dtype}{list(value.shape)}; the "
+                    f"program's is {current.dtype}{list(current.shape)}."
+                )
+        self._state_values = {
+            name: value.to(self._pool.device, copy=True) for name, value in snapshot.items()
+        }
+
     def state(self, name: str) -> torch.Tensor:
-        """Return a copy of the state `name`, in fp32 (whose values fp16 can hold).
+        """Return a copy of the state `name`, of its declared type (fp32 in the mode `fp32`).
 
         Raises:
             ArtifactError: there is no such state.
@@ -121,8 +210,6 @@ class CoreMLProgram:
         return self._state_values[name].clone()
 
     def _output(self, feature: Feature, value: torch.Tensor) -> torch.Tensor:
-        if feature.dtype == "fp16":
-            return value.to(torch.float16)
         return value.clone() if feature.name in self._compiled.shared_outputs else value
 
     def _check_inputs(self, inputs: Mapping[str, torch.Tensor]) -> None:

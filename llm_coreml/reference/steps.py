@@ -13,11 +13,12 @@ from typing import Any
 import torch
 
 from llm_coreml.errors import ArtifactError
-from llm_coreml.reference.dtypes import storage
 from llm_coreml.reference.mil import TensorType
+from llm_coreml.reference.numerics import Numerics
 
 Values = list[Any]
 Place = int | tuple[int, ...]
+Compute = Callable[[Values], Any]
 
 
 @dataclass(frozen=True)
@@ -25,18 +26,18 @@ class Output:
     """A result's place and what the program declares about it.
 
     Attributes:
+        name: the value's name in the program.
         slot: its place among the values.
         declared: the declared type.
         dtype: the torch type that holds it.
-        rounds: whether its values must be rounded to fp16.
         shape: the declared shape where every size is known.
         fixed: axis and size of the known sizes where some are unknown.
     """
 
+    name: str
     slot: int
     declared: TensorType
     dtype: torch.dtype
-    rounds: bool
     shape: torch.Size | None
     fixed: tuple[tuple[int, int], ...]
 
@@ -51,24 +52,78 @@ class Output:
             sizes[axis] == size for axis, size in self.fixed
         )
 
+    def rounded(self, value: Any) -> Any:
+        """Return `value`, computed in fp32, as the fp16 that it is declared to be."""
+        if self.dtype is torch.float16 and value.dtype is torch.float32:
+            return value.to(torch.float16)
+        return value
 
-def output(slot: int, declared: TensorType, exact: bool) -> Output:
-    """Return the output at `slot`; `exact` results need no rounding."""
+
+def output(name: str, slot: int, declared: TensorType, numerics: Numerics) -> Output:
+    """Return the output `name` at `slot`."""
     sizes = declared.shape
     known = tuple((axis, size) for axis, size in enumerate(sizes) if size is not None)
-    return Output(
-        slot,
-        declared,
-        storage(declared.dtype),
-        declared.dtype == "fp16" and not exact,
-        torch.Size([size for _, size in known]) if len(known) == len(sizes) else None,
-        known,
-    )
+    shape = torch.Size([size for _, size in known]) if len(known) == len(sizes) else None
+    return Output(name, slot, declared, numerics.held(declared.dtype), shape, known)
 
 
-def round_to_half(value: torch.Tensor) -> torch.Tensor:
-    """Return the fp32 tensor with every value rounded to what fp16 holds; too large ones to inf."""
-    return value.to(torch.float16).to(torch.float32)
+@dataclass(frozen=True, eq=False)
+class Call:
+    """A function and what it is given.
+
+    Attributes:
+        function: takes keyword arguments only.
+        places: parameter to place, or to several places for a list.
+        fixed: parameter to value.
+        widened: parameters whose fp16 tensors the function gets as fp32.
+        dynamic: parameters that the function takes as Python numbers, too.
+        sizes_from_data: whether the values, not only the shapes, of tensors decide the results'
+            shapes.
+    """
+
+    function: Callable[..., Any]
+    places: Mapping[str, Place]
+    fixed: Mapping[str, Any]
+    widened: frozenset[str] = frozenset()
+    dynamic: frozenset[str] = frozenset()
+    sizes_from_data: bool = False
+
+    def bind(self) -> Compute:
+        """Return the call as a function of the values."""
+        function, fixed = self.function, dict(self.fixed)
+        plain = [
+            (name, place)
+            for name, place in self.places.items()
+            if isinstance(place, int) and name not in self.widened
+        ]
+        if len(plain) == len(self.places):
+            return lambda values: function(**{name: values[at] for name, at in plain}, **fixed)
+        wide = [
+            (name, place)
+            for name, place in self.places.items()
+            if isinstance(place, int) and name in self.widened
+        ]
+        lists = [(name, place) for name, place in self.places.items() if isinstance(place, tuple)]
+        if not lists:
+            return lambda values: function(
+                **{name: values[at] for name, at in plain},
+                **{name: values[at].to(torch.float32) for name, at in wide},
+                **fixed,
+            )
+        widened = self.widened
+
+        def with_lists(values: Values) -> Any:
+            given = {name: [values[at] for at in places] for name, places in lists}
+            for name in widened & given.keys():
+                given[name] = [value.to(torch.float32) for value in given[name]]
+            return function(
+                **given,
+                **{name: values[at] for name, at in plain},
+                **{name: values[at].to(torch.float32) for name, at in wide},
+                **fixed,
+            )
+
+        return with_lists
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,13 +132,17 @@ class Step:
 
     Attributes:
         label: name and type, for errors.
-        call: computes the results from the values.
+        type: the operation's type.
+        call: what computes it; its places are the operation's operands.
+        compute: computes the results from the values.
         outputs: what it must give.
         frees: places whose value nobody needs afterwards.
     """
 
     label: str
-    call: Callable[[Values], Any]
+    type: str
+    call: Call
+    compute: Compute
     outputs: tuple[Output, ...]
     frees: tuple[int, ...]
 
@@ -93,24 +152,42 @@ class Step:
         Raises:
             ArtifactError: the operation fails, or its result is not what the program declares.
         """
-        try:
-            result = self.call(values)
-        except ArtifactError as error:
-            raise ArtifactError(f"{self.label} {error}.") from error
-        except (RuntimeError, IndexError, ValueError, TypeError) as error:
-            raise ArtifactError(f"{self.label} fails: {str(error).splitlines()[0]}") from error
+        result = self.guarded(values)
         results = result if isinstance(result, (tuple, list)) else (result,)
         if len(results) != len(self.outputs):
             raise ArtifactError(
                 f"{self.label} gives {len(results)} results; "
                 f"the program declares {len(self.outputs)}."
             )
-        for value, expected in zip(results, self.outputs, strict=True):
+        for item, expected in zip(results, self.outputs, strict=True):
+            value = expected.rounded(item) if isinstance(item, torch.Tensor) else item
             if not expected.admits(value):
                 raise ArtifactError(f"{self.label} {_difference(value, expected)}")
-            values[expected.slot] = round_to_half(value) if expected.rounds else value
-        for slot in self.frees:
-            values[slot] = None
+            values[expected.slot] = value
+
+    def guarded(self, values: Values) -> Any:
+        """Compute the results, neither checked nor rounded nor stored.
+
+        Raises:
+            ArtifactError: the operation fails.
+        """
+        try:
+            return self.compute(values)
+        except ArtifactError as error:
+            raise ArtifactError(f"{self.label} {error}.") from error
+        except (RuntimeError, IndexError, ValueError, TypeError, OverflowError) as error:
+            raise ArtifactError(f"{self.label} fails: {_first_line(error)}") from error
+
+    def operands(self) -> tuple[int, ...]:
+        """Return the places that the operation reads."""
+        found: list[int] = []
+        for place in self.call.places.values():
+            found += [place] if isinstance(place, int) else place
+        return tuple(found)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _difference(value: object, expected: Output) -> str:
@@ -123,44 +200,20 @@ def _difference(value: object, expected: Output) -> str:
     )
 
 
-def bind(
-    function: Callable[..., Any], places: Mapping[str, Place], constants: Mapping[str, Any]
-) -> Callable[[Values], Any]:
-    """Return `function` as one of the values, its constants already given.
+Observer = Callable[[Step, Values], None]
+
+
+def run_all(steps: Sequence[Step], values: Values, observe: Observer | None = None) -> None:
+    """Run the steps in order over `values`.
 
     Args:
-        function: takes keyword arguments only.
-        places: argument name to place, or to several places for a list.
-        constants: argument name to value.
+        steps: what to run.
+        values: one per place; changed.
+        observe: called after each step, while its operands still exist.
     """
-    fixed = dict(constants)
-    single = [(name, place) for name, place in places.items() if isinstance(place, int)]
-    several = [(name, place) for name, place in places.items() if isinstance(place, tuple)]
-
-    def call(values: Values) -> Any:
-        return function(**{name: values[place] for name, place in single}, **fixed)
-
-    def call_with_lists(values: Values) -> Any:
-        return function(
-            **{name: values[place] for name, place in single},
-            **{name: [values[at] for at in place] for name, place in several},
-            **fixed,
-        )
-
-    return call_with_lists if several else call
-
-
-def copy_of(slot: int) -> Callable[[Values], Any]:
-    """Return a step's call that gives the value at `slot` itself."""
-    return lambda values: values[slot]
-
-
-def clone_of(slot: int) -> Callable[[Values], Any]:
-    """Return a step's call that gives a copy of the value at `slot`."""
-    return lambda values: values[slot].clone()
-
-
-def run_all(steps: Sequence[Step], values: Values) -> None:
-    """Run the steps in order over `values`."""
     for step in steps:
         step.run(values)
+        if observe is not None:
+            observe(step, values)
+        for slot in step.frees:
+            values[slot] = None

@@ -67,17 +67,18 @@ class WeightFile:
                 f"{self.name} has version {version} of the weight format; only {_VERSION} is known."
             )
 
-    def read(self, offset: int, dtype: str, count: int) -> np.ndarray:
-        """Return the blob whose metadata is at `offset`.
+    def read(self, offset: int, dtype: str, count: int, part: slice = slice(None)) -> np.ndarray:
+        """Return the blob whose metadata is at `offset`, or a part of its elements.
 
         Args:
             offset: where the program says that the blob's metadata is.
             dtype: the element type that the program declares.
             count: the number of elements that the program declares.
+            part: the elements to return; it starts at a whole byte.
 
         Returns:
-            One-dimensional array of `count` elements; a view into the file where the type allows
-            it, otherwise the unpacked elements, one per byte.
+            One-dimensional array of the elements; a view into the file where the type allows it,
+            otherwise the unpacked elements, one per byte.
 
         Raises:
             ArtifactError: the metadata is absent or contradicts the program, or the data is cut.
@@ -104,7 +105,9 @@ class WeightFile:
             raise ArtifactError(
                 f"{where} holds {bits} bits; the program declares {count} elements of {dtype}."
             )
-        return unpack_elements(self.data[start : start + size], row, count)
+        first, last, _ = part.indices(count)
+        begin = start + first * row.bits // 8
+        return unpack_elements(self.data[begin : start + size], row, last - first)
 
 
 def unpack_elements(data: memoryview | bytes, row: DType, count: int) -> np.ndarray:
@@ -120,7 +123,7 @@ def unpack_elements(data: memoryview | bytes, row: DType, count: int) -> np.ndar
     """
     if row.bits >= 8:
         return np.frombuffer(data, row.array, count)
-    packed = np.frombuffer(data, np.uint8)
+    packed = np.frombuffer(data, np.uint8, math.ceil(count * row.bits / 8))
     if row.bits in (1, 2, 4):
         elements = _split_bytes(packed, row.bits)[:count]
     else:

@@ -62,7 +62,7 @@ def test_state_is_updated_in_chunks_and_in_place(load_program: Any) -> None:
     program = load_program(cache_inputs(), cached)
     before = program._state_values["cache"].data_ptr()
     full, result = run_chunks(program)
-    torch.testing.assert_close(program.state("cache"), full, rtol=0, atol=0)
+    torch.testing.assert_close(program.state("cache"), full.half(), rtol=0, atol=0)
     torch.testing.assert_close(result, full.sum(1))
     assert program._state_values["cache"].data_ptr() == before
     program.reset()
@@ -284,7 +284,7 @@ def nested(operations: Any, block: Any) -> None:
         (unknown_parameter, "has the parameter 'z'"),
         (missing_parameter, "lacks y"),
         (undefined_value, "'nowhere', which nothing defines"),
-        (used_early, "uses 'out_0' before it exists"),
+        (used_early, "uses 'out_0', which nothing defines before"),
         (defined_twice, "defines 'sum' twice"),
         (nested, "nested blocks"),
     ],

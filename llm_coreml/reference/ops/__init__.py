@@ -15,11 +15,14 @@ from llm_coreml.reference.ops import (
     scatter,
     shape,
     slicing,
+    strict,
 )
 from llm_coreml.reference.ops.registry import OPS, Spec, op
+from llm_coreml.reference.ops.strict import STRICT_OPS
 
 __all__ = [
     "OPS",
+    "STRICT_OPS",
     "Spec",
     "activation",
     "attention",
@@ -33,4 +36,5 @@ __all__ = [
     "scatter",
     "shape",
     "slicing",
+    "strict",
 ]

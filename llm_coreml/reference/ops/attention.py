@@ -52,8 +52,13 @@ def scaled_dot_product_attention(
 
 def _by_formula(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> Tensor:
     scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        scores = torch.where(attn_mask, scores, -torch.inf)
-    elif attn_mask is not None:
-        scores = scores + attn_mask
-    return torch.softmax(scores, -1) @ value
+    return torch.softmax(masked(scores, attn_mask), -1) @ value
+
+
+def masked(scores: Tensor, attn_mask: Tensor | None) -> Tensor:
+    """Return scores [*, L, S] with the mask added, or with -inf where a bool mask is False."""
+    if attn_mask is None:
+        return scores
+    if attn_mask.dtype == torch.bool:
+        return torch.where(attn_mask, scores, -torch.inf)
+    return scores + attn_mask

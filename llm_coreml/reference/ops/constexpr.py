@@ -16,7 +16,12 @@ from llm_coreml.reference.weights import unpack_elements
 _CHUNK = 1 << 22
 
 
-@op("constexpr_blockwise_shift_scale", same("scale"), fresh=True)
+@op(
+    "constexpr_blockwise_shift_scale",
+    same("scale"),
+    fresh=True,
+    rows=("data", "scale", "offset"),
+)
 def constexpr_blockwise_shift_scale(
     data: Tensor, scale: Tensor, offset: Tensor | None = None
 ) -> Tensor:
@@ -75,7 +80,7 @@ def constexpr_cast(source_val: Tensor, output_dtype: str) -> Tensor:
     return source_val.clone()
 
 
-@op("constexpr_lut_to_dense", same("lut"), exact=True, fresh=True)
+@op("constexpr_lut_to_dense", same("lut"), exact=True, fresh=True, rows=("indices", "lut"))
 def constexpr_lut_to_dense(
     indices: Tensor,
     lut: Tensor,

@@ -31,12 +31,16 @@ def _integer_unary(name: str, function: Callable[[Tensor], Tensor], *, exact: bo
 
 
 def _binary(
-    name: str, function: Callable[[Tensor, Tensor], Tensor], *, exact: bool = False
+    name: str,
+    function: Callable[[Tensor, Tensor], Tensor],
+    *,
+    exact: bool = False,
+    half: bool | None = None,
 ) -> None:
     def kernel(x: Tensor, y: Tensor) -> Tensor:
         return function(x, y)
 
-    op(name, same("x", "y"), exact=exact, fresh=True)(kernel)
+    op(name, same("x", "y"), exact=exact, fresh=True, half=half)(kernel)
 
 
 def _comparison(name: str, function: Callable[[Tensor, Tensor], Tensor]) -> None:
@@ -73,10 +77,15 @@ _integer_unary("square", torch.square)
 
 _Pair = Callable[[Tensor, Tensor], Tensor]
 
-_ARITHMETIC: tuple[tuple[str, _Pair], ...] = (
+_SINGLE: tuple[tuple[str, _Pair], ...] = (
     ("add", torch.add),
     ("sub", torch.sub),
     ("mul", torch.mul),
+)
+for _name, _pair in _SINGLE:
+    _binary(_name, _pair, half=True)
+
+_ARITHMETIC: tuple[tuple[str, _Pair], ...] = (
     ("pow", torch.pow),
     ("floor_div", torch.floor_divide),
     ("mod", torch.remainder),
@@ -108,7 +117,7 @@ def logical_not(x: Tensor) -> Tensor:
     return torch.logical_not(x)
 
 
-@op("real_div", floats("x", "y"), fresh=True)
+@op("real_div", floats("x", "y"), fresh=True, half=True)
 def real_div(x: Tensor, y: Tensor) -> Tensor:
     """Return x / y; integers are refused, because Core ML does not say how they round."""
     return x / y
@@ -161,7 +170,7 @@ def identity(x: Tensor) -> Tensor:
     return x
 
 
-@op("cast", named_by("dtype"))
+@op("cast", named_by("dtype"), half=True)
 def cast(x: Tensor, dtype: str) -> Tensor:
     """Return x as `dtype`; towards zero from float to integer.
 

@@ -8,7 +8,7 @@ Parameters carry MIL's names. Their annotations say how the compiler passes them
 tensor, `Sequence[Tensor]` as a list with one tensor per binding, `Ints` and `Number` as Python
 values where the program has constants and as tensors otherwise, anything else as Python values that
 must be constants (`Sequence[int]` with one per binding). A parameter named `declared` receives the
-declared element type of the first output.
+declared element type of the first output, one named `device` the device that the program runs on.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -27,6 +27,7 @@ Ints = Sequence[int] | torch.Tensor
 Number = float | torch.Tensor
 Rule = Callable[[Mapping[str, str], Mapping[str, Any]], str | tuple[str, ...]]
 Kernel = Callable[..., Any]
+Decorated = TypeVar("Decorated", bound=Kernel)
 
 
 @dataclass(frozen=True)
@@ -37,23 +38,29 @@ class Spec:
         function: the torch implementation.
         parameters: every parameter's name and kind: tensor, tensors, dynamic, plain or plains.
         required: the parameters without a default.
-        wants_declared: whether the function takes the parameter `declared`.
+        supplied: the parameters that the compiler gives: `declared`, `device`.
         result: gives the element type of each output from those of the inputs.
         exact: the values are copied or chosen, so rounding them to fp16 again is idle.
         fresh: the result never shares memory with an input.
+        half: torch's fp16 kernel gives what computing in fp32 and rounding once gives, so fp16
+            operands need not be widened.
+        rows: of a compressed constant, the parameters whose first axis runs along the result's.
     """
 
     function: Kernel
     parameters: Mapping[str, str]
     required: frozenset[str]
-    wants_declared: bool
+    supplied: frozenset[str]
     result: Rule
     exact: bool
     fresh: bool
+    half: bool
+    rows: tuple[str, ...]
 
 
 OPS: dict[str, Spec] = {}
 
+_SUPPLIED = frozenset({"declared", "device"})
 _KINDS = {
     "Tensor": "tensor",
     "Tensor | None": "tensor",
@@ -64,8 +71,15 @@ _KINDS = {
 
 
 def op(
-    name: str, result: Rule, *, exact: bool = False, fresh: bool = False
-) -> Callable[[Kernel], Kernel]:
+    name: str,
+    result: Rule,
+    *,
+    exact: bool = False,
+    fresh: bool = False,
+    half: bool | None = None,
+    rows: tuple[str, ...] = (),
+    table: dict[str, Spec] | None = None,
+) -> Callable[[Decorated], Decorated]:
     """Register the decorated function as the operation `name`.
 
     Args:
@@ -73,19 +87,32 @@ def op(
         result: rule for the element types of the outputs.
         exact: see `Spec`.
         fresh: see `Spec`; claim it only where torch always allocates.
+        half: see `Spec`; as `exact` if None.
+        rows: see `Spec`.
+        table: where to register it; the table `OPS` if None.
     """
+    target = OPS if table is None else table
 
-    def register(function: Kernel) -> Kernel:
-        if name in OPS:
+    def register(function: Decorated) -> Decorated:
+        if name in target:
             raise ValueError(f"operation '{name}' is registered twice")
         signature = inspect.signature(function).parameters
         kinds = {
             key: _kind(str(parameter.annotation))
             for key, parameter in signature.items()
-            if key != "declared"
+            if key not in _SUPPLIED
         }
-        required = frozenset(key for key in kinds if signature[key].default is inspect._empty)
-        OPS[name] = Spec(function, kinds, required, "declared" in signature, result, exact, fresh)
+        target[name] = Spec(
+            function,
+            kinds,
+            frozenset(key for key in kinds if signature[key].default is inspect._empty),
+            _SUPPLIED & set(signature),
+            result,
+            exact,
+            fresh,
+            exact if half is None else half,
+            rows,
+        )
         return function
 
     return register

@@ -200,7 +200,7 @@ def band_part(x: Tensor, lower: int = -1, upper: int = -1) -> Tensor:
     return torch.where(keep, x, torch.zeros((), dtype=x.dtype))
 
 
-@op("quantize", named_by("output_dtype"), exact=True, fresh=True)
+@op("quantize", named_by("output_dtype"), exact=True, fresh=True, half=False)
 def quantize(
     input: Tensor,  # noqa: A002 - MIL's name
     scale: Tensor,
