@@ -14,7 +14,7 @@ from llm_coreml.reference import pte
 from llm_coreml.reference.inmemoryfs import unpack
 from llm_coreml.reference.mil import Feature
 from llm_coreml.reference.milproto import parse
-from llm_coreml.reference.runtime import BACKEND
+from llm_coreml.reference.packages import BACKEND
 
 
 def contents(path: Path) -> dict[str, Any]:

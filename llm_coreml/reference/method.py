@@ -17,8 +17,9 @@ import torch
 
 from llm_coreml.errors import ArtifactError, nearest
 from llm_coreml.reference import pte
+from llm_coreml.reference.packages import load_delegate
 from llm_coreml.reference.pte import Instruction, Method, TensorSpec
-from llm_coreml.reference.runtime import CoreMLProgram, load_delegate
+from llm_coreml.reference.runtime import CoreMLProgram
 
 # Kernels that convert the element type; the result's type is that of the plan's output tensor.
 _CASTS = frozenset({"aten::_to_copy.out", "dim_order_ops::_to_dim_order_copy.out"})
