@@ -20,7 +20,7 @@ from llm_coreml.reference.compiler import compile_function
 from llm_coreml.reference.mil import Feature, Interface, Model
 from llm_coreml.reference.steps import run_all
 
-_INTERFACE_TYPES = {
+INTERFACE_TYPES = {
     "fp16": torch.float16,
     "fp32": torch.float32,
     "int32": torch.int32,
@@ -145,7 +145,7 @@ class CoreMLProgram:
                 )
             for feature in features:
                 declared = compiled.types[feature.name]
-                if declared.dtype != feature.dtype or feature.dtype not in _INTERFACE_TYPES:
+                if declared.dtype != feature.dtype or feature.dtype not in INTERFACE_TYPES:
                     raise ArtifactError(
                         f"The model describes '{feature.name}' as {feature.dtype}; "
                         f"its program declares {declared}."
@@ -159,7 +159,7 @@ class CoreMLProgram:
 
 def _check_input(feature: Feature, value: torch.Tensor) -> None:
     name, shape = feature.name, tuple(value.shape)
-    wanted = _INTERFACE_TYPES[feature.dtype]
+    wanted = INTERFACE_TYPES[feature.dtype]
     if value.dtype != wanted:
         raise ArtifactError(f"The input '{name}' is {value.dtype}; the model takes {wanted}.")
     if feature.enumerated:
