@@ -9,7 +9,9 @@
 file formats are in `pte`, `inmemoryfs`, `weights` and `milproto`, which are useful without a call.
 """
 
-from llm_coreml.reference.method import LoadedMethod, load_method
-from llm_coreml.reference.runtime import CoreMLProgram, load
+from llm_coreml.reference.execution import Execution
+from llm_coreml.reference.method import LoadedMethod, load_method, load_methods
+from llm_coreml.reference.packages import load
+from llm_coreml.reference.runtime import CoreMLProgram
 
-__all__ = ["CoreMLProgram", "LoadedMethod", "load", "load_method"]
+__all__ = ["CoreMLProgram", "Execution", "LoadedMethod", "load", "load_method", "load_methods"]

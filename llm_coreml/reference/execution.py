@@ -1,0 +1,48 @@
+"""How a program is executed: its numerics, the device, and the memory that weights may take.
+
+load("model.pte", execution=Execution(mode="fp32", device="cuda"))
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from llm_coreml.errors import ConfigError
+from llm_coreml.reference.constants import ConstantPool
+from llm_coreml.reference.numerics import numerics
+
+
+@dataclass(frozen=True)
+class Execution:
+    """The choices that a caller has; none changes what a program means.
+
+    Attributes:
+        mode: `declared`, `fp32` or `strict-fp16`, see `numerics`.
+        device: torch's name of a device, such as `cpu` or `cuda:0`.
+        memory_budget: bytes that expanded weights may take; further ones stay packed and are
+            expanded at each use. None is half of the machine's memory.
+        compiled: run through `torch.compile`, which takes its time at the first call of a shape.
+    """
+
+    mode: str = "declared"
+    device: str = "cpu"
+    memory_budget: int | None = None
+    compiled: bool = False
+
+    def pool(self) -> ConstantPool:
+        """Return an empty pool for the constants of one model.
+
+        Raises:
+            ConfigError: the mode is unknown, or there is no such device here.
+        """
+        try:
+            device = torch.device(self.device)
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            reason = (str(error).splitlines() or [""])[0]
+            raise ConfigError(
+                f"The device '{self.device}' cannot be used here ({reason}); use 'cpu'."
+            ) from error
+        return ConstantPool(numerics(self.mode), device, self.memory_budget)
