@@ -89,7 +89,8 @@ def gather_nd(
         # The place within the batch is one more coordinate, the same along all other axes.
         sizes = [1] * (indices.dim() - 1)
         sizes[axis] = -1
-        coordinates.insert(axis, torch.arange(x.shape[axis]).reshape(sizes))
+        places = torch.arange(x.shape[axis], device=x.device)
+        coordinates.insert(axis, places.reshape(sizes))
     return x[tuple(coordinates)]
 
 
