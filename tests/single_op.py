@@ -34,7 +34,7 @@ class SingleOp:
     """An operation that coremltools has built from constants, and the parameters it was given."""
 
     operation: Any
-    given: frozenset[str]
+    given: dict[str, Any]
     computed: frozenset[str]
 
     @property
@@ -52,6 +52,44 @@ class SingleOp:
             for value, output in zip(values, self.operation.outputs, strict=True)
         ]
 
+    def call(self, *, dynamic: bool, device: str = "cpu") -> tuple[Any, dict[str, Any]]:
+        """Return the operation's function and its arguments, as the compiler would pass them.
+
+        Args:
+            dynamic: whether what may be computed is given as a tensor, not as a constant.
+            device: where the function creates what has no input.
+        """
+        kinds = OPS[self.operation.op_type].parameters
+        arguments: dict[str, Any] = {}
+        for key in self.given:
+            bound = self.operation.inputs[key]
+            variables = bound if isinstance(bound, (list, tuple)) else [bound]
+            arrays = [self._array(key, place) for place in range(len(variables))]
+            if kinds[key] in ("tensor", "tensors") or (kinds[key] == "dynamic" and dynamic):
+                values: list[Any] = [
+                    to_tensor(array, _dtype(var))
+                    for array, var in zip(arrays, variables, strict=True)
+                ]
+            else:
+                values = [item if isinstance(item, str) else item.tolist() for item in arrays]
+            arguments[key] = values if kinds[key] in ("tensors", "plains") else values[0]
+        spec = OPS[self.operation.op_type]
+        if spec.wants_declared:
+            arguments["declared"] = _dtype(self.operation.outputs[0])
+        if spec.wants_device:
+            arguments["device"] = torch.device(device)
+        return spec.function, arguments
+
+    def _array(self, key: str, place: int) -> Any:
+        """Return a parameter's value; the given one, since value inference writes into its own."""
+        bound = self.operation.inputs[key]
+        var = bound[place] if isinstance(bound, (list, tuple)) else bound
+        if isinstance(var.val, str):
+            return var.val
+        value = self.given.get(key, var.val)
+        value = value[place] if isinstance(bound, (list, tuple)) else value
+        return np.asarray(value).astype(DTYPES[_dtype(var)].array)
+
     def run(self, *, defaults: bool = False) -> list[np.ndarray]:
         """Return the reference's results; with `defaults`, optional parameters are written out."""
         inputs: dict[str, tuple[mil.Binding, ...]] = {}
@@ -67,9 +105,9 @@ class SingleOp:
                 names.append(name)
                 if key in self.computed:
                     features.append(mil.NamedType(name, declared(var)))
-                    values[name] = to_tensor(_array(var), _dtype(var))
+                    values[name] = to_tensor(self._array(key, place), _dtype(var))
                 else:
-                    constants.append(_constant(name, var))
+                    constants.append(_constant(name, var, self._array(key, place)))
             inputs[key] = tuple(names)
         outputs = tuple(
             mil.NamedType(f"out_{number}", declared(var))
@@ -91,9 +129,9 @@ def build(name: str, target: Any = IOS18, **arguments: Any) -> SingleOp:
     kinds = OPS[name].parameters
     with Building({}, opset_version=target):
         constants = {
-            key: [mb.const(val=item) for item in value]
+            key: [mb.const(val=item.copy()) for item in value]
             if kinds[key] == "tensors"
-            else mb.const(val=value)
+            else mb.const(val=value.copy())
             if isinstance(value, (np.ndarray, np.generic))
             else value
             for key, value in arguments.items()
@@ -108,7 +146,7 @@ def build(name: str, target: Any = IOS18, **arguments: Any) -> SingleOp:
     }
     if name.startswith("constexpr_"):
         computed = set()
-    return SingleOp(operation, frozenset(arguments), frozenset(computed))
+    return SingleOp(operation, arguments, frozenset(computed))
 
 
 def evaluate(name: str, target: Any = IOS18, **arguments: Any) -> list[np.ndarray]:
@@ -165,12 +203,7 @@ def _dtype(var: Any) -> str:
     return "string" if name == "str" else str(name)
 
 
-def _array(var: Any) -> np.ndarray:
-    return np.asarray(var.val).astype(DTYPES[_dtype(var)].array)
-
-
-def _constant(name: str, var: Any) -> mil.Operation:
-    content = var.val if isinstance(var.val, str) else _array(var)
+def _constant(name: str, var: Any, content: Any) -> mil.Operation:
     value = mil.Constant(declared(var), content)
     return mil.Operation("const", name, {}, {"val": value}, (mil.NamedType(name, value.type),))
 

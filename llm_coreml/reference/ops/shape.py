@@ -188,8 +188,7 @@ def one_hot(
     sizes[place] = depth
     classes = torch.arange(depth, dtype=torch.int32, device=indices.device).reshape(sizes)
     hit = indices.unsqueeze(place) == classes
-    on, off = torch.tensor([on_value, off_value], dtype=storage(declared), device=indices.device)
-    return torch.where(hit, on, off)
+    return torch.where(hit, on_value, off_value).to(storage(declared))
 
 
 @op("band_part", same("x"), exact=True, fresh=True)
