@@ -116,7 +116,8 @@ def _unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     row = DTYPES[f"uint{bits}"]
     if packed.numel() != math.ceil(bits * count / 8):
         raise ArtifactError(f"packs {count} indices of {bits} bits into {packed.numel()} bytes")
-    return torch.from_numpy(np.array(unpack_elements(packed.numpy().tobytes(), row, count)))
+    elements = unpack_elements(packed.cpu().numpy().tobytes(), row, count)
+    return torch.from_numpy(np.array(elements)).to(packed.device)
 
 
 def _look_up(indices: Tensor, lut: Tensor) -> Tensor:
@@ -124,16 +125,16 @@ def _look_up(indices: Tensor, lut: Tensor) -> Tensor:
     entries = lut.shape[-1]
     blocks = _blocks(indices, lut[..., 0])
     groups = lut[..., 0].numel()
-    first = torch.zeros((1,) * indices.dim(), dtype=torch.int64)
+    first = torch.zeros((1,) * indices.dim(), dtype=torch.int64, device=indices.device)
     stride = entries * groups
     for axis, (size, block) in enumerate(zip(indices.shape, blocks, strict=True)):
         stride //= lut.shape[axis]
-        place = torch.arange(size).div(block, rounding_mode="floor") * stride
+        place = torch.arange(size, device=indices.device).div(block, rounding_mode="floor") * stride
         first = first + place.reshape([-1 if at == axis else 1 for at in range(indices.dim())])
     flat = lut.reshape(-1)
     if int(indices.max()) >= entries:
         raise ArtifactError(f"has index {int(indices.max())} into a table of {entries}")
-    result = torch.empty(indices.shape, dtype=lut.dtype)
+    result = torch.empty(indices.shape, dtype=lut.dtype, device=lut.device)
     rows = max(1, _CHUNK * indices.shape[0] // max(1, indices.numel()))
     for start in range(0, indices.shape[0], rows):
         part = slice(start, start + rows)
@@ -159,7 +160,7 @@ def constexpr_sparse_to_dense(
         raise ArtifactError(
             f"has {nonzero_data.numel()} values for {int(kept.sum())} set bits of the mask"
         )
-    result = torch.zeros(mask.shape, dtype=nonzero_data.dtype)
+    result = torch.zeros(mask.shape, dtype=nonzero_data.dtype, device=mask.device)
     result[kept] = nonzero_data
     return result
 
@@ -168,7 +169,6 @@ def constexpr_sparse_to_dense(
     "constexpr_lut_to_sparse",
     lambda dtypes, constants: ("uint1", dtypes["lut"]),
     exact=True,
-    fresh=True,
 )
 def constexpr_lut_to_sparse(
     indices_mask: Tensor,
@@ -188,7 +188,6 @@ def constexpr_lut_to_sparse(
 @op(
     "constexpr_sparse_blockwise_shift_scale",
     lambda dtypes, constants: ("uint1", dtypes["scale"]),
-    fresh=True,
 )
 def constexpr_sparse_blockwise_shift_scale(
     data_mask: Tensor, nonzero_data: Tensor, scale: Tensor, offset: Tensor | None = None
