@@ -11,10 +11,9 @@ from typing import Any
 
 from llm_coreml.bundle import PROGRAM, open_bundle
 from llm_coreml.reference import pte
-from llm_coreml.reference.inmemoryfs import unpack
 from llm_coreml.reference.mil import Feature
-from llm_coreml.reference.milproto import parse
-from llm_coreml.reference.runtime import BACKEND
+from llm_coreml.reference.packages import BACKEND, Packages
+from llm_coreml.reference.plan import Delegate
 
 
 def contents(path: Path) -> dict[str, Any]:
@@ -30,23 +29,24 @@ def contents(path: Path) -> dict[str, Any]:
     container = pte.read(path)
     found["bytes"] = path.stat().st_size
     found["constant_methods"] = pte.constants_of(container)
+    packages = Packages(container)
     found["methods"] = {
-        name: [_delegate(delegate) for delegate in method.delegates]
+        name: [_delegate(delegate, packages) for delegate in method.delegates]
         for name, method in container.methods.items()
         if method.delegates
     }
     return found
 
 
-def _delegate(delegate: pte.Delegate) -> dict[str, Any]:
+def _delegate(delegate: Delegate, packages: Packages) -> dict[str, Any]:
     described: dict[str, Any] = {"backend": delegate.backend, "bytes": len(delegate.data)}
     if delegate.backend != BACKEND:
         return described
-    files = unpack(delegate.data)
-    model = parse(files, "model.mlpackage")
-    function = model.functions[model.default_function]
-    interface = model.interfaces[model.default_function]
-    described["files"] = {name: len(content) for name, content in files.items()}
+    lowered = packages.open(delegate)
+    model = lowered.package.model
+    function, interface = model.functions[lowered.function], model.interfaces[lowered.function]
+    described["files"] = {name: len(content) for name, content in lowered.package.files.items()}
+    described["function"] = lowered.function
     described["specification_version"] = model.specification_version
     for kind in ("inputs", "outputs", "states"):
         features = getattr(interface, kind)

@@ -10,6 +10,7 @@ file formats are in `pte`, `inmemoryfs`, `weights` and `milproto`, which are use
 """
 
 from llm_coreml.reference.method import LoadedMethod, load_method
-from llm_coreml.reference.runtime import CoreMLProgram, load
+from llm_coreml.reference.packages import load
+from llm_coreml.reference.runtime import CoreMLProgram
 
 __all__ = ["CoreMLProgram", "LoadedMethod", "load", "load_method"]

@@ -1,11 +1,11 @@
-"""Run a whole method of a `.pte`: its casts and its Core ML delegates, in the plan's own order.
+"""Run a whole method of a `.pte`: its kernels and its Core ML delegates, in the plan's own order.
 
     forward = load_method("model.pte")
     logits = forward(torch.tensor([[1, 2, 3]]), torch.tensor([0]))
     forward.reset()
 
-Nothing is assumed about the plan. Each instruction is executed as it stands; one that is neither a
-Core ML delegate nor a cast is an error that names it, when the method is loaded.
+Nothing is assumed about the plan. Each instruction is executed as it stands; one that is unknown is
+an error that names it, when the method is loaded.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ import torch
 
 from llm_coreml.errors import ArtifactError, nearest
 from llm_coreml.reference import pte
-from llm_coreml.reference.pte import Instruction, Method, TensorSpec
-from llm_coreml.reference.runtime import CoreMLProgram, load_delegate
+from llm_coreml.reference.kernels import convert, kernel, present
+from llm_coreml.reference.memory import PlanMemory, Values, dtype_of
+from llm_coreml.reference.packages import Lowered, Packages
+from llm_coreml.reference.plan import Constant, Instruction, Method, TensorSpec
+from llm_coreml.reference.runtime import INTERFACE_TYPES, CoreMLProgram
 
-# Kernels that convert the element type; the result's type is that of the plan's output tensor.
-_CASTS = frozenset({"aten::_to_copy.out", "dim_order_ops::_to_dim_order_copy.out"})
-
-Values = list[torch.Tensor | None]
+# A step returns the number of the next one if it is not the one that follows.
+Step = Callable[[Values], int | None]
 
 
 class LoadedMethod:
@@ -37,24 +38,24 @@ class LoadedMethod:
         constants: what the file's constant methods give, such as `get_max_seq_len`.
     """
 
-    def __init__(self, method: Method, constants: dict[str, pte.Constant]) -> None:
+    def __init__(self, method: Method, packages: Packages, constants: dict[str, Constant]) -> None:
         self.name = method.name
         self.constants = constants
         self.inputs = tuple(_tensor_spec(method, number) for number in method.inputs)
         self.outputs = tuple(_tensor_spec(method, number) for number in method.outputs)
         self.programs: list[CoreMLProgram] = []
         self._method = method
-        loaded = [load_delegate(delegate) for delegate in method.delegates]
-        self.programs = [program for program, _, _ in loaded]
+        self._memory = PlanMemory(method)
+        self._lowered = [packages.open(delegate) for delegate in method.delegates]
+        self.programs = [CoreMLProgram(item.package.model, item.function) for item in self._lowered]
         self._steps = [
-            self._delegate(instruction, *loaded[int(instruction.target)])
-            if instruction.kind == "delegate"
-            else self._cast(instruction)
-            for instruction in method.instructions
+            self._step(number, instruction)
+            for number, instruction in enumerate(method.instructions)
         ]
 
     def reset(self) -> None:
-        """Set the states of all programs to zero."""
+        """Set the states of all programs to zero, and the plan's own buffers to what they were."""
+        self._memory.reset()
         for program in self.programs:
             program.reset()
 
@@ -77,7 +78,7 @@ class LoadedMethod:
         return results[0]
 
     def run(self, *arguments: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Run the method and return all its outputs.
+        """Run the method and return all its outputs, which the caller owns.
 
         Raises:
             ArtifactError: an argument does not fit, or the program contradicts itself.
@@ -86,66 +87,89 @@ class LoadedMethod:
             raise ArtifactError(
                 f"Method '{self.name}' takes {len(self.inputs)} arguments, not {len(arguments)}."
             )
-        values: Values = [None] * len(self._method.values)
-        for number, spec, value in zip(self._method.inputs, self.inputs, arguments, strict=True):
-            _check(spec, value, f"Argument {number} of method '{self.name}'")
-            values[number] = value
-        for step in self._steps:
-            step(values)
-        return tuple(_present(values, number, self.name) for number in self._method.outputs)
+        values = self._memory.values()
+        for number, value in zip(self._method.inputs, arguments, strict=True):
+            # A copy, since a kernel may write to it.
+            who = f"Argument {number} of method '{self.name}'"
+            self._memory.store(values, number, value.clone(), who)
+        with torch.inference_mode():
+            at = 0
+            while at < len(self._steps):
+                target = self._steps[at](values)
+                at = at + 1 if target is None else target
+        return tuple(self._present(values, number).clone() for number in self._method.outputs)
 
-    def _cast(self, instruction: Instruction) -> Callable[[Values], None]:
-        if instruction.kind != "kernel" or instruction.target not in _CASTS:
-            what = instruction.target or instruction.kind
+    def _present(self, values: Values, number: int) -> torch.Tensor:
+        try:
+            return present(values, number)
+        except ArtifactError as error:
+            raise ArtifactError(f"In method '{self.name}', {error}") from error
+
+    def _step(self, number: int, instruction: Instruction) -> Step:
+        if instruction.kind == "kernel":
+            return kernel(instruction.target, instruction.args, self._method, self._memory)
+        if instruction.kind == "delegate":
+            return self._delegate(int(instruction.target), instruction.args)
+        if instruction.kind == "jump_false":
+            return self._jump(number, int(instruction.target), instruction.args[0])
+        return _move(*instruction.args) if instruction.kind == "move" else _free(*instruction.args)
+
+    def _jump(self, number: int, target: int, condition: int) -> Step:
+        # Only forward, so that every run ends.
+        if not number < target <= len(self._method.instructions):
             raise ArtifactError(
-                f"Method '{self.name}' runs '{what}' outside of Core ML; the reference runs only "
-                f"{' and '.join(sorted(_CASTS))} there."
+                f"Instruction {number} of method '{self.name}' jumps to {target}; the reference "
+                "runs branches, but no loops."
             )
-        source, result = instruction.args[0], instruction.args[-1]
-        expected = _tensor_spec(self._method, result)
 
-        def step(values: Values) -> None:
-            value = _convert(_present(values, source, self.name), expected, instruction.target)
-            _check(expected, value, f"The result of {instruction.target}")
-            values[result] = value
+        def step(values: Values) -> int | None:
+            value = values[condition]
+            if isinstance(value, torch.Tensor):
+                value = bool(value.all())
+            if not isinstance(value, bool):
+                raise ArtifactError(f"Method '{self.name}' branches on {value!r}, no truth value.")
+            return None if value else target
 
         return step
 
-    def _delegate(
-        self,
-        instruction: Instruction,
-        program: CoreMLProgram,
-        input_names: tuple[str, ...],
-        output_names: tuple[str, ...],
-    ) -> Callable[[Values], None]:
-        args = instruction.args
-        if len(args) != len(input_names) + len(output_names):
+    def _delegate(self, index: int, args: tuple[int, ...]) -> Step:
+        program, lowered = self.programs[index], self._lowered[index]
+        self._check_names(program, lowered, len(args))
+        sources = dict(zip(lowered.inputs, args, strict=False))
+        results = dict(zip(lowered.outputs, args[len(lowered.inputs) :], strict=True))
+        expected = {name: _tensor_spec(self._method, number) for name, number in results.items()}
+
+        wanted = {feature.name: INTERFACE_TYPES[feature.dtype] for feature in program.inputs}
+
+        # ExecuTorch's delegate converts between the plan's types and the program's as it copies
+        # values in and out, and gives a tensor without dimensions one.
+        def step(values: Values) -> None:
+            given = {}
+            for name, number in sources.items():
+                value = _exact(self._present(values, number), wanted[name], f"The input '{name}'")
+                given[name] = value if value.ndim else value.reshape(1)
+            outputs = program(given)
+            for name, number in results.items():
+                who, spec = f"The output '{name}'", expected[name]
+                value = _exact(outputs[name], dtype_of(spec), who)
+                single = not spec.shape and tuple(value.shape) == (1,)
+                self._memory.store(values, number, value.reshape(()) if single else value, who)
+
+        return step
+
+    def _check_names(self, program: CoreMLProgram, lowered: Lowered, count: int) -> None:
+        inputs, outputs = lowered.inputs, lowered.outputs
+        if count != len(inputs) + len(outputs):
             raise ArtifactError(
-                f"Method '{self.name}' passes {len(args)} values to a delegate; its metadata names "
-                f"{len(input_names)} inputs and {len(output_names)} outputs."
+                f"Method '{self.name}' passes {count} values to a delegate; its metadata names "
+                f"{len(inputs)} inputs and {len(outputs)} outputs."
             )
-        features = {feature.name: feature for feature in program.inputs}
-        if set(input_names) != set(features) or not set(output_names) <= {
-            feature.name for feature in program.outputs
-        }:
+        known = {feature.name for feature in program.outputs}
+        if set(inputs) != {feature.name for feature in program.inputs} or not set(outputs) <= known:
             raise ArtifactError(
                 f"The metadata of a delegate of method '{self.name}' names inputs or outputs that "
                 "its program does not have."
             )
-        sources = dict(zip(input_names, args, strict=False))
-        results = dict(zip(output_names, args[len(input_names) :], strict=True))
-        expected = {name: _tensor_spec(self._method, number) for name, number in results.items()}
-
-        def step(values: Values) -> None:
-            given = {name: _present(values, number, self.name) for name, number in sources.items()}
-            outputs = program(given)
-            for name, number in results.items():
-                # ExecuTorch's delegate converts to the plan's type when it copies a result out.
-                value = _convert(outputs[name], expected[name], f"output '{name}'")
-                _check(expected[name], value, f"The output '{name}'")
-                values[number] = value
-
-        return step
 
 
 def load_method(path: str | Path, name: str = "forward") -> LoadedMethod:
@@ -164,7 +188,21 @@ def load_method(path: str | Path, name: str = "forward") -> LoadedMethod:
     method = container.methods[name]
     if not method.delegates:
         raise ArtifactError(f"Method '{name}' of '{path}' has no delegate.")
-    return LoadedMethod(method, pte.constants_of(container))
+    return LoadedMethod(method, Packages(container), pte.constants_of(container))
+
+
+def _move(source: int, destination: int) -> Step:
+    def step(values: Values) -> None:
+        values[destination] = values[source]
+
+    return step
+
+
+def _free(number: int) -> Step:
+    def step(values: Values) -> None:
+        values[number] = None
+
+    return step
 
 
 def _tensor_spec(method: Method, number: int) -> TensorSpec:
@@ -176,53 +214,11 @@ def _tensor_spec(method: Method, number: int) -> TensorSpec:
     return value
 
 
-def _present(values: Values, number: int, method: str) -> torch.Tensor:
-    value = values[number]
-    if value is None:
-        raise ArtifactError(f"Method '{method}' uses value {number} before it exists.")
-    return value
-
-
-def _dtype(spec: TensorSpec) -> torch.dtype:
-    found = getattr(torch, spec.dtype, None)
-    if not isinstance(found, torch.dtype):
-        raise ArtifactError(f"The plan uses the element type '{spec.dtype}', which is unknown.")
-    return found
-
-
-def _convert(value: torch.Tensor, spec: TensorSpec, who: str) -> torch.Tensor:
-    """Return `value` in the type of `spec`.
-
-    Raises:
-        ArtifactError: an integer does not fit, or a float would become an integer.
-    """
-    target = _dtype(spec)
-    if value.dtype == target:
-        return value
-    if not target.is_floating_point and value.is_floating_point():
-        raise ArtifactError(f"{who} would convert {value.dtype} to {target} and lose fractions.")
-    if not target.is_floating_point and value.numel():
-        limit = torch.iinfo(target)
-        low, high = (int(bound) for bound in torch.aminmax(value))
-        if low < limit.min or high > limit.max:
-            raise ArtifactError(
-                f"{who} converts values {low} to {high}, which {target} cannot hold."
-            )
-    return value.to(target)
-
-
-def _check(spec: TensorSpec, value: torch.Tensor, who: str) -> None:
-    if value.dtype != _dtype(spec):
-        raise ArtifactError(f"{who} is {value.dtype}; the plan says {spec.dtype}.")
-    shape = tuple(value.shape)
-    fits = (
-        len(shape) == len(spec.shape)
-        and all(size <= bound for size, bound in zip(shape, spec.shape, strict=True))
-        if spec.dynamic
-        else shape == spec.shape
-    )
-    if not fits:
-        bound = "at most " if spec.dynamic else ""
-        raise ArtifactError(
-            f"{who} has shape {list(shape)}; the plan says {bound}{list(spec.shape)}."
-        )
+def _exact(value: torch.Tensor, dtype: torch.dtype, who: str) -> torch.Tensor:
+    """Return `value` as `dtype`, which must be able to hold it."""
+    if value.is_floating_point() and not dtype.is_floating_point:
+        raise ArtifactError(f"{who} is {value.dtype}; as {dtype} it would lose its fractions.")
+    try:
+        return convert(value, dtype)
+    except ArtifactError as error:
+        raise ArtifactError(f"{who} is {value.dtype}: {error}") from error

@@ -10,100 +10,28 @@ header between the first bytes locates. Nothing here executes; nothing is copied
 
 from __future__ import annotations
 
-import mmap
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from llm_coreml.errors import ArtifactError
 from llm_coreml.reference.flatbuffer import MalformedError, Table, root
+from llm_coreml.reference.mapped import map_file
+from llm_coreml.reference.plan import (
+    Constant,
+    Delegate,
+    Method,
+    Pieces,
+    Stored,
+    TensorSpec,
+    ValueList,
+    decode,
+    pick,
+)
 
 _MARK = b"ET12"
 _HEADER = struct.Struct("<4sIQQQ")
 _HEADER_AT = 8
-_INLINE, _SEGMENT = 0, 1
-
-# Numbers of ExecuTorch's scalar_type.fbs, by torch's names.
-SCALAR_TYPES = {
-    0: "uint8",
-    1: "int8",
-    2: "int16",
-    3: "int32",
-    4: "int64",
-    5: "float16",
-    6: "float32",
-    7: "float64",
-    11: "bool",
-    15: "bfloat16",
-    27: "uint16",
-    28: "uint32",
-    29: "uint64",
-}
-
-Constant = int | bool | float | str | list[int] | list[float] | list[bool] | None
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """A tensor of the plan.
-
-    Attributes:
-        dtype: torch's name of the element type.
-        shape: the sizes; upper bounds where `dynamic`.
-        dynamic: whether smaller sizes than `shape` are allowed.
-        constant: whether its data is stored in the file.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    dynamic: bool
-    constant: bool
-
-
-@dataclass(frozen=True)
-class Delegate:
-    """What a backend other than ExecuTorch's own kernels runs.
-
-    Attributes:
-        method: name of the method it belongs to.
-        index: its number within the method.
-        backend: for Core ML, `CoreMLBackend`.
-        compile_specs: the settings that the backend was lowered with.
-        data: the backend's bytes, a view into the file.
-    """
-
-    method: str
-    index: int
-    backend: str
-    compile_specs: dict[str, bytes]
-    data: memoryview = field(repr=False)
-
-
-@dataclass(frozen=True)
-class Instruction:
-    """One step of a plan.
-
-    Attributes:
-        kind: `kernel`, `delegate`, `move`, `jump_false` or `free`.
-        target: kernel name such as `aten::_to_copy.out`, or the delegate's number, or "".
-        args: numbers of the plan's values.
-    """
-
-    kind: str
-    target: str
-    args: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Method:
-    """One method: its values and what happens to them, in order."""
-
-    name: str
-    values: tuple[TensorSpec | Constant, ...]
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-    instructions: tuple[Instruction, ...]
-    delegates: tuple[Delegate, ...]
 
 
 @dataclass(frozen=True)
@@ -122,21 +50,16 @@ def read(path: str | Path) -> Container:
         ArtifactError: the file is absent, empty, truncated, or no ExecuTorch program.
     """
     path = Path(path)
-    data = _map(path)
+    data = map_file(path)
+    if not data:
+        raise ArtifactError(f"'{path}' is empty; it should be an ExecuTorch program.")
     try:
         program_size, segments_at = _header(data)
         program = root(data[:program_size], _MARK)
-        segments = [
-            _slice(data, segments_at + item.scalar(0, "ulong"), item.scalar(1, "ulong"))
-            for item in program.tables(4)
-        ]
-        inline = [item.bytes(0) for item in program.tables(3)]
-        # Not needed, but a file that is cut within its constants must not pass for a whole one.
-        for buffer in program.tables(2):
-            buffer.bytes(0)
-        plans = [_method(plan, inline, segments) for plan in program.tables(1)]
+        stored = _stored(program, data, program_size, segments_at)
+        plans = [decode(plan, stored) for plan in program.tables(1)]
         named = {
-            item.string(0): _pick(segments, item.scalar(1, "uint"), "segment")
+            item.string(0): pick(stored.segments, item.scalar(1, "uint"), "segment")
             for item in program.tables(7)
         }
     except MalformedError as error:
@@ -178,7 +101,7 @@ def constants_of(container: Container) -> dict[str, Constant]:
     for name, method in container.methods.items():
         if method.inputs or method.instructions or not method.outputs:
             continue
-        values = [method.values[number] for number in method.outputs]
+        values = [_resolved(method, number) for number in method.outputs]
         if len(values) == 1 and not isinstance(values[0], TensorSpec):
             found[name] = values[0]
         elif all(isinstance(value, bool) for value in values):
@@ -188,16 +111,6 @@ def constants_of(container: Container) -> dict[str, Constant]:
         elif all(isinstance(value, float) for value in values):
             found[name] = [value for value in values if isinstance(value, float)]
     return found
-
-
-def _map(path: Path) -> memoryview:
-    try:
-        with path.open("rb") as file:
-            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    except ValueError as error:
-        raise ArtifactError(f"'{path}' is empty; it should be an ExecuTorch program.") from error
-    except OSError as error:
-        raise ArtifactError(f"'{path}' cannot be read: {error.strerror}.") from error
 
 
 def _header(data: memoryview) -> tuple[int, int]:
@@ -215,129 +128,47 @@ def _header(data: memoryview) -> tuple[int, int]:
     return program, base
 
 
-def _slice(data: memoryview, offset: int, size: int) -> memoryview:
-    if offset + size > len(data):
-        raise MalformedError(
-            f"it is truncated: a segment ends at byte {offset + size} of {len(data)}"
-        )
-    return data[offset : offset + size]
-
-
-def _pick(items: list[memoryview], number: int, what: str) -> memoryview:
-    if not 0 <= number < len(items):
-        raise MalformedError(f"it refers to {what} {number} of {len(items)}")
-    return items[number]
-
-
-def _method(plan: Table, inline: list[memoryview], segments: list[memoryview]) -> Method:
-    name = plan.string(0)
-    metadata = plan.table(1)
-    if metadata is not None:
-        metadata.string(0), metadata.string(1)
-    plan.scalars(8, "long")
-    values = _values(plan.tables(2))
-    delegates = tuple(
-        _delegate(name, number, item, inline, segments)
-        for number, item in enumerate(plan.tables(7))
+def _stored(program: Table, data: memoryview, program_size: int, base: int) -> Stored:
+    """Locate the data that plans refer to."""
+    segments, used = [], []
+    for item in program.tables(4):
+        offset, size = item.scalar(0, "ulong"), item.scalar(1, "ulong")
+        start = base + offset
+        if start + size > len(data):
+            raise MalformedError(
+                f"it is truncated: a segment ends at byte {start + size} of {len(data)}"
+            )
+        segments.append(data[start : start + size])
+        if size:
+            used.append((start, start + size))
+    used.sort()
+    # Segments that share bytes would let one reader vouch for what another one changes.
+    if any(
+        start < end for (_, end), (start, _) in zip([(0, program_size), *used], used, strict=False)
+    ):
+        raise MalformedError("its segments overlap")
+    mutable = program.tables(6)
+    if len(mutable) > 1:
+        raise MalformedError(f"it has {len(mutable)} segments of mutable data, not one")
+    return Stored(
+        [item.bytes(0) for item in program.tables(3)],
+        segments,
+        [item.bytes(0) for item in program.tables(2)],
+        _pieces(program.table(5), segments),
+        _pieces(mutable[0] if mutable else None, segments),
     )
-    operators = [f"{item.string(0)}.{item.string(1)}".rstrip(".") for item in plan.tables(6)]
-    chains = plan.tables(5)
-    if len(chains) > 1:
-        raise MalformedError(f"method '{name}' has {len(chains)} chains of instructions, not one")
-    instructions = tuple(
-        _instruction(item, operators, len(delegates))
-        for chain in chains
-        for item in chain.tables(2)
-    )
-    inputs, outputs = plan.scalars(3, "int"), plan.scalars(4, "int")
-    used = [*inputs, *outputs, *(number for step in instructions for number in step.args)]
-    if any(not 0 <= number < len(values) for number in used):
-        raise MalformedError(f"method '{name}' uses a value that it does not have")
-    return Method(name, values, inputs, outputs, instructions, delegates)
 
 
-def _delegate(
-    method: str,
-    index: int,
-    item: Table,
-    inline: list[memoryview],
-    segments: list[memoryview],
-) -> Delegate:
-    processed = item.table(1)
-    if processed is None:
-        raise MalformedError("a delegate has no data")
-    location = processed.scalar(0, "byte")
-    number = processed.scalar(1, "uint")
-    if location not in (_INLINE, _SEGMENT):
-        raise MalformedError(f"a delegate's data is in the unknown place {location}")
-    data = (
-        _pick(inline, number, "data") if location == _INLINE else _pick(segments, number, "segment")
-    )
-    specs = {spec.string(0): bytes(spec.bytes(1)) for spec in item.tables(2)}
-    return Delegate(method, index, item.string(0), specs, data)
-
-
-_INSTRUCTIONS = ("", "kernel", "delegate", "move", "jump_false", "free")
-
-
-def _instruction(item: Table, operators: list[str], delegates: int) -> Instruction:
-    number = item.scalar(0, "ubyte")
-    body = item.table(1)
-    if not 0 < number < len(_INSTRUCTIONS) or body is None:
-        raise MalformedError(f"it has an instruction of the unknown kind {number}")
-    kind = _INSTRUCTIONS[number]
-    if kind not in ("kernel", "delegate"):
-        return Instruction(kind, "", ())
-    target = body.scalar(0, "int")
-    if not 0 <= target < (len(operators) if kind == "kernel" else delegates):
-        raise MalformedError(f"an instruction calls {kind} {target}, which does not exist")
-    name = operators[target] if kind == "kernel" else str(target)
-    return Instruction(kind, name, body.scalars(1, "int"))
-
-
-def _values(items: list[Table]) -> tuple[TensorSpec | Constant, ...]:
-    """Decode EValues; lists of ints refer to other EValues, so they come last."""
-    bodies = [(item.scalar(0, "ubyte"), item.table(1)) for item in items]
-    simple = [_value(kind, body) for kind, body in bodies]
-    for number, (kind, body) in enumerate(bodies):
-        if kind != 7 or body is None:
-            continue
-        chosen = []
-        for index in body.scalars(0, "long"):
-            entry = simple[index] if 0 <= index < len(simple) else None
-            if type(entry) is not int:
-                raise MalformedError("a list of numbers refers to something else")
-            chosen.append(entry)
-        simple[number] = chosen
-    return tuple(simple)
-
-
-def _value(kind: int, body: Table | None) -> TensorSpec | Constant:
-    if body is None or kind <= 1:
+def _pieces(table: Table | None, segments: list[memoryview]) -> Pieces | None:
+    offsets = table.scalars(1, "ulong") if table is not None else ()
+    if table is None or not offsets:
         return None
-    if kind == 2:
-        return body.scalar(0, "long")
-    if kind == 3:
-        return bool(body.scalar(0, "bool"))
-    if kind == 4:
-        return body.double(0)
-    if kind == 5:
-        return _tensor(body)
-    if kind == 6:
-        return body.string(0)
-    if kind == 8:
-        return [float(item) for item in body.scalars(0, "double")]
-    if kind == 9:
-        return [bool(item) for item in body.scalars(0, "ubyte")]
-    # Lists of ints are resolved by the caller; lists of tensors occur in no method we run.
-    return None
+    return Pieces(pick(segments, table.scalar(0, "uint"), "segment"), offsets)
 
 
-def _tensor(body: Table) -> TensorSpec:
-    code = body.scalar(0, "byte")
-    return TensorSpec(
-        dtype=SCALAR_TYPES.get(code, f"scalar type {code}"),
-        shape=body.scalars(2, "int"),
-        dynamic=body.scalar(8, "byte") != 0,
-        constant=body.scalar(5, "uint") != 0,
-    )
+def _resolved(method: Method, number: int) -> TensorSpec | Constant:
+    value = method.values[number]
+    if not isinstance(value, ValueList):
+        return value
+    items = [method.values[item] for item in value.items if item is not None]
+    return [item for item in items if isinstance(item, int)]

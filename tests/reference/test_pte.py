@@ -140,9 +140,17 @@ def test_lists_that_refer_to_one_another_end(tmp_path: Path) -> None:
         pte.read(path)
 
 
-def test_plan_outside_of_core_ml_is_named(portable_pte: Path) -> None:
-    with pytest.raises(ArtifactError, match=r"runs 'aten::.*' outside of Core ML"):
-        load_method(portable_pte)
+def test_unknown_kernel_is_named_at_load(portable_pte: Path, tmp_path: Path) -> None:
+    path = tmp_path / "unknown.pte"
+    path.write_bytes(portable_pte.read_bytes().replace(b"aten::flip", b"aten::flap"))
+    with pytest.raises(ArtifactError, match=r"runs 'aten::flap.out' outside.*mean 'aten::flip.out"):
+        load_method(path)
+
+
+def test_kernel_between_two_delegates(portable_pte: Path) -> None:
+    x = torch.tensor([-3.0, 1.5])
+    wanted = torch.sigmoid(torch.relu(x + 1).flip(0) + 1)
+    torch.testing.assert_close(load_method(portable_pte)(x), wanted, rtol=0, atol=1e-3)
     with pytest.raises(ArtifactError, match="2 Core ML delegates"):
         load(portable_pte)
 
