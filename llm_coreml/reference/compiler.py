@@ -358,6 +358,8 @@ def _arguments(
         raise ArtifactError(f"{label} lacks {', '.join(sorted(missing))}.")
     if spec.wants_declared:
         found.plain["declared"] = types[operation.outputs[0].name].dtype
+    if spec.wants_device:
+        found.plain["device"] = torch.device("cpu")
     return found
 
 

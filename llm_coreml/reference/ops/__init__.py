@@ -1,6 +1,7 @@
 """Core ML's operations in torch, one file per idea; importing this package fills the table `OPS`.
 
-To add one: write a function in the file it belongs to, decorate it with `@op`, and add a test line.
+To add one: write a function in the file it belongs to, decorate it with `@op`, name it in
+`docs/ops.md`, and add a test line.
 """
 
 from llm_coreml.reference.ops import (
@@ -11,10 +12,12 @@ from llm_coreml.reference.ops import (
     indexing,
     linear,
     normalization,
+    pooling,
     reduction,
     scatter,
     shape,
     slicing,
+    spatial,
 )
 from llm_coreml.reference.ops.registry import OPS, Spec, op
 
@@ -29,8 +32,10 @@ __all__ = [
     "linear",
     "normalization",
     "op",
+    "pooling",
     "reduction",
     "scatter",
     "shape",
     "slicing",
+    "spatial",
 ]

@@ -18,12 +18,16 @@ def _simple(name: str, function: Callable[[Tensor], Tensor], *, exact: bool = Fa
     op(name, floats("x"), exact=exact, fresh=True)(kernel)
 
 
+def _softplus(x: Tensor) -> Tensor:
+    return torch.log1p(torch.exp(-x.abs())) + torch.relu(x)
+
+
 _simple("relu", torch.relu, exact=True)
 _simple("relu6", lambda x: torch.clamp(x, 0, 6), exact=True)
 _simple("sigmoid", torch.sigmoid)
 _simple("silu", F.silu)
 _simple("softsign", F.softsign)
-_simple("softplus", lambda x: torch.log1p(torch.exp(-x.abs())) + torch.relu(x))
+_simple("softplus", _softplus)
 
 
 @op("softmax", floats("x"), fresh=True)
@@ -56,7 +60,7 @@ def elu(x: Tensor, alpha: float) -> Tensor:
     return F.elu(x, alpha)
 
 
-@op("prelu", floats("x", "alpha"), fresh=True)
+@op("prelu", floats("x"), fresh=True)
 def prelu(x: Tensor, alpha: Tensor) -> Tensor:
     """Return x [N, C, ...], or alpha [C] * x where x is negative."""
     return F.prelu(x, alpha)
@@ -90,3 +94,10 @@ def sigmoid_hard(x: Tensor, alpha: float, beta: float) -> Tensor:
 def thresholded_relu(x: Tensor, alpha: float) -> Tensor:
     """Return x, or 0 where x is below alpha."""
     return torch.where(x >= alpha, x, 0.0)
+
+
+@op("softplus_parametric", floats("x"), fresh=True)
+def softplus_parametric(x: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
+    """Return alpha * log(1 + exp(beta * x)) with alpha and beta [C] for x [N, C, ...]."""
+    sizes = [-1] + [1] * (x.dim() - 2)
+    return alpha.reshape(sizes) * _softplus(beta.reshape(sizes) * x)

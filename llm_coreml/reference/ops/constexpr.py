@@ -111,7 +111,8 @@ def _unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     row = DTYPES[f"uint{bits}"]
     if packed.numel() != math.ceil(bits * count / 8):
         raise ArtifactError(f"packs {count} indices of {bits} bits into {packed.numel()} bytes")
-    return torch.from_numpy(np.array(unpack_elements(packed.numpy().tobytes(), row, count)))
+    elements = unpack_elements(packed.cpu().numpy().tobytes(), row, count)
+    return torch.from_numpy(np.array(elements)).to(packed.device)
 
 
 def _look_up(indices: Tensor, lut: Tensor) -> Tensor:
@@ -154,7 +155,7 @@ def constexpr_sparse_to_dense(
         raise ArtifactError(
             f"has {nonzero_data.numel()} values for {int(kept.sum())} set bits of the mask"
         )
-    result = torch.zeros(mask.shape, dtype=nonzero_data.dtype)
+    result = torch.zeros(mask.shape, dtype=nonzero_data.dtype, device=mask.device)
     result[kept] = nonzero_data
     return result
 

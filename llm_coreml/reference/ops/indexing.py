@@ -7,7 +7,7 @@ import math
 import torch
 
 from llm_coreml.errors import ArtifactError
-from llm_coreml.reference.ops.registry import Tensor, op, same
+from llm_coreml.reference.ops.registry import Tensor, fixed, op, same
 
 
 def wrapped(indices: Tensor, size: int) -> Tensor:
@@ -89,5 +89,42 @@ def gather_nd(
         # The place within the batch is one more coordinate, the same along all other axes.
         sizes = [1] * (indices.dim() - 1)
         sizes[axis] = -1
-        coordinates.insert(axis, torch.arange(x.shape[axis]).reshape(sizes))
+        places = torch.arange(x.shape[axis], device=x.device)
+        coordinates.insert(axis, places.reshape(sizes))
     return x[tuple(coordinates)]
+
+
+@op("non_zero", fixed("int32"), exact=True, fresh=True)
+def non_zero(x: Tensor) -> Tensor:
+    """Return the places of the elements that are not 0, in order, as int32 [N, rank]."""
+    return torch.nonzero(x).to(torch.int32)
+
+
+@op("reverse_sequence", same("x"), exact=True, fresh=True)
+def reverse_sequence(x: Tensor, lengths: Tensor, seq_axis: int = 0, batch_axis: int = 0) -> Tensor:
+    """Return x with the first lengths[i] elements along seq_axis in reverse order.
+
+    Args:
+        x: any rank.
+        lengths: integers [x.shape[batch_axis]], each from 0 to x.shape[seq_axis].
+        seq_axis: the axis that is reversed.
+        batch_axis: the axis along which i runs.
+
+    Raises:
+        ArtifactError: a length is out of range, or their number is not the batch's.
+    """
+    seq_axis, batch_axis = seq_axis % x.dim(), batch_axis % x.dim()
+    size = x.shape[seq_axis]
+    if lengths.shape != (x.shape[batch_axis],) or seq_axis == batch_axis:
+        raise ArtifactError(
+            f"has lengths {list(lengths.shape)} for axis {batch_axis} of {list(x.shape)}"
+        )
+    if lengths.numel() and not 0 <= int(lengths.min()) <= int(lengths.max()) <= size:
+        raise ArtifactError(f"reverses up to {int(lengths.max())} elements of {size}")
+    place = torch.arange(size, device=x.device)
+    length = lengths.to(torch.int64).unsqueeze(1)
+    places = torch.where(place < length, length - 1 - place, place)
+    if seq_axis < batch_axis:
+        places = places.T
+    sizes = [n if axis in (seq_axis, batch_axis) else 1 for axis, n in enumerate(x.shape)]
+    return x.gather(seq_axis, places.reshape(sizes).expand(x.shape))

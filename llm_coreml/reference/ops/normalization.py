@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
+from torch.nn import functional as F
 
+from llm_coreml.errors import ArtifactError
 from llm_coreml.reference.ops.registry import Tensor, floats, op
 
 
@@ -68,3 +70,21 @@ def l2_norm(x: Tensor, epsilon: float = 1e-6) -> Tensor:
     flat = x.reshape(*x.shape[:-3], math.prod(x.shape[-3:]))
     norm = torch.sqrt(flat.square().sum(-1, keepdim=True) + epsilon)
     return (flat / norm).reshape(x.shape)
+
+
+@op("local_response_norm", floats("x"), fresh=True)
+def local_response_norm(
+    x: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0
+) -> Tensor:
+    """Return x [N, C, *D] over (k + alpha * mean of squares in `size` channels around) ** beta.
+
+    Channels beyond the first and last count as zeros.
+
+    Raises:
+        ArtifactError: size is even; no rule says on which side the additional channel lies.
+    """
+    if size % 2 == 0:
+        raise ArtifactError(f"looks at {size} channels; only an odd number has a middle")
+    padded = F.pad(x.square().movedim(1, -1), [size // 2, size // 2])
+    mean = padded.unfold(-1, size, 1).mean(-1).movedim(-1, 1)
+    return x / (k + alpha * mean) ** beta

@@ -8,7 +8,7 @@ Parameters carry MIL's names. Their annotations say how the compiler passes them
 tensor, `Sequence[Tensor]` as a list with one tensor per binding, `Ints` and `Number` as Python
 values where the program has constants and as tensors otherwise, anything else as Python values that
 must be constants (`Sequence[int]` with one per binding). A parameter named `declared` receives the
-declared element type of the first output.
+declared element type of the first output, one named `device` where to create what has no input.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class Spec:
         parameters: every parameter's name and kind: tensor, tensors, dynamic, plain or plains.
         required: the parameters without a default.
         wants_declared: whether the function takes the parameter `declared`.
+        wants_device: whether the function takes the parameter `device`.
         result: gives the element type of each output from those of the inputs.
         exact: the values are copied or chosen, so rounding them to fp16 again is idle.
         fresh: the result never shares memory with an input.
@@ -47,6 +48,7 @@ class Spec:
     parameters: Mapping[str, str]
     required: frozenset[str]
     wants_declared: bool
+    wants_device: bool
     result: Rule
     exact: bool
     fresh: bool
@@ -82,10 +84,19 @@ def op(
         kinds = {
             key: _kind(str(parameter.annotation))
             for key, parameter in signature.items()
-            if key != "declared"
+            if key not in ("declared", "device")
         }
         required = frozenset(key for key in kinds if signature[key].default is inspect._empty)
-        OPS[name] = Spec(function, kinds, required, "declared" in signature, result, exact, fresh)
+        OPS[name] = Spec(
+            function,
+            kinds,
+            required,
+            "declared" in signature,
+            "device" in signature,
+            result,
+            exact,
+            fresh,
+        )
         return function
 
     return register

@@ -42,7 +42,7 @@ def _combine(data: Tensor, places: Tensor, updates: Tensor, mode: str) -> Tensor
 
 
 def _numbers(data: Tensor) -> Tensor:
-    return torch.arange(data.numel()).reshape(data.shape)
+    return torch.arange(data.numel(), device=data.device).reshape(data.shape)
 
 
 @op("scatter", same("data", "updates"), fresh=True)
@@ -96,8 +96,8 @@ def scatter_nd(
     """Return data [*D] with updates combined at the leading coordinates in indices [*chosen, K]."""
     depth = indices.shape[-1]
     inner = math.prod(data.shape[depth:])
-    row = torch.zeros(indices.shape[:-1], dtype=torch.int64)
+    row = torch.zeros(indices.shape[:-1], dtype=torch.int64, device=indices.device)
     for at in range(depth):
         row = row * data.shape[at] + wrapped(indices[..., at], data.shape[at])
-    places = row.unsqueeze(-1) * inner + torch.arange(inner)
+    places = row.unsqueeze(-1) * inner + torch.arange(inner, device=row.device)
     return _combine(data, places.reshape(*row.shape, *data.shape[depth:]), updates, mode)

@@ -133,7 +133,7 @@ def pad(x: Tensor, pad: Ints, mode: str = "constant", constant_val: float = 0.0)
         raise ArtifactError(f"has the unknown mode '{mode}'")
     for axis, (before, after) in enumerate(pairs, x.dim() - len(pairs)):
         size = x.shape[axis]
-        index = torch.arange(-before, size + after)
+        index = torch.arange(-before, size + after, device=x.device)
         if mode == "replicate":
             index = index.clamp(0, size - 1)
         else:
@@ -147,25 +147,29 @@ def pad(x: Tensor, pad: Ints, mode: str = "constant", constant_val: float = 0.0)
 @op("shape", fixed("int32"), exact=True, fresh=True)
 def shape(x: Tensor) -> Tensor:
     """Return the sizes of x as int32 [rank]."""
-    return torch.tensor(x.shape, dtype=torch.int32)
+    return torch.tensor(x.shape, dtype=torch.int32, device=x.device)
 
 
 @op("fill", _value_type, exact=True, fresh=True)
-def fill(shape: Ints, declared: str, value: Number = 0.0) -> Tensor:
+def fill(shape: Ints, declared: str, device: torch.device, value: Number = 0.0) -> Tensor:
     """Return a tensor of the given shape that holds value throughout."""
-    return torch.full(integers(shape), number(value), dtype=storage(declared))
+    return torch.full(integers(shape), number(value), dtype=storage(declared), device=device)
 
 
 @op("fill_like", _value_type, exact=True, fresh=True)
 def fill_like(ref_tensor: Tensor, declared: str, value: Number = 0.0) -> Tensor:
     """Return a tensor with the shape of ref_tensor that holds value throughout."""
-    return torch.full(ref_tensor.shape, number(value), dtype=storage(declared))
+    kind, device = storage(declared), ref_tensor.device
+    return torch.full(ref_tensor.shape, number(value), dtype=kind, device=device)
 
 
 @op("range_1d", same("start", "end", "step"), fresh=True)
-def range_1d(start: Number, end: Number, step: Number, declared: str) -> Tensor:
+def range_1d(
+    start: Number, end: Number, step: Number, declared: str, device: torch.device
+) -> Tensor:
     """Return start, start + step, ... below end."""
-    return torch.arange(number(start), number(end), number(step), dtype=storage(declared))
+    bounds = number(start), number(end), number(step)
+    return torch.arange(*bounds, dtype=storage(declared), device=device)
 
 
 @op("one_hot", lambda dtypes, constants: dtypes.get("on_value", "int32"), exact=True, fresh=True)
@@ -182,22 +186,23 @@ def one_hot(
     place = axis % (indices.dim() + 1)
     sizes = [1] * (indices.dim() + 1)
     sizes[place] = depth
-    hit = indices.unsqueeze(place) == torch.arange(depth, dtype=torch.int32).reshape(sizes)
-    kind = storage(declared)
-    return torch.where(hit, torch.tensor(on_value, dtype=kind), torch.tensor(off_value, dtype=kind))
+    classes = torch.arange(depth, dtype=torch.int32, device=indices.device).reshape(sizes)
+    hit = indices.unsqueeze(place) == classes
+    on, off = torch.tensor([on_value, off_value], dtype=storage(declared), device=indices.device)
+    return torch.where(hit, on, off)
 
 
 @op("band_part", same("x"), exact=True, fresh=True)
 def band_part(x: Tensor, lower: int = -1, upper: int = -1) -> Tensor:
     """Return x with zeros beyond `lower` diagonals below and `upper` above; -1 keeps all."""
-    rows = torch.arange(x.shape[-2]).unsqueeze(1)
-    columns = torch.arange(x.shape[-1])
-    keep = torch.ones(x.shape[-2:], dtype=torch.bool)
+    rows = torch.arange(x.shape[-2], device=x.device).unsqueeze(1)
+    columns = torch.arange(x.shape[-1], device=x.device)
+    keep = torch.ones(x.shape[-2:], dtype=torch.bool, device=x.device)
     if lower >= 0:
         keep &= rows - columns <= lower
     if upper >= 0:
         keep &= columns - rows <= upper
-    return torch.where(keep, x, torch.zeros((), dtype=x.dtype))
+    return torch.where(keep, x, torch.zeros((), dtype=x.dtype, device=x.device))
 
 
 @op("quantize", named_by("output_dtype"), exact=True, fresh=True)
