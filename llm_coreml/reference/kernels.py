@@ -51,21 +51,21 @@ OPERATORS = (
         "slice_copy.Tensor_out slice_scatter.out split_copy.Tensor_out "
         "split_with_sizes_copy.out squeeze_copy.dim_out squeeze_copy.dims_out squeeze_copy.out "
         "stack.out t_copy.out transpose_copy.int_out tril.out triu.out unbind_copy.int_out "
-        "unsqueeze_copy.out view_copy.out where.self_out zeros.out"
+        "unfold_copy.out unsqueeze_copy.out view_copy.out where.self_out zeros.out"
     )
     | _names(
         "abs.out add.Scalar_out add.out bitwise_and.Tensor_out bitwise_not.out "
         "bitwise_or.Tensor_out clamp.out cos.out div.Scalar_out div.out eq.Scalar_out "
-        "eq.Tensor_out exp.out ge.Scalar_out ge.Tensor_out gelu.out gt.Scalar_out gt.Tensor_out "
-        "le.Scalar_out le.Tensor_out log.out logical_and.out logical_not.out logical_or.out "
-        "lt.Scalar_out lt.Tensor_out maximum.out minimum.out mul.Scalar_out mul.out ne.Scalar_out "
-        "ne.Tensor_out neg.out pow.Tensor_Scalar_out pow.Tensor_Tensor_out reciprocal.out "
-        "relu.out remainder.Scalar_out rsqrt.out rsub.Scalar_out sigmoid.out sin.out sqrt.out "
-        "sub.Scalar_out sub.out tanh.out"
+        "eq.Tensor_out exp.out fmod.Tensor_out ge.Scalar_out ge.Tensor_out gelu.out gt.Scalar_out "
+        "gt.Tensor_out le.Scalar_out le.Tensor_out log.out logical_and.out logical_not.out "
+        "logical_or.out lt.Scalar_out lt.Tensor_out maximum.out minimum.out mul.Scalar_out mul.out "
+        "ne.Scalar_out ne.Tensor_out neg.out pow.Tensor_Scalar_out pow.Tensor_Tensor_out "
+        "reciprocal.out relu.out remainder.Scalar_out rsqrt.out rsub.Scalar_out sigmoid.out "
+        "sin.out sqrt.out sub.Scalar_out sub.out tanh.out trunc.out"
     )
     | _names(
         "_softmax.out addmm.out amax.out amin.out argmax.out argmin.out bmm.out cumsum.out "
-        "mean.out mm.out sum.IntList_out"
+        "mean.out mm.out prod.int_out sum.IntList_out"
     )
 )
 
