@@ -30,6 +30,7 @@ from llm_coreml.reference.mil import (
 from llm_coreml.reference.ops import Spec
 from llm_coreml.reference.ops.slicing import slice_update_in_place
 from llm_coreml.reference.packed import packed_function
+from llm_coreml.reference.scopes import unique_names
 from llm_coreml.reference.steps import Call, Output, Place, Step, Values, output
 
 _SIZES_FROM_DATA = frozenset({"non_zero"})
@@ -88,7 +89,7 @@ class _Compiler:
             self._value(item)
             if isinstance(item.type, StateType):
                 self.states.add(item.name)
-        runnable = self._define(self.function.operations)
+        runnable = self._define(unique_names(self.function.operations))
         reduced = replace(self.function, operations=runnable)
         self._check_order(reduced)
         for operation in _nested(runnable):
