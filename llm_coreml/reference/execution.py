@@ -23,7 +23,8 @@ class Execution:
         device: torch's name of a device, such as `cpu` or `cuda:0`.
         memory_budget: bytes that expanded weights may take; further ones stay packed and are
             expanded at each use. None is half of the machine's memory.
-        compiled: run through `torch.compile`, which takes its time at the first call of a shape.
+        compiled: have torch's inductor compile runs of operations, for each shape at its second
+            call; in the mode `fp32` only, since a compiler does not round between operations.
     """
 
     mode: str = "declared"
@@ -35,8 +36,13 @@ class Execution:
         """Return an empty pool for the constants of one model.
 
         Raises:
-            ConfigError: the mode is unknown, or there is no such device here.
+            ConfigError: the mode is unknown or cannot be compiled, or there is no such device.
         """
+        if self.compiled and self.mode != "fp32":
+            raise ConfigError(
+                f"The mode '{self.mode}' rounds between operations, which a compiled program does "
+                "not; compile the mode 'fp32', or leave compilation out."
+            )
         try:
             device = torch.device(self.device)
             torch.empty(0, device=device)

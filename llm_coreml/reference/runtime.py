@@ -43,7 +43,7 @@ class CoreMLProgram:
         model: the parsed model.
         function: which of its functions; the default one if None.
         pool: its constants, and with them numerics and device; shared by a model's functions.
-        compiled: run through `torch.compile`, which takes minutes at the first call of a shape.
+        compiled: compile runs of operations, see `Execution`.
 
     Attributes:
         inputs: what a call takes.
@@ -82,7 +82,7 @@ class CoreMLProgram:
         self._input_names = {feature.name for feature in self.inputs}
         self._known = analyse(self._compiled)
         self._plans: dict[tuple[torch.Size, ...], Plan] = {}
-        self._torch_compile = compiled
+        self._fuses = compiled
         self._state_values: dict[str, torch.Tensor] = {}
         self._observe: Observer | None = None
         self.reset()
@@ -151,9 +151,7 @@ class CoreMLProgram:
         run_all(self._compiled.steps, values, observe)
         if len(self._plans) >= _MOST_PLANS:
             self._plans.pop(next(iter(self._plans)))
-        self._plans[shapes] = make_plan(
-            self._compiled, self._known, seen, compiled=self._torch_compile
-        )
+        self._plans[shapes] = make_plan(self._compiled, self._known, seen, compiled=self._fuses)
 
     @contextmanager
     def observed(self, observe: Observer) -> Iterator[None]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from llm_coreml.reference.compiler import Compiled
+from llm_coreml.reference.fusion import fused
 from llm_coreml.reference.steps import Step, Values
 
 
@@ -75,26 +76,29 @@ def make_plan(
         function: the function.
         known: what `analyse` found.
         seen: place to value, from a checked call, for all results in `known.values`.
-        compiled: run through `torch.compile`.
+        compiled: compile runs of operations, see `fusion`.
     """
     initial = function.initial.copy()
     for slot, value in seen.items():
         initial[slot] = value
-    parts: list[Callable[[Values], None]] = []
+    steps = []
     for step in function.steps:
         results = {output.slot for output in step.outputs}
-        if results <= known.values:
-            continue
-        frees = tuple(slot for slot in step.frees if slot not in known.values)
-        fixed = _with_numbers(step, initial, known)
-        unchecked = results <= known.shapes
-        parts.append(_unchecked(fixed, frees) if unchecked else _checked(fixed, frees))
+        if not results <= known.values:
+            frees = tuple(slot for slot in step.frees if slot not in known.values)
+            steps.append(replace(_with_numbers(step, initial, known), frees=frees))
+
+    def single(step: Step) -> Callable[[Values], None]:
+        results = {output.slot for output in step.outputs}
+        return _unchecked(step) if results <= known.shapes else _checked(step)
+
+    parts = fused(steps, single) if compiled else [single(step) for step in steps]
 
     def run(values: Values) -> None:
         for part in parts:
             part(values)
 
-    return Plan(initial, torch.compile(run) if compiled else run)
+    return Plan(initial, run)
 
 
 def _with_numbers(step: Step, initial: Values, known: Known) -> Step:
@@ -111,18 +115,18 @@ def _with_numbers(step: Step, initial: Values, known: Known) -> Step:
     return replace(step, call=call, compute=call.bind())
 
 
-def _checked(step: Step, frees: tuple[int, ...]) -> Callable[[Values], None]:
+def _checked(step: Step) -> Callable[[Values], None]:
     def run(values: Values) -> None:
         step.run(values)
-        for slot in frees:
+        for slot in step.frees:
             values[slot] = None
 
     return run
 
 
-def _unchecked(step: Step, frees: tuple[int, ...]) -> Callable[[Values], None]:
+def _unchecked(step: Step) -> Callable[[Values], None]:
     """Return what `step` does, without a look at the shapes, which an earlier call has proved."""
-    compute = step.guarded
+    compute, frees = step.guarded, step.frees
     slots = tuple(output.slot for output in step.outputs)
     (slot, *others) = slots
     rounds = step.outputs[0].dtype is torch.float16
