@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from llm_coreml.errors import ArtifactError
+from llm_coreml.reference.coremlproto import model_class
 from llm_coreml.reference.dtypes import DTYPES, by_code
 from llm_coreml.reference.mil import (
     Binding,
@@ -77,10 +78,9 @@ def parse(files: Mapping[str, memoryview], package: str) -> Model:
 
 
 def _decode_message(data: bytes) -> Any:
-    from coremltools.proto import Model_pb2
     from google.protobuf.message import DecodeError
 
-    spec = Model_pb2.Model()
+    spec = model_class()()
     try:
         spec.ParseFromString(data)
     except DecodeError as error:
