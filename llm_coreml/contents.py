@@ -11,7 +11,6 @@ from typing import Any
 
 from llm_coreml.bundle import PROGRAM, open_bundle
 from llm_coreml.reference import pte
-from llm_coreml.reference.execution import Execution
 from llm_coreml.reference.mil import Feature
 from llm_coreml.reference.packages import BACKEND, Packages
 from llm_coreml.reference.plan import Delegate
@@ -30,7 +29,7 @@ def contents(path: Path) -> dict[str, Any]:
     container = pte.read(path)
     found["bytes"] = path.stat().st_size
     found["constant_methods"] = pte.constants_of(container)
-    packages = Packages(container, Execution())
+    packages = Packages(container)
     found["methods"] = {
         name: [_delegate(delegate, packages) for delegate in method.delegates]
         for name, method in container.methods.items()

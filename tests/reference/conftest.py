@@ -6,6 +6,9 @@ the reference has to compute it.
 
 from __future__ import annotations
 
+import resource
+import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,6 +166,24 @@ def load_program(tmp_path: Path) -> Iterator[Callable[..., CoreMLProgram]]:
     yield build
 
 
+@pytest.fixture
+def bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fail a test that takes long, much memory, or writes where nobody asked it to."""
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    monkeypatch.chdir(empty)
+    monkeypatch.setattr(tempfile, "tempdir", str(empty))
+    start, peak = time.monotonic(), _peak()
+    yield
+    assert time.monotonic() - start < 15
+    assert _peak() - peak < 1 << 29
+    assert not list(empty.iterdir())
+
+
+def _peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 class Counter(torch.nn.Module):
     """Adds what it sees to a state, as a cache would; takes what a language model takes."""
 
@@ -234,6 +255,14 @@ def portable_pte(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two Core ML delegates with a kernel between them."""
     path = tmp_path_factory.mktemp("pte") / "portable.pte"
     path.write_bytes(_lower(Pair(), (torch.zeros(2),), inline=True, skip=["aten.flip.default"]))
+    return path
+
+
+@pytest.fixture(scope="session")
+def two_segments_pte(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `portable_pte`, with each delegate's data in a segment of its own."""
+    path = tmp_path_factory.mktemp("pte") / "two_segments.pte"
+    path.write_bytes(_lower(Pair(), (torch.zeros(2),), inline=False, skip=["aten.flip.default"]))
     return path
 
 
