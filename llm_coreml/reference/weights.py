@@ -24,6 +24,8 @@ _METADATA = struct.Struct("<IIQQQ")
 _METADATA_SIZE = 64
 _SENTINEL = 0xDEADBEEF
 _VERSION = 2
+# Elements that are unpacked at a time; a multiple of 8.
+_CHUNK = 1 << 18
 
 # Numbers of the element types inside weight.bin; they differ from those in MIL.proto.
 _BLOB_TYPES = {
@@ -124,15 +126,17 @@ def unpack_elements(data: memoryview | bytes, row: DType, count: int) -> np.ndar
     if row.bits >= 8:
         return np.frombuffer(data, row.array, count)
     packed = np.frombuffer(data, np.uint8, math.ceil(count * row.bits / 8))
-    if row.bits in (1, 2, 4):
-        elements = _split_bytes(packed, row.bits)[:count]
-    else:
-        elements = _split_groups(packed, row.bits, count)
-    if not row.signed:
-        return elements
-    shift = 8 - row.bits
-    # An arithmetic shift down from the top of the byte copies the sign.
-    return (elements << shift).view(np.int8) >> shift
+    split = _split_bytes if row.bits in (1, 2, 4) else _split_groups
+    result = np.empty(count, row.array)
+    # Piece by piece, so that what is computed in between stays small; eight elements fill bytes.
+    for start in range(0, count, _CHUNK):
+        piece = packed[start * row.bits // 8 : (start + _CHUNK) * row.bits // 8]
+        elements = split(piece, row.bits)[: count - start]
+        if row.signed:
+            # An arithmetic shift down from the top of the byte copies the sign.
+            elements = (elements << (8 - row.bits)).view(np.int8) >> (8 - row.bits)
+        result[start : start + _CHUNK] = elements
+    return result
 
 
 def _split_bytes(packed: np.ndarray, bits: int) -> np.ndarray:
@@ -144,16 +148,15 @@ def _split_bytes(packed: np.ndarray, bits: int) -> np.ndarray:
     return result.reshape(-1)
 
 
-def _split_groups(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
+def _split_groups(packed: np.ndarray, bits: int) -> np.ndarray:
     """Unpack 3 or 6 bits: `bits` bytes hold eight elements, in one 64-bit word."""
-    groups = math.ceil(count / 8)
+    groups = math.ceil(packed.size / bits)
     padded = np.zeros(groups * bits, np.uint8)
-    used = min(packed.size, padded.size)
-    padded[:used] = packed[:used]
+    padded[: packed.size] = packed
     words = np.zeros((groups, 8), np.uint8)
     words[:, :bits] = padded.reshape(groups, bits)
     word = words.view("<u8").reshape(groups)
     result = np.empty((groups, 8), np.uint8)
     for place in range(8):
         result[:, place] = (word >> np.uint64(place * bits)) & np.uint64((1 << bits) - 1)
-    return result.reshape(-1)[:count]
+    return result.reshape(-1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import coremltools as ct
@@ -160,6 +162,54 @@ def test_large_tables_are_read_in_parts(monkeypatch: pytest.MonkeyPatch) -> None
     table = RNG.standard_normal((3, 2, 16, 1)).astype(np.float32)
     actual = constexpr.constexpr_lut_to_dense(torch.from_numpy(indices), torch.from_numpy(table))
     np.testing.assert_array_equal(actual.numpy(), lut.decompress(indices, table, None))
+
+
+@pytest.mark.parametrize("rows", [2, 3, 6])
+def test_rows_of_the_parameters_give_rows_of_the_result(rows: int) -> None:
+    """What a weight that stays packed relies on; three rows of the data share a parameter."""
+    data = torch.from_numpy(RNG.integers(-8, 8, (18, 8)).astype(np.int8))
+    scale = torch.from_numpy(RNG.standard_normal((6, 4)).astype(np.float32))
+    whole = constexpr.constexpr_blockwise_shift_scale(data, scale, scale)
+    indices = data.to(torch.int16).add(8).to(torch.uint8)
+    table = torch.from_numpy(RNG.standard_normal((6, 2, 16, 2)).astype(np.float32))
+    looked_up = constexpr.constexpr_lut_to_dense(indices, table, 1)
+    for start in range(0, 6, rows):
+        part, block = slice(start, start + rows), slice(3 * start, 3 * (start + rows))
+        actual = constexpr.constexpr_blockwise_shift_scale(data[block], scale[part], scale[part])
+        torch.testing.assert_close(actual, whole[block], rtol=0, atol=0)
+        actual = constexpr.constexpr_lut_to_dense(indices[block], table[part], 1)
+        torch.testing.assert_close(actual, looked_up[block], rtol=0, atol=0)
+
+
+_PEAK = """
+import torch
+from pathlib import Path
+from llm_coreml.reference.ops import constexpr
+
+def megabytes(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name))
+
+for rows in (16, 8192):
+    data = torch.randint(0, 16, (rows, 2048), dtype=torch.uint8)
+    table, scale = torch.randn(rows // 16, 4, 16, 1), torch.randn(rows, 2048 // 32)
+    for expand in (
+        lambda: constexpr.constexpr_lut_to_dense(data, table),
+        lambda: constexpr.constexpr_blockwise_shift_scale(data, scale, scale),
+    ):
+        Path("/proc/self/clear_refs").write_text("5")
+        before = megabytes("VmRSS")
+        expand()
+        print((megabytes("VmHWM") - before) / (rows * 2048 * 4 / 2**20))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+def test_expanding_takes_little_more_than_the_result() -> None:
+    done = subprocess.run([sys.executable, "-c", _PEAK], check=True, capture_output=True, text=True)
+    # The first two are small ones, which bring in what every later call shares.
+    for ratio in map(float, done.stdout.split()[2:]):
+        assert 0.9 < ratio < 1.3
 
 
 @pytest.mark.parametrize("shape", [(3, 4), (8, 5), (8,)])

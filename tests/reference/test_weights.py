@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_coreml.errors import ArtifactError
+from llm_coreml.reference import weights
 from llm_coreml.reference.dtypes import DTYPES
 from llm_coreml.reference.weights import WeightFile, unpack_elements
 
@@ -63,6 +64,19 @@ def test_unpacks_what_coremltools_packs(dtype: str, data: Any) -> None:
     packed = pack_elements_into_bits(array, DTYPES[dtype].bits)
     unpacked = unpack_elements(packed.tobytes(), DTYPES[dtype], len(values))
     np.testing.assert_array_equal(unpacked, array)
+
+
+@pytest.mark.parametrize("dtype", ["int4", "uint1", "uint2", "uint3", "uint4", "uint6"])
+@pytest.mark.parametrize("count", [1, 15, 16, 17, 83])
+def test_unpacks_in_pieces(dtype: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "_CHUNK", 16)
+    row = DTYPES[dtype]
+    low, high = RANGES[dtype]
+    array = np.random.default_rng(count).integers(low, high, count, endpoint=True).astype(row.array)
+    packed = pack_elements_into_bits(array, row.bits).tobytes()
+    unpacked = unpack_elements(packed, row, count)
+    np.testing.assert_array_equal(unpacked, array)
+    assert unpacked.dtype == row.array
 
 
 @pytest.fixture

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
-import numpy as np
 import torch
 
 from llm_coreml.errors import ArtifactError
@@ -12,8 +12,8 @@ from llm_coreml.reference.dtypes import DTYPES
 from llm_coreml.reference.ops.registry import Tensor, named_by, op, same
 from llm_coreml.reference.weights import unpack_elements
 
-# Elements per step of a table look-up, whose indices take eight bytes each.
-_CHUNK = 1 << 22
+# Elements per step of a table look-up: their places take four bytes each.
+_CHUNK = 1 << 18
 
 
 @op(
@@ -67,9 +67,11 @@ def constexpr_affine_dequantize(
     sizes = [1] * quantized_data.dim()
     sizes[axis] = -1
     shift = zero_point.to(torch.float32)
-    shift = shift.reshape(sizes) if shift.dim() else shift
-    factor = scale.reshape(sizes) if scale.dim() else scale
-    return (quantized_data.to(torch.float32) - shift) * factor
+    # In place: a weight is large, and so would be every further copy.
+    values = quantized_data.to(torch.float32, copy=True)
+    values -= shift.reshape(sizes) if shift.dim() else shift
+    values *= scale.reshape(sizes) if scale.dim() else scale
+    return values
 
 
 @op("constexpr_cast", named_by("output_dtype"), fresh=True)
@@ -99,47 +101,62 @@ def constexpr_lut_to_dense(
         [*D], with the size of vector_axis times V.
     """
     if shape is not None:
-        bits = lut.numel().bit_length() - 1
-        return lut[_unpack(indices, bits, math.prod(shape)).long()].reshape(shape)
+        flat = _unpack(indices, lut.numel().bit_length() - 1, math.prod(shape))
+        return constexpr_lut_to_dense(flat, lut.reshape(1, -1, 1)).reshape(shape)
     if lut.dim() != indices.dim() + 2:
         raise ArtifactError(f"has a table of rank {lut.dim()} for indices of rank {indices.dim()}")
-    if lut.shape[-1] == 1:
-        return _look_up(indices, lut[..., 0])
-    if vector_axis is None:
+    width = lut.shape[-1]
+    if vector_axis is None and width > 1:
         raise ArtifactError("has a table of vectors and no vector_axis")
-    axis = vector_axis % indices.dim()
-    parts = [_look_up(indices, lut[..., place]) for place in range(lut.shape[-1])]
-    return torch.stack(parts, axis + 1).flatten(axis, axis + 1)
+    axis = (vector_axis or 0) % indices.dim()
+    sizes = list(indices.shape)
+    result = torch.empty(
+        [*sizes[: axis + 1], width, *sizes[axis + 1 :]], dtype=lut.dtype, device=lut.device
+    )
+    entries = lut.reshape(-1, width)
+    for rows, places in _places(indices, lut):
+        for at in range(width):
+            values = entries[:, at].index_select(0, places.reshape(-1))
+            result.select(axis + 1, at)[rows] = values.reshape(places.shape)
+    return result.flatten(axis, axis + 1)
 
 
 def _unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     row = DTYPES[f"uint{bits}"]
     if packed.numel() != math.ceil(bits * count / 8):
         raise ArtifactError(f"packs {count} indices of {bits} bits into {packed.numel()} bytes")
-    elements = unpack_elements(packed.cpu().numpy().tobytes(), row, count)
-    return torch.from_numpy(np.array(elements)).to(packed.device)
+    elements = unpack_elements(packed.cpu().numpy().data, row, count)
+    return torch.from_numpy(elements).to(packed.device)
 
 
-def _look_up(indices: Tensor, lut: Tensor) -> Tensor:
-    """Return the entries of lut [*G, entries] for indices [*D], block by block."""
-    entries = lut.shape[-1]
-    blocks = _blocks(indices, lut[..., 0])
-    groups = lut[..., 0].numel()
-    first = torch.zeros((1,) * indices.dim(), dtype=torch.int64, device=indices.device)
-    stride = entries * groups
-    for axis, (size, block) in enumerate(zip(indices.shape, blocks, strict=True)):
-        stride //= lut.shape[axis]
-        place = torch.arange(size, device=indices.device).div(block, rounding_mode="floor") * stride
-        first = first + place.reshape([-1 if at == axis else 1 for at in range(indices.dim())])
-    flat = lut.reshape(-1)
-    if int(indices.max()) >= entries:
+def _places(indices: Tensor, lut: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Yield rows of indices [*D], and for each element its entry's place among all tables.
+
+    Args:
+        indices: the places within the tables.
+        lut: [*G, entries, V], each G dividing the D of its axis.
+
+    Raises:
+        ArtifactError: an index has no entry, or the tables' blocks do not divide the indices.
+    """
+    groups, entries = lut.shape[:-2], lut.shape[-2]
+    blocks = _blocks(indices, lut[..., 0, 0])
+    if indices.numel() and int(indices.max()) >= entries:
         raise ArtifactError(f"has index {int(indices.max())} into a table of {entries}")
-    result = torch.empty(indices.shape, dtype=lut.dtype, device=lut.device)
-    rows = max(1, _CHUNK * indices.shape[0] // max(1, indices.numel()))
-    for start in range(0, indices.shape[0], rows):
-        part = slice(start, start + rows)
-        result[part] = flat[first[part] + indices[part]]
-    return result
+    kind = torch.int32 if lut.numel() < 1 << 31 else torch.int64
+    starts = [
+        torch.arange(size, dtype=kind, device=indices.device).div_(block, rounding_mode="floor")
+        * (math.prod(groups[axis + 1 :]) * entries)
+        for axis, (size, block) in enumerate(zip(indices.shape, blocks, strict=True))
+    ]
+    step = max(1, _CHUNK * indices.shape[0] // max(1, indices.numel()))
+    for start in range(0, indices.shape[0], step):
+        rows = slice(start, start + step)
+        places = indices[rows].to(kind)
+        for axis, offsets in enumerate([starts[0][rows], *starts[1:]]):
+            if groups[axis] > 1:
+                places += offsets.reshape([-1 if at == axis else 1 for at in range(len(groups))])
+        yield rows, places
 
 
 @op("constexpr_sparse_to_dense", same("nonzero_data"), exact=True, fresh=True)
@@ -161,8 +178,7 @@ def constexpr_sparse_to_dense(
             f"has {nonzero_data.numel()} values for {int(kept.sum())} set bits of the mask"
         )
     result = torch.zeros(mask.shape, dtype=nonzero_data.dtype, device=mask.device)
-    result[kept] = nonzero_data
-    return result
+    return result.masked_scatter_(kept, nonzero_data)
 
 
 @op(

@@ -52,12 +52,20 @@ def gather(
     if batch_dims == 0:
         flat = x.index_select(axis, places.reshape(-1))
         return flat.reshape((*x.shape[:axis], *places.shape, *x.shape[axis + 1 :]))
-    batch = math.prod(x.shape[:batch_dims])
-    rows = x.reshape(batch, *x.shape[batch_dims:])
-    chosen = places.reshape(batch, -1)
-    parts = [rows[at].index_select(axis - batch_dims, chosen[at]) for at in range(batch)]
-    shape = (*x.shape[:axis], *places.shape[batch_dims:], *x.shape[axis + 1 :])
-    return torch.stack(parts).reshape(shape)
+    _check_batch(x, places, batch_dims)
+    count = math.prod(places.shape[batch_dims:])
+    before, after = [1] * (axis - batch_dims), [1] * (x.dim() - axis - 1)
+    index = places.reshape(*places.shape[:batch_dims], *before, count, *after)
+    flat = x.gather(axis, index.expand(*x.shape[:axis], count, *x.shape[axis + 1 :]))
+    return flat.reshape(*x.shape[:axis], *places.shape[batch_dims:], *x.shape[axis + 1 :])
+
+
+def _check_batch(x: Tensor, indices: Tensor, batch_dims: int) -> None:
+    if x.shape[:batch_dims] != indices.shape[:batch_dims]:
+        raise ArtifactError(
+            f"has {batch_dims} batch axes, which differ in {list(x.shape)} and "
+            f"{list(indices.shape)}"
+        )
 
 
 @op("gather_along_axis", same("x"), exact=True, fresh=True)
@@ -83,6 +91,7 @@ def gather_nd(
     Returns:
         [*batch, *chosen, *D[K:]].
     """
+    _check_batch(x, indices, batch_dims)
     depth = indices.shape[-1]
     coordinates = [wrapped(indices[..., at], x.shape[batch_dims + at]) for at in range(depth)]
     for axis in range(batch_dims):

@@ -111,5 +111,5 @@ def cumsum(
     total = data.cumsum(axis, dtype=storage(declared))
     if exclusive:
         total = total.roll(1, axis)
-        total.select(axis, 0).zero_()
+        total.narrow(axis, 0, min(1, total.shape[axis])).zero_()
     return total.flip(axis) if reverse else total

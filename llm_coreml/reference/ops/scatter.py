@@ -24,7 +24,7 @@ def _combine(data: Tensor, places: Tensor, updates: Tensor, mode: str) -> Tensor
     flat = data.reshape(-1).clone()
     places, values = places.reshape(-1), updates.reshape(-1)
     if mode == "update":
-        if int(places.bincount().max()) > 1:
+        if places.numel() and int(places.bincount().max()) > 1:
             raise ArtifactError("updates one element twice, and no rule says which update wins")
         flat[places] = values
     elif mode in ("add", "sub"):

@@ -88,7 +88,7 @@ def transpose(x: Tensor, perm: list[int]) -> Tensor:
 @op("flatten2d", same("x"), exact=True)
 def flatten2d(x: Tensor, axis: int = 1) -> Tensor:
     """Return x with the axes before axis, and those from it on, joined."""
-    axis = axis % x.dim()
+    axis = axis + x.dim() if axis < 0 else axis
     return x.reshape(math.prod(x.shape[:axis]), math.prod(x.shape[axis:]))
 
 
