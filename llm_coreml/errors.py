@@ -17,6 +17,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_LONGEST = 2000
+
 
 class LlmCoreMLError(Exception):
     """Base of all errors that this package raises on purpose."""
@@ -49,9 +51,20 @@ class OutputError(LlmCoreMLError):
 
 
 class ArtifactError(LlmCoreMLError):
-    """A `.pte` or bundle is corrupt, lies about itself, or holds what we cannot run."""
+    """A `.pte` or bundle is corrupt, lies about itself, or holds what we cannot run.
+
+    Its message may quote names from a hostile file, so it is kept to one line of bounded length
+    that no terminal takes for a command.
+    """
 
     exit_code = 7
+
+    def __init__(self, message: str) -> None:
+        shown = "".join(
+            letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+            for letter in message[:_LONGEST]
+        )
+        super().__init__(shown + ("..." if len(message) > _LONGEST else ""))
 
 
 class VerificationError(LlmCoreMLError):

@@ -26,6 +26,10 @@ _FORMATS = {
 }
 
 
+# The largest plans in use need a hundredth of this, which takes seconds.
+_MAX_VISITS = 10_000_000
+
+
 class MalformedError(ValueError):
     """The bytes are no well-formed FlatBuffer of the expected kind."""
 
@@ -38,7 +42,7 @@ class _Buffer:
     def __init__(self, data: memoryview) -> None:
         self.data = data
         self.size = len(data)
-        self.left = 4 * len(data) + 1024
+        self.left = min(4 * len(data) + 1024, _MAX_VISITS)
 
     def spend(self, count: int) -> None:
         self.left -= count
@@ -120,6 +124,12 @@ class Table:
         """Return a field that is a list of bytes, as a view."""
         start, count = self._vector(number, 1)
         return self._buffer.data[start : start + count]
+
+    def copied(self, number: int) -> bytes:
+        """Return a copy of a field that is a list of bytes."""
+        view = self.bytes(number)
+        self._buffer.spend(len(view))
+        return bytes(view)
 
     def string(self, number: int) -> str:
         """Return a field of type string, or an empty one where the file omits it."""

@@ -13,6 +13,7 @@ readers go by the offsets alone.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Mapping
@@ -85,7 +86,18 @@ def unpack(blob: bytes | memoryview) -> dict[str, memoryview]:
                 f"{node.offset + node.size}, but the data ends at {end}."
             )
         files["/".join(path)] = data[node.offset : node.offset + node.size]
+    _check_overlap([nodes[number] for number in visited if nodes[number].kind == _FILE])
     return dict(sorted(files.items()))
+
+
+def _check_overlap(nodes: list[_Node]) -> None:
+    regions = sorted((node.offset, node.offset + node.size) for node in nodes if node.size)
+    for (_, end), (start, _) in itertools.pairwise(regions):
+        if start < end:
+            raise ArtifactError(
+                f"Two files of the Core ML blob overlap: one ends at byte {end}, another starts at "
+                f"{start}."
+            )
 
 
 def pack(files: Mapping[str, bytes | memoryview]) -> bytes:

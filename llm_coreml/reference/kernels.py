@@ -42,31 +42,29 @@ COPIES = frozenset(
     }
 )
 
-OPERATORS = (
-    _names(
-        "arange.out arange.start_out cat.out constant_pad_nd.out embedding.out expand_copy.out "
-        "flip.out full.out full_like.out gather.out index.Tensor_out index_put.out "
-        "index_select.out masked_fill.Scalar_out masked_fill.Tensor_out ones.out permute_copy.out "
-        "repeat.out scalar_tensor.out select_copy.int_out select_scatter.out "
-        "slice_copy.Tensor_out slice_scatter.out split_copy.Tensor_out "
-        "split_with_sizes_copy.out squeeze_copy.dim_out squeeze_copy.dims_out squeeze_copy.out "
-        "stack.out t_copy.out transpose_copy.int_out tril.out triu.out unbind_copy.int_out "
-        "unfold_copy.out unsqueeze_copy.out view_copy.out where.self_out zeros.out"
-    )
-    | _names(
-        "abs.out add.Scalar_out add.out bitwise_and.Tensor_out bitwise_not.out "
-        "bitwise_or.Tensor_out clamp.out cos.out div.Scalar_out div.out eq.Scalar_out "
-        "eq.Tensor_out exp.out fmod.Tensor_out ge.Scalar_out ge.Tensor_out gelu.out gt.Scalar_out "
-        "gt.Tensor_out le.Scalar_out le.Tensor_out log.out logical_and.out logical_not.out "
-        "logical_or.out lt.Scalar_out lt.Tensor_out maximum.out minimum.out mul.Scalar_out mul.out "
-        "ne.Scalar_out ne.Tensor_out neg.out pow.Tensor_Scalar_out pow.Tensor_Tensor_out "
-        "reciprocal.out relu.out remainder.Scalar_out rsqrt.out rsub.Scalar_out sigmoid.out "
-        "sin.out sqrt.out sub.Scalar_out sub.out tanh.out trunc.out"
-    )
-    | _names(
-        "_softmax.out addmm.out amax.out amin.out argmax.out argmin.out bmm.out cumsum.out "
-        "mean.out mm.out prod.int_out sum.IntList_out"
-    )
+OPERATORS = _names(
+    """
+    arange.out arange.start_out cat.out constant_pad_nd.out embedding.out expand_copy.out
+    fill.Scalar_out flip.out full.out full_like.out gather.out index.Tensor_out index_put.out
+    index_select.out masked_fill.Scalar_out ones.out permute_copy.out repeat.out roll.out
+    scalar_tensor.out scatter.src_out select_copy.int_out select_scatter.out
+    slice_copy.Tensor_out slice_scatter.out split_copy.Tensor_out split_with_sizes_copy.out
+    squeeze_copy.dim_out squeeze_copy.dims_out stack.out t_copy.out transpose_copy.int_out
+    tril.out triu.out unbind_copy.int_out unsqueeze_copy.out view_copy.out where.self_out
+    zeros.out
+
+    abs.out add.Scalar_out add.out bitwise_and.Scalar_out bitwise_and.Tensor_out bitwise_not.out
+    bitwise_or.Tensor_out clamp.out cos.out div.Scalar_out div.out eq.Scalar_out eq.Tensor_out
+    exp.out floor.out floor_divide.out ge.Scalar_out ge.Tensor_out gelu.out gt.Scalar_out
+    gt.Tensor_out le.Scalar_out le.Tensor_out log.out logical_and.out logical_not.out
+    logical_or.out lt.Scalar_out lt.Tensor_out maximum.out minimum.out mul.Scalar_out mul.out
+    ne.Scalar_out ne.Tensor_out neg.out pow.Tensor_Scalar_out pow.Tensor_Tensor_out
+    reciprocal.out relu.out remainder.Scalar_out remainder.Tensor_out round.out rsqrt.out
+    rsub.Scalar_out sigmoid.out sin.out sqrt.out sub.Scalar_out sub.out tanh.out
+
+    _softmax.out addmm.out amax.out amin.out any.out argmax.out argmin.out bmm.out cumsum.out
+    max.dim_max mean.out mm.out sum.IntList_out topk.values
+    """
 )
 
 # Kernels that change their first argument.
@@ -253,11 +251,15 @@ class _Operator:
     ) -> None:
         space, _, rest = name.partition("::")
         packet, _, overload = rest.partition(".")
+        if packet == "remainder" and not dtype_of(_spec(method, args[-1], name)).is_floating_point:
+            # ExecuTorch's integer remainder is C++'s, which has the other sign than torch's.
+            packet = "fmod"
         self._call = getattr(getattr(getattr(torch.ops, space), packet), overload or "default")
         schema = self._call._schema
         self._memory = memory
         self._in_place = name in IN_PLACE
-        _expect(args, len(schema.arguments) + len(schema.returns), name)
+        # After the arguments, the plan repeats what is returned, several results as one list.
+        _expect(args, len(schema.arguments) + 1, name)
         self._positional: list[tuple[int, str]] = []
         self._named: list[tuple[str, int, str]] = []
         self._results: dict[str, tuple[int, ...]] = {}
@@ -272,7 +274,9 @@ class _Operator:
             key: [dtype_of(_spec(method, number, name)) for number in numbers]
             for key, numbers in self._results.items()
         }
-        self._lists = {argument.name for argument in schema.arguments if "[]" in str(argument.type)}
+        self._lists = {
+            argument.name for argument in schema.arguments if "List[" in str(argument.type)
+        }
         if self._in_place and _spec(method, args[0], name).constant:
             raise ArtifactError(f"Kernel '{name}' of method '{method.name}' changes a constant.")
 

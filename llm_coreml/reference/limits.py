@@ -1,6 +1,7 @@
 """What a file may ask of this machine: sizes are read from files that nobody vouches for.
 
-check_memory(4 * elements, "The state 'cache'")
+if excess := beyond(4 * elements):
+    raise ArtifactError(f"The state 'cache' {excess}.")
 """
 
 from __future__ import annotations
@@ -8,7 +9,13 @@ from __future__ import annotations
 import functools
 import os
 
-from llm_coreml.errors import ArtifactError
+# Manifests and metadata are a page or two.
+MAX_JSON = 1 << 20
+# A program without its weights; the largest in use are a tenth of this.
+MAX_PROGRAM = 1 << 27
+MAX_OPERATIONS = 1 << 20
+# Core ML's own limit is 5; compressed weights have two axes more.
+MAX_RANK = 16
 
 
 @functools.cache
@@ -17,14 +24,12 @@ def machine_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def check_memory(nbytes: int, who: str) -> None:
-    """Check that `nbytes` could be held at all.
+def beyond(nbytes: int) -> str:
+    """Return "" if this machine can hold `nbytes`, else a predicate that says how it cannot."""
+    if nbytes <= machine_memory():
+        return ""
+    return f"takes {_gib(nbytes)} of memory, of which this machine has {_gib(machine_memory())}"
 
-    Raises:
-        ArtifactError: the machine has less memory; `who` is the subject of the sentence.
-    """
-    if nbytes > machine_memory():
-        raise ArtifactError(
-            f"{who} takes {nbytes / 2**30:.0f} GiB; this machine has "
-            f"{machine_memory() / 2**30:.0f} GiB. The file is damaged, or needs a larger machine."
-        )
+
+def _gib(nbytes: int) -> str:
+    return f"{nbytes >> 30} GiB" if nbytes < 1 << 60 else "more than 1000000000 GiB"

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from llm_coreml.errors import ArtifactError
-from llm_coreml.reference.limits import check_memory
+from llm_coreml.reference.limits import beyond
 from llm_coreml.reference.plan import Method, Place, TensorSpec
 
 Values = list[Any]
@@ -41,7 +41,9 @@ class PlanMemory:
             _check_spec(spec, f"Value {number} of method '{method.name}'")
         # Negative sizes are possible in a damaged file; no tensor can lie in such an arena.
         sizes = [max(0, size) for size in method.arenas]
-        check_memory(sum(sizes), f"The planned memory of method '{method.name}'")
+        constants = sum(spec.nbytes or 0 for spec in self._specs.values() if spec.constant)
+        if excess := beyond(sum(sizes) + constants):
+            raise ArtifactError(f"Method '{method.name}' with its tensors {excess}.")
         self._arenas = [torch.zeros(size, dtype=torch.uint8) for size in sizes]
         self._initial: Values = [
             self._first(value) if isinstance(value, TensorSpec) else value

@@ -19,7 +19,15 @@ from typing import Any
 import numpy as np
 
 from llm_coreml.errors import ArtifactError
+from llm_coreml.reference.coremlproto import model_class
 from llm_coreml.reference.dtypes import DTYPES, by_code
+from llm_coreml.reference.limits import (
+    MAX_JSON,
+    MAX_OPERATIONS,
+    MAX_PROGRAM,
+    MAX_RANK,
+    beyond,
+)
 from llm_coreml.reference.mil import (
     Binding,
     Constant,
@@ -53,12 +61,12 @@ def parse(files: Mapping[str, memoryview], package: str) -> Model:
     prefix = f"{package}/" if package else ""
     manifest = _file(files, f"{prefix}Manifest.json")
     try:
-        decoded = json.loads(bytes(manifest))
+        decoded = json.loads(bytes(manifest[:MAX_JSON]))
         item = decoded["itemInfoEntries"][decoded["rootModelIdentifier"]]
         model_path = PurePosixPath(f"{prefix}Data") / item["path"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ArtifactError(f"The package's Manifest.json is damaged ({error}).") from error
-    spec = _decode_message(bytes(_file(files, str(model_path))))
+    spec = _decode_message(_file(files, str(model_path)))
     if spec.WhichOneof("Type") != "mlProgram":
         raise ArtifactError(
             f"The Core ML model is a {spec.WhichOneof('Type') or 'model without content'}, "
@@ -76,13 +84,17 @@ def parse(files: Mapping[str, memoryview], package: str) -> Model:
     )
 
 
-def _decode_message(data: bytes) -> Any:
-    from coremltools.proto import Model_pb2
+def _decode_message(data: memoryview) -> Any:
     from google.protobuf.message import DecodeError
 
-    spec = Model_pb2.Model()
+    if len(data) > MAX_PROGRAM:
+        raise ArtifactError(
+            f"The Core ML model has {len(data)} bytes without its weights; at most {MAX_PROGRAM} "
+            "are read."
+        )
+    spec = model_class()()
     try:
-        spec.ParseFromString(data)
+        spec.ParseFromString(bytes(data))
     except DecodeError as error:
         raise ArtifactError(f"The Core ML model's protobuf is damaged ({error}).") from error
     return spec
@@ -137,6 +149,12 @@ def _feature(message: Any) -> Feature:
         (int(item.lowerBound), int(item.upperBound) if item.upperBound >= 0 else None)
         for item in array.shapeRange.sizeRanges
     )
+    shapes = [array.shape, *(item.shape for item in array.enumeratedShapes.shapes)]
+    for shape in shapes:
+        if any(size < 0 for size in shape):
+            raise ArtifactError(f"'{message.name}' has the impossible shape {list(shape)}.")
+        if excess := beyond(math.prod(shape)):
+            raise ArtifactError(f"'{message.name}' of shape {list(shape)} {excess}.")
     return Feature(
         message.name,
         dtype,
@@ -154,15 +172,25 @@ class _Reader:
         self._files = files
         self._folder = folder
         self._weights: dict[str, WeightFile] = {}
+        # Bytes that the constants of the current function claim; many may name one blob.
+        self._stored = 0
 
     def function(self, name: str, message: Any) -> Function:
         if message.opset not in message.block_specializations:
             raise ArtifactError(f"Function '{name}' lacks the block for its opset {message.opset}.")
         block = message.block_specializations[message.opset]
+        if len(block.operations) > MAX_OPERATIONS:
+            raise ArtifactError(
+                f"Function '{name}' has {len(block.operations)} operations; at most "
+                f"{MAX_OPERATIONS} are read."
+            )
+        self._stored = 0
+        inputs = tuple(self._named(item) for item in message.inputs)
+        _check_states(inputs)
         return Function(
             name,
             message.opset,
-            tuple(self._named(item) for item in message.inputs),
+            inputs,
             tuple(block.outputs),
             tuple(self._operation(item) for item in block.operations),
         )
@@ -199,9 +227,13 @@ class _Reader:
                 raise ArtifactError(
                     f"A type declares rank {tensor.rank} and {len(tensor.dimensions)} dimensions."
                 )
-            return TensorType(
-                by_code(tensor.dataType).name, tuple(map(_dimension, tensor.dimensions))
-            )
+            if tensor.rank > MAX_RANK:
+                raise ArtifactError(f"A type has rank {tensor.rank}; at most {MAX_RANK} is read.")
+            row = by_code(tensor.dataType)
+            declared = TensorType(row.name, tuple(map(_dimension, tensor.dimensions)))
+            if excess := beyond(_known_elements(declared) * row.bits // 8):
+                raise ArtifactError(f"A value of type {declared} {excess}.")
+            return declared
         if kind == "listType":
             return ListType(_dimension(message.listType.length))
         if kind == "tupleType":
@@ -218,6 +250,9 @@ class _Reader:
             if not isinstance(declared, TensorType):
                 raise ArtifactError(f"A weight file cannot hold a value of type {declared}.")
             blob = message.blobFileValue
+            self._stored += _known_elements(declared) * DTYPES[declared.dtype].bits // 8
+            if excess := beyond(self._stored):
+                raise ArtifactError(f"A function's constants: their data {excess}.")
             return Constant(declared, blob=(self._weight_file(blob.fileName), blob.offset))
         immediate = message.immediateValue
         kind = immediate.WhichOneof("value")
@@ -235,6 +270,19 @@ class _Reader:
             path = str(self._folder / name[len(_BLOB_ROOT) :])
             self._weights[name] = WeightFile(_file(self._files, path), path.rsplit("/", 1)[-1])
         return self._weights[name]
+
+
+def _known_elements(declared: TensorType) -> int:
+    """Return the elements that a value of this type has at least, taking a size of 0 for 1."""
+    return math.prod(size or 1 for size in declared.shape)
+
+
+def _check_states(inputs: tuple[NamedType, ...]) -> None:
+    # They are allocated when a program is loaded, every element in fp32.
+    states = [item.type.wrapped for item in inputs if isinstance(item.type, StateType)]
+    if excess := beyond(sum(4 * _known_elements(state) for state in states)):
+        listed = ", ".join(map(str, states[:4]))
+        raise ArtifactError(f"The program's state ({listed}) {excess}.")
 
 
 def _dimension(message: Any) -> int | None:
@@ -258,7 +306,7 @@ def _immediate(message: Any, declared: TensorType) -> np.ndarray | str:
     kind = message.WhichOneof("value")
     values: Any = getattr(message, kind).values if kind else ()
     if kind == "bytes":
-        if len(values) != math.ceil(count * row.bits / 8) or row.name == "string":
+        if len(values) != -(-count * row.bits // 8) or row.name == "string":
             raise ArtifactError(f"A constant of type {declared} holds {len(values)} bytes.")
         return unpack_elements(values, row, count).reshape(shape)
     if len(values) != count:
@@ -266,6 +314,6 @@ def _immediate(message: Any, declared: TensorType) -> np.ndarray | str:
     if row.name == "string":
         return str(values[0]) if shape == () else np.array(list(values), object).reshape(shape)
     try:
-        return np.array(list(values), row.array).reshape(shape)
+        return np.fromiter(values, row.array, count).reshape(shape)
     except (OverflowError, ValueError) as error:
         raise ArtifactError(f"A constant of type {declared} holds other values.") from error

@@ -19,6 +19,7 @@ from typing import Any
 from llm_coreml.errors import ArtifactError, nearest
 from llm_coreml.reference import pte
 from llm_coreml.reference.inmemoryfs import unpack
+from llm_coreml.reference.limits import MAX_JSON
 from llm_coreml.reference.mapped import map_folder
 from llm_coreml.reference.mil import Model
 from llm_coreml.reference.milproto import parse
@@ -27,8 +28,6 @@ from llm_coreml.reference.runtime import CoreMLProgram
 
 BACKEND = "CoreMLBackend"
 _REFERENCE_MARK = b"CMJR"
-# A reference is a key and a name.
-_MAX_REFERENCE = 1 << 16
 _COMPILED = "holds a model compiled for a device; export it uncompiled to run it here."
 
 
@@ -110,7 +109,7 @@ class Packages:
     def _referred(self, data: memoryview, where: str) -> tuple[memoryview, str]:
         """Return the shared data that a reference names, and the function that it chooses."""
         try:
-            decoded = json.loads(bytes(data[4 : 4 + _MAX_REFERENCE]))
+            decoded = json.loads(bytes(data[4 : 4 + MAX_JSON]))
             key, function = decoded["key"], decoded.get("functionName", "")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ArtifactError(
@@ -171,7 +170,7 @@ def _package(data: memoryview, where: str) -> Package:
     if any(path.startswith("model.mlmodelc/") for path in files):
         raise ArtifactError(f"{where} {_COMPILED}")
     try:
-        metadata = json.loads(bytes(files["metadata.json"]))
+        metadata = json.loads(bytes(files["metadata.json"][:MAX_JSON]))
     except (ValueError, KeyError, RecursionError) as error:
         raise ArtifactError(
             f"{where} has no readable metadata.json ({type(error).__name__}: {error})."

@@ -58,10 +58,13 @@ def read(path: str | Path) -> Container:
         program = root(data[:program_size], _MARK)
         stored = _stored(program, data, program_size, segments_at)
         plans = [decode(plan, stored) for plan in program.tables(1)]
+        keys = program.tables(7)
         named = {
             item.string(0): pick(stored.segments, item.scalar(1, "uint"), "segment")
-            for item in program.tables(7)
+            for item in keys
         }
+        if len(named) != len(keys):
+            raise MalformedError("two pieces of its data have one name")
     except MalformedError as error:
         raise ArtifactError(
             f"'{path}' is not a readable ExecuTorch program: {error}. "

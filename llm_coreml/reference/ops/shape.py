@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from llm_coreml.errors import ArtifactError
 from llm_coreml.reference.dtypes import DTYPES, storage
+from llm_coreml.reference.limits import beyond
 from llm_coreml.reference.ops.registry import (
     Ints,
     Number,
@@ -22,6 +23,12 @@ from llm_coreml.reference.ops.registry import (
     op,
     same,
 )
+
+
+def _check_size(elements: int) -> None:
+    # What a computed size would allocate, nothing else bounds.
+    if excess := beyond(4 * elements):
+        raise ArtifactError(f"makes a tensor that {excess}")
 
 
 def _value_type(dtypes: Any, constants: Any) -> str:
@@ -111,7 +118,9 @@ def stack(values: Sequence[Tensor], axis: int) -> Tensor:
 @op("tile", same("x"), exact=True)
 def tile(x: Tensor, reps: Ints) -> Tensor:
     """Return x repeated reps times along each axis."""
-    return x.repeat(integers(reps))
+    counts = integers(reps)
+    _check_size(x.numel() * math.prod(counts))
+    return x.repeat(counts)
 
 
 @op("pad", same("x"), exact=True)
@@ -128,6 +137,10 @@ def pad(x: Tensor, pad: Ints, mode: str = "constant", constant_val: float = 0.0)
     pairs = [(amounts[at], amounts[at + 1]) for at in range(0, len(amounts), 2)]
     if mode == "constant":
         flat = [amount for pair in reversed(pairs) for amount in pair]
+        extra = [before + after for before, after in pairs]
+        kept = x.dim() - len(pairs)
+        sizes = [size + more for size, more in zip(x.shape[kept:], extra, strict=False)]
+        _check_size(math.prod((*x.shape[:kept], *sizes)))
         return F.pad(x, flat, value=constant_val)
     if mode not in ("reflect", "replicate"):
         raise ArtifactError(f"has the unknown mode '{mode}'")
@@ -153,7 +166,9 @@ def shape(x: Tensor) -> Tensor:
 @op("fill", _value_type, exact=True, fresh=True)
 def fill(shape: Ints, declared: str, device: torch.device, value: Number = 0.0) -> Tensor:
     """Return a tensor of the given shape that holds value throughout."""
-    return torch.full(integers(shape), number(value), dtype=storage(declared), device=device)
+    sizes = integers(shape)
+    _check_size(math.prod(sizes))
+    return torch.full(sizes, number(value), dtype=storage(declared), device=device)
 
 
 @op("fill_like", _value_type, exact=True, fresh=True)
@@ -168,8 +183,10 @@ def range_1d(
     start: Number, end: Number, step: Number, declared: str, device: torch.device
 ) -> Tensor:
     """Return start, start + step, ... below end."""
-    bounds = number(start), number(end), number(step)
-    return torch.arange(*bounds, dtype=storage(declared), device=device)
+    first, last, stride = number(start), number(end), number(step)
+    if stride:
+        _check_size(int(abs((last - first) / stride)))
+    return torch.arange(first, last, stride, dtype=storage(declared), device=device)
 
 
 @op("one_hot", lambda dtypes, constants: dtypes.get("on_value", "int32"), exact=True, fresh=True)
@@ -183,6 +200,7 @@ def one_hot(
 ) -> Tensor:
     """Return on_value where the new axis equals indices, and off_value elsewhere."""
     depth = int(number(one_hot_vector_size))
+    _check_size(indices.numel() * depth)
     place = axis % (indices.dim() + 1)
     sizes = [1] * (indices.dim() + 1)
     sizes[place] = depth
