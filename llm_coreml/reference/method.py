@@ -176,6 +176,12 @@ class LoadedMethod:
                 f"Method '{self.name}' passes {count} values to a delegate; its metadata names "
                 f"{len(inputs)} inputs and {len(outputs)} outputs."
             )
+        twice = {name for names in (inputs, outputs) for name in names if names.count(name) > 1}
+        if twice:
+            raise ArtifactError(
+                f"The metadata of a delegate of method '{self.name}' names {sorted(twice)} more "
+                "than once, where ExecuTorch looks values up by name; return each result once."
+            )
         known = {feature.name for feature in program.outputs}
         if set(inputs) != {feature.name for feature in program.inputs} or not set(outputs) <= known:
             raise ArtifactError(
