@@ -150,6 +150,10 @@ class _Compiler:
                 f"{label} is not known to the reference runtime."
                 f"{nearest(operation.type, OPS)} Add it in llm_coreml/reference/ops."
             )
+        if operation.type not in OPS:
+            self._state(operation)
+            if len(operation.outputs) != (operation.type == "read_state"):
+                raise ArtifactError(f"{label} has {len(operation.outputs)} results.")
 
     def _constant(self, operation: Operation) -> None:
         value = operation.attributes.get("val")
@@ -337,6 +341,8 @@ def _arguments(
             raise ArtifactError(
                 f"{label} has the parameter '{key}', which the reference runtime does not know."
             )
+        if kind not in ("tensors", "plains") and len(bound) != 1:
+            raise ArtifactError(f"{label} binds '{key}' to {len(bound)} values.")
         dtypes = {_dtype(binding, types, label) for binding in bound} - {None}
         if len(dtypes) > 1:
             raise ArtifactError(f"{label} mixes element types in '{key}'.")
@@ -351,8 +357,6 @@ def _arguments(
             found.tensors[key] = bound
         else:
             raise ArtifactError(f"{label} computes '{key}', which must be a constant.")
-        if kind not in ("tensors", "plains") and len(bound) != 1:
-            raise ArtifactError(f"{label} binds '{key}' to {len(bound)} values.")
     missing = spec.required - set(bindings)
     if missing:
         raise ArtifactError(f"{label} lacks {', '.join(sorted(missing))}.")

@@ -16,6 +16,17 @@ from llm_coreml.errors import ArtifactError
 from llm_coreml.reference.dtypes import storage
 from llm_coreml.reference.mil import TensorType
 
+# What an operation raises whose operands a damaged program chose.
+FAILURES = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
 Values = list[Any]
 Place = int | tuple[int, ...]
 
@@ -97,8 +108,9 @@ class Step:
             result = self.call(values)
         except ArtifactError as error:
             raise ArtifactError(f"{self.label} {error}.") from error
-        except (RuntimeError, IndexError, ValueError, TypeError) as error:
-            raise ArtifactError(f"{self.label} fails: {str(error).splitlines()[0]}") from error
+        except FAILURES as error:
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            raise ArtifactError(f"{self.label} fails: {reason}") from error
         results = result if isinstance(result, (tuple, list)) else (result,)
         if len(results) != len(self.outputs):
             raise ArtifactError(
