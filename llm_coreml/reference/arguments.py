@@ -58,6 +58,8 @@ def arguments(
             raise ArtifactError(
                 f"{who} has the parameter '{key}', which the reference runtime does not know."
             )
+        if kind not in ("tensors", "plains") and len(bound) != 1:
+            raise ArtifactError(f"{who} binds '{key}' to {len(bound)} values.")
         dtypes = {_dtype(binding, types) for binding in bound} - {None}
         if len(dtypes) > 1:
             raise ArtifactError(f"{who} mixes element types in '{key}'.")
@@ -72,8 +74,6 @@ def arguments(
             found.tensors[key] = bound
         else:
             raise ArtifactError(f"{who} computes '{key}', which must be a constant.")
-        if kind not in ("tensors", "plains") and len(bound) != 1:
-            raise ArtifactError(f"{who} binds '{key}' to {len(bound)} values.")
     missing = spec.required - set(bindings)
     if missing:
         raise ArtifactError(f"{who} lacks {', '.join(sorted(missing))}.")

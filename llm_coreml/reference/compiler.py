@@ -160,6 +160,10 @@ class _Compiler:
                 f"{who} is not known to the reference runtime."
                 f"{nearest(operation.type, self.ops)} Add it in llm_coreml/reference/ops."
             )
+        elif operation.type in _STATE_OPS:
+            self._state(operation)
+            if len(operation.outputs) != (operation.type == "read_state"):
+                raise ArtifactError(f"{who} has {len(operation.outputs)} results.")
 
     def _constant(self, operation: Operation) -> None:
         value = operation.attributes.get("val")

@@ -12,7 +12,6 @@ slice by slice whenever it is used.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +21,7 @@ import torch
 
 from llm_coreml.errors import ArtifactError
 from llm_coreml.reference.dtypes import DTYPES, storage, to_tensor
+from llm_coreml.reference.limits import FAILURES, beyond, machine_memory, reason
 from llm_coreml.reference.mil import Constant, TensorType, fixed_shape
 from llm_coreml.reference.numerics import Numerics
 from llm_coreml.reference.ops import Spec
@@ -144,8 +144,8 @@ def _compute(
         result = source.spec.function(**operands, **source.plain)
     except ArtifactError as error:
         raise ArtifactError(f"{source.label} {error}.") from error
-    except (RuntimeError, IndexError, ValueError, TypeError) as error:
-        raise ArtifactError(f"{source.label} fails: {str(error).splitlines()[0]}") from error
+    except FAILURES as error:
+        raise ArtifactError(f"{source.label} fails: {reason(error)}") from error
     results = result if isinstance(result, tuple) else (result,)
     value: torch.Tensor = results[source.number]
     shape = fixed_shape(source.type, source.label)
@@ -231,10 +231,10 @@ def expanded(source: Source, numerics: Numerics, *, wide: bool) -> torch.Tensor:
     dtype = storage(declared.dtype) if wide else numerics.held(declared.dtype)
     if not _in_slices(source):
         return _rounded(whole(source), declared, numerics).to(dtype)
-    try:
-        result = torch.empty(fixed_shape(declared, "A constant"), dtype=dtype)
-    except RuntimeError as error:
-        raise ArtifactError(f"A constant of type {declared} does not fit the memory.") from error
+    shape = fixed_shape(declared, "A constant")
+    if excess := beyond(math.prod(shape) * dtype.itemsize):
+        raise ArtifactError(f"A constant of type {declared} {excess}.")
+    result = torch.empty(shape, dtype=dtype)
     for start, stop in _slices(source):
         result[start:stop] = _rounded(rows(source, start, stop), declared, numerics)
     return result
@@ -253,7 +253,7 @@ class ConstantPool:
     def __init__(self, numerics: Numerics, device: torch.device, budget: int | None) -> None:
         self.numerics = numerics
         self.device = device
-        self._left = _half_of_memory() if budget is None else budget
+        self._left = machine_memory() // 2 if budget is None else budget
         self._tensors: dict[Key, torch.Tensor] = {}
 
     def tensor(self, source: Source, *, wide: bool) -> torch.Tensor:
@@ -277,10 +277,6 @@ class ConstantPool:
     def _key(self, source: Source, wide: bool) -> Key:
         halved = self.numerics.held(_type(source).dtype) == torch.float16
         return (_key(source), wide and halved)
-
-
-def _half_of_memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 def _key(source: Source) -> Key:

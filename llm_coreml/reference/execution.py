@@ -11,6 +11,7 @@ import torch
 
 from llm_coreml.errors import ConfigError
 from llm_coreml.reference.constants import ConstantPool
+from llm_coreml.reference.limits import reason
 from llm_coreml.reference.numerics import numerics
 
 
@@ -47,8 +48,7 @@ class Execution:
             device = torch.device(self.device)
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
-            reason = (str(error).splitlines() or [""])[0]
             raise ConfigError(
-                f"The device '{self.device}' cannot be used here ({reason}); use 'cpu'."
+                f"The device '{self.device}' cannot be used here ({reason(error)}); use 'cpu'."
             ) from error
         return ConstantPool(numerics(self.mode), device, self.memory_budget)

@@ -125,11 +125,11 @@ class Table:
         start, count = self._vector(number, 1)
         return self._buffer.data[start : start + count]
 
-    def copied(self, number: int) -> bytes:
-        """Return a copy of a field that is a list of bytes."""
+    def short_bytes(self, number: int) -> memoryview:
+        """Return as `bytes` does; for what is copied, so that many cannot share one long list."""
         view = self.bytes(number)
         self._buffer.spend(len(view))
-        return bytes(view)
+        return view
 
     def string(self, number: int) -> str:
         """Return a field of type string, or an empty one where the file omits it."""

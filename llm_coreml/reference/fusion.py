@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from llm_coreml.errors import ConfigError
+from llm_coreml.reference.limits import reason
 from llm_coreml.reference.steps import Step, Values
 
 # Operations that compute with whole tensors only.
@@ -124,10 +125,9 @@ class _Fused:
             compiled: Callable[..., Any] = compile_graph(graph, list(given))
         except Exception as error:
             # Inductor's own errors have no common base; most often a C++ compiler is missing.
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ConfigError(
-                f"torch cannot compile the program here ({reason}); install a C++ compiler, or "
-                "leave compilation out."
+                f"torch cannot compile the program here ({reason(error)}); install a C++ "
+                "compiler, or leave compilation out."
             ) from error
         return compiled
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from llm_coreml.errors import ArtifactError, nearest
+from llm_coreml.reference.limits import FAILURES
 from llm_coreml.reference.memory import PlanMemory, Values, check_tensor, dtype_of
 from llm_coreml.reference.plan import SCALAR_TYPES, Method, TensorSpec, ValueList
 
@@ -153,10 +154,9 @@ def kernel(name: str, args: tuple[int, ...], method: Method, memory: PlanMemory)
             run(values)
         except ArtifactError as error:
             raise ArtifactError(f"{who}: {error}") from error
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            raise ArtifactError(f"{who} fails: {error}.") from error
-        except (RuntimeError, MemoryError) as error:
-            raise ArtifactError(f"{who} fails: {str(error).splitlines()[0]}") from error
+        except FAILURES as error:
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            raise ArtifactError(f"{who} fails: {reason}") from error
 
     return step
 

@@ -33,3 +33,20 @@ def beyond(nbytes: int) -> str:
 
 def _gib(nbytes: int) -> str:
     return f"{nbytes >> 30} GiB" if nbytes < 1 << 60 else "more than 1000000000 GiB"
+
+
+# What an operation raises whose operands a damaged program chose.
+FAILURES = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
+def reason(error: BaseException) -> str:
+    """Return the first line of what `error` says, or its kind if it says nothing."""
+    return str(error).partition("\n")[0] or type(error).__name__

@@ -228,7 +228,7 @@ def _delegate(method: str, index: int, item: Table, stored: Stored) -> Delegate:
         if location == _INLINE
         else pick(stored.segments, number, "segment")
     )
-    specs = {spec.string(0): spec.copied(1) for spec in item.tables(2)}
+    specs = {spec.string(0): bytes(spec.short_bytes(1)) for spec in item.tables(2)}
     return Delegate(method, index, item.string(0), specs, data)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from llm_coreml.errors import ArtifactError
+from llm_coreml.reference.limits import FAILURES, reason
 from llm_coreml.reference.mil import TensorType
 from llm_coreml.reference.numerics import Numerics
 
@@ -175,8 +176,8 @@ class Step:
             return self.compute(values)
         except ArtifactError as error:
             raise ArtifactError(f"{self.label} {error}.") from error
-        except (RuntimeError, IndexError, ValueError, TypeError, OverflowError) as error:
-            raise ArtifactError(f"{self.label} fails: {_first_line(error)}") from error
+        except FAILURES as error:
+            raise ArtifactError(f"{self.label} fails: {reason(error)}") from error
 
     def operands(self) -> tuple[int, ...]:
         """Return the places that the operation reads."""
@@ -184,10 +185,6 @@ class Step:
         for place in self.call.places.values():
             found += [place] if isinstance(place, int) else place
         return tuple(found)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _difference(value: object, expected: Output) -> str:
