@@ -179,11 +179,13 @@ class PackedWeight:
         source: where its values come from.
         numerics: how they are rounded.
         device: where they are needed.
+        wide: give what is declared fp16 as fp32.
     """
 
     source: Source
     numerics: Numerics
     device: torch.device
+    wide: bool
 
     @property
     def rows(self) -> int:
@@ -191,8 +193,8 @@ class PackedWeight:
         return fixed_shape(_type(self.source), "A constant")[0]
 
     def expand(self) -> torch.Tensor:
-        """Return the whole constant, fp32 where it is declared fp16."""
-        return expanded(self.source, self.numerics, wide=True).to(self.device)
+        """Return the whole constant."""
+        return expanded(self.source, self.numerics, wide=self.wide).to(self.device)
 
     def slices(self) -> Iterator[tuple[int, int, torch.Tensor]]:
         """Yield (start, stop, rows), one slice after the other."""
@@ -209,11 +211,16 @@ class PackedWeight:
 
     def _rows(self, start: int, stop: int) -> torch.Tensor:
         part = rows(self.source, start, stop)
-        return _rounded(part, _type(self.source), self.numerics).to(self.device, torch.float32)
+        dtype = _kept(_type(self.source), self.numerics, self.wide)
+        return _rounded(part, _type(self.source), self.numerics).to(self.device, dtype)
 
 
 def _rounded(value: torch.Tensor, declared: TensorType, numerics: Numerics) -> torch.Tensor:
     return value.to(numerics.held(declared.dtype)) if value.is_floating_point() else value
+
+
+def _kept(declared: TensorType, numerics: Numerics, wide: bool) -> torch.dtype:
+    return storage(declared.dtype) if wide else numerics.held(declared.dtype)
 
 
 def expanded(source: Source, numerics: Numerics, *, wide: bool) -> torch.Tensor:
@@ -228,7 +235,7 @@ def expanded(source: Source, numerics: Numerics, *, wide: bool) -> torch.Tensor:
         ArtifactError: the file contradicts itself, or the constant does not fit the memory.
     """
     declared = _type(source)
-    dtype = storage(declared.dtype) if wide else numerics.held(declared.dtype)
+    dtype = _kept(declared, numerics, wide)
     if not _in_slices(source):
         return _rounded(whole(source), declared, numerics).to(dtype)
     shape = fixed_shape(declared, "A constant")
@@ -268,11 +275,12 @@ class ConstantPool:
     def held(self, source: Source, *, wide: bool) -> torch.Tensor | PackedWeight:
         """Return the values of `source`, or a packed weight where they exceed the budget."""
         declared = _type(source)
-        size = math.prod(fixed_shape(declared, "A constant")) * storage(declared.dtype).itemsize
+        elements = math.prod(fixed_shape(declared, "A constant"))
+        size = elements * _kept(declared, self.numerics, wide).itemsize
         fits = size <= self._left or self._key(source, wide) in self._tensors
-        if fits or not wide or not _in_slices(source):
+        if fits or not _in_slices(source):
             return self.tensor(source, wide=wide)
-        return PackedWeight(source, self.numerics, self.device)
+        return PackedWeight(source, self.numerics, self.device, wide)
 
     def _key(self, source: Source, wide: bool) -> Key:
         halved = self.numerics.held(_type(source).dtype) == torch.float16

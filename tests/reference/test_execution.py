@@ -1,0 +1,290 @@
+"""What a caller chooses and what it must not change: budget, plans, fusion, snapshots, names."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import coremltools as ct
+import numpy as np
+import pytest
+import torch
+from coremltools.converters.mil.mil import Builder as mb
+from coremltools.converters.mil.mil import get_new_symbol, types
+from coremltools.proto import Model_pb2
+
+from llm_coreml.errors import ArtifactError, ConfigError
+from llm_coreml.reference import CoreMLProgram, Execution, load
+from llm_coreml.reference.constants import PackedWeight, expanded, rows, unit, whole
+from llm_coreml.reference.numerics import numerics
+from llm_coreml.reference.packages import _folder
+
+ROWS, WIDTH = 640, 128
+RNG = np.random.default_rng(3)
+INT4 = RNG.integers(-8, 8, (ROWS, WIDTH)).astype(types.nptype_from_builtin(types.int4))
+SCALE = RNG.uniform(0.01, 0.02, (ROWS, WIDTH // 32)).astype(np.float16)
+TABLE = RNG.standard_normal((ROWS // 16, 1, 8, 1)).astype(np.float16)
+INDICES = RNG.integers(0, 8, (ROWS, WIDTH)).astype(types.nptype_from_builtin(types.uint3))
+DENSE = RNG.standard_normal((ROWS, WIDTH)).astype(np.float16)
+
+
+def weights() -> dict[str, Any]:
+    return {
+        "int4": mb.constexpr_blockwise_shift_scale(data=INT4, scale=SCALE),
+        "lut3": mb.constexpr_lut_to_dense(indices=INDICES, lut=TABLE),
+        "dense": mb.const(val=DENSE),
+    }
+
+
+def large(variables: dict[str, Any]) -> list[Any]:
+    """Each weight looked up, multiplied with, and used by an operation that knows no packing."""
+    results = []
+    bias = np.arange(ROWS, dtype=np.float16)
+    for weight in weights().values():
+        hidden = mb.gather(x=weight, indices=variables["at"], axis=0)
+        logits = mb.linear(x=hidden, weight=weight, bias=bias)
+        results += [hidden, logits, mb.reduce_sum(x=weight, axes=[0])]
+    return results
+
+
+@pytest.fixture(scope="module")
+def large_path(harness: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("large") / "model.mlpackage"
+    inputs = {"at": mb.placeholder(shape=(7,), dtype=types.int32)}
+    harness.save(harness.build_program(inputs, large, ct.target.iOS18), path, ct.target.iOS18)
+    return path
+
+
+AT = torch.tensor([0, 3, 639, -1, 16, 15, 3], dtype=torch.int32)
+
+
+def packed_in(program: CoreMLProgram) -> int:
+    return sum(isinstance(value, PackedWeight) for value in program._compiled.initial)
+
+
+@pytest.mark.parametrize("mode", ["declared", "fp32", "strict-fp16"])
+def test_budget_changes_no_result(large_path: Path, mode: str) -> None:
+    free = load(large_path, execution=Execution(mode=mode))
+    tight = load(large_path, execution=Execution(mode=mode, memory_budget=0))
+    assert packed_in(free) == 0
+    assert packed_in(tight) >= 3
+    for _ in range(2):
+        expected, actual = free(at=AT), tight(at=AT)
+        for name, value in expected.items():
+            torch.testing.assert_close(actual[name], value, rtol=2e-3, atol=1e-3)
+
+
+def test_budget_is_kept(large_path: Path) -> None:
+    """With room for one weight as fp16 and as fp32, no other is expanded."""
+    one = ROWS * WIDTH * (2 + 4)
+    tight = load(large_path, execution=Execution(memory_budget=0))
+    program = load(large_path, execution=Execution(memory_budget=one))
+    assert packed_in(tight) == 3 * 2
+    assert packed_in(program) == 2 * 2
+    with pytest.raises(ArtifactError, match="index 640 of 640"):
+        program(at=torch.full((7,), ROWS, dtype=torch.int32))
+
+
+def test_expansion_by_rows_equals_the_whole(large_path: Path) -> None:
+    tight = load(large_path, execution=Execution(memory_budget=0))
+    found = [value for value in tight._compiled.initial if isinstance(value, PackedWeight)]
+    for packed in found:
+        source, step = packed.source, unit(packed.source)
+        parts = [
+            rows(source, start, min(start + 3 * step, ROWS)) for start in range(0, ROWS, 3 * step)
+        ]
+        torch.testing.assert_close(torch.cat(parts), whole(source), rtol=0, atol=0)
+        wide = expanded(source, numerics("declared"), wide=True)
+        assert wide.dtype == torch.float32
+        torch.testing.assert_close(wide.half().float(), wide, rtol=0, atol=0)
+    assert {unit(packed.source) for packed in found} == {1, 8, 16}
+
+
+def lengths(variables: dict[str, Any]) -> list[Any]:
+    """Sizes computed from the input's shape, and one from data."""
+    x = variables["x"]
+    size = mb.slice_by_index(x=mb.shape(x=x), begin=[1], end=[2])
+    target = mb.concat(values=[size, np.array([2, -1], np.int32)], axis=0)
+    folded = mb.reshape(x=x, shape=target)
+    chosen = mb.slice_by_size(x=x, begin=np.array([0, 0], np.int32), size=variables["size"])
+    return [folded, mb.mul(x=size, y=np.int32(2)), mb.reduce_sum(x=chosen), mb.shape(x=chosen)]
+
+
+def expected_lengths(x: torch.Tensor, size: list[int]) -> list[torch.Tensor]:
+    chosen = x[: size[0], : size[1]]
+    return [
+        x.reshape(x.shape[1], 2, -1),
+        torch.tensor([2 * x.shape[1]], dtype=torch.int32),
+        chosen.sum().reshape(1),
+        torch.tensor(size, dtype=torch.int32),
+    ]
+
+
+def check_lengths(program: CoreMLProgram) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for length, size in ((3, [2, 1]), (5, [1, 2]), (3, [4, 3]), (5, [4, 5]), (3, [2, 1])):
+        x = torch.randn(4, length, generator=generator)
+        results = program(x=x, size=torch.tensor(size, dtype=torch.int32))
+        for number, expected in enumerate(expected_lengths(x, size)):
+            torch.testing.assert_close(results[f"out_{number}"], expected)
+
+
+@pytest.fixture(scope="module")
+def lengths_path(harness: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("lengths") / "model.mlpackage"
+    inputs = {
+        "x": mb.placeholder(shape=(4, get_new_symbol())),
+        "size": mb.placeholder(shape=(2,), dtype=types.int32),
+    }
+    with warnings.catch_warnings():
+        # coremltools says that it chooses a range; the one below replaces it.
+        warnings.simplefilter("ignore", UserWarning)
+        harness.save(harness.build_program(inputs, lengths, ct.target.iOS18), path, ct.target.iOS18)
+    file = next(path.rglob("*.mlmodel"))
+    spec = Model_pb2.Model.FromString(file.read_bytes())
+    described = next(item for item in spec.description.input if item.name == "x")
+    described.type.multiArrayType.shapeRange.sizeRanges[1].upperBound = 8
+    file.write_bytes(spec.SerializeToString())
+    return path
+
+
+def test_plans_follow_the_shapes(lengths_path: Path) -> None:
+    program = load(lengths_path)
+    check_lengths(program)
+    assert len(program._plans) == 2
+    known = program._known
+    names = {
+        output.name: output.slot for step in program._compiled.steps for output in step.outputs
+    }
+    assert names["out_1"] in known.values
+    assert names["out_0"] in known.shapes - known.values
+    assert names["out_3"] not in known.shapes
+
+
+def test_plans_are_few(lengths_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llm_coreml.reference.runtime._MOST_PLANS", 1)
+    program = load(lengths_path)
+    check_lengths(program)
+    assert len(program._plans) == 1
+
+
+def test_plan_drops_what_shapes_decide(lengths_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = load(lengths_path)
+    given = {"x": torch.ones(4, 3), "size": torch.tensor([1, 1], dtype=torch.int32)}
+    computed: list[str] = []
+    with program.observed(lambda step, values: computed.append(step.type)):
+        program(given)
+    assert computed.count("shape") == 2
+    made: list[Any] = []
+
+    def recording(data: Any, **kind: Any) -> torch.Tensor:
+        made.append(data)
+        return TENSOR(data, **kind)
+
+    monkeypatch.setattr(torch, "tensor", recording)
+    program(given)
+    # Of the two, only the shape that data decides is computed again.
+    assert [list(data) for data in made] == [[1, 1]]
+
+
+TENSOR = torch.tensor
+
+
+def mlp(variables: dict[str, Any]) -> list[Any]:
+    x = variables["x"]
+    weight = RNG.standard_normal((16, 16)).astype(np.float32) / 4
+    for _ in range(3):
+        hidden = mb.silu(x=mb.linear(x=mb.mul(x=x, y=np.float32(0.5)), weight=weight))
+        x = mb.add(x=x, y=mb.transpose(x=hidden, perm=[1, 0]))
+    old = mb.read_state(input=variables["sum"])
+    new = mb.add(x=mb.cast(x=x, dtype="fp16"), y=old)
+    mb.coreml_update_state(state=variables["sum"], value=new)
+    return [x, mb.cast(x=new, dtype="fp32")]
+
+
+@pytest.fixture(scope="module")
+def mlp_path(harness: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("mlp") / "model.mlpackage"
+    inputs = {
+        "x": mb.placeholder(shape=(16, 16)),
+        "sum": mb.state_tensor_placeholder(shape=(16, 16), dtype=types.fp16),
+    }
+    harness.save(harness.build_program(inputs, mlp, ct.target.iOS18), path, ct.target.iOS18)
+    return path
+
+
+def test_fused_equals_unfused(mlp_path: Path) -> None:
+    plain = load(mlp_path, execution=Execution(mode="fp32"))
+    fused = load(mlp_path, execution=Execution(mode="fp32", compiled=True))
+    for _ in range(3):
+        x = torch.randn(16, 16)
+        expected, actual = plain(x=x), fused(x=x)
+        for name in expected:
+            torch.testing.assert_close(actual[name], expected[name], rtol=1e-5, atol=1e-5)
+
+
+def test_only_the_unrounded_mode_is_fused(mlp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="'declared' rounds between operations"):
+        load(mlp_path, execution=Execution(compiled=True))
+
+
+def test_snapshot_takes_a_program_back(mlp_path: Path) -> None:
+    program = load(mlp_path)
+    x = torch.randn(16, 16)
+    program(x=x)
+    snapshot = program.snapshot()
+    first = program(x=x)["out_1"]
+    assert not torch.equal(program(x=x)["out_1"], first)
+    program.restore(snapshot)
+    torch.testing.assert_close(program(x=x)["out_1"], first, rtol=0, atol=0)
+    # Neither the program nor the caller writes into the other's copy.
+    program.restore(snapshot)
+    torch.testing.assert_close(program(x=x)["out_1"], first, rtol=0, atol=0)
+
+
+def shorter(snapshot: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {"sum": snapshot["sum"][:3]}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda snapshot: {}, r"holds the states \[\]; the program has \['sum'\]"),
+        (shorter, r"float16\[3, 16\]; the program's is torch.float16\[16, 16\]"),
+        (lambda snapshot: {"sum": snapshot["sum"].float()}, "is torch.float32"),
+    ],
+)
+def test_snapshot_of_another_program(
+    mlp_path: Path, change: Callable[[dict[str, Any]], Any], message: str
+) -> None:
+    program = load(mlp_path)
+    with pytest.raises(ArtifactError, match=message):
+        program.restore(change(program.snapshot()))
+
+
+def test_inputs_by_name_and_by_mapping(mlp_path: Path) -> None:
+    x = torch.randn(16, 16)
+    named, mapped = load(mlp_path)(x=x), load(mlp_path)({"x": x})
+    for name in named:
+        torch.testing.assert_close(named[name], mapped[name], rtol=0, atol=0)
+    with pytest.raises(ArtifactError, match="no input 'y'"):
+        load(mlp_path)({"x": x}, y=x)
+
+
+def test_functions_share_their_weights(large_path: Path) -> None:
+    """What a pool has expanded once is the same tensor in every program that uses the pool."""
+    model, pool = _folder(large_path), Execution().pool()
+    first, second = CoreMLProgram(model, pool=pool), CoreMLProgram(model, pool=pool)
+
+    def addresses(program: CoreMLProgram) -> set[int]:
+        return {
+            value.data_ptr()
+            for value in program._compiled.initial
+            if isinstance(value, torch.Tensor) and value.numel() == ROWS * WIDTH
+        }
+
+    assert addresses(first) == addresses(second)
+    # As fp32 for the products, and as fp16 or not at all for the rest.
+    assert 3 <= len(addresses(first)) <= 6
