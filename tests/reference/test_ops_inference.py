@@ -210,6 +210,16 @@ def test_gathers(rng: Any, shape: list[int], chosen: list[int], data: Any) -> No
         np.testing.assert_array_equal(actual[place], wanted)
 
 
+def test_two_batch_axes() -> None:
+    x = np.arange(2 * 3 * 4 * 5, dtype=np.float32).reshape(2, 3, 4, 5)
+    indices = np.random.default_rng(1).integers(-4, 4, (2, 3, 6)).astype(np.int32)
+    wanted = np.take_along_axis(x, indices[..., None] % 4, 2)
+    actual = evaluate("gather_nd", x=x, indices=indices[..., None], batch_dims=2)[0]
+    np.testing.assert_array_equal(actual, wanted)
+    actual = evaluate("gather", x=x, indices=indices, axis=2, batch_dims=2)[0]
+    np.testing.assert_array_equal(actual, wanted)
+
+
 @pytest.mark.parametrize("target", [ct.target.iOS15, ct.target.iOS16, ct.target.iOS17])
 def test_gathers_of_older_opsets(target: Any) -> None:
     x = np.arange(12, dtype=np.float32).reshape(3, 4)
