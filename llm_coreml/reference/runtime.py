@@ -213,6 +213,22 @@ class CoreMLProgram:
             if feature.name not in inputs:
                 raise ArtifactError(f"The input '{feature.name}' is missing.")
             _check_input(feature, inputs[feature.name])
+        self._check_choice(inputs)
+
+    def _check_choice(self, inputs: Mapping[str, torch.Tensor]) -> None:
+        """Check that all enumerated shapes are of one choice; Core ML ties them by their place."""
+        features = [feature for feature in self.inputs if feature.enumerated]
+        choices = zip(*(feature.enumerated for feature in features), strict=False)
+        given = tuple(tuple(inputs[feature.name].shape) for feature in features)
+        if given and given not in set(choices):
+            shapes = ", ".join(
+                f"'{feature.name}' {list(shape)}"
+                for feature, shape in zip(features, given, strict=True)
+            )
+            raise ArtifactError(
+                f"The shapes of {shapes} are enumerated, but not together; "
+                "give the inputs shapes of the same place in their lists."
+            )
 
     def _check_interface(self, interface: Interface) -> None:
         """Check that the description and the program agree on names and element types."""
