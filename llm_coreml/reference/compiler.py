@@ -256,7 +256,7 @@ class _Compiler:
             state = self._state(operation)
             expected = output(self.slots[state], self.types[state], exact=True)
             data = operation.inputs.get("data", ())
-            if len(data) != 1 or not isinstance(data[0], str):
+            if len(data) != 1 or not isinstance(data[0], str) or data[0] not in self.types:
                 raise ArtifactError(f"{label} has no data.")
             if self.types[data[0]].dtype != self.types[state].dtype:
                 raise ArtifactError(

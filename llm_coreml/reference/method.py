@@ -88,11 +88,11 @@ class LoadedMethod:
                 f"Method '{self.name}' takes {len(self.inputs)} arguments, not {len(arguments)}."
             )
         values = self._memory.values()
-        for number, value in zip(self._method.inputs, arguments, strict=True):
-            # A copy, since a kernel may write to it.
-            who = f"Argument {number} of method '{self.name}'"
-            self._memory.store(values, number, value.clone(), who)
         with torch.inference_mode():
+            for number, value in zip(self._method.inputs, arguments, strict=True):
+                # A copy, since a kernel may write to it.
+                who = f"Argument {number} of method '{self.name}'"
+                self._memory.store(values, number, value.clone(), who)
             at = 0
             while at < len(self._steps):
                 target = self._steps[at](values)
@@ -165,7 +165,8 @@ class LoadedMethod:
                 f"{len(inputs)} inputs and {len(outputs)} outputs."
             )
         known = {feature.name for feature in program.outputs}
-        if set(inputs) != {feature.name for feature in program.inputs} or not set(outputs) <= known:
+        wanted = sorted(feature.name for feature in program.inputs)
+        if sorted(inputs) != wanted or not set(outputs) <= known:
             raise ArtifactError(
                 f"The metadata of a delegate of method '{self.name}' names inputs or outputs that "
                 "its program does not have."
@@ -189,6 +190,23 @@ def load_method(path: str | Path, name: str = "forward") -> LoadedMethod:
     if not method.delegates:
         raise ArtifactError(f"Method '{name}' of '{path}' has no delegate.")
     return LoadedMethod(method, Packages(container), pte.constants_of(container))
+
+
+def load_methods(path: str | Path) -> dict[str, LoadedMethod]:
+    """Load every method of the `.pte` at `path` that has a delegate, by name.
+
+    A model that several of them use is parsed once. Their states are their own, as on a device.
+
+    Raises:
+        ArtifactError: as `load_method` says, for any of them.
+    """
+    container = pte.read(path)
+    packages, constants = Packages(container), pte.constants_of(container)
+    return {
+        name: LoadedMethod(method, packages, constants)
+        for name, method in container.methods.items()
+        if method.delegates
+    }
 
 
 def _move(source: int, destination: int) -> Step:
