@@ -5,8 +5,9 @@
     forward = load_method("model.pte")
     logits = forward(tokens, start_pos)
 
-`load` gives the Core ML program alone, `load_method` the whole method as a runner calls it. The
-file formats are in `pte`, `inmemoryfs`, `weights` and `milproto`, which are useful without a call.
+`load` gives the Core ML program alone, `load_method` the whole method as a runner calls it, and
+`load_methods` all of a file's. The file formats are in `pte`, `inmemoryfs`, `weights` and
+`milproto`, which are useful without a call.
 """
 
 from llm_coreml.reference.execution import Execution

@@ -358,7 +358,7 @@ class _Compiler:
     def _write(self, operation: Operation, frees: tuple[int, ...]) -> Step:
         who, state = label(operation), self._state(operation)
         data = operation.inputs.get("data", ())
-        if len(data) != 1 or not isinstance(data[0], str):
+        if len(data) != 1 or not isinstance(data[0], str) or data[0] not in self.types:
             raise ArtifactError(f"{who} has no data.")
         if self.types[data[0]].dtype != self.types[state].dtype:
             raise ArtifactError(

@@ -100,11 +100,11 @@ class LoadedMethod:
                 f"Method '{self.name}' takes {len(self.inputs)} arguments, not {len(arguments)}."
             )
         values = self._memory.values()
-        for number, value in zip(self._method.inputs, arguments, strict=True):
-            # A copy, since a kernel may write to it.
-            who = f"Argument {number} of method '{self.name}'"
-            self._memory.store(values, number, value.clone(), who)
         with torch.inference_mode():
+            for number, value in zip(self._method.inputs, arguments, strict=True):
+                # A copy, since a kernel may write to it.
+                who = f"Argument {number} of method '{self.name}'"
+                self._memory.store(values, number, value.clone(), who)
             at = 0
             while at < len(self._steps):
                 target = self._steps[at](values)
@@ -183,7 +183,8 @@ class LoadedMethod:
                 "than once, where ExecuTorch looks values up by name; return each result once."
             )
         known = {feature.name for feature in program.outputs}
-        if set(inputs) != {feature.name for feature in program.inputs} or not set(outputs) <= known:
+        wanted = sorted(feature.name for feature in program.inputs)
+        if sorted(inputs) != wanted or not set(outputs) <= known:
             raise ArtifactError(
                 f"The metadata of a delegate of method '{self.name}' names inputs or outputs that "
                 "its program does not have."
@@ -218,6 +219,8 @@ def load_method(
 
 def load_methods(path: str | Path, execution: Execution = _DEFAULT) -> dict[str, LoadedMethod]:
     """Load all methods of the `.pte` at `path` that have delegates; shared weights exist once.
+
+    States are each method's own, as on a device.
 
     Raises:
         ConfigError: `execution` asks for what is not there.

@@ -157,7 +157,7 @@ def scalar(field: Any, chance: random.Random, names: list[str]) -> Any:
     return -number if signed and chance.random() < 0.3 else number
 
 
-@fuzzed(40)
+@fuzzed(25)
 @given(seed=seeds)
 @pytest.mark.parametrize("label", ["codebook-2", "int4-group-8"])
 def test_models(

@@ -22,7 +22,7 @@ from executorch.runtime import Runtime
 
 from llm_coreml.contents import contents
 from llm_coreml.errors import ArtifactError
-from llm_coreml.reference import load, load_method, pte
+from llm_coreml.reference import load, load_method, load_methods, milproto, packages, pte
 from llm_coreml.reference.kernels import IN_PLACE, KERNELS, OPERATORS
 from llm_coreml.reference.method import LoadedMethod
 from llm_coreml.reference.packages import Packages
@@ -111,16 +111,21 @@ def test_each_method_runs_its_function(name: str, rows: int, shared_pte: Path) -
     torch.testing.assert_close(result, Layer()(x).detach())
 
 
-def test_shared_model_is_parsed_once(shared_pte: Path) -> None:
-    container = pte.read(shared_pte)
-    packages = Packages(container)
-    opened = [
-        packages.open(delegate)
-        for method in container.methods.values()
-        for delegate in method.delegates
-    ]
-    assert [item.function for item in opened] == ["decode", "prefill"]
-    assert opened[0].package is opened[1].package
+def test_shared_model_is_parsed_once(shared_pte: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed: list[Any] = []
+
+    def parse(*arguments: Any) -> Any:
+        parsed.append(milproto.parse(*arguments))
+        return parsed[-1]
+
+    monkeypatch.setattr(packages, "parse", parse)
+    methods = load_methods(shared_pte)
+    assert len(parsed) == 1
+    functions = [item.programs[0].function_name for item in methods.values()]
+    assert functions == list(methods) == ["decode", "prefill"]
+
+
+def test_shared_model_is_described(shared_pte: Path) -> None:
     program = load(shared_pte)
     assert program.function_name == "decode"
     assert program.function_names == ("decode", "prefill")
