@@ -14,7 +14,7 @@ import torch
 from llm_coreml.errors import ArtifactError
 from llm_coreml.reference.ops import attention
 from llm_coreml.reference.ops import linear as products
-from llm_coreml.reference.ops.registry import Spec, Tensor, floats, op, same
+from llm_coreml.reference.ops.registry import OPS, Spec, Tensor, op
 
 STRICT_OPS: dict[str, Spec] = {}
 
@@ -38,7 +38,7 @@ def _with_bias(product: Tensor, bias: Tensor | None) -> Tensor:
     return product if bias is None else product + bias
 
 
-@op("linear", floats("x", "weight", "bias"), fresh=True, table=STRICT_OPS)
+@op("linear", OPS["linear"].result, fresh=True, table=STRICT_OPS)
 def linear(x: Tensor, weight: Tensor, declared: str, bias: Tensor | None = None) -> Tensor:
     """Return x [..., in] @ weight [out, in].T + bias [out]."""
     if declared != "fp16":
@@ -47,7 +47,7 @@ def linear(x: Tensor, weight: Tensor, declared: str, bias: Tensor | None = None)
     return _with_bias(multiply(rows, weight.T), bias).reshape(*x.shape[:-1], weight.shape[0])
 
 
-@op("matmul", same("x", "y"), fresh=True, table=STRICT_OPS)
+@op("matmul", OPS["matmul"].result, fresh=True, table=STRICT_OPS)
 def matmul(
     x: Tensor, y: Tensor, declared: str, transpose_x: bool = False, transpose_y: bool = False
 ) -> Tensor:
@@ -58,7 +58,7 @@ def matmul(
     return multiply(x, y.transpose(-1, -2) if transpose_y else y)
 
 
-@op("einsum", floats("values"), fresh=True, table=STRICT_OPS)
+@op("einsum", OPS["einsum"].result, fresh=True, table=STRICT_OPS)
 def einsum(values: Sequence[Tensor], equation: str, declared: str) -> Tensor:
     """Return the contraction of two tensors over the one letter that the result lacks."""
     left, _, result = equation.replace(" ", "").partition("->")
@@ -79,7 +79,7 @@ def einsum(values: Sequence[Tensor], equation: str, declared: str) -> Tensor:
     return products.einsum(values, equation) if total is None else total
 
 
-@op("conv", floats("x", "weight", "bias"), fresh=True, table=STRICT_OPS)
+@op("conv", OPS["conv"].result, fresh=True, table=STRICT_OPS)
 def conv(
     x: Tensor,
     weight: Tensor,
@@ -112,7 +112,7 @@ def conv(
 
 @op(
     "scaled_dot_product_attention",
-    floats("query", "key", "value"),
+    OPS["scaled_dot_product_attention"].result,
     fresh=True,
     table=STRICT_OPS,
 )
