@@ -150,6 +150,8 @@ class _Compiler:
                 f"{label} is not known to the reference runtime."
                 f"{nearest(operation.type, OPS)} Add it in llm_coreml/reference/ops."
             )
+        if operation.type in OPS and not operation.outputs:
+            raise ArtifactError(f"{label} has no results.")
         if operation.type not in OPS:
             self._state(operation)
             if len(operation.outputs) != (operation.type == "read_state"):
