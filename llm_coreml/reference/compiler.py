@@ -160,6 +160,8 @@ class _Compiler:
                 f"{who} is not known to the reference runtime."
                 f"{nearest(operation.type, self.ops)} Add it in llm_coreml/reference/ops."
             )
+        elif operation.type in self.ops and not operation.outputs:
+            raise ArtifactError(f"{who} has no results.")
         elif operation.type in _STATE_OPS:
             self._state(operation)
             if len(operation.outputs) != (operation.type == "read_state"):
