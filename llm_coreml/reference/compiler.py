@@ -9,32 +9,29 @@ only fail at run time for a reason that depends on the inputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from llm_coreml.errors import ArtifactError, nearest
+from llm_coreml.errors import ArtifactError
 from llm_coreml.reference.aliasing import UpdatePlan, plan_updates
 from llm_coreml.reference.arguments import Arguments, arguments, label, result_types
-from llm_coreml.reference.constants import ConstantPool, Expression, PackedWeight, Source
+from llm_coreml.reference.constants import ConstantPool, PackedWeight, Source
 from llm_coreml.reference.control import CONTROL, branches, loop
+from llm_coreml.reference.definitions import definitions, nested
 from llm_coreml.reference.mil import (
     Binding,
     Constant,
     Function,
-    NamedType,
     Operation,
-    StateType,
     TensorType,
 )
 from llm_coreml.reference.ops import Spec
 from llm_coreml.reference.ops.slicing import slice_update_in_place
 from llm_coreml.reference.packed import packed_function
-from llm_coreml.reference.scopes import unique_names
 from llm_coreml.reference.steps import Call, Output, Place, Step, Values, output
 
 _SIZES_FROM_DATA = frozenset({"non_zero"})
-_STATE_OPS = ("read_state", "write_state")
 # A constant of more elements exists in one form only, even where both fp16 and fp32 would serve.
 _LARGE = 1 << 20
 
@@ -73,29 +70,23 @@ def compile_function(function: Function, pool: ConstantPool) -> Compiled:
 
 class _Compiler:
     def __init__(self, function: Function, pool: ConstantPool) -> None:
-        self.function = function
         self.pool = pool
         self.ops = pool.numerics.ops
+        found = definitions(function, self.ops)
+        self.function, self.states = found.function, found.states
+        self.types, self.constants = found.types, found.constants
         self.initial: Values = []
-        self.slots: dict[str, int] = {}
-        self.types: dict[str, TensorType] = {}
-        self.constants: dict[str, Source] = {}
+        self.slots = {name: self._place(None) for name in self.types if name not in self.constants}
         self.constant_slots: dict[tuple[str, bool], int] = {}
         self.wide: set[str] = set()
-        self.states: set[str] = set()
 
     def compile(self) -> Compiled:
-        for item in self.function.inputs:
-            self._value(item)
-            if isinstance(item.type, StateType):
-                self.states.add(item.name)
-        runnable = self._define(unique_names(self.function.operations))
-        reduced = replace(self.function, operations=runnable)
-        self._check_order(reduced)
-        for operation in _nested(runnable):
-            self._note_wide(operation)
-        plan = plan_updates(reduced, self._owned(runnable))
-        steps = self._steps(runnable, plan)
+        operations = self.function.operations
+        for operation in nested(operations):
+            if self._widens(operation):
+                self.wide |= self.constants.keys() & set(operation.names())
+        plan = plan_updates(self.function, self._owned(operations))
+        steps = self._steps(operations, plan)
         outputs = {name: self._slot(name, False, "An output") for name in self.function.outputs}
         names = [item.name for item in self.function.inputs]
         return Compiled(
@@ -108,100 +99,9 @@ class _Compiler:
             plan.shared_outputs,
         )
 
-    # Names, types and places.
-
-    def _define(self, operations: Sequence[Operation]) -> tuple[Operation, ...]:
-        """Note what the operations define; return those that a call must run."""
-        runnable = []
-        for operation in operations:
-            if operation.type == "const":
-                self._constant(operation)
-            elif operation.type.startswith("constexpr_"):
-                self._expression(operation)
-            else:
-                self._known(operation)
-                blocks = []
-                for block in operation.blocks:
-                    for item in block.inputs:
-                        self._value(item)
-                    blocks.append(replace(block, operations=self._define(block.operations)))
-                for item in operation.outputs:
-                    self._value(item)
-                runnable.append(replace(operation, blocks=tuple(blocks)))
-        return tuple(runnable)
-
-    def _value(self, item: NamedType) -> None:
-        self._declare(item)
-        self.slots[item.name] = self._place(None)
-
-    def _declare(self, item: NamedType) -> None:
-        if item.name in self.types or item.name in self.constants:
-            raise ArtifactError(f"The program defines '{item.name}' twice.")
-        wrapped = item.type.wrapped if isinstance(item.type, StateType) else item.type
-        if not isinstance(wrapped, TensorType):
-            raise ArtifactError(
-                f"'{item.name}' has the type {item.type}; only tensors can be computed."
-            )
-        self.types[item.name] = wrapped
-
     def _place(self, value: Any) -> int:
         self.initial.append(value)
         return len(self.initial) - 1
-
-    def _known(self, operation: Operation) -> None:
-        who = label(operation)
-        if operation.type in CONTROL:
-            if len(operation.blocks) != 2:
-                raise ArtifactError(f"{who} has {len(operation.blocks)} nested blocks, not 2.")
-        elif operation.blocks:
-            raise ArtifactError(f"{who} has nested blocks, which this operation does not take.")
-        elif operation.type not in self.ops and operation.type not in _STATE_OPS:
-            raise ArtifactError(
-                f"{who} is not known to the reference runtime."
-                f"{nearest(operation.type, self.ops)} Add it in llm_coreml/reference/ops."
-            )
-        elif operation.type in self.ops and not operation.outputs:
-            raise ArtifactError(f"{who} has no results.")
-        elif operation.type in _STATE_OPS:
-            self._state(operation)
-            if len(operation.outputs) != (operation.type == "read_state"):
-                raise ArtifactError(f"{who} has {len(operation.outputs)} results.")
-
-    def _constant(self, operation: Operation) -> None:
-        value = operation.attributes.get("val")
-        if value is None or len(operation.outputs) != 1:
-            raise ArtifactError(f"{label(operation)} has no value.")
-        item = operation.outputs[0]
-        if item.type != value.type:
-            raise ArtifactError(f"{label(operation)} declares {item.type} and holds {value.type}.")
-        if isinstance(item.type, TensorType):
-            self._declare(item)
-        elif item.name in self.constants:
-            raise ArtifactError(f"The program defines '{item.name}' twice.")
-        self.constants[item.name] = value
-
-    def _expression(self, operation: Operation) -> None:
-        """Note a compressed constant; its inputs are constants by definition."""
-        spec = self.ops.get(operation.type)
-        if spec is None:
-            self._known(operation)
-            raise AssertionError("an unknown operation was accepted")
-        given = arguments(operation, spec, self.constants, self.types)
-        result_types(operation, spec, given)
-        operands = {}
-        for key, bound in given.tensors.items():
-            source = self.constants.get(bound[0]) if isinstance(bound[0], str) else bound[0]
-            if source is None:
-                raise ArtifactError(
-                    f"{label(operation)} uses '{bound[0]}', which is not a constant."
-                )
-            operands[key] = source
-        for number, item in enumerate(operation.outputs):
-            self._declare(item)
-            declared = self.types[item.name]
-            self.constants[item.name] = Expression(
-                label(operation), spec, operands, given.plain, declared, number
-            )
 
     # Constants as tensors.
 
@@ -214,10 +114,6 @@ class _Compiler:
         return not spec.half or any(
             name in self.wide and _size(self.constants[name]) > _LARGE for name in operation.names()
         )
-
-    def _note_wide(self, operation: Operation) -> None:
-        if self._widens(operation):
-            self.wide |= self.constants.keys() & set(operation.names())
 
     def _slot(self, binding: Binding, wide: bool, who: str) -> int:
         """Return the place of a value; a constant becomes a tensor."""
@@ -234,26 +130,6 @@ class _Compiler:
             held = self.pool.held(self.constants[binding], wide=wide)
             self.constant_slots[key] = self._place(held)
         return self.constant_slots[key]
-
-    # Order and memory.
-
-    def _check_order(self, function: Function) -> None:
-        defined = {item.name for item in function.inputs} | self.constants.keys()
-
-        def check(operations: Sequence[Operation], known: set[str]) -> None:
-            for operation in operations:
-                for bound in operation.inputs.values():
-                    for name in bound:
-                        if isinstance(name, str) and name not in known:
-                            raise ArtifactError(
-                                f"{label(operation)} uses '{name}', which nothing defines before."
-                            )
-                for block in operation.blocks:
-                    inner = known | {item.name for item in block.inputs}
-                    check(block.operations, inner)
-                known |= {item.name for item in operation.outputs}
-
-        check(function.operations, defined)
 
     def _owned(self, operations: Sequence[Operation]) -> frozenset[str]:
         """Return the values that rounding to fp16 copies to fresh memory."""
@@ -414,10 +290,3 @@ def _size(source: Source) -> int:
     for size in declared.shape:
         total *= size or 0
     return total
-
-
-def _nested(operations: Sequence[Operation]) -> Iterator[Operation]:
-    for operation in operations:
-        yield operation
-        for block in operation.blocks:
-            yield from _nested(block.operations)
