@@ -40,7 +40,14 @@ def read_windows(
         )
     opened = Tokenizer(tokenizer)
     name, content = read_text(None if text is None else Path(text))
-    return name, cut(opened.encode(content), min(context, _LONGEST_WINDOW), opened.bos_id, limit)
+    return name, cut_to_context(opened.encode(content), context, opened.bos_id, limit)
+
+
+def cut_to_context(
+    tokens: Sequence[int], context: int, bos_id: int | None, limit: int
+) -> list[list[int]]:
+    """Cut `tokens` into windows that a cache of `context` positions holds, see `cut`."""
+    return cut(tokens, min(context, _LONGEST_WINDOW), bos_id, limit)
 
 
 def read_text(path: Path | None) -> tuple[str, str]:

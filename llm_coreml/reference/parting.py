@@ -4,7 +4,8 @@
     Lockstep(first, second, pairs, parting.compare, watches).run(...)
     parting.first(1e-2), parting.by_layer()
 
-The error of a result is max|a - b| / max|a| over its elements, `a` being the first program's.
+The error of a result is max|a - b| / max|a| over its elements, `a` being the first program's; see
+`relative_error`.
 """
 
 from __future__ import annotations
@@ -89,6 +90,9 @@ def _error(entry: Compared) -> float:
 def relative_error(first: torch.Tensor, second: torch.Tensor) -> float:
     """Return max|first - second| / max|first|; 0 if they are equal, infinities and NaN included.
 
+    Where either is kept in fp16, a largest below fp16's smallest normal number counts as that: what
+    fp16 rounds to zero there is no difference worth a report, and what it does later is one.
+
     Args:
         first: any element type.
         second: same shape; compared as numbers where the type differs.
@@ -101,5 +105,7 @@ def relative_error(first: torch.Tensor, second: torch.Tensor) -> float:
         return 0.0
     difference = torch.where(same, torch.zeros_like(a), (a - b).abs())
     size = float(torch.where(a.isfinite(), a, torch.zeros_like(a)).abs().max())
+    if floats and torch.float16 in (first.dtype, second.dtype):
+        size = max(size, torch.finfo(torch.float16).smallest_normal)
     worst = float(difference.max())
     return worst / size if size and math.isfinite(worst) else math.inf
