@@ -86,7 +86,7 @@ def inspection_table(found: Inspection) -> Group:
             table.add_row(f"{item.largest:.5g}", room, str(item.layer), name)
         parts += [Text(""), table]
     if found.against is not None:
-        parts += [Text(""), *_errors(found, f"declared and {found.against} part", "error")]
+        parts += [Text(""), *_errors(found, f"declared and {found.against} part")]
     return Group(*parts)
 
 
@@ -106,7 +106,7 @@ def comparison_table(found: Comparison) -> Group:
         if alone:
             counts = ", ".join(f"{count} {name}" for name, count in alone.items())
             parts.append(Text(f"only in {letter}: {counts}"))
-    parts += [Text(""), *_errors(found, "A and B part", "error relative to A"), Text("")]
+    parts += [Text(""), *_errors(found, "A and B part"), Text("")]
     table = _plain("model", "perplexity", "mean KL", "p99 KL", "top-1 agreement")
     for letter, quality in zip("AB", found.qualities, strict=True):
         name, _, *figures = _quality_row(quality)
@@ -114,14 +114,14 @@ def comparison_table(found: Comparison) -> Group:
     return Group(*parts, table)
 
 
-def _errors(found: Inspection | Comparison, what: str, column: str) -> list[Any]:
+def _errors(found: Inspection | Comparison, what: str) -> list[Any]:
     """Return where two runs part, and the largest error of each layer."""
     if found.first is None:
         sentence = f"nowhere do {what} by more than {found.threshold:g}"
     else:
         where = f"{found.first.name} ({found.first.type}, after attention {found.first.layer})"
         sentence = f"{what} by more than {found.threshold:g} first at {where}"
-    table = _plain(column, "after attention", "largest in the layer at")
+    table = _plain("error", "after attention", "largest in the layer at")
     for item in found.layers:
         error = "inf or NaN" if item.error is None else f"{item.error:.2e}"
         table.add_row(error, str(item.layer), f"{item.name} ({item.type})")

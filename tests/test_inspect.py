@@ -61,7 +61,7 @@ def test_in_fp32_nothing_overflows_and_the_true_size_is_told(tmp_path: Path) -> 
     assert found["over"].largest == 90000 and not any(item.begins for item in found.values())
 
 
-@pytest.mark.parametrize("fill", [-np.inf, -40000.0, -65504.0])
+@pytest.mark.parametrize("fill", [-np.inf, -40000.0, -60000.0])
 def test_masks_are_no_activations(tmp_path: Path, fill: float) -> None:
     full = np.full((2, 3), fill, half)
 
@@ -80,6 +80,17 @@ def test_masks_are_no_activations(tmp_path: Path, fill: float) -> None:
     # Rows keep 1 * 8, and 4 * 8 and -5 * 8, where nothing is masked.
     assert found["scores"].largest == 48 and found["masked"].largest == 40
     assert found["weights"].largest == 1
+
+
+def test_a_mask_that_itself_overflows_is_told(tmp_path: Path) -> None:
+    def body(x: Any) -> Any:
+        return mb.add(x=x, y=np.full((1, 2), -65504, half), name="masked")
+
+    loaded = program(tmp_path, {"x": tensor(1, 2, dtype=HALF)}, body)
+    scores = torch.tensor([[8.0, -16.0]], dtype=torch.float16)
+    # -65504 + 8 rounds back; -65504 - 16 is half a step beyond the last number, and rounds to -inf.
+    assert watched(loaded, {"x": scores})["masked"].begins == ("inf",)
+    assert watched(loaded, {"x": scores.abs()})["masked"].begins == ()
 
 
 def test_a_masked_row_that_becomes_nan_is_told(tmp_path: Path) -> None:

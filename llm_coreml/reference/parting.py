@@ -18,6 +18,9 @@ import torch
 
 from llm_coreml.reference.alignment import Traced
 
+# They give a whole cache, with what all layers wrote to it in earlier calls.
+_STATES = frozenset({"read_state", "slice_update", "write_state"})
+
 
 @dataclass
 class Compared:
@@ -75,10 +78,11 @@ class Parting:
         return None
 
     def by_layer(self) -> tuple[Compared, ...]:
-        """Return the operation with the largest error of each layer."""
-        layers = sorted({entry.layer for entry in self.operations})
+        """Return the operation with the largest error of each layer, states left out."""
+        entries = [entry for entry in self.operations if entry.type not in _STATES]
+        layers = sorted({entry.layer for entry in entries})
         return tuple(
-            max((entry for entry in self.operations if entry.layer == layer), key=_error)
+            max((entry for entry in entries if entry.layer == layer), key=_error)
             for layer in layers
         )
 
