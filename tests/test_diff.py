@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from artifacts import Artifact
 from coremltools.converters.mil.mil import Builder as mb
-from exported import in_process, run
+from exported import in_process
 from handmade import HALF, program, tensor
 from llm_coreml.eval.difference import diff
+from tiny import tokens_for
 
 from llm_coreml.errors import ArtifactError, ConfigError
 from llm_coreml.reference import CoreMLProgram
@@ -23,7 +25,6 @@ from llm_coreml.reference.alignment import Trace, Traced, align
 from llm_coreml.reference.lockstep import Lockstep
 from llm_coreml.reference.parting import Parting, relative_error
 from llm_coreml.reference.watch import Watch
-from llm_coreml.runtime import ReferenceRunner
 
 half = np.float16
 Given = dict[str, torch.Tensor]
@@ -235,16 +236,6 @@ def test_what_fp16_rounds_to_zero_is_no_difference() -> None:
 # Two exports
 
 
-@pytest.fixture(scope="module")
-def other_bundle(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path:
-    """The tiny model again, with attention decomposed and other weights."""
-    path = tmp_path_factory.mktemp("other") / "ane"
-    shapes = ("--context", "64", "--seq-lengths", "1,4")
-    done = run("export", checkpoint, "-o", path, *shapes, "--target", "ane")
-    assert done.code == 0, done.err
-    return path
-
-
 def test_an_export_does_not_differ_from_itself(
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -264,28 +255,34 @@ def test_an_export_does_not_differ_from_itself(
 def test_exports_for_two_targets(
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-    bundle: Path,
-    other_bundle: Path,
-    text_file: Path,
+    quantized: Callable[[str], Artifact],
+    tmp_path: Path,
 ) -> None:
-    from llm_coreml import evaluate
-
-    words = ("diff", bundle, other_bundle, "--text", text_file, "--tokens", "40")
+    one, other = quantized("int4-group-32"), quantized("codebook-4")
+    tokens = tokens_for(96, 25)
+    ids = tmp_path / "ids.txt"
+    ids.write_text(" ".join(map(str, tokens)))
+    words = ("diff", one.path, other.path, "--ids", ids)
     done = in_process(capfd, monkeypatch, *words, "--format", "json")
     assert done.code == 0, done.err
     found = json.loads(done.out)
-    assert not found["equal"] and found["tokens"] == 40
+    assert not found["equal"] and found["tokens"] == 24 and found["text"] == "ids.txt"
     # One layer: fused attention on one side, its parts on the other.
     assert found["alone"][0] == {"scaled_dot_product_attention": 1}
     assert found["alone"][1].keys() >= {"softmax", "matmul"}
     # The token table is the same; the first projection has other codes.
     assert found["first"]["type"] == "linear" and found["first"]["layer"] == 0
     assert [item["layer"] for item in found["layers"]] == [0, 1]
-    one, other = found["qualities"]
-    assert (one["name"], other["name"]) == ("first", "second")
-    assert one["mean_kl"] is None and 0 < other["mean_kl"] < 1
-    alone = evaluate(other_bundle, text=text_file, tokens=40, artifact_only=True)
-    assert other["perplexity"] == pytest.approx(alone.artifact.perplexity, rel=1e-6)
+    qualities = found["qualities"]
+    assert [quality["name"] for quality in qualities] == ["first", "second"]
+    rows = [artifact.runner().logits(tokens[:-1]).double() for artifact in (one, other)]
+    for logits, quality in zip(rows, qualities, strict=True):
+        cost = torch.nn.functional.cross_entropy(logits, torch.tensor(tokens[1:]))
+        assert quality["perplexity"] == pytest.approx(math.exp(cost), rel=1e-6)
+    logs = [logits.log_softmax(-1) for logits in rows]
+    divergence = (logs[0].exp() * (logs[0] - logs[1])).sum(-1).mean()
+    assert qualities[0]["mean_kl"] is None
+    assert qualities[1]["mean_kl"] == pytest.approx(float(divergence), rel=1e-6)
     table = in_process(capfd, monkeypatch, *words).out
     assert "only in A: 1 scaled_dot_product_attention" in table
     assert f"A and B part by more than 0.01 first at {found['first']['name']} (linear" in table
@@ -309,14 +306,8 @@ def test_diff_misuse(
         assert done.code == code and told in done.err.splitlines()[-1] and done.out == ""
 
 
-def test_diff_needs_one_vocabulary(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = itertools.count(300)
-    opened = ReferenceRunner.__init__
-
-    def widened(self: ReferenceRunner, *arguments: Any) -> None:
-        opened(self, *arguments)
-        self.vocab_size = next(sizes)
-
-    monkeypatch.setattr(ReferenceRunner, "__init__", widened)
-    with pytest.raises(ConfigError, match=r"vocabulary of 300 tokens and .* one of 301; give two"):
-        diff(bundle, bundle)
+def test_diff_needs_one_vocabulary(
+    quantized: Callable[[str], Artifact], three_layers: Artifact
+) -> None:
+    with pytest.raises(ConfigError, match=r"vocabulary of 96 tokens and .* one of 257; give two"):
+        diff(quantized("int4-group-32").path, three_layers.path)
