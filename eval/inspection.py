@@ -19,7 +19,7 @@ from llm_coreml.errors import ConfigError
 from llm_coreml.progress import Progress, Silent
 from llm_coreml.reference.execution import Execution
 from llm_coreml.reference.limits import machine_memory
-from llm_coreml.reference.parting import Compared
+from llm_coreml.reference.parting import Compared, Parting
 from llm_coreml.reference.watch import Observed, Watch
 from llm_coreml.runtime import DECLARED, ReferenceRunner
 
@@ -55,7 +55,7 @@ class Result:
         dtype: Declared type.
         largest: Largest finite magnitude.
         begins: `inf` and `nan` if they begin here.
-        unrounded: Largest finite magnitude in fp32, if that was run.
+        beside: Largest finite magnitude in the other mode, if one was run.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Result:
     dtype: str
     largest: float
     begins: tuple[str, ...]
-    unrounded: float | None
+    beside: float | None
 
 
 @dataclass(frozen=True)
@@ -146,18 +146,9 @@ def inspect_numerics(
     opened = open_artifact(path, execution)
     name, windows = read_tokens((opened,), text, ids, tokens)
     progress.stage("watch")
-    first: Compared | None = None
-    layers: tuple[Compared, ...] = ()
-    unrounded: dict[str, float] = {}
-    if other is None:
-        watch = _watch(opened.runner, windows, progress.advance)
-    else:
-        reading = read_in_pairs(opened.runner, other, windows, progress.advance)
-        watch, beside = reading.watches
-        first = reading.parting.first(threshold)
-        layers = reading.parting.by_layer()
-        unrounded = {item.name: item.largest for item in beside.operations if against == "fp32"}
-    found = [_result(item, unrounded) for item in watch.operations]
+    watch, beside, parting = _read(opened.runner, other, windows, progress.advance)
+    first = parting.first(threshold) if parting else None
+    found = [_result(item, beside) for item in watch.operations]
     return Inspection(
         program=str(opened.path),
         text=name,
@@ -165,11 +156,11 @@ def inspect_numerics(
         device=device,
         operations=len(found),
         overflows=tuple(item for item in found if item.begins),
-        nearest=tuple(_result(item, unrounded) for item in _nearest(watch, top)),
+        nearest=tuple(_result(item, beside) for item in _nearest(watch, top)),
         against=against,
         threshold=threshold,
         first=difference(first) if first else None,
-        layers=tuple(map(difference, layers)),
+        layers=tuple(map(difference, parting.by_layer())) if parting else (),
     )
 
 
@@ -200,6 +191,20 @@ def difference(entry: Compared) -> Difference:
     return Difference(entry.name, entry.type, entry.layer, error)
 
 
+def _read(
+    runner: ReferenceRunner,
+    other: ReferenceRunner | None,
+    windows: Sequence[Sequence[int]],
+    on_progress: Callable[[float], None],
+) -> tuple[Watch, dict[str, float], Parting | None]:
+    """Return what was watched, sizes of the other's values, and the errors between modes."""
+    if other is None:
+        return _watch(runner, windows, on_progress), {}, None
+    reading = read_in_pairs(runner, other, windows, on_progress)
+    watch, other_watch = reading.watches
+    return watch, {item.name: item.largest for item in other_watch.operations}, reading.parting
+
+
 def _watch(
     runner: ReferenceRunner,
     windows: Sequence[Sequence[int]],
@@ -220,7 +225,7 @@ def _nearest(watch: Watch, top: int) -> list[Observed]:
     return sorted(made, key=lambda item: -item.largest)[:top]
 
 
-def _result(item: Observed, unrounded: dict[str, float]) -> Result:
+def _result(item: Observed, beside: dict[str, float]) -> Result:
     return Result(
         item.name,
         item.type,
@@ -228,5 +233,5 @@ def _result(item: Observed, unrounded: dict[str, float]) -> Result:
         item.dtype,
         item.largest,
         item.begins,
-        unrounded.get(item.name),
+        beside.get(item.name),
     )

@@ -70,11 +70,16 @@ def inspection_table(found: Inspection) -> Group:
         Text(f"{found.tokens:,} tokens of {found.text}; {found.operations:,} floating-point values")
     ]
     if found.overflows:
-        table = _plain("begins", "in fp32", "after attention", "inf or NaN begins at")
+        table = _plain(
+            "begins",
+            f"in {found.against}" if found.against else "",
+            "after attention",
+            "inf or NaN begins at",
+        )
         for item in found.overflows:
-            unrounded = "" if item.unrounded is None else f"{item.unrounded:.5g}"
+            beside = "" if item.beside is None else f"{item.beside:.5g}"
             kinds = " and ".join(item.begins)
-            table.add_row(kinds, unrounded, str(item.layer), f"{item.name} ({item.type})")
+            table.add_row(kinds, beside, str(item.layer), f"{item.name} ({item.type})")
         parts.append(table)
     else:
         parts.append(Text("no value is inf or NaN beyond what masks bring in"))

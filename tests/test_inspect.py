@@ -13,11 +13,13 @@ import torch
 from coremltools.converters.mil.mil import Builder as mb
 from exported import in_process
 from handmade import HALF, INT, program, tensor
-from llm_coreml.eval.inspection import inspect_numerics
+from llm_coreml.eval.inspection import Difference, Inspection, Result, inspect_numerics
+from rich.console import Console
 
 from llm_coreml.options import MODES
 from llm_coreml.reference.numerics import MODES as KNOWN_MODES
 from llm_coreml.reference.watch import Observed, Watch
+from llm_coreml.tables import inspection_table
 
 half = np.float16
 
@@ -114,7 +116,7 @@ def test_a_large_input_counts_and_movement_does_not_grow(tmp_path: Path) -> None
     assert found["doubled"].largest == 40000 and found["doubled"].grows
 
 
-def test_a_state_that_was_reset_is_not_remembered(tmp_path: Path) -> None:
+def test_a_state_that_was_restored_is_looked_at_again(tmp_path: Path) -> None:
     def body(x: Any, total: Any) -> Any:
         old = mb.read_state(input=total, name="old")
         new = mb.mul(x=mb.add(x=old, y=x, name="sum"), y=half(30000), name="new")
@@ -128,12 +130,14 @@ def test_a_state_that_was_reset_is_not_remembered(tmp_path: Path) -> None:
     loaded = program(tmp_path, inputs, body)
     watch = Watch(loaded)
     with loaded.observed(watch):
-        loaded({"x": torch.full((1,), 3.0, dtype=torch.float16)})
+        loaded({"x": torch.full((1,), 2.0, dtype=torch.float16)})
+        loaded.restore({"total": torch.full((1,), -np.inf, dtype=torch.float16)})
+        loaded({"x": torch.zeros(1, dtype=torch.float16)})
         loaded.reset()
-        loaded({"x": torch.full((1,), -np.inf, dtype=torch.float16)})
-    begins = {item.name: item.begins for item in watch.operations}
-    # 3 * 30000 overflows; the second call's infinity comes from outside.
-    assert begins["new"] == ("inf",) and begins["sum"] == () and begins["old"] == ()
+        assert not any(item.begins for item in watch.operations), "infinity came from outside"
+        # 3 * 30000 is beyond 65504.
+        loaded({"x": torch.full((1,), 3.0, dtype=torch.float16)})
+    assert [item.name for item in watch.operations if item.begins] == ["new"]
 
 
 def test_layers_are_counted_by_attention(tmp_path: Path) -> None:
@@ -179,7 +183,7 @@ def test_inspect_json_and_table(
     assert [item["layer"] for item in found["layers"]] == [0, 1]
     # fp16 keeps 11 bits: a rounding shows, a defect would be larger.
     assert all(2**-13 < item["error"] < 1e-2 for item in found["layers"])
-    assert all(abs(item["unrounded"] / item["largest"] - 1) < 1e-2 for item in found["nearest"])
+    assert all(abs(item["beside"] / item["largest"] - 1) < 1e-2 for item in found["nearest"])
     table = in_process(capfd, monkeypatch, *words).out
     assert "no value is inf or NaN" in table and "nowhere do declared and fp32 part" in table
     for item in found["nearest"]:
@@ -192,6 +196,33 @@ def test_a_low_threshold_finds_the_first_rounding(bundle: Path, text_file: Path)
     alone = inspect_numerics(bundle, text=text_file, tokens=9, against=None)
     assert alone.layers == () and alone.first is None
     assert [item.largest for item in alone.nearest] == [item.largest for item in found.nearest]
+
+
+def test_the_table_tells_where_overflow_begins() -> None:
+    over = Result("big", "mul", 3, "fp16", 60000.0, ("inf",), 90000.0)
+    parted = Difference("big", "mul", 3, None)
+    found = Inspection(
+        program="model.pte",
+        text="text",
+        tokens=5,
+        device="cpu",
+        operations=7,
+        overflows=(over,),
+        nearest=(over,),
+        against="fp32",
+        threshold=0.01,
+        first=parted,
+        layers=(parted,),
+    )
+    console = Console(width=100)
+    with console.capture() as printed:
+        console.print(inspection_table(found))
+    told = printed.get()
+    assert re.search(r"^inf +90000 +3 +big \(mul\)", told, re.M)
+    # 65504 / 60000
+    assert re.search(r"^60000 +1\.1x +3 +big \(mul\)", told, re.M)
+    assert "part by more than 0.01 first at big (mul, after attention 3)" in told
+    assert re.search(r"^inf or NaN +3 +big \(mul\)", told, re.M)
 
 
 @pytest.mark.parametrize(
