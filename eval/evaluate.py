@@ -13,7 +13,7 @@ from llm_coreml.eval.latency import measure_latency
 from llm_coreml.eval.quality import measure_quality
 from llm_coreml.eval.results import Evaluation
 from llm_coreml.eval.sizes import measure_bytes
-from llm_coreml.eval.text import cut, read_text
+from llm_coreml.eval.text import read_windows
 from llm_coreml.recipes import bundled_model
 
 from llm_coreml.build import Model, build_decoder, build_original, open_model
@@ -26,15 +26,13 @@ from llm_coreml.bundle import (
     write_json,
 )
 from llm_coreml.config import ExportConfig
-from llm_coreml.errors import ArtifactError, CheckpointError, ConfigError
+from llm_coreml.errors import CheckpointError, ConfigError
 from llm_coreml.progress import Progress, Silent
 from llm_coreml.quantize import make_plan
-from llm_coreml.runtime import EagerRunner, Runner, open_runner
-from llm_coreml.tokenizer import Tokenizer
+from llm_coreml.reference.execution import Execution
+from llm_coreml.runtime import DECLARED, EagerRunner, Runner, open_runner
 
 DEFAULT_TOKENS = 2048
-# Two models' logits of a window are held at a time: 1 GB at a vocabulary of 128 thousand.
-_LONGEST_WINDOW = 1024
 
 
 def evaluate(
@@ -44,6 +42,7 @@ def evaluate(
     text: str | Path | None = None,
     tokens: int = DEFAULT_TOKENS,
     artifact_only: bool = False,
+    execution: Execution = DECLARED,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Measure the artifact and write `results.json` beside it.
@@ -54,12 +53,13 @@ def evaluate(
         text: UTF-8 file; None takes the held-out text that ships in the package.
         tokens: Most tokens to score. A `last` program is fed one at a time.
         artifact_only: Leave out the original and the quantized eager model.
+        execution: Numerics, device and memory of the reference runtime.
         progress: Told of stages and shares.
 
     Raises:
         ArtifactError: the bundle or its program is damaged.
         CheckpointError: the original is absent, or is another model than was exported.
-        ConfigError: the text cannot be used.
+        ConfigError: the text cannot be used, or the execution asks for what is not there.
     """
     if tokens < 1:
         raise ConfigError(f"--tokens is {tokens}; score at least 1.")
@@ -67,9 +67,10 @@ def evaluate(
     progress.stage("open")
     opened = open_bundle(Path(bundle))
     check_writable(opened.folder)
-    artifact = open_runner(opened)
+    artifact = open_runner(opened, execution)
     check_program(opened)
-    name, windows = _windows(opened, artifact, text, tokens)
+    tokenizer = opened.tokenizer if opened.tokenizer.is_file() else None
+    name, windows = read_windows(text, tokenizer, artifact.context, tokens)
     runners: dict[str, Runner] = {}
     if not artifact_only:
         runners.update(_originals(opened, model))
@@ -87,23 +88,11 @@ def evaluate(
         bits_per_weight=opened.manifest["quantization"]["bits_per_weight"],
         source=opened.manifest["source"],
         program_sha256=opened.manifest["program"]["sha256"],
+        mode=execution.mode,
+        device=execution.device,
     )
     write_json(opened.folder / RESULTS, result.to_json())
     return result
-
-
-def _windows(
-    bundle: Bundle, artifact: Runner, text: str | Path | None, tokens: int
-) -> tuple[str, list[list[int]]]:
-    if not bundle.tokenizer.is_file():
-        raise ArtifactError(
-            f"'{bundle.folder}' was exported without a tokenizer, so no text can be scored; "
-            "export again with one."
-        )
-    tokenizer = Tokenizer(bundle.tokenizer)
-    name, content = read_text(None if text is None else Path(text))
-    window = min(artifact.context, _LONGEST_WINDOW)
-    return name, cut(tokenizer.encode(content), window, tokenizer.bos_id, tokens)
 
 
 def _originals(bundle: Bundle, model: str | Path | torch.nn.Module | None) -> dict[str, Runner]:

@@ -70,6 +70,8 @@ class Evaluation:
         bits_per_weight: Stored bits per weight, a tied table counted once.
         source: What was exported, and the hash of its weights.
         program_sha256: The measured file.
+        mode: Numerics of the reference runtime, see `reference.numerics`.
+        device: Where it computed.
     """
 
     text: str
@@ -81,6 +83,8 @@ class Evaluation:
     bits_per_weight: float
     source: dict[str, Any]
     program_sha256: str
+    mode: str = "declared"
+    device: str = "cpu"
 
     @property
     def artifact(self) -> Quality:

@@ -10,9 +10,44 @@ from pathlib import Path
 
 from llm_coreml.recipes import bundled_model
 
-from llm_coreml.errors import ConfigError
+from llm_coreml.errors import ArtifactError, ConfigError
+from llm_coreml.tokenizer import Tokenizer
 
 _HELDOUT = "heldout.txt"
+# Two models' logits of a window are held at a time: 1 GB at a vocabulary of 128 thousand.
+_LONGEST_WINDOW = 1024
+
+
+def read_windows(
+    text: str | Path | None, tokenizer: Path | None, context: int, limit: int
+) -> tuple[str, list[list[int]]]:
+    """Return the name of a text and its windows.
+
+    Args:
+        text: UTF-8 file; None takes the held-out text that ships in the package.
+        tokenizer: The model's `tokenizer.json`, None if it has none.
+        context: Positions of the model's cache.
+        limit: Most tokens to score over all windows.
+
+    Raises:
+        ArtifactError: there is no tokenizer.
+        ConfigError: the text cannot be used.
+    """
+    if tokenizer is None:
+        raise ArtifactError(
+            "This bundle was exported without a tokenizer, so no text can be read; export again "
+            "with one."
+        )
+    opened = Tokenizer(tokenizer)
+    name, content = read_text(None if text is None else Path(text))
+    return name, cut_to_context(opened.encode(content), context, opened.bos_id, limit)
+
+
+def cut_to_context(
+    tokens: Sequence[int], context: int, bos_id: int | None, limit: int
+) -> list[list[int]]:
+    """Cut `tokens` into windows that a cache of `context` positions holds, see `cut`."""
+    return cut(tokens, min(context, _LONGEST_WINDOW), bos_id, limit)
 
 
 def read_text(path: Path | None) -> tuple[str, str]:

@@ -9,7 +9,6 @@ happen inside the commands, so that `--help` is quick.
 
 from __future__ import annotations
 
-import json
 import sys
 import traceback
 from pathlib import Path
@@ -18,8 +17,8 @@ from typing import Any
 import click
 
 from llm_coreml.errors import LlmCoreMLError
-
-_FORMATS = click.Choice(["human", "json"])
+from llm_coreml.looking import diff_command, inspect_command, run_command
+from llm_coreml.options import DEVICE, FORMAT, MODE, TEXT, VERBOSE, print_json
 
 
 def _lengths(value: str) -> tuple[int, ...]:
@@ -96,8 +95,8 @@ def cli() -> None:
     help="xnnpack makes a twin that ExecuTorch's stock runner runs on Linux.",
 )
 @click.option("--force", is_flag=True, help="Export a scheme that the target is known to refuse.")
-@click.option("--format", "form", type=_FORMATS, default="human", show_default=True)
-@click.option("--verbose", "-v", is_flag=True, help="Show what the libraries below print.")
+@FORMAT
+@VERBOSE
 def export_command(
     model: str | None,
     given: str | None,
@@ -145,7 +144,7 @@ def export_command(
         )
         screen.progress.close()
         if form == "json":
-            _print_json(screen.result.file, bundle.manifest)
+            print_json(screen.result.file, bundle.manifest)
         else:
             from llm_coreml.tables import export_table
 
@@ -155,17 +154,21 @@ def export_command(
 @cli.command("eval")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--model", "-m", metavar="ID_OR_DIR", help="The original, if it was moved.")
-@click.option("--text", type=click.Path(path_type=Path), help="UTF-8 file; else the bundled text.")
+@TEXT
 @click.option("--tokens", type=int, default=2048, show_default=True, help="Most tokens to score.")
 @click.option("--artifact-only", is_flag=True, help="Do not load the original.")
-@click.option("--format", "form", type=_FORMATS, default="human", show_default=True)
-@click.option("--verbose", "-v", is_flag=True, help="Show what the libraries below print.")
+@MODE
+@DEVICE
+@FORMAT
+@VERBOSE
 def eval_command(
     bundle: Path,
     model: str | None,
     text: Path | None,
     tokens: int,
     artifact_only: bool,
+    mode: str,
+    device: str,
     form: str,
     verbose: bool,
 ) -> None:
@@ -177,6 +180,7 @@ def eval_command(
 
     with terminal(verbose) as screen:
         from llm_coreml.eval.evaluate import evaluate
+        from llm_coreml.reference.execution import Execution
         from llm_coreml.tables import evaluation_table
 
         result = evaluate(
@@ -185,11 +189,12 @@ def eval_command(
             text=text,
             tokens=tokens,
             artifact_only=artifact_only,
+            execution=Execution(mode, device),
             progress=screen.progress,
         )
         screen.progress.close()
         if form == "json":
-            _print_json(screen.result.file, result.to_json())
+            print_json(screen.result.file, result.to_json())
         else:
             screen.result.print(evaluation_table(result))
 
@@ -201,7 +206,9 @@ def eval_command(
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--top-p", type=float, default=1.0, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--verbose", "-v", is_flag=True, help="Show what the libraries below print.")
+@MODE
+@DEVICE
+@VERBOSE
 def generate_command(
     bundle: Path,
     prompt: str,
@@ -209,6 +216,8 @@ def generate_command(
     temperature: float,
     top_p: float,
     seed: int,
+    mode: str,
+    device: str,
     verbose: bool,
 ) -> None:
     """Continue a text with the program inside the .pte, on this machine."""
@@ -216,8 +225,9 @@ def generate_command(
 
     with terminal(verbose) as screen:
         from llm_coreml.language_model import load
+        from llm_coreml.reference.execution import Execution
 
-        pieces = load(bundle).stream(
+        pieces = load(bundle, Execution(mode, device)).stream(
             prompt, max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
         )
         for piece in pieces:
@@ -227,8 +237,8 @@ def generate_command(
 
 @cli.command("show")
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("--format", "form", type=_FORMATS, default="human", show_default=True)
-@click.option("--verbose", "-v", is_flag=True, help="Show what the libraries below print.")
+@FORMAT
+@VERBOSE
 def show_command(path: Path, form: str, verbose: bool) -> None:
     """Tell what is in a bundle or a .pte: method, states, ops, bytes."""
     from llm_coreml.terminal import terminal
@@ -239,13 +249,13 @@ def show_command(path: Path, form: str, verbose: bool) -> None:
 
         found = contents(path)
         if form == "json":
-            _print_json(screen.result.file, found)
+            print_json(screen.result.file, found)
         else:
             screen.result.print(contents_table(found))
 
 
 @cli.command("ls")
-@click.option("--format", "form", type=_FORMATS, default="human", show_default=True)
+@FORMAT
 def ls_command(form: str) -> None:
     """List recipes, targets and weight schemes."""
     from rich.console import Console
@@ -262,7 +272,7 @@ def ls_command(form: str) -> None:
     }
     lists = {"recipes": recipes, "targets": targets, "schemes": dict(SCHEMES)}
     if form == "json":
-        _print_json(sys.stdout, lists)
+        print_json(sys.stdout, lists)
         return
     console = Console(highlight=False, soft_wrap=True)
     for title, rows in lists.items():
@@ -270,8 +280,8 @@ def ls_command(form: str) -> None:
         console.print()
 
 
-def _print_json(file: Any, value: dict[str, Any]) -> None:
-    click.echo(json.dumps(value, indent=2, sort_keys=True), file=file)
+for command in (diff_command, inspect_command, run_command):
+    cli.add_command(command)
 
 
 def main() -> None:

@@ -15,7 +15,8 @@ import torch
 
 from llm_coreml.bundle import open_bundle
 from llm_coreml.errors import ArtifactError, ConfigError
-from llm_coreml.runtime import open_runner
+from llm_coreml.reference.execution import Execution
+from llm_coreml.runtime import DECLARED, open_runner
 from llm_coreml.sampling import Sampler
 from llm_coreml.tokenizer import Tokenizer
 
@@ -29,15 +30,17 @@ class LanguageModel:
 
     Args:
         folder: Folder that an export wrote.
+        execution: Numerics, device and memory of the reference runtime.
 
     Raises:
         ArtifactError: the bundle is damaged.
+        ConfigError: the execution asks for what is not there.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, execution: Execution = DECLARED) -> None:
         bundle = open_bundle(folder)
         self.manifest = bundle.manifest
-        self.runner = open_runner(bundle)
+        self.runner = open_runner(bundle, execution)
         methods: dict[str, Any] = self.manifest["program"]["constant_methods"]
         self._stop: tuple[int, ...] = tuple(methods.get("get_eos_ids", ()))
         self._tokenizer: Tokenizer | None = None
@@ -115,10 +118,15 @@ class LanguageModel:
                 told = text
 
 
-def load(folder: str | Path) -> LanguageModel:
+def load(folder: str | Path, execution: Execution = DECLARED) -> LanguageModel:
     """Open the bundle at `folder`.
+
+    Args:
+        folder: Folder that an export wrote.
+        execution: Numerics, device and memory of the reference runtime.
 
     Raises:
         ArtifactError: it is damaged, or no bundle.
+        ConfigError: the execution asks for what is not there.
     """
-    return LanguageModel(Path(folder))
+    return LanguageModel(Path(folder), execution)

@@ -20,8 +20,12 @@ import torch
 from llm_coreml.bundle import Bundle, check_program
 from llm_coreml.decoder import Decoder
 from llm_coreml.errors import ArtifactError, ConfigError
+from llm_coreml.reference.execution import Execution
 from llm_coreml.reference.method import load_method
 from llm_coreml.sampling import Sampler
+
+# What a device is meant to compute, on any machine.
+DECLARED = Execution()
 
 
 def split_lengths(count: int, lengths: Sequence[int]) -> list[int]:
@@ -193,23 +197,28 @@ class ReferenceRunner(Runner):
 
     Args:
         path: The `.pte`.
+        execution: Numerics, device and memory.
+
+    Attributes:
+        program: The Core ML program, for observers.
 
     Raises:
         ArtifactError: the file is damaged, or its method has another signature than an LLM's.
+        ConfigError: the execution asks for what is not there.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, execution: Execution = DECLARED) -> None:
         super().__init__()
-        self._method = load_method(path)
-        self.label = "reference runtime"
+        self._method = load_method(path, execution=execution)
+        self.label = "reference runtime" + execution_suffix(execution)
         signature = [(spec.dtype, len(spec.shape)) for spec in self._method.inputs]
         if signature != [("int64", 2), ("int64", 1)] or len(self._method.programs) != 1:
             raise ArtifactError(
                 f"Method 'forward' of '{path}' takes {signature}; a language model takes tokens "
                 "int64 [1, S] and start_pos int64 [1]."
             )
-        program, constants = self._method.programs[0], self._method.constants
-        tokens = next(feature for feature in program.inputs if len(feature.shape) == 2)
+        self.program, constants = self._method.programs[0], self._method.constants
+        tokens = next(feature for feature in self.program.inputs if len(feature.shape) == 2)
         shapes = tokens.enumerated or (tokens.shape,)
         self.seq_lengths = tuple(sorted(shape[1] for shape in shapes))
         _, rows, self.vocab_size = self._method.outputs[0].shape
@@ -217,7 +226,7 @@ class ReferenceRunner(Runner):
         self.context = _constant(constants, "get_max_context_len", path)
 
     def _forward(self, tokens: torch.Tensor, start_pos: torch.Tensor) -> torch.Tensor:
-        return self._method(tokens, start_pos)
+        return self._method(tokens, start_pos).cpu()
 
     def _clear(self) -> None:
         self._method.reset()
@@ -254,6 +263,14 @@ class ExecutorchRunner(Runner):
         self._method = self._program.load_method("forward")
 
 
+def execution_suffix(execution: Execution) -> str:
+    """Return what is not usual about an execution, such as ` (fp32, cuda)`."""
+    mode = "" if execution.mode == DECLARED.mode else execution.mode
+    device = "" if execution.device == DECLARED.device else execution.device
+    told = [word for word in (mode, device, "compiled" if execution.compiled else "") if word]
+    return f" ({', '.join(told)})" if told else ""
+
+
 def _constant(constants: Mapping[str, object], name: str, path: Path) -> int:
     value = constants.get(name)
     if not isinstance(value, int):
@@ -261,17 +278,25 @@ def _constant(constants: Mapping[str, object], name: str, path: Path) -> int:
     return value
 
 
-def open_runner(bundle: Bundle) -> Runner:
+def open_runner(bundle: Bundle, execution: Execution = DECLARED) -> Runner:
     """Return the runner for a bundle's program on this machine.
 
     Raises:
         ArtifactError: the program is damaged, or contradicts the manifest.
+        ConfigError: the execution asks for what is not there.
     """
     backend = bundle.manifest["target"]["backend"]
     if backend != "coreml":
+        if execution != DECLARED:
+            raise ConfigError(
+                f"'{bundle.folder}' is lowered for {backend}, whose runtime has no choice of mode "
+                "or device; leave both out, or export with --backend coreml."
+            )
         # ExecuTorch trusts what it loads.
         check_program(bundle)
-    return program_runner(bundle.program, backend, tuple(bundle.manifest["program"]["seq_lengths"]))
+        lengths = tuple(bundle.manifest["program"]["seq_lengths"])
+        return ExecutorchRunner(bundle.program, lengths)
+    return ReferenceRunner(bundle.program, execution)
 
 
 def program_runner(path: Path, backend: str, seq_lengths: tuple[int, ...]) -> Runner:

@@ -9,7 +9,10 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from llm_coreml.eval.difference import Comparison
+from llm_coreml.eval.inspection import Inspection
 from llm_coreml.eval.results import Evaluation, Quality
+from llm_coreml.reference.watch import FP16_MAX
 
 
 def export_table(manifest: dict[str, Any], folder: str) -> Group:
@@ -59,6 +62,93 @@ def evaluation_table(result: Evaluation) -> Group:
         "agreement against the original"
     )
     return Group(text, quality, latency, size)
+
+
+def inspection_table(found: Inspection) -> Group:
+    """Return what `inspect_numerics` found."""
+    parts: list[Any] = [
+        Text(f"{found.tokens:,} tokens of {found.text}; {found.operations:,} floating-point values")
+    ]
+    if found.overflows:
+        table = _plain(
+            "begins",
+            f"in {found.against}" if found.against else "",
+            "after attention",
+            "inf or NaN begins at",
+        )
+        for item in found.overflows:
+            beside = "" if item.beside is None else f"{item.beside:.5g}"
+            kinds = " and ".join(item.begins)
+            table.add_row(kinds, beside, str(item.layer), f"{item.name} ({item.type})")
+        parts.append(table)
+    else:
+        parts.append(Text("no value is inf or NaN beyond what masks bring in"))
+    if found.nearest:
+        table = _plain("largest", "headroom", "after attention", "fp16 value")
+        for item in found.nearest:
+            room = f"{FP16_MAX / item.largest:,.1f}x" if item.largest else ""
+            name = f"{item.name} ({item.type})"
+            table.add_row(f"{item.largest:.5g}", room, str(item.layer), name)
+        parts += [Text(""), table]
+    if found.against is not None:
+        parts += [Text(""), *_errors(found, f"declared and {found.against} part")]
+    return Group(*parts)
+
+
+def comparison_table(found: Comparison) -> Group:
+    """Return what `diff` found."""
+    parts: list[Any] = []
+    for letter, path in zip("AB", found.programs, strict=True):
+        parts.append(Text(f"{letter}  {path}"))
+    read = f"{found.tokens:,} tokens of {found.text}"
+    if found.equal:
+        parts.append(
+            Text(f"no difference: {found.paired:,} operations gave equal values on {read}")
+        )
+        return Group(*parts)
+    parts.append(Text(f"{read}; {found.paired:,} operations in common"))
+    for letter, alone in zip("AB", found.alone, strict=True):
+        if alone:
+            counts = ", ".join(f"{count} {name}" for name, count in alone.items())
+            parts.append(Text(f"only in {letter}: {counts}"))
+    parts += [Text(""), *_errors(found, "A and B part"), Text("")]
+    table = _plain("model", "perplexity", "mean KL", "p99 KL", "top-1 agreement")
+    for letter, quality in zip("AB", found.qualities, strict=True):
+        name, _, *figures = _quality_row(quality)
+        table.add_row(letter if name == "first" else f"{letter}, against A", *figures)
+    return Group(*parts, table)
+
+
+def _errors(found: Inspection | Comparison, what: str) -> list[Any]:
+    """Return where two runs part, and the largest error of each layer."""
+    if found.first is None:
+        sentence = f"nowhere do {what} by more than {found.threshold:g}"
+    else:
+        where = f"{found.first.name} ({found.first.type}, after attention {found.first.layer})"
+        sentence = f"{what} by more than {found.threshold:g} first at {where}"
+    table = _plain("error", "after attention", "largest in the layer at")
+    for item in found.layers:
+        error = "inf or NaN" if item.error is None else f"{item.error:.2e}"
+        table.add_row(error, str(item.layer), f"{item.name} ({item.type})")
+    return [Text(sentence), table]
+
+
+def interface_table(path: str, interface: dict[str, dict[str, str]]) -> Group:
+    """Return what a program takes and gives, and how to run it."""
+    parts = [listing_table(kind, ports) for kind, ports in interface.items() if ports]
+    return Group(
+        *parts, Text(f"Give the inputs by these names: llm-coreml run {path} --inputs FILE.npz")
+    )
+
+
+def outputs_table(results: dict[str, Any]) -> Group:
+    """Return what each output of a run is like."""
+    table = _plain("output", "type", "shape", "lowest", "highest")
+    for name, found in results.items():
+        limits = [found["lowest"], found["highest"]]
+        told = ["inf or NaN" if limit is None else f"{limit:.6g}" for limit in limits]
+        table.add_row(name, found["dtype"], str(found["shape"]), *told)
+    return Group(table)
 
 
 def contents_table(found: dict[str, Any]) -> Group:

@@ -33,6 +33,8 @@ _LABELS = {
     "verify": "verifying the artifact",
     "score": "scoring text",
     "time": "timing calls",
+    "watch": "watching every operation",
+    "compare": "comparing every operation",
 }
 
 

@@ -20,7 +20,7 @@ from llm_coreml.config import ExportConfig
 from llm_coreml.quantize.schemes import SCHEMES
 from llm_coreml.targets import TARGETS
 
-COMMANDS = ("eval", "export", "generate", "ls", "show")
+COMMANDS = ("diff", "eval", "export", "generate", "inspect", "ls", "run", "show")
 STAGES = (
     "opening the checkpoint ...",
     "reading and quantizing weights ...",
@@ -365,6 +365,30 @@ def test_eval_takes_the_bundled_text(
     words = (own_bundle, "--artifact-only", "--tokens", "5", "--format", "json")
     done = in_process(capfd, monkeypatch, "eval", *words)
     assert done.code == 0 and json.loads(done.out)["text"] == "bundled held-out text"
+
+
+def test_eval_and_generate_in_another_mode(
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    own_bundle: Path,
+    text_file: Path,
+) -> None:
+    words = ("eval", own_bundle, "--artifact-only", "--text", text_file, "--tokens", "9")
+    usual = in_process(capfd, monkeypatch, *words, "--format", "json")
+    assert usual.code == 0 and json.loads(usual.out)["mode"] == "declared"
+    done = in_process(capfd, monkeypatch, *words, "--mode", "fp32", "--format", "json")
+    assert done.code == 0, done.err
+    results = json.loads(done.out)
+    assert results["mode"] == "fp32" and results["device"] == "cpu"
+    (quality,) = results["qualities"]
+    assert quality["runtime"] == "reference runtime (fp32)"
+    # Without rounding the figure moves, and not by much.
+    change = quality["perplexity"] / json.loads(usual.out)["qualities"][0]["perplexity"] - 1
+    assert 0 < abs(change) < 1e-2
+    words = ("generate", own_bundle, "-p", "The", "--max-new-tokens", "3")
+    assert in_process(capfd, monkeypatch, *words, "--mode", "fp32").code == 0
+    refused = in_process(capfd, monkeypatch, *words, "--device", "toaster")
+    assert refused.code == 2 and "The device 'toaster' cannot be used here" in refused.err
 
 
 # generate

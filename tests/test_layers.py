@@ -30,11 +30,12 @@ LAYERS = (
     ("lower",),
     ("build", "bundle"),
     ("runtime",),
-    ("verify", "language_model", "contents"),
+    ("verify", "language_model", "contents", "tensor_files", "running"),
     ("manifest", "card"),
     ("pipeline",),
     ("eval",),
     ("tables", "terminal"),
+    ("options", "looking"),
     ("cli",),
 )
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -162,6 +162,11 @@ class CoreMLProgram:
         finally:
             self._observe = None
 
+    @property
+    def constant_places(self) -> frozenset[int]:
+        """The places among an observer's values that hold constants."""
+        return frozenset(at for at, value in enumerate(self._compiled.initial) if value is not None)
+
     def snapshot(self) -> dict[str, torch.Tensor]:
         """Return copies of all states, for `restore`."""
         return {name: value.clone() for name, value in self._state_values.items()}

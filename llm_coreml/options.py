@@ -1,0 +1,59 @@
+"""Options that several commands share, and how a result is printed for machines."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+# As in `reference.numerics`, which would bring torch.
+MODES = ("declared", "fp32", "strict-fp16")
+FORMAT = click.option(
+    "--format", "form", type=click.Choice(["human", "json"]), default="human", show_default=True
+)
+VERBOSE = click.option("--verbose", "-v", is_flag=True, help="Show what the libraries below print.")
+DEVICE = click.option(
+    "--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1, mps."
+)
+MODE = click.option(
+    "--mode",
+    type=click.Choice(MODES),
+    default="declared",
+    show_default=True,
+    help="Numerics: round as the program declares, not at all, or after every addition.",
+)
+TEXT = click.option(
+    "--text", type=click.Path(path_type=Path), help="UTF-8 file; else the bundled text."
+)
+IDS = click.option(
+    "--ids", type=click.Path(path_type=Path), help="File of tokens to read instead of a text."
+)
+THRESHOLD = click.option(
+    "--threshold",
+    type=float,
+    default=1e-2,
+    show_default=True,
+    help="Relative error from which operations count as parted.",
+)
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+
+
+def memory(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
+    """Return the bytes that a word such as `4GB`, `512MiB` or `4000000` means."""
+    if value is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kmg]i?)?b?", value.strip().lower())
+    if found is None:
+        raise click.BadParameter(f"'{value}' is no amount of memory such as 4GB or 512MiB.")
+    return int(float(found[1]) * _UNITS[found[2] or ""])
+
+
+def print_json(file: Any, value: dict[str, Any]) -> None:
+    """Print `value` for machines."""
+    click.echo(json.dumps(value, indent=2, sort_keys=True), file=file)
