@@ -17,7 +17,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llm_coreml.reference.limits import check_memory
+from llm_coreml.errors import ArtifactError
+from llm_coreml.reference.limits import beyond
 from llm_coreml.reference.steps import Step, Values
 from llm_coreml.reference.watch import ATTENTION
 
@@ -86,7 +87,8 @@ def align(first: Sequence[Traced], second: Sequence[Traced]) -> list[tuple[int, 
 
 
 def _longest_common(first: Sequence[Traced], second: Sequence[Traced]) -> list[tuple[int, int]]:
-    check_memory(9 * len(first) * len(second), "Aligning two such programs")
+    if excess := beyond(9 * len(first) * len(second)):
+        raise ArtifactError(f"Aligning two such programs {excess}.")
     kinds = {kind: number for number, kind in enumerate({item.kind for item in second})}
     theirs = np.array([kinds[item.kind] for item in second], np.int64)
     names = np.array([item.name for item in second], object)
