@@ -18,7 +18,7 @@ import torch
 
 from llm_coreml.errors import ArtifactError, nearest
 from llm_coreml.reference.compiler import compile_function
-from llm_coreml.reference.constants import ConstantPool
+from llm_coreml.reference.constants import ConstantPool, PackedWeight
 from llm_coreml.reference.execution import Execution
 from llm_coreml.reference.mil import Feature, Interface, Model, fixed_shape
 from llm_coreml.reference.specialize import Plan, analyse, make_plan
@@ -152,6 +152,16 @@ class CoreMLProgram:
         if len(self._plans) >= _MOST_PLANS:
             self._plans.pop(next(iter(self._plans)))
         self._plans[shapes] = make_plan(self._compiled, self._known, seen, compiled=self._fuses)
+
+    def constants(self) -> Iterator[tuple[str, torch.Tensor | PackedWeight]]:
+        """Yield each constant tensor that an operation uses, with its name.
+
+        Values are as the program computes with them: compressed ones are expanded, and rounded by
+        the mode of execution. They are the program's own and must not be changed.
+        """
+        for slot, value in enumerate(self._compiled.initial):
+            if value is not None:
+                yield self._compiled.constants.get(slot, "a constant without a name"), value
 
     @contextmanager
     def observed(self, observe: Observer) -> Iterator[None]:
