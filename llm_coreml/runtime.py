@@ -20,8 +20,12 @@ import torch
 from llm_coreml.bundle import Bundle, check_program
 from llm_coreml.decoder import Decoder
 from llm_coreml.errors import ArtifactError, ConfigError
+from llm_coreml.reference.constants import PackedWeight
+from llm_coreml.reference.execution import Execution
 from llm_coreml.reference.method import load_method
 from llm_coreml.sampling import Sampler
+
+_DECLARED = Execution()
 
 
 def split_lengths(count: int, lengths: Sequence[int]) -> list[int]:
@@ -193,14 +197,15 @@ class ReferenceRunner(Runner):
 
     Args:
         path: The `.pte`.
+        execution: Numerics, device and memory.
 
     Raises:
         ArtifactError: the file is damaged, or its method has another signature than an LLM's.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, execution: Execution = _DECLARED) -> None:
         super().__init__()
-        self._method = load_method(path)
+        self._method = load_method(path, execution=execution)
         self.label = "reference runtime"
         signature = [(spec.dtype, len(spec.shape)) for spec in self._method.inputs]
         if signature != [("int64", 2), ("int64", 1)] or len(self._method.programs) != 1:
@@ -215,6 +220,10 @@ class ReferenceRunner(Runner):
         _, rows, self.vocab_size = self._method.outputs[0].shape
         self.every_row = rows != 1
         self.context = _constant(constants, "get_max_context_len", path)
+
+    def constants(self) -> Iterator[tuple[str, torch.Tensor | PackedWeight]]:
+        """Yield the program's constants, see `CoreMLProgram.constants`."""
+        return self._method.programs[0].constants()
 
     def _forward(self, tokens: torch.Tensor, start_pos: torch.Tensor) -> torch.Tensor:
         return self._method(tokens, start_pos)

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import asdict
 from typing import final
 
 import pytest
 import torch
+from artifacts import Artifact
+from tiny import tokens_for
 
+from llm_coreml.decoder import Decoder
 from llm_coreml.errors import VerificationError
-from llm_coreml.runtime import Runner
-from llm_coreml.verify import MAX_RELATIVE_ERROR, verification_passes, verify
+from llm_coreml.reference.execution import Execution
+from llm_coreml.runtime import EagerRunner, ReferenceRunner, Runner
+from llm_coreml.verify import (
+    MAX_RELATIVE_ERROR,
+    Conversion,
+    Reading,
+    conversion_bound,
+    verification_passes,
+    verify,
+    verify_conversion,
+)
 
 VOCABULARY = 16
 CONTEXT = 128
@@ -39,6 +53,7 @@ class Formula(Runner):
 
 
 TOKENS = [(7 * n) % VOCABULARY for n in range(CONTEXT)]
+READING = Reading(Formula(every_row=True), TOKENS, "held-out text")
 
 
 def test_every_length_is_read_from_both_ends_and_the_context_is_read_to_its_end() -> None:
@@ -51,10 +66,26 @@ def test_every_length_is_read_from_both_ends_and_the_context_is_read_to_its_end(
 
 
 def test_equal_runners_pass_and_the_record_says_what_was_read() -> None:
-    result = verify(Formula(), Formula(every_row=True), TOKENS, "held-out text")
-    assert result.passed and result.max_relative_error == 0 and result.mean_kl == 0
+    result = verify(Formula(), READING)
+    assert result.conversion is None and result.max_relative_error == 0 and result.mean_kl == 0
     assert result.last_position == CONTEXT - 1
     assert result.rows == 3 * (3 + 16) and result.text == "held-out text"
+
+
+def test_what_ran_without_rounding_is_recorded_and_leaves_two_passes_to_read() -> None:
+    conversion = Conversion(7, 57, 1e-7, 1e-5)
+    result = verify(Formula(), READING, conversion)
+    assert result.to_json()["conversion"] == asdict(conversion)
+    assert result.rows == 2 * (3 + 16) and result.last_position == CONTEXT - 1
+
+
+def test_the_eager_model_reads_each_beginning_once() -> None:
+    eager = Formula(every_row=True)
+    reading = Reading(eager, TOKENS, "text")
+    first = reading.rows(3, 20)
+    eager.error, eager.wrong_at = 1.0, 4
+    assert reading.rows(3, 8).equal(first[:8])
+    assert not reading.rows(0, 8).equal(first[:8])
 
 
 # 0 is a one-token chunk, 72 the end of 64 + 8 + ..., CONTEXT - 1 the last decode.
@@ -62,11 +93,53 @@ def test_equal_runners_pass_and_the_record_says_what_was_read() -> None:
 @pytest.mark.parametrize("error", [5 * MAX_RELATIVE_ERROR, float("nan"), float("inf")])
 def test_one_wrong_logit_is_noticed(position: int, error: float) -> None:
     wrong = Formula(wrong_at=position, error=error)
-    with pytest.raises(VerificationError, match="does not compute what the model computes"):
-        verify(wrong, Formula(every_row=True), TOKENS, "text")
+    with pytest.raises(VerificationError, match=f"after position {position}, in a call"):
+        verify(wrong, READING)
 
 
 def test_an_error_within_the_bound_passes() -> None:
     wrong = Formula(wrong_at=0, error=MAX_RELATIVE_ERROR)
-    result = verify(wrong, Formula(every_row=True), TOKENS, "text")
+    result = verify(wrong, READING)
     assert 0 < result.max_relative_error < MAX_RELATIVE_ERROR
+
+
+def converted(artifact: Artifact, decoder: Decoder) -> Conversion:
+    tokens = tokens_for(decoder.spec.vocab_size, decoder.context)
+    unrounded = ReferenceRunner(artifact.path, Execution(mode="fp32"))
+    return verify_conversion(unrounded, decoder, Reading(EagerRunner(decoder, ""), tokens, "text"))
+
+
+def test_every_format_converts_to_the_same_model(
+    quantized: Callable[[str], Artifact], scheme_label: str
+) -> None:
+    artifact = quantized(scheme_label)
+    result = converted(artifact, artifact.decoder)
+    # Far from the bound, so that it can be trusted with wider sums.
+    assert result.max_relative_error < result.max_relative_error_bound / 4
+    # Seven matrices, three norms with two numbers each, token table, two RoPE tables, positions.
+    tied, attention = artifact.plan.tied, artifact.decoder.layers[0].self_attn
+    assert result.weights == 20 + (not tied) + (attention.form == "decomposed")
+
+
+def test_the_bound_without_rounding_grows_with_the_root_of_the_widest_sum(
+    quantized: Callable[[str], Artifact],
+) -> None:
+    decoder = quantized("int4-channel").decoder
+    assert decoder.spec.intermediate_size == 96
+    assert conversion_bound(decoder) == pytest.approx(2e-2 / 8192 * 96**0.5)
+
+
+def test_a_change_far_below_the_bound_of_fp16_is_noticed_without_rounding(
+    quantized: Callable[[str], Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact = quantized("int4-channel")
+    whole = EagerRunner._forward
+
+    def almost(self: EagerRunner, tokens: torch.Tensor, start_pos: torch.Tensor) -> torch.Tensor:
+        return whole(self, tokens, start_pos) * (1 + MAX_RELATIVE_ERROR / 100)
+
+    monkeypatch.setattr(EagerRunner, "_forward", almost)
+    with pytest.raises(
+        VerificationError, match=r"is not the model: .* for token \d+ after position"
+    ):
+        converted(artifact, artifact.decoder)
