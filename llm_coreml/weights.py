@@ -114,5 +114,5 @@ def _content(
     for piece in pieces:
         zero = zero and not bool(piece.any())
         # Adding zero makes one of the two zeros, which compare equal.
-        digest.update((piece + 0.0).contiguous().numpy())
+        digest.update((piece + 0.0).contiguous().numpy().data)
     return _Content(tuple(shape), digest.digest(), zero, fractions)

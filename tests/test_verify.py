@@ -61,7 +61,7 @@ def test_every_length_is_read_from_both_ends_and_the_context_is_read_to_its_end(
     assert [part.lengths[:3] for part in passes] == [(64, 8, 1), (1, 8, 64), (1, 8, 64)]
     assert [part.start for part in passes[:2]] == [0, 0]
     assert passes[2].start + passes[2].count == CONTEXT
-    assert verification_passes((1,), 32, 32)[2].start == 15
+    assert verification_passes((1,), 32, 32)[2].start == 23
     assert all(part.count <= 5 for part in verification_passes((1, 8), 32, 5))
 
 
@@ -69,14 +69,14 @@ def test_equal_runners_pass_and_the_record_says_what_was_read() -> None:
     result = verify(Formula(), READING)
     assert result.conversion is None and result.max_relative_error == 0 and result.mean_kl == 0
     assert result.last_position == CONTEXT - 1
-    assert result.rows == 3 * (3 + 16) and result.text == "held-out text"
+    assert result.rows == 3 * (3 + 8) and result.text == "held-out text"
 
 
 def test_what_ran_without_rounding_is_recorded_and_leaves_two_passes_to_read() -> None:
-    conversion = Conversion(7, 57, 1e-7, 1e-5)
+    conversion = Conversion(7, 33, 1e-7, 1e-5)
     result = verify(Formula(), READING, conversion)
     assert result.to_json()["conversion"] == asdict(conversion)
-    assert result.rows == 2 * (3 + 16) and result.last_position == CONTEXT - 1
+    assert result.rows == 2 * (3 + 8) and result.last_position == CONTEXT - 1
 
 
 def test_the_eager_model_reads_each_beginning_once() -> None:
