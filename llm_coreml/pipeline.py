@@ -190,7 +190,8 @@ def _lower(
 
 def _verify(job: _Job, shapes: Shapes, decoder: Decoder, program: Path) -> Verification:
     text, tokens = _verification_text(program.parent, decoder)
-    reading = Reading(EagerRunner(decoder, "quantized"), tokens, text)
+    eager, every_row = EagerRunner(decoder, "quantized"), job.config.logits == "all"
+    reading = Reading(eager.at, tokens, text, shapes.seq_lengths, shapes.context, every_row)
     conversion, begun = None, 0.0
     if job.config.backend == "coreml":
         # Held by nothing afterwards: the expanded weights of one mode exist at a time.

@@ -186,6 +186,29 @@ class EagerRunner(Runner):
             logits: torch.Tensor = self.decoder(tokens, start_pos)
         return logits
 
+    def at(self, tokens: Sequence[int], position: int, rows: Sequence[int]) -> torch.Tensor:
+        """Return the logits after some of `tokens` only, read as `logits` does.
+
+        The head of a large vocabulary costs more than a small model's layers.
+
+        Args:
+            tokens: The sequence.
+            position: Where its first token is read.
+            rows: Which of the tokens.
+
+        Returns:
+            float32 `[len(rows), vocab]`.
+        """
+        self.reset(position)
+        self._check_room(len(tokens))
+        states, start = [], 0
+        with torch.inference_mode():
+            for length in split_lengths(len(tokens), self.seq_lengths):
+                chunk = torch.tensor([list(tokens[start : start + length])])
+                states.append(self.decoder.hidden(chunk, torch.tensor([position + start]))[0])
+                start += length
+            return self.decoder.head(torch.cat(states)[list(rows)])
+
     def _clear(self) -> None:
         with torch.inference_mode():
             self.decoder.cache.reset()

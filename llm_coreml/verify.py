@@ -6,7 +6,7 @@ it precise enough: run as it declares, its logits may differ by what fp16 activa
 times it reads real text, in every length that it accepts, from both ends, then token by token, at
 the beginning and at the end of the context. The bounds are part of the manifest.
 
-    reading = Reading(eager, tokens, "held-out text")
+    reading = Reading(eager.at, tokens, "held-out text", lengths, context, every_row=False)
     conversion = verify_conversion(unrounded, decoder, reading)
     verification = verify(artifact, reading, conversion)
 """
@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -95,28 +96,52 @@ def conversion_bound(decoder: Decoder) -> float:
     return MAX_RELATIVE_ERROR * 2.0**-13 * math.sqrt(terms)
 
 
+# Tokens, the position of the first, and which of them -> the logits after those.
+Judge = Callable[[Sequence[int], int, Sequence[int]], torch.Tensor]
+
+
 class Reading:
     """A text as the eager model reads it; its logits are computed once for all comparisons.
 
     Args:
-        eager: The quantized decoder.
+        judge: `EagerRunner.at` of the quantized decoder.
         tokens: What to read; more than the context is not.
         text: What it is, for the record.
+        lengths: Chunks that the artifact accepts.
+        context: Positions of its cache.
+        every_row: Whether it returns every row of a chunk, or the last.
+
+    Attributes:
+        passes: How the artifact is to read the text.
     """
 
-    def __init__(self, eager: Runner, tokens: Sequence[int], text: str) -> None:
+    def __init__(
+        self,
+        judge: Judge,
+        tokens: Sequence[int],
+        text: str,
+        lengths: Sequence[int],
+        context: int,
+        every_row: bool,
+    ) -> None:
         self.tokens = tokens
         self.text = text
-        self._eager = eager
-        self._rows: dict[int, torch.Tensor] = {}
-
-    def rows(self, start: int, count: int) -> torch.Tensor:
-        """Return the logits after each of the first `count` tokens, read from position `start`."""
-        known = self._rows.get(start)
-        if known is None or len(known) < count:
-            self._rows[start] = known = self._eager.logits(self.tokens[:count], start)
+        self.passes = verification_passes(lengths, context, len(tokens))
+        compared: dict[int, set[int]] = {}
+        for part in self.passes:
+            ends = range(1, part.count + 1) if every_row else accumulate(part.lengths)
+            compared.setdefault(part.start, set()).update(end - 1 for end in ends)
         # A causal model: what it says of a text begins with what it says of its beginning.
-        return known[:count]
+        self._rows = {
+            start: dict(
+                zip(sorted(rows), judge(tokens[: max(rows) + 1], start, sorted(rows)), strict=True)
+            )
+            for start, rows in compared.items()
+        }
+
+    def rows(self, start: int, first: int, last: int) -> torch.Tensor:
+        """Return the logits after tokens `first` to `last` - 1, read from position `start`."""
+        return torch.stack([self._rows[start][row] for row in range(first, last)])
 
 
 def verify_conversion(
@@ -137,8 +162,7 @@ def verify_conversion(
         VerificationError: a weight differs, or the logits do by more than sums explain.
     """
     weights = check_weights(unrounded.constants(), decoder)
-    passes = verification_passes(unrounded.seq_lengths, unrounded.context, len(reading.tokens))
-    compared = _compare(unrounded, reading, passes, on_progress)
+    compared = _compare(unrounded, reading, reading.passes, on_progress)
     result = Conversion(
         weights, len(compared.divergences), compared.relative_error, conversion_bound(decoder)
     )
@@ -169,10 +193,8 @@ def verify(
     Raises:
         VerificationError: they differ by more than the bounds allow.
     """
-    passes = verification_passes(artifact.seq_lengths, artifact.context, len(reading.tokens))
-    if conversion is not None:
-        # That the order of the lengths makes no difference has been seen there.
-        passes = [passes[0], passes[2]]
+    # That the order of the lengths makes no difference has been seen there.
+    passes = reading.passes if conversion is None else reading.passes[::2]
     compared = _compare(artifact, reading, passes, on_progress)
     result = Verification(
         runtime=artifact.label,
@@ -237,19 +259,18 @@ def _compare(
 ) -> _Compared:
     total, read = sum(part.count for part in passes), 0
     errors, sizes, divergences, places = [], [], [], []
-    # Longest first: what the eager model says of that text serves the others.
-    for part in sorted(passes, key=lambda part: -part.count):
+    for part in passes:
         artifact.reset(part.start)
         at = 0
         for length in part.lengths:
-            wanted = reading.rows(part.start, part.count)[at : at + length]
             rows = artifact.step(reading.tokens[at : at + length])
             at += length
-            wanted = wanted[-rows.shape[0] :]
+            wanted = reading.rows(part.start, at - len(rows), at)
             error = (rows - wanted).abs()
             errors.append(error.max())
             sizes.append(wanted.abs().max())
-            places.append((part.start + at - 1, length, int(error.max(dim=0).values.argmax())))
+            row, token = divmod(int(error.argmax()), error.shape[1])
+            places.append((part.start + at - len(rows) + row, length, token))
             divergences.append(kl_divergence(wanted, rows))
             on_progress((read + at) / total)
         read += at

@@ -2,8 +2,9 @@
 
 Every parameter and table of the eager decoder must be among the program's constants, bit by bit
 once both are expanded, and every array of fractions in the program must be one of them, or zero.
-Logits cannot show this: a changed row of the token table is seen by nobody who does not read that
-token. Contents are compared by their hashes, a few rows at a time.
+Only what is all ones or all zeros may be absent: a compiler drops it. Logits cannot show this: a
+changed row of the token table is seen by nobody who does not read that token. Contents are compared
+by their hashes, a few rows at a time.
 
     compared = check_weights(runner.constants(), decoder)
 """
@@ -29,13 +30,13 @@ class _Content:
     Attributes:
         shape: its sizes.
         digest: hash of the values as fp32.
-        zero: whether all values are zero.
+        neutral: whether all values are zero, or all are one.
         fractions: whether the values are floating-point numbers.
     """
 
     shape: tuple[int, ...]
     digest: bytes
-    zero: bool = field(compare=False)
+    neutral: bool = field(compare=False)
     fractions: bool = field(compare=False)
 
 
@@ -49,7 +50,7 @@ def check_weights(
         decoder: The quantized decoder that the program was made from.
 
     Returns:
-        How many tensors of the decoder were found.
+        How many tensors of the decoder were compared.
 
     Raises:
         VerificationError: one is missing, or the program holds numbers that the decoder has not.
@@ -64,10 +65,11 @@ def check_weights(
     strange = {
         content: name
         for content, name in found.items()
-        if content.fractions and not content.zero and content not in known
+        if content.fractions and not content.neutral and content not in known
     }
     for name, content in expected.items():
-        if content not in found:
+        # A product with ones or a sum with zeros is left out of a program.
+        if content not in found and not content.neutral:
             raise VerificationError(_missing(name, content, strange))
     for content, name in strange.items():
         raise VerificationError(
@@ -110,9 +112,9 @@ def _program_content(value: torch.Tensor | PackedWeight) -> _Content:
 def _content(
     shape: tuple[int, ...], pieces: Iterable[torch.Tensor], *, fractions: bool = True
 ) -> _Content:
-    digest, zero = hashlib.sha256(), True
+    digest, neutral = hashlib.sha256(), {0.0, 1.0}
     for piece in pieces:
-        zero = zero and not bool(piece.any())
+        neutral = {number for number in neutral if bool((piece == number).all())}
         # Adding zero makes one of the two zeros, which compare equal.
         digest.update((piece + 0.0).contiguous().numpy().data)
-    return _Content(tuple(shape), digest.digest(), zero, fractions)
+    return _Content(tuple(shape), digest.digest(), bool(neutral), fractions)

@@ -93,8 +93,12 @@ class Trial:
         self._logits = _probe(ReferenceRunner(artifact.path, UNROUNDED))
         order = torch.randperm(VOCABULARY, generator=torch.Generator().manual_seed(7)).tolist()
         # Half a dozen tokens after the lengths show decoding; an export reads sixteen.
-        self._tokens = order[: sum(LENGTHS) + 6]
-        self._reading = Reading(EagerRunner(artifact.decoder, "quantized"), self._tokens, "random")
+        tokens = order[: sum(LENGTHS) + 6]
+        eager, every_row = (
+            EagerRunner(artifact.decoder, ""),
+            PROGRAMS[name][1].get("logits") == "all",
+        )
+        self._reading = Reading(eager.at, tokens, "random", LENGTHS, CONTEXT, every_row)
 
     def judge(self, mutation: Mutation) -> Mutant:
         """Say whether `mutation` changes the function, and whether it is noticed."""

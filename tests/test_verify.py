@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import final
 
@@ -53,7 +53,16 @@ class Formula(Runner):
 
 
 TOKENS = [(7 * n) % VOCABULARY for n in range(CONTEXT)]
-READING = Reading(Formula(every_row=True), TOKENS, "held-out text")
+
+
+def read(every_row: bool = False) -> Reading:
+    def judge(tokens: Sequence[int], start: int, rows: Sequence[int]) -> torch.Tensor:
+        return Formula(every_row=True).logits(tokens, start)[list(rows)]
+
+    return Reading(judge, TOKENS, "held-out text", (1, 8, 64), CONTEXT, every_row)
+
+
+READING = read()
 
 
 def test_every_length_is_read_from_both_ends_and_the_context_is_read_to_its_end() -> None:
@@ -79,13 +88,20 @@ def test_what_ran_without_rounding_is_recorded_and_leaves_two_passes_to_read() -
     assert result.rows == 2 * (3 + 8) and result.last_position == CONTEXT - 1
 
 
-def test_the_eager_model_reads_each_beginning_once() -> None:
-    eager = Formula(every_row=True)
-    reading = Reading(eager, TOKENS, "text")
-    first = reading.rows(3, 20)
-    eager.error, eager.wrong_at = 1.0, 4
-    assert reading.rows(3, 8).equal(first[:8])
-    assert not reading.rows(0, 8).equal(first[:8])
+def test_a_program_that_returns_every_row_has_every_row_compared() -> None:
+    result = verify(Formula(every_row=True), read(every_row=True))
+    assert result.rows == result.tokens == 3 * (1 + 8 + 64 + 8)
+    # Position 40 is in the middle of a chunk of 64.
+    with pytest.raises(VerificationError, match="for token 3 after position 40, in a call of"):
+        verify(Formula(wrong_at=40, error=1.0, every_row=True), read(every_row=True))
+
+
+def test_some_rows_of_the_eager_model_are_those_of_all(
+    quantized: Callable[[str], Artifact],
+) -> None:
+    eager = EagerRunner(quantized("int4-channel").decoder, "")
+    tokens, rows = tokens_for(96, 20), [0, 7, 19]
+    torch.testing.assert_close(eager.at(tokens, 5, rows), eager.logits(tokens, 5)[rows])
 
 
 # 0 is a one-token chunk, 72 the end of 64 + 8 + ..., CONTEXT - 1 the last decode.
@@ -106,7 +122,9 @@ def test_an_error_within_the_bound_passes() -> None:
 def converted(artifact: Artifact, decoder: Decoder) -> Conversion:
     tokens = tokens_for(decoder.spec.vocab_size, decoder.context)
     unrounded = ReferenceRunner(artifact.path, Execution(mode="fp32"))
-    return verify_conversion(unrounded, decoder, Reading(EagerRunner(decoder, ""), tokens, "text"))
+    judge, context = EagerRunner(decoder, "").at, decoder.context
+    reading = Reading(judge, tokens, "text", unrounded.seq_lengths, context, every_row=False)
+    return verify_conversion(unrounded, decoder, reading)
 
 
 def test_every_format_converts_to_the_same_model(
@@ -133,12 +151,12 @@ def test_a_change_far_below_the_bound_of_fp16_is_noticed_without_rounding(
     quantized: Callable[[str], Artifact], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     artifact = quantized("int4-channel")
-    whole = EagerRunner._forward
+    whole = Decoder.head
 
-    def almost(self: EagerRunner, tokens: torch.Tensor, start_pos: torch.Tensor) -> torch.Tensor:
-        return whole(self, tokens, start_pos) * (1 + MAX_RELATIVE_ERROR / 100)
+    def almost(self: Decoder, x: torch.Tensor) -> torch.Tensor:
+        return whole(self, x) * (1 + MAX_RELATIVE_ERROR / 100)
 
-    monkeypatch.setattr(EagerRunner, "_forward", almost)
+    monkeypatch.setattr(Decoder, "head", almost)
     with pytest.raises(
         VerificationError, match=r"is not the model: .* for token \d+ after position"
     ):

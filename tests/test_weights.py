@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
-from artifacts import Artifact
+from artifacts import UNQUANTIZED, Artifact, lower
+from tiny import llama
 from torchao.utils import TorchAOBaseTensor
 
+from llm_coreml.config import ExportConfig
 from llm_coreml.errors import VerificationError
 from llm_coreml.quantize.apply import dense_rows
 from llm_coreml.reference.constants import PackedWeight
@@ -78,6 +81,18 @@ def test_a_weight_that_the_program_lacks_is_named(artifact: Artifact, part: str)
     setattr(module, name, dense)
     with pytest.raises(VerificationError, match=f"The weight '{part}' .* is not in the program"):
         check_weights(constants(artifact), decoder)
+
+
+def test_ones_and_zeros_may_be_left_out(tmp_path: Path) -> None:
+    model = llama(attention_bias=True)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(1.0)
+        model.model.layers[0].self_attn.q_proj.bias.fill_(0.0)
+        model.model.layers[0].self_attn.k_proj.bias.fill_(1.0)
+    artifact = lower(model, ExportConfig(context=32, **UNQUANTIZED), tmp_path / "model.pte")
+    found = constants(artifact)
+    assert not any(name.startswith("p_norm_weight") for name, _ in found), "it is left out"
+    check_weights(found, artifact.decoder)
 
 
 def test_numbers_of_nobody_are_named(artifact: Artifact) -> None:
