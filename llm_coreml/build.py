@@ -135,6 +135,10 @@ def build_decoder(
     decoder = Decoder(model.spec, shapes.context, "fused" if fused else "decomposed", config.logits)
     storage = torch.float16 if config.compute_precision == "fp16" else torch.float32
     fill(decoder, model.checkpoint, model.family, plan, storage, on_progress)
+    for buffer in decoder.buffers():
+        # Tables and numbers too are what the program holds, so that only activations differ.
+        if buffer.is_floating_point():
+            buffer.copy_(buffer.to(storage))
     return decoder.eval(), shapes
 
 

@@ -42,9 +42,18 @@ Produced by: {checked["runtime"]}. {checked["rows"]} rows of logits on
 {checked["text"]}, up to position {checked["last_position"]}, against the quantized model in
 PyTorch, fp32: largest error {checked["max_relative_error"]:.2e} of the largest logit (bound
 {checked["max_relative_error_bound"]:.0e}), mean KL divergence {checked["mean_kl"]:.2e} nats (bound
-{checked["mean_kl_bound"]:.0e}). No Apple device took part.
+{checked["mean_kl_bound"]:.0e}). {_conversion(checked["conversion"])}No Apple device took part.
 
 ## Rebuild
 
     {shlex.join(manifest["rebuild"]) or "llm_coreml.export(model, tokenizer, ...)"}
 """
+
+
+def _conversion(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return ""
+    return f"""Run without rounding, the program
+holds all {found["weights"]} weights and tables of that model bit by bit, and the largest error of
+{found["rows"]} rows is {found["max_relative_error"]:.1e} (bound \
+{found["max_relative_error_bound"]:.0e}). """

@@ -34,9 +34,13 @@ from llm_coreml.manifest import make_manifest
 from llm_coreml.progress import Progress, Silent
 from llm_coreml.quantize import QuantizationPlan, make_plan
 from llm_coreml.recipes import bundled_model
-from llm_coreml.runtime import EagerRunner, program_runner
+from llm_coreml.reference.execution import Execution
+from llm_coreml.runtime import EagerRunner, ReferenceRunner, program_runner
 from llm_coreml.tokenizer import Tokenizer, convert, special_ids
-from llm_coreml.verify import Verification, verify
+from llm_coreml.verify import Reading, Verification, verify, verify_conversion
+
+# Share of a verification's time.
+_CONVERSION = 0.6
 
 
 def export(
@@ -185,7 +189,23 @@ def _lower(
 
 
 def _verify(job: _Job, shapes: Shapes, decoder: Decoder, program: Path) -> Verification:
-    artifact = program_runner(program, job.config.backend, shapes.seq_lengths)
     text, tokens = _verification_text(program.parent, decoder)
-    eager = EagerRunner(decoder, "quantized")
-    return verify(artifact, eager, tokens, text, job.progress.advance)
+    eager, every_row = EagerRunner(decoder, "quantized"), job.config.logits == "all"
+    reading = Reading(eager.at, tokens, text, shapes.seq_lengths, shapes.context, every_row)
+    conversion, begun = None, 0.0
+    if job.config.backend == "coreml":
+        # Held by nothing afterwards: the expanded weights of one mode exist at a time.
+        conversion = verify_conversion(
+            ReferenceRunner(program, Execution(mode="fp32")),
+            decoder,
+            reading,
+            lambda share: job.progress.advance(_CONVERSION * share),
+        )
+        begun = _CONVERSION
+    artifact = program_runner(program, job.config.backend, shapes.seq_lengths)
+    return verify(
+        artifact,
+        reading,
+        conversion,
+        lambda share: job.progress.advance(begun + (1 - begun) * share),
+    )

@@ -20,6 +20,7 @@ import torch
 from llm_coreml.bundle import Bundle, check_program
 from llm_coreml.decoder import Decoder
 from llm_coreml.errors import ArtifactError, ConfigError
+from llm_coreml.reference.constants import PackedWeight
 from llm_coreml.reference.execution import Execution
 from llm_coreml.reference.method import load_method
 from llm_coreml.sampling import Sampler
@@ -186,6 +187,29 @@ class EagerRunner(Runner):
             logits: torch.Tensor = self.decoder(tokens, start_pos)
         return logits
 
+    def at(self, tokens: Sequence[int], position: int, rows: Sequence[int]) -> torch.Tensor:
+        """Return the logits after some of `tokens` only, read as `logits` does.
+
+        The head of a large vocabulary costs more than a small model's layers.
+
+        Args:
+            tokens: The sequence.
+            position: Where its first token is read.
+            rows: Which of the tokens.
+
+        Returns:
+            float32 `[len(rows), vocab]`.
+        """
+        self.reset(position)
+        self._check_room(len(tokens))
+        states, start = [], 0
+        with torch.inference_mode():
+            for length in split_lengths(len(tokens), self.seq_lengths):
+                chunk = torch.tensor([list(tokens[start : start + length])])
+                states.append(self.decoder.hidden(chunk, torch.tensor([position + start]))[0])
+                start += length
+            return self.decoder.head(torch.cat(states)[list(rows)])
+
     def _clear(self) -> None:
         with torch.inference_mode():
             self.decoder.cache.reset()
@@ -224,6 +248,10 @@ class ReferenceRunner(Runner):
         _, rows, self.vocab_size = self._method.outputs[0].shape
         self.every_row = rows != 1
         self.context = _constant(constants, "get_max_context_len", path)
+
+    def constants(self) -> Iterator[tuple[str, torch.Tensor | PackedWeight]]:
+        """Yield the program's constants, see `CoreMLProgram.constants`."""
+        return self._method.programs[0].constants()
 
     def _forward(self, tokens: torch.Tensor, start_pos: torch.Tensor) -> torch.Tensor:
         return self._method(tokens, start_pos).cpu()

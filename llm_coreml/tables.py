@@ -36,9 +36,21 @@ def _export_rows(manifest: dict[str, Any], folder: str) -> dict[str, str]:
         "target": f"{target['backend']}, {target['compute_unit']}, {target['minimum_os']}, "
         f"{target['compute_precision']}",
         "lengths, context": f"{', '.join(map(str, program['seq_lengths']))}; {program['context']}",
+        **_conversion_row(checked.get("conversion")),
         "verified by": f"{checked['runtime']}: {checked['rows']} rows, largest error "
         f"{checked['max_relative_error']:.1e} (bound {checked['max_relative_error_bound']:.0e}), "
         f"mean KL {checked['mean_kl']:.1e} (bound {checked['mean_kl_bound']:.0e})",
+    }
+
+
+def _conversion_row(found: dict[str, Any] | None) -> dict[str, str]:
+    """Return what an artifact was found to be without rounding; early manifests do not say."""
+    if found is None:
+        return {}
+    return {
+        "the same model": f"{found['weights']} weights and tables bit by bit; {found['rows']} rows "
+        f"without rounding, largest error {found['max_relative_error']:.1e} "
+        f"(bound {found['max_relative_error_bound']:.0e})"
     }
 
 

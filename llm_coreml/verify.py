@@ -1,29 +1,55 @@
 """Does the program that was written compute what the model computes?
 
-The artifact and the eager quantized decoder read the same real text, in every length that the
-program accepts, in both orders, then token by token, at the beginning and at the end of the
-context. What they disagree by is bounded, and the bound is part of the manifest.
+Two questions, one after the other. Is it the same model: run without rounding, the artifact must
+hold the eager model's weights bit by bit and give its logits but for the order of fp32 sums. And is
+it precise enough: run as it declares, its logits may differ by what fp16 activations cost. Both
+times it reads real text, in every length that it accepts, from both ends, then token by token, at
+the beginning and at the end of the context. The bounds are part of the manifest.
 
-    verification = verify(artifact, eager, tokens, "held-out text")
+    reading = Reading(eager.at, tokens, "held-out text", lengths, context, every_row=False)
+    conversion = verify_conversion(unrounded, decoder, reading)
+    verification = verify(artifact, reading, conversion)
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 
+from llm_coreml.decoder import Decoder
 from llm_coreml.errors import VerificationError
 from llm_coreml.fidelity import kl_divergence
-from llm_coreml.runtime import Runner
+from llm_coreml.runtime import ReferenceRunner, Runner
+from llm_coreml.weights import check_weights
 
 # fp16 keeps 11 bits and a decoder adds up a few hundred roundings: one part in a hundred is
 # usual for the worst logit of a row, ten is a defect. fp32 programs are held to the same bound.
 MAX_RELATIVE_ERROR = 2e-2
 MAX_MEAN_KL = 1e-3
-_DECODED = 16
+# Each is a call: a longer decoding costs time on a large model, and shows nothing more.
+_DECODED = 8
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """How far an artifact that rounds nothing is from the eager quantized model.
+
+    Attributes:
+        weights: Tensors of the model, all of which the program holds bit by bit.
+        rows: Rows of logits compared.
+        max_relative_error: Largest logit difference over the largest logit.
+        max_relative_error_bound: Bound on it, see `conversion_bound`.
+    """
+
+    weights: int
+    rows: int
+    max_relative_error: float
+    max_relative_error_bound: float
 
 
 @dataclass(frozen=True)
@@ -38,8 +64,9 @@ class Verification:
         rows: Rows of logits compared.
         max_relative_error: Largest logit difference over the largest logit.
         mean_kl: Mean Kullback-Leibler divergence of the next-token distributions, in nats.
-        max_relative_error_bound: Bound on the former.
-        mean_kl_bound: Bound on the latter.
+        conversion: What was found without rounding; None where the runtime cannot do that.
+        max_relative_error_bound: Bound on the error.
+        mean_kl_bound: Bound on the divergence.
     """
 
     runtime: str
@@ -49,61 +76,144 @@ class Verification:
     rows: int
     max_relative_error: float
     mean_kl: float
+    conversion: Conversion | None
     max_relative_error_bound: float = MAX_RELATIVE_ERROR
     mean_kl_bound: float = MAX_MEAN_KL
-
-    @property
-    def passed(self) -> bool:
-        """Both figures are numbers within their bounds."""
-        return (
-            self.max_relative_error <= self.max_relative_error_bound
-            and self.mean_kl <= self.mean_kl_bound
-        )
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON values."""
         return asdict(self)
 
 
+def conversion_bound(decoder: Decoder) -> float:
+    """Return the largest relative error that the order of fp32 sums explains.
+
+    What fp16 activations may cost is scaled to the 13 more bits of fp32. There a product's sum is
+    rounded as often as it has terms, not once, which in random directions counts as their root.
+    """
+    spec = decoder.spec
+    terms = max(spec.hidden_size, spec.intermediate_size, decoder.context)
+    return MAX_RELATIVE_ERROR * 2.0**-13 * math.sqrt(terms)
+
+
+# Tokens, the position of the first, and which of them -> the logits after those.
+Judge = Callable[[Sequence[int], int, Sequence[int]], torch.Tensor]
+
+
+class Reading:
+    """A text as the eager model reads it; its logits are computed once for all comparisons.
+
+    Args:
+        judge: `EagerRunner.at` of the quantized decoder.
+        tokens: What to read; more than the context is not.
+        text: What it is, for the record.
+        lengths: Chunks that the artifact accepts.
+        context: Positions of its cache.
+        every_row: Whether it returns every row of a chunk, or the last.
+
+    Attributes:
+        passes: How the artifact is to read the text.
+    """
+
+    def __init__(
+        self,
+        judge: Judge,
+        tokens: Sequence[int],
+        text: str,
+        lengths: Sequence[int],
+        context: int,
+        every_row: bool,
+    ) -> None:
+        self.tokens = tokens
+        self.text = text
+        self.passes = verification_passes(lengths, context, len(tokens))
+        compared: dict[int, set[int]] = {}
+        for part in self.passes:
+            ends = range(1, part.count + 1) if every_row else accumulate(part.lengths)
+            compared.setdefault(part.start, set()).update(end - 1 for end in ends)
+        # A causal model: what it says of a text begins with what it says of its beginning.
+        self._rows = {
+            start: dict(
+                zip(sorted(rows), judge(tokens[: max(rows) + 1], start, sorted(rows)), strict=True)
+            )
+            for start, rows in compared.items()
+        }
+
+    def rows(self, start: int, first: int, last: int) -> torch.Tensor:
+        """Return the logits after tokens `first` to `last` - 1, read from position `start`."""
+        return torch.stack([self._rows[start][row] for row in range(first, last)])
+
+
+def verify_conversion(
+    unrounded: ReferenceRunner,
+    decoder: Decoder,
+    reading: Reading,
+    on_progress: Callable[[float], None] = lambda _: None,
+) -> Conversion:
+    """Check that the artifact is the model: the same weights, and the same function of them.
+
+    Args:
+        unrounded: The written program, opened in the mode `fp32`.
+        decoder: The quantized decoder.
+        reading: The text, read by that decoder.
+        on_progress: Called with the share done, 0 to 1.
+
+    Raises:
+        VerificationError: a weight differs, or the logits do by more than sums explain.
+    """
+    weights = check_weights(unrounded.constants(), decoder)
+    compared = _compare(unrounded, reading, reading.passes, on_progress)
+    result = Conversion(
+        weights, len(compared.divergences), compared.relative_error, conversion_bound(decoder)
+    )
+    if not result.max_relative_error <= result.max_relative_error_bound:
+        raise VerificationError(
+            "The artifact is not the model: it holds the weights, but run without rounding its "
+            f"largest logit error is {result.max_relative_error:.2e} of the largest logit (bound "
+            f"{result.max_relative_error_bound:.1e}), {compared.worst}. Nothing was written; "
+            "report the model."
+        )
+    return result
+
+
 def verify(
     artifact: Runner,
-    eager: Runner,
-    tokens: Sequence[int],
-    text: str,
+    reading: Reading,
+    conversion: Conversion | None = None,
     on_progress: Callable[[float], None] = lambda _: None,
 ) -> Verification:
-    """Compare the two on `tokens`.
+    """Check that the artifact is precise enough as it is.
 
     Args:
         artifact: The written program.
-        eager: The quantized decoder.
-        tokens: What to read; more than the context is not.
-        text: What it is, for the record.
+        reading: The text, read by the quantized decoder.
+        conversion: What was found without rounding, for the record.
         on_progress: Called with the share done, 0 to 1.
 
     Raises:
         VerificationError: they differ by more than the bounds allow.
     """
-    passes = verification_passes(artifact.seq_lengths, artifact.context, len(tokens))
-    compared = _compare(artifact, eager, tokens, passes, on_progress)
-    # max() of a tensor keeps NaN, as the bounds need.
-    worst, largest = float(compared.errors.max()), float(compared.sizes.max())
+    # That the order of the lengths makes no difference has been seen there.
+    passes = reading.passes if conversion is None else reading.passes[::2]
+    compared = _compare(artifact, reading, passes, on_progress)
     result = Verification(
         runtime=artifact.label,
-        text=text,
+        text=reading.text,
         tokens=sum(part.count for part in passes),
         last_position=max(part.start + part.count for part in passes) - 1,
         rows=len(compared.divergences),
-        max_relative_error=worst / largest if largest else worst,
+        max_relative_error=compared.relative_error,
         mean_kl=float(compared.divergences.mean()),
+        conversion=conversion,
     )
-    if not result.passed:
+    within = result.max_relative_error <= result.max_relative_error_bound
+    if not (within and result.mean_kl <= result.mean_kl_bound):
         raise VerificationError(
             f"The artifact does not compute what the model computes: the largest logit error is "
             f"{result.max_relative_error:.2e} of the largest logit (bound "
-            f"{result.max_relative_error_bound:.0e}) and the mean KL divergence is "
-            f"{result.mean_kl:.2e} nats (bound {result.mean_kl_bound:.0e}). Nothing was written; "
-            "try --compute-precision fp32, and report the model if that fails too."
+            f"{result.max_relative_error_bound:.0e}), {compared.worst}, and the mean KL divergence "
+            f"is {result.mean_kl:.2e} nats (bound {result.mean_kl_bound:.0e}). Nothing was "
+            "written; try --compute-precision fp32, and report the model if that fails too."
         )
     return result
 
@@ -128,40 +238,50 @@ class Pass:
 
 @dataclass(frozen=True)
 class _Compared:
-    """Figures of every chunk, and the divergence of every row."""
+    """What a comparison found.
 
-    errors: torch.Tensor
-    sizes: torch.Tensor
+    Attributes:
+        relative_error: Largest logit difference over the largest logit; NaN if there is one.
+        worst: Where the largest difference is, in words.
+        divergences: Kullback-Leibler divergence of every row, in nats.
+    """
+
+    relative_error: float
+    worst: str
     divergences: torch.Tensor
 
 
 def _compare(
     artifact: Runner,
-    eager: Runner,
-    tokens: Sequence[int],
+    reading: Reading,
     passes: Sequence[Pass],
     on_progress: Callable[[float], None],
 ) -> _Compared:
     total, read = sum(part.count for part in passes), 0
-    errors, sizes, divergences = [], [], []
-    expected: dict[int, torch.Tensor] = {}
+    errors, sizes, divergences, places = [], [], [], []
     for part in passes:
-        if part.start not in expected:
-            # A causal model: what it says of a text begins with what it says of its beginning.
-            longest = max(other.count for other in passes if other.start == part.start)
-            expected[part.start] = eager.logits(tokens[:longest], part.start)
         artifact.reset(part.start)
         at = 0
         for length in part.lengths:
-            rows = artifact.step(tokens[at : at + length])
+            rows = artifact.step(reading.tokens[at : at + length])
             at += length
-            wanted = expected[part.start][at - rows.shape[0] : at]
-            errors.append((rows - wanted).abs().max())
+            wanted = reading.rows(part.start, at - len(rows), at)
+            error = (rows - wanted).abs()
+            errors.append(error.max())
             sizes.append(wanted.abs().max())
+            row, token = divmod(int(error.argmax()), error.shape[1])
+            places.append((part.start + at - len(rows) + row, length, token))
             divergences.append(kl_divergence(wanted, rows))
             on_progress((read + at) / total)
         read += at
-    return _Compared(torch.stack(errors), torch.stack(sizes), torch.cat(divergences))
+    # max() of a tensor keeps NaN, as the bounds need; so does argmax.
+    position, length, token = places[int(torch.stack(errors).argmax())]
+    worst, largest = float(torch.stack(errors).max()), float(torch.stack(sizes).max())
+    return _Compared(
+        worst / largest if largest else worst,
+        f"for token {token} after position {position}, in a call of length {length}",
+        torch.cat(divergences),
+    )
 
 
 def verification_passes(lengths: Sequence[int], context: int, available: int) -> list[Pass]:

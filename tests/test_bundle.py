@@ -32,7 +32,9 @@ from llm_coreml.errors import ArtifactError, ConfigError, OutputError
 from llm_coreml.manifest import file_sha256, make_manifest
 from llm_coreml.pipeline import export
 from llm_coreml.quantize import make_plan
-from llm_coreml.verify import Verification
+from llm_coreml.verify import Conversion, Verification
+
+CONVERSION = Conversion(21, 60, 2e-7, 3e-5)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +51,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         resolve_shapes(config, model.spec.max_position_embeddings),
         program,
         {"get_max_seq_len": 8},
-        Verification("reference runtime", "held-out text", 64, 63, 40, 1e-3, 1e-6),
+        Verification("reference runtime", "held-out text", 64, 63, 40, 1e-3, 1e-6, CONVERSION),
     )
 
 
@@ -93,9 +95,13 @@ def test_bytes_of_the_groups_add_up(manifest: dict[str, Any]) -> None:
 
 
 def test_the_card_tells_what_the_manifest_holds(manifest: dict[str, Any]) -> None:
+    manifest = {**manifest}
     card = model_card(manifest)
     for part in ("int4 group 32", "1.00e-03", "No Apple device took part", "float32 [1, 1, 97]"):
         assert part in card
+    assert "all 21 weights and tables" in card and "2.0e-07 (bound 3e-05)" in card
+    manifest["verification"] = {**manifest["verification"], "conversion": None}
+    assert "without rounding" not in model_card(manifest)
     assert " ".join(manifest["rebuild"]) in card
 
 
@@ -113,6 +119,7 @@ def test_the_card_tells_what_the_manifest_holds(manifest: dict[str, Any]) -> Non
         (lambda m: m["quantization"].pop("tied"), "is damaged at $.quantization"),
         (lambda m: m["quantization"].update(linear={}), "is damaged at $.quantization.linear"),
         (lambda m: m["verification"].pop("rows"), "is damaged at $.verification"),
+        (lambda m: m["verification"]["conversion"].pop("rows"), "at $.verification.conversion"),
         (lambda m: m.update(version=2), "has version 2; this release reads version 1"),
         (lambda m: m.pop("version"), "has version None; this release reads version 1"),
     ],

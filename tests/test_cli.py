@@ -189,6 +189,9 @@ def test_export_table(
     for figure, bound in (("max_relative_error", "max_relative_error_bound"),
                           ("mean_kl", "mean_kl_bound")):  # fmt: skip
         assert f"{checked[figure]:.1e} (bound {checked[bound]:.0e})" in rows["verified by"]
+    conversion = checked["conversion"]
+    assert rows["the same model"].startswith(f"{conversion['weights']} weights and tables bit by")
+    assert f"largest error {conversion['max_relative_error']:.1e} (bound" in rows["the same model"]
 
 
 @pytest.mark.parametrize(

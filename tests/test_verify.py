@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import final
 
 import pytest
 import torch
+from artifacts import Artifact
+from tiny import tokens_for
 
+from llm_coreml.decoder import Decoder
 from llm_coreml.errors import VerificationError
-from llm_coreml.runtime import Runner
-from llm_coreml.verify import MAX_RELATIVE_ERROR, verification_passes, verify
+from llm_coreml.reference.execution import Execution
+from llm_coreml.runtime import EagerRunner, ReferenceRunner, Runner
+from llm_coreml.verify import (
+    MAX_RELATIVE_ERROR,
+    Conversion,
+    Reading,
+    conversion_bound,
+    verification_passes,
+    verify,
+    verify_conversion,
+)
 
 VOCABULARY = 16
 CONTEXT = 128
@@ -41,20 +55,53 @@ class Formula(Runner):
 TOKENS = [(7 * n) % VOCABULARY for n in range(CONTEXT)]
 
 
+def read(every_row: bool = False) -> Reading:
+    def judge(tokens: Sequence[int], start: int, rows: Sequence[int]) -> torch.Tensor:
+        return Formula(every_row=True).logits(tokens, start)[list(rows)]
+
+    return Reading(judge, TOKENS, "held-out text", (1, 8, 64), CONTEXT, every_row)
+
+
+READING = read()
+
+
 def test_every_length_is_read_from_both_ends_and_the_context_is_read_to_its_end() -> None:
     passes = verification_passes((1, 8, 64), CONTEXT, CONTEXT)
     assert [part.lengths[:3] for part in passes] == [(64, 8, 1), (1, 8, 64), (1, 8, 64)]
     assert [part.start for part in passes[:2]] == [0, 0]
     assert passes[2].start + passes[2].count == CONTEXT
-    assert verification_passes((1,), 32, 32)[2].start == 15
+    assert verification_passes((1,), 32, 32)[2].start == 23
     assert all(part.count <= 5 for part in verification_passes((1, 8), 32, 5))
 
 
 def test_equal_runners_pass_and_the_record_says_what_was_read() -> None:
-    result = verify(Formula(), Formula(every_row=True), TOKENS, "held-out text")
-    assert result.passed and result.max_relative_error == 0 and result.mean_kl == 0
+    result = verify(Formula(), READING)
+    assert result.conversion is None and result.max_relative_error == 0 and result.mean_kl == 0
     assert result.last_position == CONTEXT - 1
-    assert result.rows == 3 * (3 + 16) and result.text == "held-out text"
+    assert result.rows == 3 * (3 + 8) and result.text == "held-out text"
+
+
+def test_what_ran_without_rounding_is_recorded_and_leaves_two_passes_to_read() -> None:
+    conversion = Conversion(7, 33, 1e-7, 1e-5)
+    result = verify(Formula(), READING, conversion)
+    assert result.to_json()["conversion"] == asdict(conversion)
+    assert result.rows == 2 * (3 + 8) and result.last_position == CONTEXT - 1
+
+
+def test_a_program_that_returns_every_row_has_every_row_compared() -> None:
+    result = verify(Formula(every_row=True), read(every_row=True))
+    assert result.rows == result.tokens == 3 * (1 + 8 + 64 + 8)
+    # Position 40 is in the middle of a chunk of 64.
+    with pytest.raises(VerificationError, match="for token 3 after position 40, in a call of"):
+        verify(Formula(wrong_at=40, error=1.0, every_row=True), read(every_row=True))
+
+
+def test_some_rows_of_the_eager_model_are_those_of_all(
+    quantized: Callable[[str], Artifact],
+) -> None:
+    eager = EagerRunner(quantized("int4-channel").decoder, "")
+    tokens, rows = tokens_for(96, 20), [0, 7, 19]
+    torch.testing.assert_close(eager.at(tokens, 5, rows), eager.logits(tokens, 5)[rows])
 
 
 # 0 is a one-token chunk, 72 the end of 64 + 8 + ..., CONTEXT - 1 the last decode.
@@ -62,11 +109,55 @@ def test_equal_runners_pass_and_the_record_says_what_was_read() -> None:
 @pytest.mark.parametrize("error", [5 * MAX_RELATIVE_ERROR, float("nan"), float("inf")])
 def test_one_wrong_logit_is_noticed(position: int, error: float) -> None:
     wrong = Formula(wrong_at=position, error=error)
-    with pytest.raises(VerificationError, match="does not compute what the model computes"):
-        verify(wrong, Formula(every_row=True), TOKENS, "text")
+    with pytest.raises(VerificationError, match=f"after position {position}, in a call"):
+        verify(wrong, READING)
 
 
 def test_an_error_within_the_bound_passes() -> None:
     wrong = Formula(wrong_at=0, error=MAX_RELATIVE_ERROR)
-    result = verify(wrong, Formula(every_row=True), TOKENS, "text")
+    result = verify(wrong, READING)
     assert 0 < result.max_relative_error < MAX_RELATIVE_ERROR
+
+
+def converted(artifact: Artifact, decoder: Decoder) -> Conversion:
+    tokens = tokens_for(decoder.spec.vocab_size, decoder.context)
+    unrounded = ReferenceRunner(artifact.path, Execution(mode="fp32"))
+    judge, context = EagerRunner(decoder, "").at, decoder.context
+    reading = Reading(judge, tokens, "text", unrounded.seq_lengths, context, every_row=False)
+    return verify_conversion(unrounded, decoder, reading)
+
+
+def test_every_format_converts_to_the_same_model(
+    quantized: Callable[[str], Artifact], scheme_label: str
+) -> None:
+    artifact = quantized(scheme_label)
+    result = converted(artifact, artifact.decoder)
+    # Far from the bound, so that it can be trusted with wider sums.
+    assert result.max_relative_error < result.max_relative_error_bound / 4
+    # Seven matrices, three norms with two numbers each, token table, two RoPE tables, positions.
+    tied, attention = artifact.plan.tied, artifact.decoder.layers[0].self_attn
+    assert result.weights == 20 + (not tied) + (attention.form == "decomposed")
+
+
+def test_the_bound_without_rounding_grows_with_the_root_of_the_widest_sum(
+    quantized: Callable[[str], Artifact],
+) -> None:
+    decoder = quantized("int4-channel").decoder
+    assert decoder.spec.intermediate_size == 96
+    assert conversion_bound(decoder) == pytest.approx(2e-2 / 8192 * 96**0.5)
+
+
+def test_a_change_far_below_the_bound_of_fp16_is_noticed_without_rounding(
+    quantized: Callable[[str], Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact = quantized("int4-channel")
+    whole = Decoder.head
+
+    def almost(self: Decoder, x: torch.Tensor) -> torch.Tensor:
+        return whole(self, x) * (1 + MAX_RELATIVE_ERROR / 100)
+
+    monkeypatch.setattr(Decoder, "head", almost)
+    with pytest.raises(
+        VerificationError, match=r"is not the model: .* for token \d+ after position"
+    ):
+        converted(artifact, artifact.decoder)

@@ -67,11 +67,16 @@ class Attention(nn.Module):
             matmul, softmax, matmul with the scale applied to the queries, safe in fp16.
     """
 
+    scale: torch.Tensor
+
     def __init__(self, spec: DecoderSpec, layer: int, form: AttentionForm) -> None:
         super().__init__()
         self.spec = spec
         self.layer = layer
         self.form = form
+        if form == "decomposed":
+            scale = torch.tensor([1 / math.sqrt(spec.head_dim)])
+            self.register_buffer("scale", scale, persistent=False)
         hidden, head_dim = spec.hidden_size, spec.head_dim
         query_size = spec.num_attention_heads * head_dim
         kv_size = spec.num_key_value_heads * head_dim
@@ -101,7 +106,7 @@ class Attention(nn.Module):
     ) -> torch.Tensor:
         if self.form == "fused":
             return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
-        scores = (queries * (1 / math.sqrt(self.spec.head_dim))) @ keys.transpose(2, 3)
+        scores = (queries * self.scale) @ keys.transpose(2, 3)
         return torch.softmax(scores + mask, dim=-1) @ values
 
 

@@ -87,18 +87,25 @@ class Decoder(nn.Module):
         Returns:
             float32 logits, `[1, 1, vocab]` (`last`) or `[1, S, vocab]` (`all`).
         """
+        x = self.hidden(tokens, start_pos)
+        return self.head(x[:, -1:] if self.logits == "last" else x)
+
+    def hidden(self, tokens: torch.Tensor, start_pos: torch.Tensor) -> torch.Tensor:
+        """Do what `forward` does up to the head, for every row: float32 `[1, S, hidden]`."""
         tokens = tokens.to(torch.int32)
         start_pos = start_pos.to(torch.int32)
         rows = self.positions[: tokens.shape[1]] + start_pos  # [S]
         cos = F.embedding(rows, self.cos).unsqueeze(1)  # [S, 1, head_dim / 2]
         sin = F.embedding(rows, self.sin).unsqueeze(1)
         chunk = Chunk(cos, sin, self._mask(rows), self.cache.open(), start_pos)
-        x = self.embed_tokens(tokens)
+        x: torch.Tensor = self.embed_tokens(tokens)
         for block in self.layers:
             x = block(x, chunk)
         self.cache.close(chunk.cache)
-        if self.logits == "last":
-            x = x[:, -1:]
+        return x
+
+    def head(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the logits of rows that `hidden` gave, `[..., hidden]` -> `[..., vocab]`."""
         return self.lm_head(self.norm(x))  # type: ignore[no-any-return]
 
     def _mask(self, rows: torch.Tensor) -> torch.Tensor:

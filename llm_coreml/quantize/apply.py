@@ -8,15 +8,20 @@ eager model is exactly the model that the artifact holds.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import singledispatch
 from typing import Any
 
 import torch
 from torch import nn
 from torchao.core.config import AOBaseConfig
-from torchao.prototype.quantization.codebook_coreml import CodebookWeightOnlyConfig
+from torchao.prototype.quantization.codebook_coreml import (
+    CodebookQuantizedTensor,
+    CodebookWeightOnlyConfig,
+)
 from torchao.quantization import IntxWeightOnlyConfig, quantize_
 from torchao.quantization.granularity import PerAxis, PerGroup
+from torchao.utils import TorchAOBaseTensor
 
 from llm_coreml.quantize.schemes import Codebook, IntChannel, IntGroup, Scheme, Unquantized
 
@@ -87,6 +92,46 @@ def _join(pieces: list[torch.Tensor]) -> torch.Tensor:
     attributes = [getattr(first, name) for name in first.tensor_attribute_names]
     joined: torch.Tensor = type(first)(*data, *attributes)
     return joined
+
+
+def dense_rows(weight: torch.Tensor, elements: int = _PIECE) -> Iterator[torch.Tensor]:
+    """Yield the values of `weight`, quantized or not, as fp32.
+
+    Args:
+        weight: Of any type, with at least one axis.
+        elements: About how many to yield at a time.
+
+    Yields:
+        Consecutive rows.
+    """
+    count = len(weight)
+    step = max(1, elements * count // max(1, weight.numel()))
+    if isinstance(weight, CodebookQuantizedTensor):
+        # A piece has whole tables.
+        step = -(-step // _table_rows(weight)) * _table_rows(weight)
+    for start in range(0, count, step):
+        yield _rows(weight, start, min(start + step, count)).to(torch.float32)
+
+
+def _table_rows(weight: CodebookQuantizedTensor) -> int:
+    rows: int = weight.codes.shape[0] // weight.codebook.shape[0]
+    return rows
+
+
+def _rows(weight: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    dense: torch.Tensor
+    if isinstance(weight, CodebookQuantizedTensor):
+        tables = weight.codebook[start // _table_rows(weight) : stop // _table_rows(weight)]
+        codes = weight.codes[start:stop]
+        piece = type(weight)(
+            codes, tables, weight.code_dtype, weight.block_size, codes.shape, weight.dtype
+        )
+        dense = piece.dequantize()
+    elif isinstance(weight, TorchAOBaseTensor):
+        dense = weight[start:stop].dequantize()
+    else:
+        dense = weight[start:stop]
+    return dense.detach()
 
 
 def _int_dtype(bits: int) -> torch.dtype:

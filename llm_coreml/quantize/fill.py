@@ -52,7 +52,8 @@ def fill(
         checkpoint: Where they come from.
         family: Names them.
         plan: Schemes; None leaves every matrix as it is stored.
-        storage: Type in which unquantized matrices are held; None keeps the checkpoint's.
+        storage: Type in which unquantized matrices are held, and to which norms and biases are
+            rounded; None keeps matrices as the checkpoint does and the others in fp32.
         on_progress: Called with the share of parameters done, 0 to 1.
 
     Raises:
@@ -69,7 +70,8 @@ def fill(
             scheme = _scheme_of(owner, plan)
             _set_matrix(module, checkpoint, theirs, scheme, storage)
         else:
-            values = checkpoint.tensor(theirs, torch.float32)
+            # Computed with in fp32, but with the values that the program holds.
+            values = checkpoint.tensor(theirs, storage or torch.float32).to(torch.float32)
             setattr(module, attribute, nn.Parameter(values, requires_grad=False))
         done += module.get_parameter(attribute).numel()
         on_progress(done / total)

@@ -48,6 +48,7 @@ class Compiled:
         outputs: name to place.
         types: declared types of inputs, states and outputs.
         shared_outputs: outputs that must be copied before a caller gets them.
+        constants: place to name, of the constants that have one.
     """
 
     steps: tuple[Step, ...]
@@ -57,6 +58,7 @@ class Compiled:
     outputs: dict[str, int]
     types: dict[str, TensorType]
     shared_outputs: frozenset[str]
+    constants: dict[int, str]
 
 
 def compile_function(function: Function, pool: ConstantPool) -> Compiled:
@@ -97,6 +99,7 @@ class _Compiler:
             outputs,
             {name: self.types[name] for name in [*names, *outputs]},
             plan.shared_outputs,
+            {slot: name for (name, _), slot in self.constant_slots.items()},
         )
 
     def _place(self, value: Any) -> int:

@@ -188,9 +188,14 @@ class PackedWeight:
     wide: bool
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes of the expanded constant."""
+        return fixed_shape(_type(self.source), "A constant")
+
+    @property
     def rows(self) -> int:
         """Size of the first axis."""
-        return fixed_shape(_type(self.source), "A constant")[0]
+        return self.shape[0]
 
     def expand(self) -> torch.Tensor:
         """Return the whole constant."""

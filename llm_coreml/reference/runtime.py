@@ -18,9 +18,9 @@ import torch
 
 from llm_coreml.errors import ArtifactError, nearest
 from llm_coreml.reference.compiler import compile_function
-from llm_coreml.reference.constants import ConstantPool
+from llm_coreml.reference.constants import ConstantPool, PackedWeight
 from llm_coreml.reference.execution import Execution
-from llm_coreml.reference.mil import Feature, Interface, Model, fixed_shape
+from llm_coreml.reference.mil import Feature, Interface, Model, TensorType, fixed_shape
 from llm_coreml.reference.specialize import Plan, analyse, make_plan
 from llm_coreml.reference.steps import Observer, Step, Values, run_all
 
@@ -153,6 +153,16 @@ class CoreMLProgram:
             self._plans.pop(next(iter(self._plans)))
         self._plans[shapes] = make_plan(self._compiled, self._known, seen, compiled=self._fuses)
 
+    def constants(self) -> Iterator[tuple[str, torch.Tensor | PackedWeight]]:
+        """Yield each constant tensor that an operation uses, with its name.
+
+        Values are as the program computes with them: compressed ones are expanded, and rounded by
+        the mode of execution. They are the program's own and must not be changed.
+        """
+        for slot, value in enumerate(self._compiled.initial):
+            if value is not None:
+                yield self._compiled.constants.get(slot, "a constant without a name"), value
+
     @contextmanager
     def observed(self, observe: Observer) -> Iterator[None]:
         """While the context lasts, have `observe(step, values)` called after each operation."""
@@ -256,11 +266,21 @@ class CoreMLProgram:
                         f"The model describes '{feature.name}' as {feature.dtype}; "
                         f"its program declares {declared}."
                     )
-                if what != "outputs" and len(declared.shape) != len(feature.shape):
+                # The shape of an output need not be described.
+                if (what != "outputs" or feature.shape) and not _agrees(feature, declared):
                     raise ArtifactError(
                         f"The model describes '{feature.name}' with shape {list(feature.shape)}; "
                         f"its program declares {declared}."
                     )
+
+
+def _agrees(feature: Feature, declared: TensorType) -> bool:
+    """Return whether the described shapes are among those that the program declares."""
+    return all(
+        len(shape) == len(declared.shape)
+        and all(size in (None, given) for size, given in zip(declared.shape, shape, strict=True))
+        for shape in (feature.shape, *feature.enumerated)
+    )
 
 
 def _check_input(feature: Feature, value: torch.Tensor) -> None:
