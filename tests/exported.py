@@ -40,10 +40,13 @@ def command(*words: str | Path) -> list[str]:
 
 
 def run(*words: str | Path, **environment: str) -> Run:
-    """Run `llm-coreml` in a process of its own, with the warnings of a user's machine."""
-    done = subprocess.run(
-        command(*words), capture_output=True, text=True, env={**os.environ, **environment}
-    )
+    """Run `llm-coreml` in a process of its own, with the warnings of a user's machine.
+
+    It gets one thread, as this process has: their number decides the order of fp32 sums, and with
+    it the last digits of measured figures.
+    """
+    settings = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run(command(*words), capture_output=True, text=True, env=settings)
     return Run(done.returncode, done.stdout, done.stderr)
 
 
