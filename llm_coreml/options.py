@@ -41,14 +41,18 @@ THRESHOLD = click.option(
     show_default=True,
     help="Relative error from which operations count as parted.",
 )
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+_UNITS = {
+    "": 1,
+    **{letter: 1000 ** (power + 1) for power, letter in enumerate("kmgt")},
+    **{f"{letter}i": 1024 ** (power + 1) for power, letter in enumerate("kmgt")},
+}
 
 
 def memory(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
     """Return the bytes that a word such as `4GB`, `512MiB` or `4000000` means."""
     if value is None:
         return None
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kmg]i?)?b?", value.strip().lower())
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?) ?([kmgt]i?)?b?", value.strip().lower())
     if found is None:
         raise click.BadParameter(f"'{value}' is no amount of memory such as 4GB or 512MiB.")
     return int(float(found[1]) * _UNITS[found[2] or ""])

@@ -242,8 +242,14 @@ class ReferenceRunner(Runner):
                 "int64 [1, S] and start_pos int64 [1]."
             )
         self.program, constants = self._method.programs[0], self._method.constants
-        tokens = next(feature for feature in self.program.inputs if len(feature.shape) == 2)
-        shapes = tokens.enumerated or (tokens.shape,)
+        tokens = [feature for feature in self.program.inputs if len(feature.shape) == 2]
+        given = [len(spec.shape) for spec in self._method.outputs]
+        if len(tokens) != 1 or given != [3]:
+            raise ArtifactError(
+                f"Method 'forward' of '{path}' gives outputs of {given} axes; a language model "
+                "gives logits [1, S, V] for tokens [1, S]."
+            )
+        shapes = tokens[0].enumerated or (tokens[0].shape,)
         self.seq_lengths = tuple(sorted(shape[1] for shape in shapes))
         _, rows, self.vocab_size = self._method.outputs[0].shape
         self.every_row = rows != 1

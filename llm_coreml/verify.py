@@ -194,7 +194,7 @@ def verify(
         VerificationError: they differ by more than the bounds allow.
     """
     # That the order of the lengths makes no difference has been seen there.
-    passes = reading.passes if conversion is None else reading.passes[::2]
+    passes = reading.passes if conversion is None else [*reading.passes[:-2], reading.passes[-1]]
     compared = _compare(artifact, reading, passes, on_progress)
     result = Verification(
         runtime=artifact.label,
@@ -287,18 +287,24 @@ def _compare(
 def verification_passes(lengths: Sequence[int], context: int, available: int) -> list[Pass]:
     """Plan what to read: every length from either end, decode after it, and the context's end."""
     limit = min(context, available)
-    descending = _chunks(sorted(lengths, reverse=True), limit)
-    ascending = _chunks(sorted(lengths), limit)
-    return [
-        Pass(0, descending),
-        Pass(0, ascending),
-        Pass(context - sum(ascending), ascending),
-    ]
+    left = sorted((length for length in lengths if length <= limit), reverse=True)
+    passes = []
+    while left:
+        # Not all of them need fit the context together.
+        descending = _fitting(left, limit)
+        passes.append(Pass(0, _with_decoding(descending, limit)))
+        left = [length for length in left if length not in descending]
+    ascending = _with_decoding(_fitting(sorted(lengths), limit), limit)
+    return [*passes, Pass(0, ascending), Pass(context - sum(ascending), ascending)]
 
 
-def _chunks(lengths: Sequence[int], limit: int) -> tuple[int, ...]:
+def _fitting(lengths: Sequence[int], limit: int) -> tuple[int, ...]:
     parts: list[int] = []
     for length in lengths:
         if sum(parts) + length <= limit:
             parts.append(length)
-    return (*parts, *([1] * min(_DECODED, limit - sum(parts))))
+    return tuple(parts)
+
+
+def _with_decoding(lengths: tuple[int, ...], limit: int) -> tuple[int, ...]:
+    return (*lengths, *([1] * min(_DECODED, limit - sum(lengths))))

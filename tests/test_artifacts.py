@@ -310,7 +310,13 @@ def test_another_process_writes_the_same_bytes(exported: tuple[Path, Path], tmp_
         [sys.executable, "-c", _EXPORT, str(folder), str(there)],
         check=True,
         cwd=tmp_path,
-        env={**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": os.pathsep.join(sys.path)},
+        env={
+            **os.environ,
+            "PYTHONHASHSEED": "7",
+            "PYTHONPATH": os.pathsep.join(sys.path),
+            # As here: the number of threads decides the order of sums in measured figures.
+            "OMP_NUM_THREADS": "1",
+        },
         stderr=subprocess.DEVNULL,
     )
     assert sorted(p.name for p in there.iterdir()) == sorted(p.name for p in here.iterdir())

@@ -25,7 +25,6 @@ class UpdatePlan:
 
     in_place: frozenset[int]
     settled: frozenset[int]
-    shared_outputs: frozenset[str]
 
 
 def plan_updates(function: Function, owned: frozenset[str]) -> UpdatePlan:
@@ -34,10 +33,6 @@ def plan_updates(function: Function, owned: frozenset[str]) -> UpdatePlan:
     Args:
         function: its operations are looked at, not executed.
         owned: names of the values that rounding copies to fresh memory.
-
-    Returns:
-        The plan; `shared_outputs` names the outputs that share memory with something that outlives
-        the call, so that they must be copied before a caller gets them.
     """
     return _Planner(function, owned).plan()
 
@@ -52,10 +47,8 @@ class _Planner:
         self.shares: dict[str, frozenset[int]] = {}
         self.whole: dict[str, tuple[str, int]] = {}
         self.current: dict[str, int] = {}
-        self.external: set[int] = set()
         for item in function.inputs:
             token = self._new()
-            self.external.add(token)
             self.shares[item.name] = frozenset((token,))
             if isinstance(item.type, StateType):
                 self.current[item.name] = token
@@ -90,17 +83,12 @@ class _Planner:
                 self.whole[result] = self.whole[source]
             else:
                 self._compute(operation)
-        # A copy of a state is bound as the state, so its memory outlives the call as well.
-        external = self.external | set(self.current.values())
-        shared = {name for name in self.outputs if self._of(name) & external}
-        return UpdatePlan(frozenset(in_place), frozenset(settled), frozenset(shared))
+        return UpdatePlan(frozenset(in_place), frozenset(settled))
 
     def _of(self, name: str) -> frozenset[int]:
         if name not in self.shares:
             # A constant: it is the program's own memory.
-            token = self._new()
-            self.external.add(token)
-            self.shares[name] = frozenset((token,))
+            self.shares[name] = frozenset((self._new(),))
         return self.shares[name]
 
     def _read(self, operation: Operation) -> None:
@@ -123,9 +111,13 @@ class _Planner:
         if operation.blocks:
             # A block may read the state, and may bind it to other memory.
             for state in names & self.current.keys():
-                shared |= {self.current[state]}
-                self.current[state] = self._new()
-                shared |= {self.current[state]}
+                old, new = self.current[state], self._new()
+                self.current[state] = new
+                shared |= {old, new}
+                # Or it may not: then what is bound to the old memory is bound to the new.
+                for name, tokens in self.shares.items():
+                    if old in tokens:
+                        self.shares[name] = tokens | {new}
         for item in operation.outputs:
             fresh = item.name in self.owned or (spec is not None and spec.fresh)
             self.shares[item.name] = frozenset((self._new(),)) if fresh else shared

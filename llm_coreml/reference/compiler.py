@@ -9,7 +9,7 @@ only fail at run time for a reason that depends on the inputs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from llm_coreml.errors import ArtifactError
 from llm_coreml.reference.aliasing import UpdatePlan, plan_updates
 from llm_coreml.reference.arguments import Arguments, arguments, label, result_types
 from llm_coreml.reference.constants import ConstantPool, PackedWeight, Source
-from llm_coreml.reference.control import CONTROL, branches, loop
+from llm_coreml.reference.control import CONTROL, Rounds, branches, loop
 from llm_coreml.reference.definitions import definitions, nested
 from llm_coreml.reference.mil import (
     Binding,
@@ -31,6 +31,7 @@ from llm_coreml.reference.ops.slicing import slice_update_in_place
 from llm_coreml.reference.packed import packed_function
 from llm_coreml.reference.steps import Call, Output, Place, Step, Values, output
 
+Hold = Callable[..., Any]
 _SIZES_FROM_DATA = frozenset({"non_zero"})
 # A constant of more elements exists in one form only, even where both fp16 and fp32 would serve.
 _LARGE = 1 << 20
@@ -47,7 +48,7 @@ class Compiled:
         states: name to place.
         outputs: name to place.
         types: declared types of inputs, states and outputs.
-        shared_outputs: outputs that must be copied before a caller gets them.
+        rounds: how often the loops of a call may still run.
         constants: place to name, of the constants that have one.
     """
 
@@ -57,7 +58,7 @@ class Compiled:
     states: dict[str, int]
     outputs: dict[str, int]
     types: dict[str, TensorType]
-    shared_outputs: frozenset[str]
+    rounds: Rounds
     constants: dict[int, str]
 
 
@@ -79,8 +80,9 @@ class _Compiler:
         self.types, self.constants = found.types, found.constants
         self.initial: Values = []
         self.slots = {name: self._place(None) for name in self.types if name not in self.constants}
-        self.constant_slots: dict[tuple[str, bool], int] = {}
+        self.constant_slots: dict[tuple[str, bool, Hold], int] = {}
         self.wide: set[str] = set()
+        self.rounds = Rounds()
 
     def compile(self) -> Compiled:
         operations = self.function.operations
@@ -98,8 +100,8 @@ class _Compiler:
             {name: self.slots[name] for name in names if name in self.states},
             outputs,
             {name: self.types[name] for name in [*names, *outputs]},
-            plan.shared_outputs,
-            {slot: name for (name, _), slot in self.constant_slots.items()},
+            self.rounds,
+            {slot: name for (name, *_), slot in self.constant_slots.items()},
         )
 
     def _place(self, value: Any) -> int:
@@ -118,19 +120,20 @@ class _Compiler:
             name in self.wide and _size(self.constants[name]) > _LARGE for name in operation.names()
         )
 
-    def _slot(self, binding: Binding, wide: bool, who: str) -> int:
-        """Return the place of a value; a constant becomes a tensor."""
+    def _slot(self, binding: Binding, wide: bool, who: str, hold: Hold | None = None) -> int:
+        """Return the place of a value; a constant becomes what `hold` gives, a tensor if None."""
+        hold = hold or self.pool.tensor
         if isinstance(binding, Constant):
-            return self._place(self.pool.held(binding, wide=wide))
+            return self._place(hold(binding, wide=wide))
         if binding in self.states:
             raise ArtifactError(f"{who} uses the state '{binding}' without read_state.")
         if binding in self.slots:
             return self.slots[binding]
         if binding not in self.constants:
             raise ArtifactError(f"{who} uses '{binding}', which nothing defines before.")
-        key = (binding, wide)
+        key = (binding, wide, hold)
         if key not in self.constant_slots:
-            held = self.pool.held(self.constants[binding], wide=wide)
+            held = hold(self.constants[binding], wide=wide)
             self.constant_slots[key] = self._place(held)
         return self.constant_slots[key]
 
@@ -183,18 +186,21 @@ class _Compiler:
         wide = self._widens(operation)
         places: dict[str, Place] = {}
         for key, bound in given.tensors.items():
-            slots = tuple(self._slot(binding, wide, who) for binding in bound)
-            places[key] = slots if spec.parameters[key] == "tensors" else slots[0]
+            if spec.parameters[key] == "tensors":
+                places[key] = tuple(self._slot(binding, wide, who) for binding in bound)
+            else:
+                places[key] = self._slot(bound[0], wide, who, self.pool.held)
         fixed = {**given.plain, **self._supplied(operation, spec)}
         function = slice_update_in_place if in_place else spec.function
         packed = self._packed(places)
         if packed:
-            function = packed_function(operation.type, spec.function, packed, fixed)
+            function = packed_function(operation.type, function, packed, fixed)
         call = Call(
             function,
             places,
             fixed,
-            self._widened(given) - packed if wide else frozenset(),
+            # A widened state would be a copy, and the update of the copy would be lost.
+            self._widened(given) - packed if wide and not in_place else frozenset(),
             frozenset(key for key, kind in spec.parameters.items() if kind == "dynamic"),
             operation.type in _SIZES_FROM_DATA,
         )
@@ -257,22 +263,24 @@ class _Compiler:
 
     def _control(self, operation: Operation, frees: tuple[int, ...]) -> Step:
         who = label(operation)
-        compiled = [
+        first, second = (
             (
                 tuple(self._step(inner) for inner in block.operations),
                 tuple(self._slot(name, False, who) for name in block.outputs),
                 tuple(self.slots[item.name] for item in block.inputs),
             )
             for block in operation.blocks
-        ]
+        )
         given = [
             tuple(self._slot(item, False, who) for item in bound)
             for key, bound in sorted(operation.inputs.items())
         ]
         if len(given) != 1:
             raise ArtifactError(f"{who} takes one input, not {len(given)}.")
-        build = branches if operation.type == "cond" else loop
-        compute = build(given[0], *compiled)
+        if operation.type == "cond":
+            compute = branches(given[0], first, second)
+        else:
+            compute = loop(given[0], first, second, self.rounds)
         call = Call(_same, {"x": given[0]}, {}, sizes_from_data=True)
         return Step(who, operation.type, call, compute, self._outputs(operation), frees)
 

@@ -11,9 +11,11 @@ slice by slice whenever it is used.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -33,7 +35,10 @@ _SMALL = 1 << 16
 # The first element of a slice of packed rows must begin a byte.
 _BYTE = 8
 
-Key = tuple[Any, ...]
+# Real ones nest three deep: a table of integers, scaled, with zeros put between.
+_DEEPEST = 8
+
+Key = tuple[bytes, bool]
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +61,26 @@ class Expression:
     type: TensorType
     number: int = 0
 
-    @property
+    def __post_init__(self) -> None:
+        if self.depth > _DEEPEST:
+            raise ArtifactError(f"{self.label} nests constants deeper than {_DEEPEST}.")
+
+    @cached_property
+    def depth(self) -> int:
+        """How many expressions lie within one another, this one included."""
+        nested = (operand for operand in self.operands.values() if isinstance(operand, Expression))
+        return 1 + max((operand.depth for operand in nested), default=0)
+
+    @cached_property
+    def key(self) -> bytes:
+        """Digest of what the value is computed from."""
+        parts = [repr((id(self.spec), str(self.type), self.number)).encode()]
+        for name, operand in self.operands.items():
+            parts += [name.encode(), _digest(operand)]
+        parts += [repr(item).encode() for item in self.plain.items()]
+        return hashlib.sha256(b"|".join(parts)).digest()
+
+    @cached_property
     def sliceable(self) -> bool:
         """Whether rows can be computed from rows of the operands."""
         shapes = [fixed_shape(_type(source), self.label) for source in self.operands.values()]
@@ -100,13 +124,14 @@ def _type(source: Source) -> TensorType:
     return source.type
 
 
-def rows(source: Source, start: int, stop: int) -> torch.Tensor:
-    """Return rows [start, stop) of `source` in the type that computes it, unrounded.
+def rows(source: Source, start: int, stop: int, numerics: Numerics) -> torch.Tensor:
+    """Return rows [start, stop) of `source` in the type that computes it, not yet rounded.
 
     Args:
         source: whose first axis is cut; `start` is a multiple of its `unit`.
         start: first row.
         stop: row after the last; a multiple of the unit, or the number of rows.
+        numerics: how the expressions that it depends on are rounded.
 
     Raises:
         ArtifactError: the file contradicts itself.
@@ -114,34 +139,45 @@ def rows(source: Source, start: int, stop: int) -> torch.Tensor:
     if isinstance(source, Constant):
         return to_tensor(source.rows(start, stop), _type(source).dtype)
     if not source.sliceable:
-        return whole(source)[start:stop]
+        return whole(source, numerics)[start:stop]
     total = fixed_shape(source.type, source.label)[0]
     operands = {}
     for key, operand in source.operands.items():
         count = fixed_shape(_type(operand), source.label)[0]
         block = total // count
         operands[key] = (
-            whole(operand) if count == 1 else rows(operand, start // block, -(-stop // block))
+            whole(operand, numerics)
+            if count == 1
+            else rows(operand, start // block, -(-stop // block), numerics)
         )
-    return _compute(source, operands, stop - start)
+    return _compute(source, operands, stop - start, numerics)
 
 
-def whole(source: Source) -> torch.Tensor:
-    """Return all of `source` in the type that computes it, unrounded."""
+def whole(source: Source, numerics: Numerics) -> torch.Tensor:
+    """Return all of `source` in the type that computes it, not yet rounded; see `rows`."""
     if isinstance(source, Constant):
         value = source.value()
         if not isinstance(value, np.ndarray):
             raise ArtifactError(f"A {source.type} is used as a tensor.")
         return to_tensor(value, _type(source).dtype)
-    operands = {key: whole(operand) for key, operand in source.operands.items()}
-    return _compute(source, operands, None)
+    operands = {key: whole(operand, numerics) for key, operand in source.operands.items()}
+    return _compute(source, operands, None, numerics)
 
 
 def _compute(
-    source: Expression, operands: Mapping[str, torch.Tensor], count: int | None
+    source: Expression,
+    operands: Mapping[str, torch.Tensor],
+    count: int | None,
+    numerics: Numerics,
 ) -> torch.Tensor:
+    given = {
+        key: _rounded(value, _type(source.operands[key]), numerics).to(value.dtype)
+        if isinstance(source.operands[key], Expression)
+        else value
+        for key, value in operands.items()
+    }
     try:
-        result = source.spec.function(**operands, **source.plain)
+        result = source.spec.function(**given, **source.plain)
     except ArtifactError as error:
         raise ArtifactError(f"{source.label} {error}.") from error
     except FAILURES as error:
@@ -208,6 +244,8 @@ class PackedWeight:
 
     def take(self, indices: torch.Tensor) -> torch.Tensor:
         """Return the rows at `indices`, int64 [N] in [0, number of rows)."""
+        if not indices.numel():
+            return self.expand()[:0]
         step = unit(self.source)
         blocks, places = torch.unique(indices.cpu() // step, return_inverse=True)
         starts = [block * step for block in blocks.tolist()]
@@ -215,7 +253,7 @@ class PackedWeight:
         return torch.cat(parts)[(places * step).to(self.device) + indices % step]
 
     def _rows(self, start: int, stop: int) -> torch.Tensor:
-        part = rows(self.source, start, stop)
+        part = rows(self.source, start, stop, self.numerics)
         dtype = _kept(_type(self.source), self.numerics, self.wide)
         return _rounded(part, _type(self.source), self.numerics).to(self.device, dtype)
 
@@ -242,13 +280,13 @@ def expanded(source: Source, numerics: Numerics, *, wide: bool) -> torch.Tensor:
     declared = _type(source)
     dtype = _kept(declared, numerics, wide)
     if not _in_slices(source):
-        return _rounded(whole(source), declared, numerics).to(dtype)
+        return _rounded(whole(source, numerics), declared, numerics).to(dtype)
     shape = fixed_shape(declared, "A constant")
     if excess := beyond(math.prod(shape) * dtype.itemsize):
         raise ArtifactError(f"A constant of type {declared} {excess}.")
     result = torch.empty(shape, dtype=dtype)
     for start, stop in _slices(source):
-        result[start:stop] = _rounded(rows(source, start, stop), declared, numerics)
+        result[start:stop] = _rounded(rows(source, start, stop, numerics), declared, numerics)
     return result
 
 
@@ -289,18 +327,17 @@ class ConstantPool:
 
     def _key(self, source: Source, wide: bool) -> Key:
         halved = self.numerics.held(_type(source).dtype) == torch.float16
-        return (_key(source), wide and halved)
+        return (_digest(source), wide and halved)
 
 
-def _key(source: Source) -> Key:
-    """Return what tells two sources of one model apart; equal keys mean equal values."""
+def _digest(source: Source) -> bytes:
+    """Return what tells two sources of one model apart; equal digests mean equal values."""
     if isinstance(source, Expression):
-        operands = tuple((name, _key(operand)) for name, operand in source.operands.items())
-        plain = tuple((name, repr(value)) for name, value in source.plain.items())
-        return (id(source.spec), operands, plain, str(source.type), source.number)
+        return source.key
     if source.blob is not None:
         file, offset = source.blob
-        return ("blob", id(file), offset, str(source.type))
+        return repr(("blob", id(file), offset, str(source.type))).encode()
     value = source.value()
-    content = value.tobytes() if isinstance(value, np.ndarray) and value.dtype != object else value
-    return ("value", str(source.type), content)
+    plain = not isinstance(value, np.ndarray) or value.dtype == object
+    content = repr(value).encode() if plain else np.asarray(value).tobytes()
+    return hashlib.sha256(repr(str(source.type)).encode() + content).digest()

@@ -10,11 +10,33 @@ from llm_coreml.errors import ArtifactError
 from llm_coreml.reference.steps import Compute, Step, Values, run_all
 
 CONTROL = ("cond", "while_loop")
-# A program whose loop never ends must not hang its judge.
+# A program whose loops never end must not hang its judge.
 _MOST_ROUNDS = 1 << 20
 
 # Steps, places of the results, places of the inputs.
 Compiled = tuple[Sequence[Step], Sequence[int], Sequence[int]]
+
+
+class Rounds:
+    """How often the loops of one call may still run, nested ones included."""
+
+    def __init__(self) -> None:
+        self.left = 0
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin a call."""
+        self.left = _MOST_ROUNDS
+
+    def spend(self) -> None:
+        """Count a round.
+
+        Raises:
+            ArtifactError: there were too many.
+        """
+        self.left -= 1
+        if self.left < 0:
+            raise ArtifactError(f"does not end within {_MOST_ROUNDS} rounds")
 
 
 def branches(given: Sequence[int], true: Compiled, false: Compiled) -> Compute:
@@ -28,20 +50,20 @@ def branches(given: Sequence[int], true: Compiled, false: Compiled) -> Compute:
     return compute
 
 
-def loop(given: Sequence[int], condition: Compiled, body: Compiled) -> Compute:
+def loop(given: Sequence[int], condition: Compiled, body: Compiled, rounds: Rounds) -> Compute:
     """Return `while_loop`: run `body` on what the loop carries as long as `condition` gives true.
 
-    The returned function raises ArtifactError after about a million rounds.
+    The returned function raises ArtifactError when the call's rounds are spent.
     """
 
     def compute(values: Values) -> tuple[torch.Tensor, ...]:
         carried = tuple(values[slot] for slot in given)
-        for _ in range(_MOST_ROUNDS):
+        while True:
             (truth,) = _run(condition, carried, values)
             if not _truth(truth):
                 return carried
+            rounds.spend()
             carried = _run(body, carried, values)
-        raise ArtifactError(f"does not end within {_MOST_ROUNDS} rounds")
 
     return compute
 

@@ -1,7 +1,7 @@
 """What a function defines: names, declared types, constants, and the operations left to run.
 
-Nothing is decoded or executed here. Each name is defined once and before it is used, each operation
-is known, and a compressed constant depends on constants alone.
+Nothing is decoded or executed here. Each name is defined once, a computed value before it is used;
+each operation is known, and a compressed constant depends on constants alone.
 
     found = definitions(function, OPS)
     found.constants["weight"]      # a Constant, or an Expression of constants
@@ -174,7 +174,12 @@ def _check_order(function: Function, constants: Mapping[str, Source]) -> None:
                             f"{label(operation)} uses '{name}', which nothing defines before."
                         )
             for block in operation.blocks:
-                check(block.operations, known | {item.name for item in block.inputs})
+                inner = known | {item.name for item in block.inputs}
+                check(block.operations, inner)
+                for name in set(block.outputs) - inner:
+                    raise ArtifactError(
+                        f"A block of {label(operation)} gives '{name}', which it does not have."
+                    )
             known.update(item.name for item in operation.outputs)
 
     check(function.operations, {item.name for item in function.inputs} | constants.keys())

@@ -1,8 +1,8 @@
 """Core ML's element types: one row per type, and how each is held in numpy and in torch.
 
-The reference keeps every floating value in a float32 tensor; what is declared fp16 is rounded to
-what fp16 can hold after each operation, so the storage never decides the numerics. Integers keep
-their width, except the unsigned ones that torch computes poorly, which get the next signed type.
+The reference computes every floating value in float32; how what is declared fp16 is kept in between
+is for `numerics` to say. Integers keep their width, except the unsigned ones that torch computes
+poorly, which get the next signed type.
 
     >>> by_code(10).name
     'fp16'

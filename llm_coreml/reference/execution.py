@@ -46,7 +46,7 @@ class Execution:
             )
         try:
             device = torch.device(self.device)
-            torch.empty(0, device=device)
+            torch.empty(1, device=device).item()
         except (RuntimeError, AssertionError) as error:
             raise ConfigError(
                 f"The device '{self.device}' cannot be used here ({reason(error)}); use 'cpu'."

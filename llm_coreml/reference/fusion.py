@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from llm_coreml.errors import ConfigError
+from llm_coreml.reference.constants import PackedWeight
 from llm_coreml.reference.limits import reason
 from llm_coreml.reference.steps import Step, Values
 
@@ -62,12 +63,17 @@ _SHORTEST = 4
 
 
 def fused(
-    steps: Sequence[Step], run: Callable[[Step], Callable[[Values], None]]
+    steps: Sequence[Step],
+    initial: Values,
+    settles: Callable[[Step], bool],
+    run: Callable[[Step], Callable[[Values], None]],
 ) -> list[Callable[[Values], None]]:
     """Return what `steps` do, with runs of fusible ones compiled at their first call.
 
     Args:
         steps: in order; their `frees` name what nobody needs afterwards.
+        initial: the values before the first step.
+        settles: whether the input shapes decide the shapes of a step's results.
         run: turns a step into a function of the values.
     """
     parts: list[Callable[[Values], None]] = []
@@ -81,7 +87,7 @@ def fused(
         group.clear()
 
     for step in steps:
-        if _fusible(step):
+        if settles(step) and _fusible(step, initial):
             group.append(step)
             continue
         close()
@@ -90,9 +96,11 @@ def fused(
     return parts
 
 
-def _fusible(step: Step) -> bool:
+def _fusible(step: Step, initial: Values) -> bool:
     floating = all(output.dtype.is_floating_point for output in step.outputs)
-    return step.type in _FUSED and floating and not step.call.dynamic & step.call.places.keys()
+    packed = any(isinstance(initial[slot], PackedWeight) for slot in step.operands())
+    dynamic = bool(step.call.dynamic & step.call.places.keys())
+    return step.type in _FUSED and floating and not packed and not dynamic
 
 
 class _Fused:

@@ -42,7 +42,7 @@ class Package:
         files: relative path to content.
         model: its parsed model.
         metadata: what `metadata.json` says.
-        pool: the model's constants, which all its functions share.
+        pool: the container's constants, which all functions of its models share.
     """
 
     files: dict[str, memoryview]
@@ -72,7 +72,7 @@ class Packages:
     """The Core ML models of one container; a model that several delegates use is parsed once."""
 
     def __init__(self, container: pte.Container, execution: Execution = _DEFAULT) -> None:
-        self._execution = execution
+        self._pool = execution.pool()
         self._named = container.named_data
         # Delegates that share data share the very view; it is kept, so that its id stays its own.
         self._opened: dict[int, tuple[memoryview, Package]] = {}
@@ -90,7 +90,7 @@ class Packages:
         if bytes(data[:4]) == _REFERENCE_MARK:
             data, function = self._referred(data, where)
         if id(data) not in self._opened:
-            self._opened[id(data)] = data, _package(data, where, self._execution)
+            self._opened[id(data)] = data, _package(data, where, self._pool)
         package = self._opened[id(data)][1]
         names: Any = package.metadata
         if "methods" in package.metadata:
@@ -176,7 +176,7 @@ def _folder(path: Path) -> Model:
     return parse(map_folder(path), "")
 
 
-def _package(data: memoryview, where: str, execution: Execution) -> Package:
+def _package(data: memoryview, where: str, pool: ConstantPool) -> Package:
     files = unpack(data)
     if any(path.startswith("model.mlmodelc/") for path in files):
         raise ArtifactError(f"{where} {_COMPILED}")
@@ -188,7 +188,7 @@ def _package(data: memoryview, where: str, execution: Execution) -> Package:
         ) from error
     if not isinstance(metadata, dict):
         raise ArtifactError(f"{where} has a metadata.json that is no object.")
-    return Package(files, parse(files, "model.mlpackage"), metadata, execution.pool())
+    return Package(files, parse(files, "model.mlpackage"), metadata, pool)
 
 
 def _entry(methods: Any, name: str, where: str) -> Mapping[str, Any]:

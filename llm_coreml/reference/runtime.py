@@ -34,6 +34,7 @@ INTERFACE_TYPES = {
 
 # Plans for that many combinations of input shapes are kept.
 _MOST_PLANS = 32
+_MOST_NUMBERS = 1 << 10
 
 
 class CoreMLProgram:
@@ -108,7 +109,7 @@ class CoreMLProgram:
 
         Returns:
             Output name to tensor on the program's device, of the declared type; in the mode `fp32`
-            what is declared fp16 comes as fp32. The caller owns the tensors.
+            what is declared fp16 comes as fp32. The caller owns the tensors, which share nothing.
 
         Raises:
             ArtifactError: an input is not what the model declares, or the program contradicts
@@ -117,6 +118,7 @@ class CoreMLProgram:
         given = {**(inputs or {}), **named}
         self._check_inputs(given)
         compiled, held = self._compiled, self._pool.numerics.held
+        compiled.rounds.reset()
         shapes = tuple(given[name].shape for name in compiled.inputs)
         plan = None if self._observe else self._plans.get(shapes)
         values = (plan or compiled).initial.copy()
@@ -132,10 +134,10 @@ class CoreMLProgram:
                 plan.run(values)
             for name, slot in compiled.states.items():
                 self._state_values[name] = values[slot]
-            return {
-                feature.name: self._output(feature, values[compiled.outputs[feature.name]])
-                for feature in self.outputs
-            }
+        # Outside of the inference mode, so that the caller may change them.
+        return {
+            feature.name: values[compiled.outputs[feature.name]].clone() for feature in self.outputs
+        }
 
     def _run_checked(self, values: Values, shapes: tuple[torch.Size, ...]) -> None:
         """Run every step with all checks, and keep what the input shapes decide."""
@@ -143,12 +145,16 @@ class CoreMLProgram:
 
         def observe(step: Step, values: Values) -> None:
             for item in step.outputs:
-                if item.slot in self._known.values:
-                    seen[item.slot] = values[item.slot]
+                value = values[item.slot]
+                # Sizes are a few numbers; a large table is cheaper to compute than to keep.
+                if item.slot in self._known.values and value.numel() <= _MOST_NUMBERS:
+                    seen[item.slot] = value
             if self._observe is not None:
                 self._observe(step, values)
 
         run_all(self._compiled.steps, values, observe)
+        if shapes in self._plans:
+            return
         if len(self._plans) >= _MOST_PLANS:
             self._plans.pop(next(iter(self._plans)))
         self._plans[shapes] = make_plan(self._compiled, self._known, seen, compiled=self._fuses)
@@ -166,11 +172,11 @@ class CoreMLProgram:
     @contextmanager
     def observed(self, observe: Observer) -> Iterator[None]:
         """While the context lasts, have `observe(step, values)` called after each operation."""
-        self._observe = observe
+        outer, self._observe = self._observe, observe
         try:
             yield
         finally:
-            self._observe = None
+            self._observe = outer
 
     @property
     def constant_places(self) -> frozenset[int]:
@@ -214,9 +220,6 @@ class CoreMLProgram:
                 f"The program has no state '{name}'.{nearest(name, self._state_values)}"
             )
         return self._state_values[name].clone()
-
-    def _output(self, feature: Feature, value: torch.Tensor) -> torch.Tensor:
-        return value.clone() if feature.name in self._compiled.shared_outputs else value
 
     def _check_inputs(self, inputs: Mapping[str, torch.Tensor]) -> None:
         for name in inputs:

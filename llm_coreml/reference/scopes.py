@@ -14,10 +14,10 @@ from llm_coreml.reference.mil import Binding, Block, NamedType, Operation
 
 def unique_names(operations: Sequence[Operation]) -> tuple[Operation, ...]:
     """Return `operations` with the values inside of nested blocks under names of their own."""
-    return tuple(_operation(operation, {}) for operation in operations)
+    return tuple(_operation(operation, {}, "") for operation in operations)
 
 
-def _operation(operation: Operation, names: Mapping[str, str]) -> Operation:
+def _operation(operation: Operation, names: Mapping[str, str], prefix: str) -> Operation:
     """Return `operation` with what it uses, in blocks too, renamed by `names`."""
     if not names and not operation.blocks:
         return operation
@@ -26,7 +26,7 @@ def _operation(operation: Operation, names: Mapping[str, str]) -> Operation:
         for key, bound in operation.inputs.items()
     }
     blocks = tuple(
-        _block(block, names, f"{operation.name}/{number}/")
+        _block(block, names, f"{prefix}{operation.name}/{number}/")
         for number, block in enumerate(operation.blocks)
     )
     return replace(operation, inputs=inputs, blocks=blocks)
@@ -37,7 +37,7 @@ def _block(block: Block, outer: Mapping[str, str], prefix: str) -> Block:
     operations = []
     for operation in block.operations:
         # Later operations see what this one defines; it does not see itself.
-        inner = _operation(operation, names)
+        inner = _operation(operation, names, prefix)
         names.update({item.name: prefix + item.name for item in operation.outputs})
         operations.append(replace(inner, outputs=_typed(operation.outputs, names)))
     return Block(

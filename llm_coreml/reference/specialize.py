@@ -33,6 +33,10 @@ class Known:
     values: frozenset[int]
     shapes: frozenset[int]
 
+    def settles(self, step: Step) -> bool:
+        """Return whether the shapes of all of the step's results are decided."""
+        return all(output.slot in self.shapes for output in step.outputs)
+
 
 def analyse(compiled: Compiled) -> Known:
     """Find what the input shapes alone decide, from the steps, without running them."""
@@ -75,24 +79,27 @@ def make_plan(
     Args:
         function: the function.
         known: what `analyse` found.
-        seen: place to value, from a checked call, for all results in `known.values`.
+        seen: place to value, from a checked call, for results in `known.values`; what is absent
+            is computed in every call.
         compiled: compile runs of operations, see `fusion`.
     """
     initial = function.initial.copy()
     for slot, value in seen.items():
         initial[slot] = value
-    steps = []
+    steps: list[Step] = []
+    unused: list[int] = []
     for step in function.steps:
         results = {output.slot for output in step.outputs}
-        if not results <= known.values:
-            frees = tuple(slot for slot in step.frees if slot not in known.values)
-            steps.append(replace(_with_numbers(step, initial, known), frees=frees))
+        # What a step that is left out was the last to use is freed by the next one.
+        unused += [slot for slot in step.frees if slot not in seen]
+        if not results <= seen.keys():
+            steps.append(replace(_with_numbers(step, seen), frees=tuple(unused)))
+            unused = []
 
     def single(step: Step) -> Callable[[Values], None]:
-        results = {output.slot for output in step.outputs}
-        return _unchecked(step) if results <= known.shapes else _checked(step)
+        return _unchecked(step) if known.settles(step) else _checked(step)
 
-    parts = fused(steps, single) if compiled else [single(step) for step in steps]
+    parts = fused(steps, initial, known.settles, single) if compiled else list(map(single, steps))
 
     def run(values: Values) -> None:
         for part in parts:
@@ -101,12 +108,12 @@ def make_plan(
     return Plan(initial, run)
 
 
-def _with_numbers(step: Step, initial: Values, known: Known) -> Step:
+def _with_numbers(step: Step, seen: Mapping[int, torch.Tensor]) -> Step:
     """Return `step` with computed sizes that are known by now as plain numbers."""
     numbers = {
-        key: initial[place].tolist()
+        key: seen[place].tolist()
         for key, place in step.call.places.items()
-        if key in step.call.dynamic and type(place) is int and place in known.values
+        if key in step.call.dynamic and isinstance(place, int) and place in seen
     }
     if not numbers:
         return step
@@ -133,6 +140,8 @@ def _unchecked(step: Step) -> Callable[[Values], None]:
 
     def run(values: Values) -> None:
         result = compute(values)
+        if isinstance(result, (tuple, list)):
+            (result,) = result
         if rounds and result.dtype is torch.float32:
             result = result.to(torch.float16)
         values[slot] = result

@@ -129,6 +129,78 @@ def test_branch_over_a_state_sees_it_before_the_update(load_program: Any) -> Non
     assert first.tolist() == [0] * 6
 
 
+def untaken(variables: dict[str, Any]) -> list[Any]:
+    """A value read before a branch that names the state, and an update after it."""
+    state = variables["total"]
+    before = mb.read_state(input=state)
+    mb.cond(
+        pred=mb.greater(x=scalar(variables), y=np.int32(0)),
+        _true_fn=lambda: mb.mul(x=mb.read_state(input=state), y=np.float16(2)),
+        _false_fn=lambda: mb.identity(x=before),
+    )
+    x = mb.cast(x=variables["x"], dtype="fp16")
+    new = mb.slice_update(x=mb.read_state(input=state), update=x, begin=[3], end=[6])
+    mb.coreml_update_state(state=state, value=new)
+    return [mb.cast(x=before, dtype="fp32")]
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_update_after_a_branch_leaves_what_was_read_before(load_program: Any, number: int) -> None:
+    inputs = {**X, "total": mb.state_tensor_placeholder(shape=(6,), dtype=types.fp16)}
+    program = load_program(inputs, untaken)
+    assert program(feeds(number))["out_0"].tolist() == [0] * 6
+    assert program(feeds(number))["out_0"].tolist() == [0, 0, 0, 1, 2, 3]
+
+
+def nested_loops(variables: dict[str, Any]) -> list[Any]:
+    """As many rounds inside of each round."""
+    limit = scalar(variables)
+
+    def body(count: Any, value: Any) -> tuple[Any, Any]:
+        _, inner = mb.while_loop(
+            _cond=lambda at, kept: mb.less(x=at, y=limit),
+            _body=lambda at, kept: (mb.add(x=at, y=np.int32(1)), mb.add(x=kept, y=np.float32(1))),
+            loop_vars=(np.int32(0), value),
+        )
+        return mb.add(x=count, y=np.int32(1)), inner
+
+    _, value = mb.while_loop(
+        _cond=lambda count, value: mb.less(x=count, y=limit),
+        _body=body,
+        loop_vars=(np.int32(0), variables["x"]),
+    )
+    return [value]
+
+
+def test_rounds_of_nested_loops_count_together(
+    load_program: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control, "_MOST_ROUNDS", 6 * 6 + 6)
+    program = load_program(X, nested_loops)
+    for _ in range(2):
+        # Every call has the rounds for itself.
+        assert program(feeds(6))["out_0"].tolist() == [37, 38, 39]
+    with pytest.raises(ArtifactError, match="does not end within 42 rounds"):
+        program(feeds(7))
+
+
+def twins(variables: dict[str, Any]) -> list[Any]:
+    """The same names in both branches."""
+    x = variables["x"]
+    chosen = mb.cond(
+        pred=mb.greater(x=scalar(variables), y=np.int32(0)),
+        _true_fn=lambda: mb.add(x=x, y=np.float32(1), name="twin"),
+        _false_fn=lambda: mb.add(x=x, y=np.float32(2), name="twin"),
+    )
+    return [chosen]
+
+
+def test_branches_may_use_the_same_names(load_program: Any) -> None:
+    program = load_program(X, twins)
+    assert program(feeds(1))["out_0"].tolist() == [2, 3, 4]
+    assert program(feeds(0))["out_0"].tolist() == [3, 4, 5]
+
+
 def test_blocks_are_counted(load_program: Any, tmp_path: Any) -> None:
     from coremltools.proto import Model_pb2
 

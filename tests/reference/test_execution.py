@@ -90,13 +90,15 @@ def test_budget_is_kept(large_path: Path) -> None:
 def test_expansion_by_rows_equals_the_whole(large_path: Path) -> None:
     tight = load(large_path, execution=Execution(memory_budget=0))
     found = [value for value in tight._compiled.initial if isinstance(value, PackedWeight)]
+    declared = numerics("declared")
     for packed in found:
         source, step = packed.source, unit(packed.source)
         parts = [
-            rows(source, start, min(start + 3 * step, ROWS)) for start in range(0, ROWS, 3 * step)
+            rows(source, start, min(start + 3 * step, ROWS), declared)
+            for start in range(0, ROWS, 3 * step)
         ]
-        torch.testing.assert_close(torch.cat(parts), whole(source), rtol=0, atol=0)
-        wide = expanded(source, numerics("declared"), wide=True)
+        torch.testing.assert_close(torch.cat(parts), whole(source, declared), rtol=0, atol=0)
+        wide = expanded(source, declared, wide=True)
         assert wide.dtype == torch.float32
         torch.testing.assert_close(wide.half().float(), wide, rtol=0, atol=0)
     assert {unit(packed.source) for packed in found} == {1, 8, 16}
@@ -228,6 +230,96 @@ def test_fused_equals_unfused(mlp_path: Path) -> None:
 def test_only_the_unrounded_mode_is_fused(mlp_path: Path) -> None:
     with pytest.raises(ConfigError, match="'declared' rounds between operations"):
         load(mlp_path, execution=Execution(compiled=True))
+
+
+@pytest.mark.parametrize("budget", [None, 0])
+def test_state_takes_a_constant_that_is_kept_wide_or_packed(
+    harness: Any, tmp_path: Path, budget: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llm_coreml.reference.compiler._LARGE", 0)
+    path = tmp_path / "model.mlpackage"
+    inputs = {
+        "x": mb.placeholder(shape=(1, WIDTH)),
+        "rows": mb.state_tensor_placeholder(shape=(ROWS, WIDTH), dtype=types.fp16),
+    }
+
+    def body(variables: dict[str, Any]) -> list[Any]:
+        table = mb.const(val=DENSE)
+        old = mb.read_state(input=variables["rows"])
+        new = mb.slice_update(x=old, update=table, begin=[0, 0], end=[ROWS, WIDTH])
+        mb.coreml_update_state(state=variables["rows"], value=new)
+        product = mb.linear(x=mb.cast(x=variables["x"], dtype="fp16"), weight=table)
+        return [product, mb.concat(values=[table, table], axis=0), mb.identity(x=table)]
+
+    harness.save(harness.build_program(inputs, body, ct.target.iOS18), path, ct.target.iOS18)
+    program = load(path, execution=Execution(memory_budget=budget))
+    dense = torch.from_numpy(DENSE)
+    for _ in range(2):
+        results = program(x=torch.ones(1, WIDTH))
+        torch.testing.assert_close(program.state("rows"), dense, rtol=0, atol=0)
+        torch.testing.assert_close(results["out_1"], torch.cat([dense, dense]), rtol=0, atol=0)
+        torch.testing.assert_close(results["out_2"], dense, rtol=0, atol=0)
+
+
+def owned(variables: dict[str, Any]) -> list[Any]:
+    x = variables["x"]
+    total = mb.add(x=x, y=np.float32(1))
+    top = mb.topk(x=x, k=2, axis=1, return_indices=False)
+    return [
+        total,
+        mb.reshape(x=total, shape=[6]),
+        mb.shape(x=x),
+        top[0] if isinstance(top, (tuple, list)) else top,
+    ]
+
+
+def test_caller_owns_what_a_call_returns(load_program: Any) -> None:
+    program = load_program({"x": mb.placeholder(shape=(2, 3))}, owned)
+    x = torch.arange(6.0).reshape(2, 3)
+    for _ in range(3):
+        results = program(x=x)
+        assert results["out_0"].tolist() == (x + 1).tolist()
+        assert results["out_1"].tolist() == (x + 1).flatten().tolist()
+        assert results["out_2"].tolist() == [2, 3]
+        assert results["out_3"].tolist() == [[2, 1], [5, 4]]
+        assert len({value.data_ptr() for value in results.values()}) == 4
+        for value in results.values():
+            value.add_(100)
+
+
+def counted(variables: dict[str, Any]) -> list[Any]:
+    """A run of operations over as many elements as the data decides."""
+    places = mb.cast(x=mb.non_zero(x=variables["x"]), dtype="fp32")
+    for _ in range(3):
+        places = mb.tanh(x=mb.mul(x=mb.add(x=places, y=np.float32(1)), y=np.float32(0.5)))
+    return [mb.reduce_sum(x=places)]
+
+
+def test_sizes_from_data_are_not_compiled_in(load_program: Any, tmp_path: Path) -> None:
+    plain = load_program({"x": mb.placeholder(shape=(5,))}, counted)
+    fused = load(tmp_path / "model.mlpackage", execution=Execution(mode="fp32", compiled=True))
+    for given in ([1, 0, 2, 0, 0], [1, 1, 1, 1, 0], [0, 0, 3, 0, 0], [1, 0, 2, 0, 0]):
+        x = torch.tensor(given, dtype=torch.float32)
+        torch.testing.assert_close(fused(x=x), plain(x=x))
+
+
+def filled(variables: dict[str, Any]) -> list[Any]:
+    """A large table whose size and values follow from the input's shape."""
+    width = np.array([4096], np.int32)
+    sizes = mb.concat(values=[mb.shape(x=variables["x"]), width], axis=0)
+    table = mb.fill(shape=sizes, value=1.0)
+    return [mb.reduce_sum(x=table), mb.shape(x=table)]
+
+
+def test_large_values_are_not_kept_in_plans(load_program: Any) -> None:
+    program = load_program({"x": mb.placeholder(shape=(2, 3))}, filled)
+    for _ in range(2):
+        results = program(x=torch.zeros(2, 3))
+        assert results["out_0"].item() == 6 * 4096
+        assert results["out_1"].tolist() == [2, 3, 4096]
+    (plan,) = program._plans.values()
+    kept = [value for value in plan.initial if isinstance(value, torch.Tensor)]
+    assert max(value.numel() for value in kept) <= 1024
 
 
 def test_snapshot_takes_a_program_back(mlp_path: Path) -> None:

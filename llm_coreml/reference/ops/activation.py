@@ -90,7 +90,8 @@ def sigmoid_hard(x: Tensor, alpha: float, beta: float) -> Tensor:
     return torch.clamp(alpha * x + beta, 0, 1)
 
 
-@op("thresholded_relu", floats("x"), exact=True, fresh=True)
+# The bounds of the next, and of its like, may be fp32 numbers that fp16 does not hold.
+@op("thresholded_relu", floats("x"), exact=True, fresh=True, half=False)
 def thresholded_relu(x: Tensor, alpha: float) -> Tensor:
     """Return x, or 0 where x is below alpha."""
     return torch.where(x >= alpha, x, 0.0)

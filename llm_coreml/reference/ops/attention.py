@@ -32,11 +32,7 @@ def scaled_dot_product_attention(
     Raises:
         ArtifactError: the batch axes differ; MIL's definition does not broadcast them.
     """
-    if not query.shape[:-2] == key.shape[:-2] == value.shape[:-2]:
-        raise ArtifactError(
-            f"has batch axes {list(query.shape[:-2])}, {list(key.shape[:-2])} and "
-            f"{list(value.shape[:-2])} of query, key and value, which must be equal"
-        )
+    check_batch(query, key, value)
     if query.shape[-2] <= _FEW_ROWS:
         return _by_formula(query, key, value, attn_mask)
     result = F.scaled_dot_product_attention(query, key, value, attn_mask)
@@ -48,6 +44,19 @@ def scaled_dot_product_attention(
         empty = attn_mask.amax(-1, keepdim=True) == -torch.inf
     # torch gives zeros for such rows; the formula does not, and a program must not rely on it.
     return torch.where(empty, torch.nan, result) if bool(empty.any()) else result
+
+
+def check_batch(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Refuse batch axes that differ.
+
+    Raises:
+        ArtifactError: they do.
+    """
+    if not query.shape[:-2] == key.shape[:-2] == value.shape[:-2]:
+        raise ArtifactError(
+            f"has batch axes {list(query.shape[:-2])}, {list(key.shape[:-2])} and "
+            f"{list(value.shape[:-2])} of query, key and value, which must be equal"
+        )
 
 
 def _by_formula(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> Tensor:

@@ -141,8 +141,10 @@ def _places(indices: Tensor, lut: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """
     groups, entries = lut.shape[:-2], lut.shape[-2]
     blocks = _blocks(indices, lut[..., 0, 0])
-    if indices.numel() and int(indices.max()) >= entries:
-        raise ArtifactError(f"has index {int(indices.max())} into a table of {entries}")
+    if indices.numel():
+        low, high = (int(bound) for bound in torch.aminmax(indices))
+        if low < 0 or high >= entries:
+            raise ArtifactError(f"has index {min(low, 0) or high} into a table of {entries}")
     kind = torch.int32 if lut.numel() < 1 << 31 else torch.int64
     starts = [
         torch.arange(size, dtype=kind, device=indices.device).div_(block, rounding_mode="floor")

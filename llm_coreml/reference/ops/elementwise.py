@@ -146,13 +146,13 @@ def log(x: Tensor, declared: str, epsilon: float | None = None) -> Tensor:
     return torch.log(x + (_default_epsilon(declared, 1e-45) if epsilon is None else epsilon))
 
 
-@op("clip", floats("x"), exact=True, fresh=True)
+@op("clip", floats("x"), fresh=True)
 def clip(x: Tensor, alpha: float, beta: float) -> Tensor:
     """Return x limited to [alpha, beta]."""
     return torch.clamp(x, alpha, beta)
 
 
-@op("threshold", same("x"), exact=True, fresh=True)
+@op("threshold", same("x"), fresh=True)
 def threshold(x: Tensor, alpha: float) -> Tensor:
     """Return x, or alpha where x is below it."""
     return torch.clamp(x, min=alpha)

@@ -76,7 +76,7 @@ def gather_along_axis(
     return x.gather(axis, wrapped(indices, x.shape[axis]))
 
 
-@op("gather_nd", same("x"), exact=True, fresh=True)
+@op("gather_nd", same("x"), exact=True)
 def gather_nd(
     x: Tensor, indices: Tensor, batch_dims: int = 0, validate_indices: bool = False
 ) -> Tensor:

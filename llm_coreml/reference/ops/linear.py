@@ -28,7 +28,7 @@ def matmul(x: Tensor, y: Tensor, transpose_x: bool = False, transpose_y: bool = 
     return torch.matmul(x, y)
 
 
-@op("einsum", floats("values"), fresh=True)
+@op("einsum", floats("values"))
 def einsum(values: Sequence[Tensor], equation: str) -> Tensor:
     """Return the contraction of two tensors; axes of size 1 broadcast."""
     return torch.einsum(equation, *values)

@@ -33,7 +33,7 @@ def _reduction(name: str, function: Reduce, *, exact: bool = False) -> None:
 def _product(x: Tensor, axes: list[int], keep: bool) -> Tensor:
     for axis in sorted((axis % x.dim() for axis in axes), reverse=True):
         x = x.prod(axis, keepdim=keep)
-    return x
+    return x if axes else x.clone()
 
 
 def _log_sum_exp(x: Tensor, axes: list[int], keep: bool) -> Tensor:

@@ -174,10 +174,8 @@ def named_by(parameter: str, default: str | None = None) -> Rule:
 
 def integers(values: Ints) -> list[int]:
     """Return `values` as Python ints, whether they were constants or computed."""
-    if isinstance(values, torch.Tensor):
-        listed = values.tolist()
-        return listed if isinstance(listed, list) else [listed]
-    return list(values)
+    listed: Any = values.tolist() if isinstance(values, torch.Tensor) else values
+    return [listed] if isinstance(listed, int) else list(listed)
 
 
 def number(value: Number) -> float:

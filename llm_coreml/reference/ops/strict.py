@@ -52,31 +52,64 @@ def matmul(
     x: Tensor, y: Tensor, declared: str, transpose_x: bool = False, transpose_y: bool = False
 ) -> Tensor:
     """Return the batched product of x and y, each transposed in its last two axes on demand."""
-    if declared != "fp16" or x.dim() < 2 or y.dim() < 2:
+    if declared != "fp16":
         return products.matmul(x, y, transpose_x, transpose_y)
-    x = x.transpose(-1, -2) if transpose_x else x
-    return multiply(x, y.transpose(-1, -2) if transpose_y else y)
+    x = x.transpose(-1, -2) if transpose_x and x.dim() > 1 else x
+    y = y.transpose(-1, -2) if transpose_y and y.dim() > 1 else y
+    product = multiply(x[None] if x.dim() == 1 else x, y[:, None] if y.dim() == 1 else y)
+    product = product.squeeze(-1) if y.dim() == 1 else product
+    return product.squeeze(-1 if y.dim() == 1 else -2) if x.dim() == 1 else product
 
 
 @op("einsum", OPS["einsum"].result, fresh=True, table=STRICT_OPS)
 def einsum(values: Sequence[Tensor], equation: str, declared: str) -> Tensor:
-    """Return the contraction of two tensors over the one letter that the result lacks."""
+    """Return the contraction of two tensors; axes of size 1 broadcast."""
     left, _, result = equation.replace(" ", "").partition("->")
-    first, _, second = left.partition(",")
-    summed = (set(first) & set(second)) - set(result)
-    if declared != "fp16" or len(summed) != 1:
+    names = left.split(",")
+    if declared != "fp16" or len(names) != 2:
         return products.einsum(values, equation)
-    letter = summed.pop()
+    summed = sorted((set(names[0]) & set(names[1])) - set(result))
+    sizes = [
+        max(value.shape[name.index(letter)] for value, name in zip(values, names, strict=True))
+        for letter in summed
+    ]
     x, y = (
-        value.movedim(names.index(letter), 0)
-        for value, names in zip(values, (first, second), strict=True)
+        _summed_first(value, name, summed, sizes) for value, name in zip(values, names, strict=True)
     )
-    rest = f"{first.replace(letter, '')},{second.replace(letter, '')}->{result}"
+    rest = ",".join("".join(letter for letter in name if letter not in summed) for name in names)
     total: Tensor | None = None
     for parts in zip(x, y, strict=True):
-        product = torch.einsum(rest, *parts)
+        product = torch.einsum(f"{rest}->{result}", *parts)
         total = round_to_half(product if total is None else total + product)
     return products.einsum(values, equation) if total is None else total
+
+
+def _summed_first(value: Tensor, name: str, summed: list[str], sizes: list[int]) -> Tensor:
+    """Return value with the summed axes, broadcast to sizes, as one first axis."""
+    moved = value.movedim([name.index(letter) for letter in summed], list(range(len(summed))))
+    others = moved.shape[len(summed) :]
+    return moved.expand(*sizes, *others).reshape(-1, *others)
+
+
+@op("conv_transpose", OPS["conv_transpose"].result, fresh=True, table=STRICT_OPS)
+def conv_transpose(
+    x: Tensor,
+    weight: Tensor,
+    declared: str,
+    bias: Tensor | None = None,
+    pad: list[int] | None = None,
+    output_shape: list[int] | None = None,
+    pad_type: str = "valid",
+    strides: list[int] | None = None,
+    dilations: list[int] | None = None,
+    groups: int = 1,
+) -> Tensor:
+    """Return the transposed convolution of values declared fp32; fp16 sums are not defined here."""
+    if declared == "fp16":
+        raise ArtifactError("has no form with fp16 sums; use another mode")
+    return products.conv_transpose(
+        x, weight, bias, pad, output_shape, pad_type, strides, dilations, groups
+    )
 
 
 @op("conv", OPS["conv"].result, fresh=True, table=STRICT_OPS)
@@ -122,6 +155,7 @@ def scaled_dot_product_attention(
     """Return softmax(query @ key.T / sqrt(E) + mask) @ value, each step rounded to fp16."""
     if declared != "fp16":
         return attention.scaled_dot_product_attention(query, key, value, attn_mask)
+    attention.check_batch(query, key, value)
     scores = round_to_half(multiply(query, key.transpose(-1, -2)) / query.shape[-1] ** 0.5)
     scores = round_to_half(attention.masked(scores, attn_mask))
     return multiply(round_to_half(torch.softmax(scores, -1)), value)
