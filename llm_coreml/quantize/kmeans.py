@@ -24,7 +24,7 @@ FP16_MAX = 65504.0
 # Values worked on at a time, and the elements of what is made of them in one go: large enough to
 # hide the cost of a call, small enough for a cache.
 _PIECE = 1 << 20
-_BLOCK = 1 << 16
+_BLOCK = 1 << 18
 _BINS = 2048
 _PER_BIN = 1  # with fewer values per bin, sorting them takes no more time
 # Largest share of the squared error that the spread within bins may amount to.
@@ -33,7 +33,7 @@ _COARSE = 2e-3
 # few and uneven, of which an interval spans so many times its share at most.
 _EXACT = 128
 _CANDIDATES, _MORE_CANDIDATES, _MOST_CANDIDATES = 8, 16, 512
-_REACH = 8
+_REACH = 4
 _STEPS = 24
 
 

@@ -68,13 +68,14 @@ def shaped(kind: str, n: int) -> torch.Tensor:
         "gaussian": lambda: random.standard_normal((2, n)),
         "heavy tails": lambda: np.clip(random.standard_t(3, (2, n)), -60, 60),
         "two heaps": lambda: random.standard_normal((2, n)) / 4 + random.choice([-3, 5], (2, n)),
+        "mostly zero": lambda: random.standard_normal((2, n)) * (random.random((2, n)) > 0.9),
         "one side": lambda: random.exponential(1, (2, n)),
         "far from zero": lambda: 20 + random.standard_normal((2, n)),
     }[kind]()
     return torch.from_numpy(np.round(values * 64) / 64).float()
 
 
-KINDS = ("gaussian", "heavy tails", "two heaps", "one side", "far from zero")
+KINDS = ("gaussian", "heavy tails", "two heaps", "mostly zero", "one side", "far from zero")
 
 
 @given(
@@ -194,14 +195,14 @@ def threads() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("n", [40, SORTED, BINNED, 70000])
+@pytest.mark.parametrize("n", [40, SORTED, BINNED, 270000])
 def test_neither_neighbours_nor_threads_nor_layout_matter(n: int) -> None:
-    values = torch.randn(7, n, generator=torch.Generator().manual_seed(0)).half()
+    values = torch.randn(4, n, generator=torch.Generator().manual_seed(0)).half()
     values[2, 3] = 10000.0
     torch.set_num_threads(1)
     tables, codes = kmeans(values, 3)
     torch.set_num_threads(2)
-    for row in (1, 2, 6):
+    for row in (1, 2, 3):
         alone = kmeans(values[row : row + 1], 3)
         assert torch.equal(alone[0][0], tables[row]) and torch.equal(alone[1][0], codes[row])
     aside = kmeans(values.float().t().contiguous().t(), 3)
