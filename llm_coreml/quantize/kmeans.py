@@ -23,10 +23,10 @@ FP16_MAX = 65504.0
 
 # Values worked on at a time, and the elements of what is made of them in one go: large enough to
 # hide the cost of a call, small enough for a cache.
-_PIECE = 1 << 20
+_PIECE = 1 << 21
 _BLOCK = 1 << 18
-_BINS = 2048
-_PER_BIN = 1  # with fewer values per bin, sorting them takes no more time
+_BINS = 1024
+_PER_BIN = 2  # with fewer values per bin, sorting them takes no more time
 # Largest share of the squared error that the spread within bins may amount to.
 _COARSE = 2e-3
 # Cuts that are tried: all of so few points; else so many for each entry, more where the points are
@@ -112,7 +112,7 @@ def _cluster(
     if values.shape[1] >= _PER_BIN * _BINS:
         bins = Bins.of(values)
         points, spread = bins.points(values, weights)
-        found, error = _tables(points, entries, values.shape[1] < 4 * _BINS)
+        found, error = _tables(points, entries, values.shape[1] < 8 * _BINS)
         tables.copy_(found)
         codes.copy_(bins.codes(values, _middles(found)))
         rest = (spread > _COARSE * error).nonzero()[:, 0]
