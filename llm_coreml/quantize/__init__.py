@@ -1,4 +1,4 @@
-"""Weight formats that Core ML can hold, and how torchao makes them."""
+"""Weight formats that Core ML can hold, and how they are made."""
 
 from llm_coreml.quantize.plan import QuantizationPlan as QuantizationPlan
 from llm_coreml.quantize.plan import make_plan as make_plan

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from tiny import llama, save
 from llm_coreml.build import build_decoder, build_original, open_model
 from llm_coreml.checkpoint import Checkpoint
 from llm_coreml.config import ExportConfig
-from llm_coreml.errors import CheckpointError
+from llm_coreml.errors import CheckpointError, UnsupportedError
 from llm_coreml.quantize import make_plan
 from llm_coreml.quantize.apply import quantize_weight
 from llm_coreml.quantize.schemes import Codebook, IntChannel, IntGroup, Scheme
@@ -110,6 +111,9 @@ def test_a_weight_beyond_fp16_is_named_and_fp32_takes_it(folder: Path) -> None:
         build(folder)
     plain = ExportConfig(context=32, scheme="none", embedding="none", compute_precision="fp32")
     assert build(folder, plain).layers[0].mlp.up_proj.weight[3, 4] == 1e5
+    tables = replace(plain, scheme="codebook", bits=4)
+    with pytest.raises(UnsupportedError, match=rf"'{name}' in .*: a value is 100000; .* fp16"):
+        build(folder, tables)
 
 
 def test_missing_surplus_and_misshapen_tensors_are_named_when_opened(folder: Path) -> None:
@@ -191,7 +195,6 @@ def test_more_bits_are_nearer() -> None:
     assert errors == sorted(errors, reverse=True)
 
 
-@pytest.mark.filterwarnings("ignore:Number of distinct clusters")
 @pytest.mark.parametrize(
     "scheme",
     [IntGroup(4, 32), IntChannel(8), Codebook(4, 16)],
