@@ -119,7 +119,7 @@ def test_weights_that_stay_packed_are_compared_too(artifact: Artifact, change: f
     ]
     head[-1, -1] += change
     source = Constant(TensorType("fp32", tuple(head.shape)), content=head.numpy())
-    found[number] = ("head", PackedWeight(source, numerics("fp32"), torch.device("cpu")))
+    found[number] = ("head", PackedWeight(source, numerics("fp32"), torch.device("cpu"), True))
     if not change:
         check_weights(found, artifact.decoder)
         return
