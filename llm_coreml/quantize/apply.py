@@ -1,4 +1,4 @@
-"""Quantize one module's weight in place through torchao's `quantize_`.
+"""Quantize one module's weight in place, into a tensor type of torchao that lowers to Core ML.
 
     quantize_weight(decoder.layers[0].mlp.gate_proj, IntGroup(4, 32))
 
@@ -15,14 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 from torchao.core.config import AOBaseConfig
-from torchao.prototype.quantization.codebook_coreml import (
-    CodebookQuantizedTensor,
-    CodebookWeightOnlyConfig,
-)
+from torchao.prototype.quantization.codebook_coreml import CodebookQuantizedTensor
 from torchao.quantization import IntxWeightOnlyConfig, quantize_
 from torchao.quantization.granularity import PerAxis, PerGroup
 from torchao.utils import TorchAOBaseTensor
 
+from llm_coreml.quantize.kmeans import kmeans
 from llm_coreml.quantize.schemes import Codebook, IntChannel, IntGroup, Scheme, Unquantized
 
 # Weights quantized at a time: torchao holds several fp32 copies of what it is given. The rows of
@@ -30,51 +28,62 @@ from llm_coreml.quantize.schemes import Codebook, IntChannel, IntGroup, Scheme, 
 _PIECE = 1 << 24
 
 
-@singledispatch
-def torchao_config(scheme: Scheme) -> AOBaseConfig | None:
-    """Return the torchao config that makes `scheme`, or None where weights stay as they are."""
-    raise NotImplementedError(f"no torchao config for {type(scheme).__name__}")
-
-
-@torchao_config.register
-def _(scheme: IntGroup) -> AOBaseConfig:
-    return IntxWeightOnlyConfig(
-        weight_dtype=_int_dtype(scheme.bits), granularity=PerGroup(scheme.group_size)
-    )
-
-
-@torchao_config.register
-def _(scheme: IntChannel) -> AOBaseConfig:
-    return IntxWeightOnlyConfig(weight_dtype=_int_dtype(scheme.bits), granularity=PerAxis(0))
-
-
-@torchao_config.register
-def _(scheme: Codebook) -> AOBaseConfig:
-    dtype = getattr(torch, f"uint{scheme.bits}")
-    return CodebookWeightOnlyConfig(dtype=dtype, block_size=[scheme.rows, -1])
-
-
-@torchao_config.register
-def _(scheme: Unquantized) -> None:
-    return None
-
-
 def quantize_weight(module: nn.Module, scheme: Scheme) -> None:
-    """Replace `module.weight` (`[out, in]`, any float type) by its form quantized from fp32."""
-    config = torchao_config(scheme)
-    if config is None:
-        return
+    """Replace `module.weight` (`[out, in]`, any float type) by its quantized form.
+
+    Raises:
+        UnsupportedError: the format cannot hold a value.
+    """
     weight = module.get_parameter("weight").detach()
-    rows = len(weight) if isinstance(scheme, Codebook) else max(1, _PIECE // weight.shape[1])
-    quantized = _join([_quantized(piece, config) for piece in torch.split(weight, rows)])
-    for name in ("scale", "codebook"):
-        values = getattr(quantized, name, None)
-        if values is not None:
-            values.copy_(values.to(torch.float16).to(values.dtype))
-    module.weight = nn.Parameter(quantized, requires_grad=False)
+    module.weight = nn.Parameter(quantized(scheme, weight), requires_grad=False)
 
 
-def _quantized(piece: torch.Tensor, config: AOBaseConfig) -> torch.Tensor:
+@singledispatch
+def quantized(scheme: Scheme, weight: torch.Tensor) -> torch.Tensor:
+    """Return `weight` (`[out, in]`, any float type) as `scheme` stores it, made from fp32."""
+    raise NotImplementedError(f"no quantizer for {type(scheme).__name__}")
+
+
+@quantized.register
+def _(scheme: IntGroup, weight: torch.Tensor) -> torch.Tensor:
+    return _integers(weight, scheme.bits, PerGroup(scheme.group_size))
+
+
+@quantized.register
+def _(scheme: IntChannel, weight: torch.Tensor) -> torch.Tensor:
+    return _integers(weight, scheme.bits, PerAxis(0))
+
+
+@quantized.register
+def _(scheme: Codebook, weight: torch.Tensor) -> torch.Tensor:
+    tables, codes = kmeans(weight.reshape(-1, scheme.rows * weight.shape[1]), scheme.bits)
+    found: torch.Tensor = CodebookQuantizedTensor(
+        codes.view(weight.shape),
+        tables.view(-1, 1, 2**scheme.bits, 1),
+        getattr(torch, f"uint{scheme.bits}"),
+        [scheme.rows, -1],
+        weight.shape,
+        dtype=torch.float32,
+    )
+    return found
+
+
+@quantized.register
+def _(scheme: Unquantized, weight: torch.Tensor) -> torch.Tensor:
+    return weight
+
+
+def _integers(weight: torch.Tensor, bits: int, granularity: Any) -> torch.Tensor:
+    config = IntxWeightOnlyConfig(
+        weight_dtype=getattr(torch, f"int{bits}"), granularity=granularity
+    )
+    rows = max(1, _PIECE // weight.shape[1])
+    joined: Any = _join([_by_torchao(piece, config) for piece in torch.split(weight, rows)])
+    joined.scale.copy_(joined.scale.to(torch.float16).to(joined.scale.dtype))
+    return torch.Tensor.detach(joined)
+
+
+def _by_torchao(piece: torch.Tensor, config: AOBaseConfig) -> torch.Tensor:
     holder = nn.Linear(piece.shape[1], piece.shape[0], bias=False, device="meta")
     holder.weight = nn.Parameter(piece.to(torch.float32), requires_grad=False)
     quantize_(holder, config)
@@ -92,48 +101,3 @@ def _join(pieces: list[torch.Tensor]) -> torch.Tensor:
     attributes = [getattr(first, name) for name in first.tensor_attribute_names]
     joined: torch.Tensor = type(first)(*data, *attributes)
     return joined
-
-
-def dense_rows(weight: torch.Tensor, elements: int = _PIECE) -> Iterator[torch.Tensor]:
-    """Yield the values of `weight`, quantized or not, as fp32.
-
-    Args:
-        weight: Of any type, with at least one axis.
-        elements: About how many to yield at a time.
-
-    Yields:
-        Consecutive rows.
-    """
-    count = len(weight)
-    step = max(1, elements * count // max(1, weight.numel()))
-    if isinstance(weight, CodebookQuantizedTensor):
-        # A piece has whole tables.
-        step = -(-step // _table_rows(weight)) * _table_rows(weight)
-    for start in range(0, count, step):
-        yield _rows(weight, start, min(start + step, count)).to(torch.float32)
-
-
-def _table_rows(weight: CodebookQuantizedTensor) -> int:
-    rows: int = weight.codes.shape[0] // weight.codebook.shape[0]
-    return rows
-
-
-def _rows(weight: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-    dense: torch.Tensor
-    if isinstance(weight, CodebookQuantizedTensor):
-        tables = weight.codebook[start // _table_rows(weight) : stop // _table_rows(weight)]
-        codes = weight.codes[start:stop]
-        piece = type(weight)(
-            codes, tables, weight.code_dtype, weight.block_size, codes.shape, weight.dtype
-        )
-        dense = piece.dequantize()
-    elif isinstance(weight, TorchAOBaseTensor):
-        dense = weight[start:stop].dequantize()
-    else:
-        dense = weight[start:stop]
-    return dense.detach()
-
-
-def _int_dtype(bits: int) -> torch.dtype:
-    dtype: torch.dtype = getattr(torch, f"int{bits}")
-    return dtype

@@ -15,6 +15,7 @@ from torch import nn
 
 from llm_coreml.checkpoint import Checkpoint, check_tensors
 from llm_coreml.decoder import Decoder
+from llm_coreml.errors import UnsupportedError
 from llm_coreml.families import Family
 from llm_coreml.quantize.apply import quantize_weight
 from llm_coreml.quantize.plan import QuantizationPlan
@@ -58,6 +59,7 @@ def fill(
 
     Raises:
         CheckpointError: a tensor is missing, misshapen, surplus or not finite.
+        UnsupportedError: a scheme cannot hold a value of a tensor.
     """
     names = check_checkpoint(decoder, checkpoint, family)
     modules = dict(decoder.named_modules())
@@ -101,7 +103,10 @@ def _set_matrix(
     # Read in the program's own precision, which finds values that it cannot hold.
     weight = checkpoint.tensor(name, storage or checkpoint.dtype(name))
     module.weight = nn.Parameter(weight, requires_grad=False)
-    quantize_weight(module, scheme)
+    try:
+        quantize_weight(module, scheme)
+    except UnsupportedError as error:
+        raise UnsupportedError(f"'{name}' in {checkpoint.where(name)}: {error}") from error
 
 
 def _tie(
