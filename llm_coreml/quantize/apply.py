@@ -101,3 +101,43 @@ def _join(pieces: list[torch.Tensor]) -> torch.Tensor:
     attributes = [getattr(first, name) for name in first.tensor_attribute_names]
     joined: torch.Tensor = type(first)(*data, *attributes)
     return joined
+
+
+def dense_rows(weight: torch.Tensor, elements: int = _PIECE) -> Iterator[torch.Tensor]:
+    """Yield the values of `weight`, quantized or not, as fp32.
+
+    Args:
+        weight: Of any type, with at least one axis.
+        elements: About how many to yield at a time.
+
+    Yields:
+        Consecutive rows.
+    """
+    count = len(weight)
+    step = max(1, elements * count // max(1, weight.numel()))
+    if isinstance(weight, CodebookQuantizedTensor):
+        # A piece has whole tables.
+        step = -(-step // _table_rows(weight)) * _table_rows(weight)
+    for start in range(0, count, step):
+        yield _rows(weight, start, min(start + step, count)).to(torch.float32)
+
+
+def _table_rows(weight: CodebookQuantizedTensor) -> int:
+    rows: int = weight.codes.shape[0] // weight.codebook.shape[0]
+    return rows
+
+
+def _rows(weight: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    dense: torch.Tensor
+    if isinstance(weight, CodebookQuantizedTensor):
+        tables = weight.codebook[start // _table_rows(weight) : stop // _table_rows(weight)]
+        codes = weight.codes[start:stop]
+        piece = type(weight)(
+            codes, tables, weight.code_dtype, weight.block_size, codes.shape, weight.dtype
+        )
+        dense = piece.dequantize()
+    elif isinstance(weight, TorchAOBaseTensor):
+        dense = weight[start:stop].dequantize()
+    else:
+        dense = weight[start:stop]
+    return dense.detach()
