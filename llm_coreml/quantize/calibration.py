@@ -5,12 +5,15 @@
         calibration.quantize(index, IntGroup(4, 32))
 
 Only hidden states pass from block to block, so that a block's weights are needed once, and only
-while it is their turn.
+while it is their turn. Beside them go those of the unquantized model, from which the error of
+earlier blocks is known, and can be made up for (as in GPTAQ, arXiv:2504.02692).
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -34,9 +37,24 @@ SHARED_INPUTS = (
 class _Collected(Exception):
     """The layer whose inputs are wanted has got them; the rest of the block is not computed."""
 
+    def __init__(self, inputs: torch.Tensor) -> None:
+        self.inputs = inputs
+
+
+class Moments(NamedTuple):
+    """What a layer's inputs are like, fp64 `[in_features, in_features]`, means over tokens.
+
+    Attributes:
+        hessian: Outer products of the inputs with themselves.
+        drift: Outer products with the inputs of how far the unquantized model's are from them.
+    """
+
+    hessian: torch.Tensor
+    drift: torch.Tensor
+
 
 class Calibration:
-    """A text on its way through a decoder.
+    """A text on its way through a decoder, and through the decoder without quantized blocks.
 
     Args:
         decoder: Its token table is read now, and each block in its turn.
@@ -47,6 +65,7 @@ class Calibration:
         self._decoder = decoder
         with torch.inference_mode():
             self._states = [decoder.embed_tokens(torch.tensor([list(w)])) for w in windows]
+        self._originals = list(self._states)
 
     def quantize(self, index: int, scheme: Scheme) -> None:
         """Replace the weights of the linear layers of a block, and let the text pass it.
@@ -59,67 +78,73 @@ class Calibration:
             CheckpointError: the inputs of a layer are not finite.
             UnsupportedError: the format cannot hold a value.
         """
+        block = self._decoder.layers[index]
+        original = copy.deepcopy(block)
         for names in SHARED_INPUTS:
-            hessian = self.hessian(index, names[0])
+            moments = self._moments(block, original, names[0])
+            if not all(bool(torch.isfinite(moment).all()) for moment in moments):
+                raise CheckpointError(
+                    f"layers.{index}.{names[0]} gets inf or NaN when the model reads the "
+                    "calibration text; the checkpoint overflows, or is damaged. Download or save "
+                    "it again, or export without --calibrate."
+                )
             for name in names:
-                linear = self._decoder.layers[index].get_submodule(name)
                 try:
-                    calibrate_weight(linear, scheme, hessian)
+                    calibrate_weight(block.get_submodule(name), scheme, moments)
                 except (CheckpointError, UnsupportedError) as error:
                     raise type(error)(f"layers.{index}.{name}: {error}") from error
-        self._states = [self._forward(index, states) for states in self._states]
+        self._states = [self._forward(block, states) for states in self._states]
+        self._originals = [self._forward(original, states) for states in self._originals]
 
-    def hessian(self, index: int, name: str) -> torch.Tensor:
-        """Return the mean outer product of the inputs that a linear layer gets with themselves.
-
-        Args:
-            index: Of the block that the text has come to.
-            name: Of the layer in the block.
-
-        Returns:
-            fp64 `[in_features, in_features]`.
-
-        Raises:
-            CheckpointError: the inputs are not finite.
-        """
-        linear = self._decoder.layers[index].get_submodule(name)
+    def _moments(self, block: nn.Module, original: nn.Module, name: str) -> Moments:
+        """Return what the text makes of the inputs of a linear layer of a block."""
+        linear = block.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        total = torch.zeros(linear.in_features, linear.in_features, dtype=torch.float64)
+        size, count = linear.in_features, 0
+        hessian, drift = torch.zeros(2, size, size, dtype=torch.float64)
+        for states, others in zip(self._states, self._originals, strict=True):
+            inputs = self._inputs(block, name, states)
+            away = self._inputs(original, name, others) - inputs
+            hessian += inputs.T @ inputs
+            drift += away.T @ inputs
+            count += len(inputs)
+        return Moments(hessian / count, drift / count)
+
+    def _inputs(self, block: nn.Module, name: str, states: torch.Tensor) -> torch.Tensor:
+        """Return what a layer gets when its block gets `states`: fp64 `[tokens, in_features]`."""
 
         def collect(_: nn.Module, inputs: tuple[torch.Tensor]) -> None:
-            rows = inputs[0][0].to(torch.float64)
-            total.addmm_(rows.T, rows)
-            raise _Collected
+            raise _Collected(inputs[0][0].to(torch.float64))
 
-        handle = linear.register_forward_pre_hook(collect)
+        handle = block.get_submodule(name).register_forward_pre_hook(collect)
         try:
-            for states in self._states:
-                try:
-                    self._forward(index, states)
-                except _Collected:
-                    continue
+            self._forward(block, states)
+        except _Collected as collected:
+            return collected.inputs
         finally:
             handle.remove()
-        if not bool(torch.isfinite(total).all()):
-            raise CheckpointError(
-                f"layers.{index}.{name} gets inf or NaN when the model reads the calibration text; "
-                "the checkpoint overflows, or is damaged. Download or save it again, or export "
-                "without --calibrate."
-            )
-        count: int = sum(states.shape[1] for states in self._states)
-        return total / count
+        raise AssertionError(f"the block has no use for {name}")
 
-    def _forward(self, index: int, states: torch.Tensor) -> torch.Tensor:
+    def _forward(self, block: nn.Module, states: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode():
             chunk = self._decoder.chunk(states.shape[1], torch.zeros(1, dtype=torch.int64))
-            result: torch.Tensor = self._decoder.layers[index](states, chunk)
+            result: torch.Tensor = block(states, chunk)
         return result
 
 
-def calibrate_weight(linear: nn.Module, scheme: Scheme, hessian: torch.Tensor) -> None:
-    """Replace `linear.weight` `[out, in]` by its form quantized for inputs of this `hessian`."""
-    weight = linear.get_parameter("weight").detach().to(torch.float32)
+def calibrate_weight(linear: nn.Module, scheme: Scheme, moments: Moments) -> None:
+    """Replace `linear.weight` `[out, in]` by its form quantized for such inputs.
+
+    What it is to come close to is not what the weight makes of these inputs, but what it would make
+    of the unquantized model's, as far as a linear guess from these tells them. So later layers make
+    up for earlier ones.
+    """
+    weight = linear.get_parameter("weight").detach().to(torch.float64)
+    mean = moments.hessian.diagonal().mean() or 1.0  # of a size that fp32 holds
+    hessian = moments.hessian / mean
+    guess = weight @ (moments.drift / mean)
+    target = (weight + torch.linalg.solve(damped(hessian), guess, left=False)).to(torch.float32)
     importance = damped(hessian).diagonal().to(torch.float32)
-    grid = grid_of(scheme, weight, importance)
-    codes = gptq(weight, hessian, grid)
+    grid = grid_of(scheme, target, importance)
+    codes = gptq(target, hessian, grid)
     linear.weight = nn.Parameter(grid.tensor(codes), requires_grad=False)

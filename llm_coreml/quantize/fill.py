@@ -9,6 +9,7 @@ At no time is more than one matrix held unquantized.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -70,23 +71,24 @@ def fill(
     modules = dict(decoder.named_modules())
     total = sum(parameter.numel() for parameter in decoder.parameters())
     done = 0
-    calibration: Calibration | None = None
     # A calibrated block reads what the token table and the blocks before it give.
     ordered = sorted(names, key=_block_of)
-    last = {_block_of(name): name for name in ordered}
+    ends = {_block_of(name): name for name in ordered}
+    calibration: Calibration | None = None
+    at_once = plan
+    if plan is not None and windows is not None:
+        at_once = replace(plan, linear=Unquantized())
     for ours in ordered:
-        theirs = names[ours]
+        theirs, block = names[ours], _block_of(ours)
         owner, _, attribute = ours.rpartition(".")
-        module, block = modules[owner], _block_of(ours)
+        module = modules[owner]
         if attribute == "weight" and isinstance(module, (nn.Linear, nn.Embedding)):
-            waits = windows is not None and block >= 0
-            scheme = Unquantized() if waits else _scheme_of(owner, plan)
-            _set_matrix(module, checkpoint, theirs, scheme, storage)
+            _set_matrix(module, checkpoint, theirs, _scheme_of(owner, at_once), storage)
         else:
             # Computed with in fp32, but with the values that the program holds.
             values = checkpoint.tensor(theirs, storage or torch.float32).to(torch.float32)
             setattr(module, attribute, nn.Parameter(values, requires_grad=False))
-        if plan is not None and windows is not None and block >= 0 and last[block] == ours:
+        if plan is not None and windows is not None and block >= 0 and ends[block] == ours:
             calibration = calibration or Calibration(decoder, windows)
             calibration.quantize(block, plan.linear)
         done += module.get_parameter(attribute).numel()

@@ -102,7 +102,7 @@ class CodebookGrid(Grid):
 
     def nearest(self, column: int, values: torch.Tensor) -> torch.Tensor:
         """See `Grid`."""
-        grouped = values.view(len(self.tables), -1)
+        grouped = values.contiguous().view(len(self.tables), -1)
         return torch.searchsorted(self._middles, grouped).view(-1)
 
     def values(self, column: int, codes: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,8 @@ from llm_coreml.decoder import Decoder
 from llm_coreml.progress import Silent
 from llm_coreml.quantize import make_plan
 from llm_coreml.quantize.apply import dense_rows
-from llm_coreml.quantize.calibration import SHARED_INPUTS, Calibration
+from llm_coreml.quantize.calibration import SHARED_INPUTS, Moments, calibrate_weight
+from llm_coreml.quantize.schemes import IntChannel, Scheme
 from llm_coreml.quantize.text import CalibrationText, common_passage, read_content, tokenize
 
 SIZES: dict[str, Any] = {"num_hidden_layers": 3, "intermediate_size": 96}
@@ -58,27 +59,44 @@ def inputs_of(decoder: Decoder, layer: str) -> torch.Tensor:
 def test_each_layer_is_calibrated_on_what_the_quantized_ones_before_it_give(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found: dict[str, torch.Tensor] = {}
-    plain = Calibration.hessian
+    found: list[Moments] = []
 
-    def recorded(self: Calibration, index: int, name: str) -> torch.Tensor:
-        found[f"layers.{index}.{name}"] = plain(self, index, name)
-        return found[f"layers.{index}.{name}"]
+    def recorded(linear: torch.nn.Module, scheme: Scheme, moments: Moments) -> None:
+        found.append(moments)
+        calibrate_weight(linear, scheme, moments)
 
-    monkeypatch.setattr(Calibration, "hessian", recorded)
+    monkeypatch.setattr("llm_coreml.quantize.calibration.calibrate_weight", recorded)
     calibrated, judge = build(folder, CALIBRATED), build(folder, UNQUANTIZED)
+    original = build(folder, UNQUANTIZED)
     # From the first layer on, the judge takes over what is quantized, and nothing else.
     for index in range(3):
         for names in SHARED_INPUTS:
             inputs = inputs_of(judge, f"layers.{index}.{names[0]}")
-            expected = inputs.T @ inputs / len(inputs)
-            torch.testing.assert_close(
-                found[f"layers.{index}.{names[0]}"], expected, rtol=1e-4, atol=1e-5
-            )
+            away = inputs_of(original, f"layers.{index}.{names[0]}") - inputs
             for name in names:
-                ours = calibrated.get_submodule(f"layers.{index}.{name}")
-                judge.get_submodule(f"layers.{index}.{name}").weight = ours.weight
-    assert len(found) == 12
+                hessian, drift = found.pop(0)
+                for ours, theirs in ((hessian, inputs), (drift, away)):
+                    expected = theirs.T @ inputs / len(inputs)
+                    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+                layer = calibrated.get_submodule(f"layers.{index}.{name}")
+                judge.get_submodule(f"layers.{index}.{name}").weight = layer.weight
+            # Nothing has been quantized before the first of all, and something before the others.
+            assert bool(away.any()) == (index > 0 or names != SHARED_INPUTS[0])
+    assert found == []
+
+
+def test_a_layer_makes_up_for_what_happened_before_it() -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(400, 32, generator=generator, dtype=torch.float64)
+    change = 0.1 * torch.randn(32, 32, generator=generator, dtype=torch.float64)
+    wanted = inputs + inputs @ change
+    hessian, drift = (other.T @ inputs / 400 for other in (inputs, wanted - inputs))
+    linear = torch.nn.Linear(32, 16, bias=False)
+    weight = linear.weight.detach().double()
+    calibrate_weight(linear, IntChannel(8), Moments(hessian, drift))
+    outputs = inputs @ linear.weight.dequantize().double().T
+    left = (outputs - wanted @ weight.T).square().sum()
+    assert left < 0.02 * (inputs @ weight.T - wanted @ weight.T).square().sum()
 
 
 def test_layers_with_shared_inputs_get_the_same() -> None:
