@@ -16,7 +16,7 @@ from llm_coreml.eval.sizes import measure_bytes
 from llm_coreml.eval.text import read_windows
 from llm_coreml.recipes import bundled_model
 
-from llm_coreml.build import Model, build_decoder, build_original, open_model
+from llm_coreml.build import Model, build_decoder, build_original, open_model, read_calibration
 from llm_coreml.bundle import (
     RESULTS,
     Bundle,
@@ -29,6 +29,7 @@ from llm_coreml.config import ExportConfig
 from llm_coreml.errors import CheckpointError, ConfigError
 from llm_coreml.progress import Progress, Silent
 from llm_coreml.quantize import make_plan
+from llm_coreml.quantize.text import CalibrationText
 from llm_coreml.reference.execution import Execution
 from llm_coreml.runtime import DECLARED, EagerRunner, Runner, open_runner
 
@@ -73,7 +74,7 @@ def evaluate(
     name, windows = read_windows(text, tokenizer, artifact.context, tokens)
     runners: dict[str, Runner] = {}
     if not artifact_only:
-        runners.update(_originals(opened, model))
+        runners.update(_originals(opened, model, progress))
     runners["artifact"] = artifact
     progress.stage("score")
     qualities = measure_quality(runners, windows, progress.advance)
@@ -95,8 +96,13 @@ def evaluate(
     return result
 
 
-def _originals(bundle: Bundle, model: str | Path | torch.nn.Module | None) -> dict[str, Runner]:
-    """Build the unquantized and the quantized eager model of a bundle."""
+def _originals(
+    bundle: Bundle, model: str | Path | torch.nn.Module | None, progress: Progress
+) -> dict[str, Runner]:
+    """Build the unquantized and the quantized eager model of a bundle.
+
+    A calibrated one is calibrated again, and left out where the text is not at hand.
+    """
     source = bundle.manifest["source"]
     if model is None and source["kind"] == "live":
         raise CheckpointError(
@@ -120,9 +126,26 @@ def _originals(bundle: Bundle, model: str | Path | torch.nn.Module | None) -> di
             "with --model, or measure with --artifact-only."
         )
     config = ExportConfig.from_json(bundle.manifest["config"])
-    decoder, shapes = build_decoder(opened, config, make_plan(config, opened.spec))
-    unquantized = build_original(opened, shapes.context)
-    return {
-        "original": EagerRunner(unquantized, "PyTorch eager fp32"),
-        "quantized": EagerRunner(decoder, "PyTorch eager fp32"),
-    }
+    context = bundle.manifest["program"]["context"]
+    runners = {"original": EagerRunner(build_original(opened, context), "PyTorch eager fp32")}
+    try:
+        calibration = _calibration(bundle, opened, config)
+    except ConfigError as error:
+        progress.note(f"The quantized model is left out, for it is to be calibrated again: {error}")
+        return dict(runners)
+    plan = make_plan(config, opened.spec)
+    decoder, _ = build_decoder(opened, config, plan, calibration=calibration)
+    return {**runners, "quantized": EagerRunner(decoder, "PyTorch eager fp32")}
+
+
+def _calibration(bundle: Bundle, model: Model, config: ExportConfig) -> CalibrationText | None:
+    """Read the text that a bundle was calibrated on.
+
+    Raises:
+        ConfigError: it cannot be read, or is another one now.
+    """
+    calibration = read_calibration(model, config, bundle.tokenizer)
+    recorded = bundle.manifest["quantization"].get("calibration")
+    if calibration is not None and calibration.sha256 != recorded["sha256"]:
+        raise ConfigError(f"'{config.calibrate}' holds another text than at the export.")
+    return calibration

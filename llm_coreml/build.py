@@ -19,6 +19,7 @@ from llm_coreml.decoder import Decoder, DecoderSpec
 from llm_coreml.families import Family, find_family
 from llm_coreml.quantize import QuantizationPlan
 from llm_coreml.quantize.fill import check_checkpoint, fill
+from llm_coreml.quantize.text import CalibrationText, read_content, tokenize
 from llm_coreml.recipes import BUNDLED, BUNDLED_RECIPE, load_recipe, recipe_names
 from llm_coreml.targets import get_target
 
@@ -122,24 +123,53 @@ def build_decoder(
     config: ExportConfig,
     plan: QuantizationPlan,
     on_progress: Callable[[float], None] = lambda _: None,
+    calibration: CalibrationText | None = None,
 ) -> tuple[Decoder, Shapes]:
     """Build the quantized decoder of an export, and its shapes.
+
+    Args:
+        model: What to quantize.
+        config: Settings.
+        plan: Schemes.
+        on_progress: Called with the share done, 0 to 1.
+        calibration: The text that `config` asks for, see `read_calibration`.
 
     Raises:
         CheckpointError: a tensor is not finite, or does not fit the precision.
         ConfigError: context or lengths do not fit the model.
     """
+    if (config.calibrate is None) != (calibration is None):
+        raise ValueError("a calibration text and a config that asks for one belong together")
     shapes = resolve_shapes(config, model.spec.max_position_embeddings)
     # XNNPACK has no fused attention.
     fused = config.backend == "coreml" and get_target(config.target).attention == "fused"
     decoder = Decoder(model.spec, shapes.context, "fused" if fused else "decomposed", config.logits)
     storage = torch.float16 if config.compute_precision == "fp16" else torch.float32
-    fill(decoder, model.checkpoint, model.family, plan, storage, on_progress)
     for buffer in decoder.buffers():
         # Tables and numbers too are what the program holds, so that only activations differ.
         if buffer.is_floating_point():
             buffer.copy_(buffer.to(storage))
+    windows = None if calibration is None else calibration.windows
+    fill(decoder, model.checkpoint, model.family, plan, storage, on_progress, windows)
     return decoder.eval(), shapes
+
+
+def read_calibration(model: Model, config: ExportConfig, tokenizer: Path) -> CalibrationText | None:
+    """Return the text that `config` asks to calibrate on, None if it does not.
+
+    Args:
+        model: What is calibrated.
+        config: Settings.
+        tokenizer: The model's `tokenizer.json`, which may be absent.
+
+    Raises:
+        ConfigError: the text cannot be used, or there is no tokenizer to read it with.
+    """
+    if config.calibrate is None:
+        return None
+    context = resolve_shapes(config, model.spec.max_position_embeddings).context
+    content = read_content(config.calibrate)
+    return tokenize(config.calibrate, content, tokenizer, config.calibration_tokens, context)
 
 
 def build_original(model: Model, context: int) -> Decoder:

@@ -67,6 +67,18 @@ def cli() -> None:
 )
 @click.option("--lm-head", help="Scheme of the output head; the token table's by default.")
 @click.option(
+    "--calibrate",
+    metavar="bundled|FILE",
+    help="Choose the linear layers' codes for what this text makes of them.",
+)
+@click.option(
+    "--calibration-tokens",
+    type=int,
+    default=16384,
+    show_default=True,
+    help="Tokens of the text to read.",
+)
+@click.option(
     "--target", default="gpu", show_default=True, help="Compute unit: gpu, ane, cpu or all."
 )
 @click.option("--minimum-os", default="iOS18", show_default=True, help="Oldest system to run on.")

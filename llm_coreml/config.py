@@ -13,6 +13,7 @@ from llm_coreml.targets import get_target, opset_of
 
 DEFAULT_SEQ_LENGTHS = (1, 8, 64, 512)
 DEFAULT_CONTEXT = 2048
+DEFAULT_CALIBRATION_TOKENS = 16384
 # State dimensions that are no multiple of 32 are refused by the Neural Engine compiler
 # (coremltools issue 2631).
 CONTEXT_MULTIPLE = 32
@@ -29,6 +30,9 @@ class ExportConfig:
         codebook_rows: Output rows per table of `codebook`.
         embedding: Scheme of the token table.
         lm_head: Scheme of the output head; None follows `embedding`.
+        calibrate: Text on which the linear layers are calibrated: `bundled` or a UTF-8 file; None
+            rounds to nearest.
+        calibration_tokens: Tokens of that text to read.
         target: Compute unit, see `targets.TARGETS`.
         minimum_os: Oldest system that must run the artifact.
         compute_precision: Precision of activations.
@@ -50,6 +54,8 @@ class ExportConfig:
     codebook_rows: int = 16
     embedding: str = "int8-channel"
     lm_head: str | None = None
+    calibrate: str | None = None
+    calibration_tokens: int = DEFAULT_CALIBRATION_TOKENS
     target: str = "gpu"
     minimum_os: str = "iOS18"
     compute_precision: Literal["fp16", "fp32"] = "fp16"
@@ -73,6 +79,11 @@ class ExportConfig:
         if self.bits is not None and self.bits not in (1, 2, 3, 4, 6, 8, 16):
             raise ConfigError(
                 f"--bits is {self.bits}; Core ML holds weights of 1, 2, 3, 4, 6, 8 and 16 bits."
+            )
+        if self.calibration_tokens < 1:
+            raise ConfigError(
+                f"--calibration-tokens is {self.calibration_tokens}; it must be at least 1, and "
+                "some thousands to be of use."
             )
         if self.context is not None:
             _check_context(self.context)

@@ -16,6 +16,7 @@ from llm_coreml.config import ExportConfig, Shapes
 from llm_coreml.decoder import DecoderSpec
 from llm_coreml.quantize import QuantizationPlan, Scheme
 from llm_coreml.quantize.plan import matrices
+from llm_coreml.quantize.text import CalibrationText
 from llm_coreml.targets import get_target, opset_of
 from llm_coreml.verify import Verification
 
@@ -26,6 +27,7 @@ def make_manifest(
     model: Model,
     config: ExportConfig,
     plan: QuantizationPlan,
+    calibration: CalibrationText | None,
     shapes: Shapes,
     program: Path,
     methods: dict[str, int | bool | list[int]],
@@ -37,6 +39,7 @@ def make_manifest(
         model: What was exported.
         config: As the user gave it.
         plan: Schemes by kind of matrix.
+        calibration: The text that the linear layers were calibrated on, if any.
         shapes: Context and lengths.
         program: The `.pte`.
         methods: Its constant methods.
@@ -48,7 +51,10 @@ def make_manifest(
         "spec": asdict(model.spec),
         "config": config.to_json(),
         "rebuild": rebuild_command(model.source, config),
-        "quantization": _quantization(plan, model.spec, config.backend == "xnnpack"),
+        "quantization": {
+            **_quantization(plan, model.spec, config.backend == "xnnpack"),
+            "calibration": _calibration(calibration),
+        },
         "program": {
             "file": program.name,
             "bytes": program.stat().st_size,
@@ -152,6 +158,18 @@ def _quantization(plan: QuantizationPlan, spec: DecoderSpec, dequantized: bool) 
         "tied": plan.tied,
         "untied_bytes": plan.untied_bytes,
         "bits_per_weight": 32.0 if dequantized else bits_per_weight(plan, spec),
+    }
+
+
+def _calibration(text: CalibrationText | None) -> dict[str, Any] | None:
+    if text is None:
+        return None
+    return {
+        "method": "GPTQ",
+        "text": text.name,
+        "tokens": text.tokens,
+        "windows": len(text.windows),
+        "sha256": text.sha256,
     }
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from llm_coreml.build import Model, build_decoder, open_model
+from llm_coreml.build import Model, build_decoder, open_model, read_calibration
 from llm_coreml.bundle import (
     CARD,
     MANIFEST,
@@ -33,6 +33,7 @@ from llm_coreml.lower.program import constant_methods
 from llm_coreml.manifest import make_manifest
 from llm_coreml.progress import Progress, Silent
 from llm_coreml.quantize import QuantizationPlan, make_plan
+from llm_coreml.quantize.text import read_content
 from llm_coreml.recipes import bundled_model
 from llm_coreml.reference.execution import Execution
 from llm_coreml.runtime import EagerRunner, ReferenceRunner, program_runner
@@ -84,6 +85,8 @@ def export(
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     job = _Job(config=replace(config or ExportConfig(), **changes), progress=progress or Silent())
     check_output(Path(output), overwrite)
+    if job.config.calibrate is not None:
+        read_content(job.config.calibrate)  # what is wrong with it is told before work is done
     job.progress.stage("open")
     opened = open_model(model, tokenizer, revision, local_files_only, accept=job.check)
     with new_bundle(Path(output), overwrite) as draft:
@@ -110,15 +113,18 @@ def _write(job: _Job, model: Model, draft: Path) -> None:
     _tell_of_the_head(job, model, plan)
     bos_id, eos_ids = special_ids(model.checkpoint.config, model.checkpoint.generation_config)
     _write_tokenizer(job, model, draft)
-    progress.stage("quantize")
-    decoder, shapes = build_decoder(model, config, plan, progress.advance)
+    calibration = read_calibration(model, config, draft / TOKENIZER)
+    progress.stage("quantize" if calibration is None else "calibrate")
+    decoder, shapes = build_decoder(model, config, plan, progress.advance, calibration)
     methods = constant_methods(model.spec, shapes, bos_id, eos_ids)
     progress.stage("lower")
     program = draft / PROGRAM
     _lower(job, decoder, shapes, methods, program)
     progress.stage("verify")
     verification = _verify(job, shapes, decoder, program)
-    manifest = make_manifest(model, config, plan, shapes, program, methods, verification)
+    manifest = make_manifest(
+        model, config, plan, calibration, shapes, program, methods, verification
+    )
     write_json(draft / MANIFEST, manifest)
     (draft / CARD).write_text(model_card(manifest))
 

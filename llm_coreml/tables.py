@@ -31,6 +31,7 @@ def _export_rows(manifest: dict[str, Any], folder: str) -> dict[str, str]:
         "program": f"{folder}/{program['file']}, {program['bytes']:,} bytes",
         "weights": f"{quantization['linear']['label']}, "
         f"{quantization['bits_per_weight']:.2f} bits per weight over all",
+        **_calibration_row(quantization.get("calibration")),
         "embedding, head": f"{quantization['embedding']['label']}, "
         f"{quantization['lm_head']['label']}{tied}",
         "target": f"{target['backend']}, {target['compute_unit']}, {target['minimum_os']}, "
@@ -40,6 +41,15 @@ def _export_rows(manifest: dict[str, Any], folder: str) -> dict[str, str]:
         "verified by": f"{checked['runtime']}: {checked['rows']} rows, largest error "
         f"{checked['max_relative_error']:.1e} (bound {checked['max_relative_error_bound']:.0e}), "
         f"mean KL {checked['mean_kl']:.1e} (bound {checked['mean_kl_bound']:.0e})",
+    }
+
+
+def _calibration_row(found: dict[str, Any] | None) -> dict[str, str]:
+    if found is None:
+        return {}
+    return {
+        "calibrated": f"by {found['method']} on {found['tokens']:,} tokens of text "
+        f"'{found['text']}'"
     }
 
 

@@ -29,6 +29,7 @@ from rich.progress import (
 _LABELS = {
     "open": "opening the checkpoint",
     "quantize": "reading and quantizing weights",
+    "calibrate": "reading and calibrating weights",
     "lower": "lowering to an ExecuTorch program",
     "verify": "verifying the artifact",
     "score": "scoring text",

@@ -264,6 +264,8 @@ def main() -> None:
     tokenizer = train_tokenizer((d.text for d in corpus.train), recipe.vocabulary)
     save_tokenizer(tokenizer, output, CONTEXT)
     (output / "heldout.txt").write_text(joined(corpus.heldout), encoding="utf-8")
+    # Neither trained on nor reported on: what quantization may look at.
+    (output / "calibration.txt").write_text(joined(corpus.validation), encoding="utf-8")
     train_ids = [encode(tokenizer, document.text) for document in corpus.train]
     validation = encode(tokenizer, joined(corpus.validation))
     print(f"{size(corpus.train)} bytes, {sum(map(len, train_ids))} tokens to train on", flush=True)

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from exported import SHAPES, TEXT, Run, files_of, in_process, manifest_of, run
+from llm_coreml.recipes import bundled_model
 from safetensors.torch import load_file, save_file
 
 DOWN = "model.layers.0.mlp.down_proj.weight"
@@ -559,3 +560,58 @@ def test_results_that_cannot_be_written(refuse: Command, own_bundle: Path, text_
     words = ("--text", text_file, "--tokens", "4", "--artifact-only")
     text = message(refuse(6, "eval", own_bundle, *words))
     assert "results.json' cannot be written" in text
+
+
+# The calibration text
+
+
+@pytest.mark.parametrize(
+    ("content", "flags", "told"),
+    [
+        (TEXT.encode(), (), ("'c.txt' holds 139 tokens", "--calibration-tokens 16384", "longer")),
+        (b"", ("--calibration-tokens", "5"), ("'c.txt' holds 0 tokens",)),
+        (None, (), ("'c.txt' cannot be read", "'bundled'")),
+        (b"\xff\xfe", (), ("'c.txt' cannot be read", "utf-8")),
+        (TEXT.encode(), ("--calibration-tokens", "0"), ("--calibration-tokens is 0", "at least")),
+        (TEXT.encode(), ("--scheme", "none"), ("--calibrate chooses codes", "drop it")),
+    ],
+)
+def test_calibration_text(
+    refuse: Command,
+    checkpoint: Path,
+    tmp_path: Path,
+    content: bytes | None,
+    flags: tuple[str, ...],
+    told: tuple[str, ...],
+) -> None:
+    if content is not None:
+        (tmp_path / "c.txt").write_bytes(content)
+    words = ("export", checkpoint, "-o", "out", *SHAPES, "--calibrate", "c.txt", *flags)
+    text = message(refuse(2, *words))
+    for part in told:
+        assert part in text
+
+
+def test_calibration_on_the_text_that_exports_are_measured_on(
+    refuse: Command, checkpoint: Path, tmp_path: Path
+) -> None:
+    heldout = (bundled_model() / "heldout.txt").read_text(encoding="utf-8")
+    (tmp_path / "c.txt").write_text(TEXT + heldout[70_000:72_000])
+    words = ("export", checkpoint, "-o", "out", *SHAPES, "--calibrate", "c.txt")
+    assert "shares a passage with the held-out text" in message(refuse(2, *words))
+
+
+def test_calibration_without_a_tokenizer(refuse: Command, model: Path) -> None:
+    for file in model.glob("tokenizer*"):
+        file.unlink()
+    words = ("export", model, "-o", "out", *SHAPES, "--calibrate", "bundled")
+    assert "without a tokenizer" in message(refuse(2, *words))
+
+
+def test_activations_that_overflow(refuse: Command, model: Path) -> None:
+    norm = "model.layers.0.post_attention_layernorm.weight"
+    edit_weights(model, lambda tensors: tensors[norm].fill_(1e25))
+    words = ("export", model, "-o", "out", *SHAPES, "--calibrate", "bundled")
+    precise = ("--calibration-tokens", "64", "--compute-precision", "fp32")
+    text = message(refuse(4, *words, *precise))
+    assert "layers.0.mlp.down_proj gets inf or NaN" in text and "--calibrate" in text

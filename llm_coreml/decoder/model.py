@@ -93,16 +93,20 @@ class Decoder(nn.Module):
     def hidden(self, tokens: torch.Tensor, start_pos: torch.Tensor) -> torch.Tensor:
         """Do what `forward` does up to the head, for every row: float32 `[1, S, hidden]`."""
         tokens = tokens.to(torch.int32)
-        start_pos = start_pos.to(torch.int32)
-        rows = self.positions[: tokens.shape[1]] + start_pos  # [S]
-        cos = F.embedding(rows, self.cos).unsqueeze(1)  # [S, 1, head_dim / 2]
-        sin = F.embedding(rows, self.sin).unsqueeze(1)
-        chunk = Chunk(cos, sin, self._mask(rows), self.cache.open(), start_pos)
+        chunk = self.chunk(tokens.shape[1], start_pos)
         x: torch.Tensor = self.embed_tokens(tokens)
         for block in self.layers:
             x = block(x, chunk)
         self.cache.close(chunk.cache)
         return x
+
+    def chunk(self, length: int, start_pos: torch.Tensor) -> Chunk:
+        """Return what every block is told of `length` tokens from `start_pos` int64 `[1]` on."""
+        start_pos = start_pos.to(torch.int32)
+        rows = self.positions[:length] + start_pos  # [S]
+        cos = F.embedding(rows, self.cos).unsqueeze(1)  # [S, 1, head_dim / 2]
+        sin = F.embedding(rows, self.sin).unsqueeze(1)
+        return Chunk(cos, sin, self._mask(rows), self.cache.open(), start_pos)
 
     def head(self, x: torch.Tensor) -> torch.Tensor:
         """Return the logits of rows that `hidden` gave, `[..., hidden]` -> `[..., vocab]`."""

@@ -8,7 +8,8 @@ At no time is more than one matrix held unquantized.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from llm_coreml.decoder import Decoder
 from llm_coreml.errors import UnsupportedError
 from llm_coreml.families import Family
 from llm_coreml.quantize.apply import quantize_weight
+from llm_coreml.quantize.calibration import Calibration
 from llm_coreml.quantize.plan import QuantizationPlan
 from llm_coreml.quantize.schemes import Scheme, Unquantized
 
@@ -45,6 +47,7 @@ def fill(
     plan: QuantizationPlan | None,
     storage: torch.dtype | None,
     on_progress: Callable[[float], None] = lambda _: None,
+    windows: Sequence[Sequence[int]] | None = None,
 ) -> None:
     """Read every parameter of `decoder`, quantizing by `plan`.
 
@@ -56,30 +59,50 @@ def fill(
         storage: Type in which unquantized matrices are held, and to which norms and biases are
             rounded; None keeps matrices as the checkpoint does and the others in fp32.
         on_progress: Called with the share of parameters done, 0 to 1.
+        windows: Tokens of a text on which to calibrate the blocks, see `Calibration`; a block is
+            held unquantized while it is calibrated.
 
     Raises:
-        CheckpointError: a tensor is missing, misshapen, surplus or not finite.
+        CheckpointError: a tensor is missing, misshapen, surplus or not finite, or a layer's inputs
+            are not finite.
         UnsupportedError: a scheme cannot hold a value of a tensor.
     """
     names = check_checkpoint(decoder, checkpoint, family)
     modules = dict(decoder.named_modules())
     total = sum(parameter.numel() for parameter in decoder.parameters())
     done = 0
-    for ours, theirs in names.items():
+    # A calibrated block reads what the token table and the blocks before it give.
+    ordered = sorted(names, key=_block_of)
+    ends = {_block_of(name): name for name in ordered}
+    calibration: Calibration | None = None
+    at_once = plan
+    if plan is not None and windows is not None:
+        at_once = replace(plan, linear=Unquantized())
+    for ours in ordered:
+        theirs, block = names[ours], _block_of(ours)
         owner, _, attribute = ours.rpartition(".")
         module = modules[owner]
         if attribute == "weight" and isinstance(module, (nn.Linear, nn.Embedding)):
-            scheme = _scheme_of(owner, plan)
-            _set_matrix(module, checkpoint, theirs, scheme, storage)
+            _set_matrix(module, checkpoint, theirs, _scheme_of(owner, at_once), storage)
         else:
             # Computed with in fp32, but with the values that the program holds.
             values = checkpoint.tensor(theirs, storage or torch.float32).to(torch.float32)
             setattr(module, attribute, nn.Parameter(values, requires_grad=False))
+        if plan is not None and windows is not None and block >= 0 and ends[block] == ours:
+            calibration = calibration or Calibration(decoder, windows)
+            calibration.quantize(block, plan.linear)
         done += module.get_parameter(attribute).numel()
         on_progress(done / total)
+    decoder.cache.reset()
     if decoder.spec.tie_word_embeddings:
         _tie(decoder, checkpoint, names, plan, storage)
     on_progress(1.0)
+
+
+def _block_of(name: str) -> int:
+    """Return the index of the block that a parameter belongs to, -1 if to none."""
+    parts = name.split(".")
+    return int(parts[1]) if parts[0] == "layers" else -1
 
 
 def _scheme_of(module: str, plan: QuantizationPlan | None) -> Scheme:

@@ -62,6 +62,11 @@ def make_plan(config: ExportConfig, spec: DecoderSpec) -> QuantizationPlan:
     linear = linear_scheme(config)
     embedding = _table_scheme(config.embedding, config, "--embedding")
     lm_head = _table_scheme(config.lm_head or config.embedding, config, "--lm-head")
+    if config.calibrate is not None and isinstance(linear, Unquantized):
+        raise ConfigError(
+            "--calibrate chooses codes, and unquantized linear layers have none; drop it, or give "
+            "--bits 1 to 8."
+        )
     target = get_target(config.target)
     chosen = {"--scheme": linear, "--embedding": embedding, "--lm-head": lm_head}
     for flag, scheme in chosen.items():

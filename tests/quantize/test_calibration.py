@@ -1,0 +1,232 @@
+"""Calibration block by block, from the text to the artifact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from exported import SHAPES, TEXT, Run, in_process, manifest_of
+from llm_coreml.recipes import bundled_model
+from tiny import llama, save, tokens_for
+
+import llm_coreml
+from llm_coreml.build import build_decoder, open_model
+from llm_coreml.bundle import open_bundle
+from llm_coreml.config import ExportConfig
+from llm_coreml.decoder import Decoder
+from llm_coreml.progress import Silent
+from llm_coreml.quantize import make_plan
+from llm_coreml.quantize.apply import dense_rows
+from llm_coreml.quantize.calibration import SHARED_INPUTS, Moments, calibrate_weight
+from llm_coreml.quantize.schemes import IntChannel, Scheme
+from llm_coreml.quantize.text import CalibrationText, common_passage, read_content, tokenize
+
+SIZES: dict[str, Any] = {"num_hidden_layers": 3, "intermediate_size": 96}
+LENGTHS = (*[32] * 16, 9)  # several times as many tokens as a layer has inputs
+WINDOWS = tuple(tuple(tokens_for(97, count, seed)) for seed, count in enumerate(LENGTHS))
+CALIBRATION = CalibrationText("drawn", sum(LENGTHS), WINDOWS)
+UNQUANTIZED = ExportConfig(scheme="none", context=32)
+CALIBRATED = ExportConfig(scheme="int4-group", calibrate="drawn", context=32)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(llama(**SIZES), tmp_path_factory.mktemp("calibrated") / "model")
+
+
+def build(folder: Path, config: ExportConfig) -> Decoder:
+    model = open_model(folder)
+    text = CALIBRATION if config.calibrate else None
+    return build_decoder(model, config, make_plan(config, model.spec), calibration=text)[0]
+
+
+def inputs_of(decoder: Decoder, layer: str) -> torch.Tensor:
+    """Return what a layer gets when the whole decoder reads the windows, `[tokens, in]`."""
+    seen: list[torch.Tensor] = []
+    handle = decoder.get_submodule(layer).register_forward_pre_hook(
+        lambda _, inputs: seen.append(inputs[0][0].double())
+    )
+    for window in WINDOWS:
+        decoder.cache.reset()
+        with torch.inference_mode():
+            decoder(torch.tensor([window]), torch.tensor([0]))
+    handle.remove()
+    return torch.cat(seen)
+
+
+def test_each_layer_is_calibrated_on_what_the_quantized_ones_before_it_give(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[Moments] = []
+
+    def recorded(linear: torch.nn.Module, scheme: Scheme, moments: Moments) -> None:
+        found.append(moments)
+        calibrate_weight(linear, scheme, moments)
+
+    monkeypatch.setattr("llm_coreml.quantize.calibration.calibrate_weight", recorded)
+    calibrated, judge = build(folder, CALIBRATED), build(folder, UNQUANTIZED)
+    original = build(folder, UNQUANTIZED)
+    # From the first layer on, the judge takes over what is quantized, and nothing else.
+    for index in range(3):
+        for names in SHARED_INPUTS:
+            inputs = inputs_of(judge, f"layers.{index}.{names[0]}")
+            away = inputs_of(original, f"layers.{index}.{names[0]}") - inputs
+            for name in names:
+                hessian, drift = found.pop(0)
+                for ours, theirs in ((hessian, inputs), (drift, away)):
+                    expected = theirs.T @ inputs / len(inputs)
+                    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+                layer = calibrated.get_submodule(f"layers.{index}.{name}")
+                judge.get_submodule(f"layers.{index}.{name}").weight = layer.weight
+            # Nothing has been quantized before the first of all, and something before the others.
+            assert bool(away.any()) == (index > 0 or names != SHARED_INPUTS[0])
+    assert found == []
+
+
+def test_a_layer_makes_up_for_what_happened_before_it() -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(400, 32, generator=generator, dtype=torch.float64)
+    change = 0.1 * torch.randn(32, 32, generator=generator, dtype=torch.float64)
+    wanted = inputs + inputs @ change
+    hessian, drift = (other.T @ inputs / 400 for other in (inputs, wanted - inputs))
+    linear = torch.nn.Linear(32, 16, bias=False)
+    weight = linear.weight.detach().double()
+    calibrate_weight(linear, IntChannel(8), Moments(hessian, drift))
+    outputs = inputs @ linear.weight.dequantize().double().T
+    left = (outputs - wanted @ weight.T).square().sum()
+    assert left < 0.02 * (inputs @ weight.T - wanted @ weight.T).square().sum()
+
+
+def test_layers_with_shared_inputs_get_the_same() -> None:
+    decoder = Decoder(open_spec(), context=32)
+    linears = {
+        name
+        for name, module in decoder.layers[0].named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    assert {name for names in SHARED_INPUTS for name in names} == linears
+
+
+def open_spec() -> Any:
+    return open_model(llama(**SIZES)).spec
+
+
+def test_calibration_brings_the_logits_closer_and_leaves_no_trace(folder: Path) -> None:
+    original, calibrated = build(folder, UNQUANTIZED), build(folder, CALIBRATED)
+    rounded = build(folder, ExportConfig(scheme="int4-group", context=32))
+    assert not calibrated.cache.keys.any() and not calibrated.cache.values.any()
+    for name, parameter in calibrated.named_parameters():
+        same = torch.equal(
+            *(torch.cat(list(dense_rows(p))) for p in (parameter, rounded.get_parameter(name)))
+        )
+        assert same == (not name.startswith("layers") or "norm" in name), name
+    errors = {}
+    for label, decoder in (("calibrated", calibrated), ("rounded", rounded)):
+        total = 0.0
+        for seed in range(4):
+            tokens = torch.tensor([tokens_for(97, 32, seed=100 + seed)])
+            with torch.inference_mode():
+                wanted = original.hidden(tokens, torch.tensor([0]))
+                total += float((decoder.hidden(tokens, torch.tensor([0])) - wanted).square().sum())
+        errors[label] = total
+    assert errors["calibrated"] < errors["rounded"]
+
+
+def test_a_config_and_a_text_belong_together(folder: Path) -> None:
+    model = open_model(folder)
+    with pytest.raises(ValueError, match="belong together"):
+        build_decoder(model, CALIBRATED, make_plan(CALIBRATED, model.spec))
+
+
+# The text
+
+
+def test_the_bundled_text_shares_no_passage_with_the_held_out_one() -> None:
+    calibration = read_content("bundled")
+    heldout = (bundled_model() / "heldout.txt").read_text(encoding="utf-8")
+    assert common_passage(calibration, heldout) is None
+    paragraphs = [" ".join(part.split()) for part in calibration.split("\n\n")]
+    known = " ".join(heldout.split())
+    assert [part for part in paragraphs if len(part) > 80 and part in known] == []
+    assert common_passage(calibration, heldout[60_000:61_000] + calibration[5_000:6_000])
+
+
+def test_windows_are_the_text_in_order(checkpoint: Path) -> None:
+    found = tokenize("x/some.txt", TEXT, checkpoint / "tokenizer.json", 100, context=32)
+    assert found.name == "some.txt" and found.tokens == 100
+    assert [len(window) for window in found.windows] == [32, 32, 32, 8]
+    assert {window[0] for window in found.windows} == {0}
+    assert sum(map(len, found.windows)) == 100 + 4
+    other = tokenize("x/some.txt", TEXT, checkpoint / "tokenizer.json", 99, context=32)
+    assert other.sha256 != found.sha256
+    from llm_coreml.tokenizer import Tokenizer
+
+    tokens = Tokenizer(checkpoint / "tokenizer.json").encode(TEXT)
+    assert [token for window in found.windows for token in window[1:]] == tokens[:100]
+
+
+# The artifact
+
+
+class Notes(Silent):
+    """Keeps what the user is told."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+@pytest.fixture
+def export(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, checkpoint: Path
+) -> Any:
+    def command(text: Path, output: Path) -> Run:
+        words = ("export", checkpoint, "-o", output, *SHAPES, "--calibrate", text)
+        return in_process(capfd, monkeypatch, *words, "--calibration-tokens", "200")
+
+    return command
+
+
+def test_a_calibrated_export_is_verified_recorded_and_the_same_every_time(
+    export: Any, bundle: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "mine.txt"
+    text.write_text(TEXT * 2)
+    first, second = tmp_path / "first", tmp_path / "second"
+    for output in (first, second):
+        done = export(text, output)
+        assert done.code == 0, done.err
+        assert "by GPTQ on 200 tokens of text 'mine.txt'" in done.out
+    assert (first / "model.pte").read_bytes() == (second / "model.pte").read_bytes()
+    assert (first / "manifest.json").read_bytes() == (second / "manifest.json").read_bytes()
+    assert (first / "model.pte").read_bytes() != (bundle / "model.pte").read_bytes()
+    manifest = open_bundle(first).manifest
+    plain = manifest_of(bundle)
+    assert manifest["verification"]["conversion"]["weights"] > 0
+    assert manifest["program"]["bytes"] == pytest.approx(plain["program"]["bytes"], rel=1e-3)
+    recorded = manifest["quantization"]["calibration"]
+    assert recorded["method"] == "GPTQ" and recorded["tokens"] == 200
+    assert plain["quantization"]["calibration"] is None
+    flags = manifest["rebuild"]
+    assert flags[flags.index("--calibrate") + 1] == str(text)
+    assert flags[flags.index("--calibration-tokens") + 1] == "200"
+    assert "calibrated by GPTQ on 200 tokens of mine.txt" in (first / "README.md").read_text()
+    assert "rounded to nearest" in (bundle / "README.md").read_text()
+    evaluation_knows_the_quantized_model_while_it_knows_the_text(first, text)
+
+
+def evaluation_knows_the_quantized_model_while_it_knows_the_text(folder: Path, text: Path) -> None:
+    result = llm_coreml.evaluate(folder, tokens=64)
+    quantized, artifact = result.quality("quantized"), result.quality("artifact")
+    assert artifact.perplexity == pytest.approx(quantized.perplexity, rel=1e-3)
+    for change in (lambda: text.write_text(TEXT.upper() * 3), text.unlink):
+        change()
+        progress = Notes()
+        result = llm_coreml.evaluate(folder, tokens=64, progress=progress)
+        assert [row.name for row in result.qualities] == ["original", "artifact"]
+        (note,) = progress.notes
+        assert "left out" in note and "mine.txt" in note
