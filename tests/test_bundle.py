@@ -48,6 +48,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         model,
         config,
         make_plan(config, model.spec),
+        None,
         resolve_shapes(config, model.spec.max_position_embeddings),
         program,
         {"get_max_seq_len": 8},

@@ -247,6 +247,8 @@ def test_export_flags_reach_the_config(
         "codebook_rows": 8,
         "embedding": "int4-channel",
         "lm_head": "codebook:6",
+        "calibrate": "text.txt",
+        "calibration_tokens": 512,
         "target": "ane",
         "minimum_os": "macOS26",
         "compute_precision": "fp32",
