@@ -99,17 +99,20 @@ def rebuild_command(source: Source, config: ExportConfig) -> list[str]:
 
 def bits_per_weight(plan: QuantizationPlan, spec: DecoderSpec) -> float:
     """Return stored bits per weight over all matrices, a tied table counted once."""
-    bits, weights = _cost(plan.linear, [shape for _, shape in matrices(spec)])
     table = (spec.vocab_size, spec.hidden_size)
-    for scheme in (plan.embedding,) if plan.tied else (plan.embedding, plan.lm_head):
-        table_bits, count = _cost(scheme, [table])
-        bits, weights = bits + table_bits, weights + count
+    tables = (plan.embedding,) if plan.tied else (plan.embedding, plan.lm_head)
+    bits, weights = _cost([*_linear(plan, spec), *((scheme, table) for scheme in tables)])
     return bits / weights
 
 
-def _cost(scheme: Scheme, shapes: Sequence[tuple[int, int]]) -> tuple[float, int]:
-    weights = sum(rows * columns for rows, columns in shapes)
-    return sum(scheme.bits * r * c + scheme.overhead_bits((r, c)) for r, c in shapes), weights
+def _linear(plan: QuantizationPlan, spec: DecoderSpec) -> list[tuple[Scheme, tuple[int, int]]]:
+    return [(plan.scheme_of(name), shape) for name, shape in matrices(spec)]
+
+
+def _cost(stored: Sequence[tuple[Scheme, tuple[int, int]]]) -> tuple[float, int]:
+    """Return bits and weights of matrices."""
+    bits = sum(scheme.bits * r * c + scheme.overhead_bits((r, c)) for scheme, (r, c) in stored)
+    return bits, sum(rows * columns for _, (rows, columns) in stored)
 
 
 def _target(config: ExportConfig) -> dict[str, str]:
@@ -134,15 +137,15 @@ def _target(config: ExportConfig) -> dict[str, str]:
 
 def _quantization(plan: QuantizationPlan, spec: DecoderSpec, dequantized: bool) -> dict[str, Any]:
     """Describe the weights; the twin holds their dequantized values as fp32, a tied table once."""
-    table = [(spec.vocab_size, spec.hidden_size)]
+    table = (spec.vocab_size, spec.hidden_size)
     groups = {
-        "linear": (plan.linear, [shape for _, shape in matrices(spec)]),
-        "embedding": (plan.embedding, table),
-        "lm_head": (plan.lm_head, table),
+        "linear": (plan.linear, _linear(plan, spec)),
+        "embedding": (plan.embedding, [(plan.embedding, table)]),
+        "lm_head": (plan.lm_head, [(plan.lm_head, table)]),
     }
     described: dict[str, Any] = {}
-    for name, (scheme, shapes) in groups.items():
-        bits, weights = _cost(scheme, shapes)
+    for name, (scheme, stored) in groups.items():
+        bits, weights = _cost(stored)
         if dequantized:
             bits = 32 * weights
         described[name] = {
@@ -151,7 +154,7 @@ def _quantization(plan: QuantizationPlan, spec: DecoderSpec, dequantized: bool) 
             "bits": scheme.bits,
             "bits_per_weight": bits / weights,
             "bytes": 0 if name == "lm_head" and plan.tied else round(bits / 8),
-            "matrices": len(shapes),
+            "matrices": len(stored),
         }
     return {
         **described,

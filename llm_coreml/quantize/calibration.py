@@ -2,7 +2,7 @@
 
     calibration = Calibration(decoder, windows)
     for index in range(len(decoder.layers)):
-        calibration.quantize(index, IntGroup(4, 32))
+        calibration.quantize(index, plan.scheme_of)
 
 Only hidden states pass from block to block, so that a block's weights are needed once, and only
 while it is their turn. Beside them go those of the unquantized model, from which the error of
@@ -12,7 +12,7 @@ earlier blocks is known, and can be made up for (as in GPTAQ, arXiv:2504.02692).
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -67,12 +67,12 @@ class Calibration:
             self._states = [decoder.embed_tokens(torch.tensor([list(w)])) for w in windows]
         self._originals = list(self._states)
 
-    def quantize(self, index: int, scheme: Scheme) -> None:
+    def quantize(self, index: int, scheme_of: Callable[[str], Scheme]) -> None:
         """Replace the weights of the linear layers of a block, and let the text pass it.
 
         Args:
             index: Of the block; they come in order.
-            scheme: The format.
+            scheme_of: The format of each linear layer, by its name in the decoder.
 
         Raises:
             CheckpointError: the inputs of a layer are not finite.
@@ -89,10 +89,11 @@ class Calibration:
                     "it again, or export without --calibrate."
                 )
             for name in names:
+                full = f"layers.{index}.{name}"
                 try:
-                    calibrate_weight(block.get_submodule(name), scheme, moments)
+                    calibrate_weight(block.get_submodule(name), scheme_of(full), moments)
                 except (CheckpointError, UnsupportedError) as error:
-                    raise type(error)(f"layers.{index}.{name}: {error}") from error
+                    raise type(error)(f"{full}: {error}") from error
         self._states = [self._forward(block, states) for states in self._states]
         self._originals = [self._forward(original, states) for states in self._originals]
 

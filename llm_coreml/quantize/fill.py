@@ -8,7 +8,7 @@ At no time is more than one matrix held unquantized.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -77,20 +77,21 @@ def fill(
     calibration: Calibration | None = None
     at_once = plan
     if plan is not None and windows is not None:
-        at_once = replace(plan, linear=Unquantized())
+        at_once = replace(plan, linear=Unquantized(), exceptions={})
     for ours in ordered:
         theirs, block = names[ours], _block_of(ours)
         owner, _, attribute = ours.rpartition(".")
         module = modules[owner]
         if attribute == "weight" and isinstance(module, (nn.Linear, nn.Embedding)):
-            _set_matrix(module, checkpoint, theirs, _scheme_of(owner, at_once), storage)
+            scheme = Unquantized() if at_once is None else at_once.scheme_of(owner)
+            _set_matrix(module, checkpoint, theirs, scheme, storage)
         else:
             # Computed with in fp32, but with the values that the program holds.
             values = checkpoint.tensor(theirs, storage or torch.float32).to(torch.float32)
             setattr(module, attribute, nn.Parameter(values, requires_grad=False))
         if plan is not None and windows is not None and block >= 0 and ends[block] == ours:
             calibration = calibration or Calibration(decoder, windows)
-            calibration.quantize(block, plan.linear)
+            calibration.quantize(block, plan.scheme_of)
         done += module.get_parameter(attribute).numel()
         on_progress(done / total)
     decoder.cache.reset()
@@ -103,13 +104,6 @@ def _block_of(name: str) -> int:
     """Return the index of the block that a parameter belongs to, -1 if to none."""
     parts = name.split(".")
     return int(parts[1]) if parts[0] == "layers" else -1
-
-
-def _scheme_of(module: str, plan: QuantizationPlan | None) -> Scheme:
-    if plan is None:
-        return Unquantized()
-    tables: Mapping[str, Scheme] = {"embed_tokens": plan.embedding, "lm_head": plan.lm_head}
-    return tables.get(module, plan.linear)
 
 
 def _set_matrix(

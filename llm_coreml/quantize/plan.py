@@ -2,12 +2,14 @@
 
 plan = make_plan(config, spec)
 plan.linear.label, plan.embedding.label, plan.lm_head.label, plan.tied
+plan.scheme_of("layers.0.mlp.down_proj")
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from torch import nn
 
@@ -28,14 +30,15 @@ from llm_coreml.targets import get_target
 
 @dataclass(frozen=True)
 class QuantizationPlan:
-    """Which scheme each kind of matrix gets.
+    """Which scheme each matrix gets.
 
     Attributes:
-        linear: The projections of attention and MLP.
+        linear: The projections of attention and MLP, where `exceptions` says nothing else.
         embedding: The token table.
         lm_head: The output projection.
         tied: The head is the token table, stored once.
         untied_bytes: What storing a tied table twice costs, when the two schemes differ.
+        exceptions: Schemes of single projections, by module name: `layers.0.mlp.down_proj`.
     """
 
     linear: Scheme
@@ -43,6 +46,12 @@ class QuantizationPlan:
     lm_head: Scheme
     tied: bool
     untied_bytes: int = 0
+    exceptions: Mapping[str, Scheme] = field(default_factory=lambda: MappingProxyType({}))
+
+    def scheme_of(self, module: str) -> Scheme:
+        """Return the scheme of a linear layer or of the token table, by its name in the decoder."""
+        tables: Mapping[str, Scheme] = {"embed_tokens": self.embedding, "lm_head": self.lm_head}
+        return tables.get(module) or self.exceptions.get(module, self.linear)
 
 
 def matrices(spec: DecoderSpec) -> Iterator[tuple[str, tuple[int, int]]]:

@@ -8,15 +8,8 @@ import torch
 from artifacts import Artifact, matrices, weight_bytes
 from torch import nn
 
-from llm_coreml.quantize.schemes import Scheme
-
 # weight.bin pads each blob to 64 bytes and puts 64 bytes of metadata before it.
 PER_BLOB = 128
-
-
-def scheme_of(artifact: Artifact, name: str) -> Scheme:
-    plan = artifact.plan
-    return {"embed_tokens": plan.embedding, "lm_head": plan.lm_head}.get(name, plan.linear)
 
 
 def eager_matrices(artifact: Artifact) -> dict[str, torch.Tensor]:
@@ -52,7 +45,8 @@ def test_matrices_take_the_bytes_that_the_scheme_foretells(
     total = 0.0
     for name, matrix in stored.items():
         rows, columns = matrix.dense.shape
-        foretold = scheme_of(artifact, name).bits_per_weight((rows, columns)) * rows * columns / 8
+        scheme = artifact.plan.scheme_of(name)
+        foretold = scheme.bits_per_weight((rows, columns)) * rows * columns / 8
         assert matrix.bytes == foretold, name
         total += 0 if artifact.plan.tied and name == "lm_head" else foretold
     decoder = artifact.decoder
