@@ -9,7 +9,7 @@ outermost weights lose, the others win.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 
@@ -22,23 +22,9 @@ _LEAST = 2.0**-10
 _SMALLEST_SCALE = torch.finfo(torch.float16).smallest_normal
 
 
-class Integers(NamedTuple):
-    """A matrix `(codes - zero_point) * scale`.
-
-    Attributes:
-        codes: int8 `[rows, columns]`.
-        scale: fp32 numbers that fp16 holds, above zero, `[rows, groups]`.
-        zero_point: int8, or fp32 numbers that fp16 holds, `[rows, groups]`.
-    """
-
-    codes: torch.Tensor
-    scale: torch.Tensor
-    zero_point: torch.Tensor
-
-
 def asymmetric(
     weight: torch.Tensor, bits: int, group_size: int, kind: Literal["int", "float"]
-) -> Integers:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Quantize every row of `weight` `[rows, columns]`, any float type, group by group.
 
     Args:
@@ -47,6 +33,10 @@ def asymmetric(
         group_size: Consecutive columns that share a scale and a zero point.
         kind: An `int` zero point is one of the codes, so that zero is always stored exactly; a
             `float` one is any number of fp16.
+
+    Returns:
+        Codes, int8 `[rows, columns]`; scales, fp32 numbers above zero that fp16 holds, `[rows,
+        groups]`; and zero points, int8 or fp32 numbers that fp16 holds, `[rows, groups]`.
 
     Raises:
         UnsupportedError: fp16 cannot hold a scale.
@@ -79,4 +69,4 @@ def asymmetric(
         )
     codes = (grouped / kept_scale.unsqueeze(2) + kept_zero.unsqueeze(2)).round_().clamp_(low, high)
     zero_point = kept_zero.to(torch.int8) if kind == "int" else kept_zero
-    return Integers(codes.to(torch.int8).reshape(weight.shape), kept_scale, zero_point)
+    return codes.to(torch.int8).reshape(weight.shape), kept_scale, zero_point
