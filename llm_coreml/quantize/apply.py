@@ -20,11 +20,19 @@ from torchao.quantization import IntxWeightOnlyConfig, quantize_
 from torchao.quantization.granularity import PerAxis, PerGroup
 from torchao.utils import TorchAOBaseTensor
 
-from llm_coreml.quantize.asymmetric import asymmetric
+from llm_coreml.quantize.integers import integers
 from llm_coreml.quantize.kmeans import kmeans
 from llm_coreml.quantize.lookup import LookupTensor, look_up
 from llm_coreml.quantize.mxfp4 import mxfp4
-from llm_coreml.quantize.schemes import Codebook, IntChannel, IntGroup, Mxfp4, Scheme, Unquantized
+from llm_coreml.quantize.schemes import (
+    INTEGER_BITS,
+    Codebook,
+    IntChannel,
+    IntGroup,
+    Mxfp4,
+    Scheme,
+    Unquantized,
+)
 from llm_coreml.quantize.tensors import codebook_tensor, integer_tensor, lookup_tensor, mxfp4_tensor
 from llm_coreml.quantize.vectors import kmeans_vectors
 
@@ -109,10 +117,11 @@ def _integers(
     weight: torch.Tensor, scheme: IntGroup | IntChannel, group_size: int, granularity: Any
 ) -> torch.Tensor:
     pieces = torch.split(weight, max(1, _PIECE // weight.shape[1]))
-    if scheme.zero_point != "none":
-        found = [asymmetric(p, scheme.bits, group_size, scheme.zero_point) for p in pieces]
-        codes, scale, zero_point = (torch.cat(parts) for parts in zip(*found, strict=True))
-        return integer_tensor(codes, scale, zero_point, scheme.bits)
+    if scheme.zero_point != "none" or scheme.bits not in INTEGER_BITS:
+        found = [integers(p, scheme.bits, group_size, scheme.zero_point) for p in pieces]
+        codes, scale = (torch.cat([part[at] for part in found]) for at in (0, 1))
+        zero = [part[2] for part in found if part[2] is not None]
+        return integer_tensor(codes, scale, torch.cat(zero) if zero else None, scheme.bits)
     config = IntxWeightOnlyConfig(
         weight_dtype=getattr(torch, f"int{scheme.bits}"), granularity=granularity
     )

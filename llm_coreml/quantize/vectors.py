@@ -60,14 +60,16 @@ def _spread(points: torch.Tensor, entries: int) -> torch.Tensor:
     """Choose centres `[groups, entries, width]` among `points`, far ones first of all."""
     sample = points[:, :: -(-points.shape[1] // _SAMPLE)]
     groups = torch.arange(len(sample))
-    centres = [sample.mean(1)]
-    distance = (sample - centres[0].unsqueeze(1)).square().sum(2)
-    for at in range(1, entries):
+    centres: list[torch.Tensor] = []
+    distance = (sample - sample.mean(1, keepdim=True)).square().sum(2)
+    for at in range(entries):
         total = distance.cumsum(1)
-        share = (at * _GOLDEN) % 1 * total[:, -1:]
-        place = torch.searchsorted(total, share)[:, 0].clamp_(max=sample.shape[1] - 1)
-        centres.append(sample[groups, place])
-        distance = distance.minimum((sample - centres[-1].unsqueeze(1)).square().sum(2))
+        share = (at + 1) * _GOLDEN % 1 * total[:, -1:]
+        # Not the first of the share, which may be a centre, but the one that goes beyond it.
+        place = torch.searchsorted(total, share, right=True)[:, 0]
+        centres.append(sample[groups, place.clamp_(max=sample.shape[1] - 1)])
+        found = (sample - centres[-1].unsqueeze(1)).square().sum(2)
+        distance = distance.minimum(found) if at else found
     return torch.stack(centres, 1)
 
 
