@@ -22,6 +22,7 @@ from llm_coreml.decoder import Decoder
 from llm_coreml.errors import CheckpointError, UnsupportedError
 from llm_coreml.quantize.gptq import damped, gptq
 from llm_coreml.quantize.grids import grid_of
+from llm_coreml.quantize.refit import refit
 from llm_coreml.quantize.schemes import Scheme
 
 # Linear layers that get the same inputs, in the order in which a block computes them: each sees
@@ -147,5 +148,6 @@ def calibrate_weight(linear: nn.Module, scheme: Scheme, moments: Moments) -> Non
     target = (weight + torch.linalg.solve(damped(hessian), guess, left=False)).to(torch.float32)
     importance = damped(hessian).diagonal().to(torch.float32)
     grid = grid_of(scheme, target, importance)
-    codes = gptq(target, hessian, grid)
-    linear.weight = nn.Parameter(grid.tensor(codes), requires_grad=False)
+    quantized = grid.tensor(gptq(target, hessian, grid))
+    fitted = refit(quantized, target, damped(hessian).to(torch.float32))
+    linear.weight = nn.Parameter(fitted, requires_grad=False)

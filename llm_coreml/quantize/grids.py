@@ -16,15 +16,10 @@ from typing import final
 import torch
 
 from llm_coreml.errors import UnsupportedError
+from llm_coreml.quantize.integers import integers
 from llm_coreml.quantize.kmeans import kmeans
 from llm_coreml.quantize.schemes import Codebook, IntChannel, IntGroup, Scheme
 from llm_coreml.quantize.tensors import codebook_tensor, integer_tensor
-
-# Shares of a group's largest weight at which its scale may end: less precision for the largest
-# is more for the others.
-_SHRINK = tuple(1 - step / 32 for step in range(20))
-# As torchao's: the scale of a group of zeros is a number, too.
-_SMALLEST_SCALE = torch.finfo(torch.float32).eps
 
 
 class Grid(ABC):
@@ -45,64 +40,73 @@ class Grid(ABC):
 
 @final
 class IntegerGrid(Grid):
-    """Multiples of a scale, from `-2**(bits - 1)` to `2**(bits - 1) - 1` times.
+    """A scale times integers of so many bits, less the zero point.
 
     Args:
-        scale: `[rows, groups]`, fp16 numbers above zero.
-        group_size: Consecutive columns of a row that share one.
+        scale: `[rows, groups]`, fp16 numbers other than zero.
+        zero_point: `[rows, groups]`: int8, or fp16 numbers; None is zero.
         bits: 2, 3, 4, 6 or 8.
+        group_size: Consecutive columns of a row that share one scale.
     """
 
-    def __init__(self, scale: torch.Tensor, group_size: int, bits: int) -> None:
+    def __init__(
+        self, scale: torch.Tensor, zero_point: torch.Tensor | None, bits: int, group_size: int
+    ) -> None:
         self.scale = scale
-        self.group_size = group_size
+        self.zero_point = zero_point
         self.bits = bits
+        self.group_size = group_size
+        zeros = torch.zeros_like(scale) if zero_point is None else zero_point.to(scale.dtype)
+        # [groups, rows]: what a column reads lies in one piece.
+        self._scales, self._zeros = scale.T.contiguous(), zeros.T.contiguous()
 
     def nearest(self, column: int, values: torch.Tensor) -> torch.Tensor:
         """See `Grid`."""
-        top = 2 ** (self.bits - 1) - 1
-        return (values / self._scale(column)).round_().clamp_(-top - 1, top)
+        group, top = column // self.group_size, 2 ** (self.bits - 1) - 1
+        codes = values / self._scales[group] + self._zeros[group]
+        return codes.round_().clamp_(-top - 1, top)
 
     def values(self, column: int, codes: torch.Tensor) -> torch.Tensor:
         """See `Grid`."""
-        return codes * self._scale(column)
+        group = column // self.group_size
+        return (codes - self._zeros[group]) * self._scales[group]
 
     def tensor(self, codes: torch.Tensor) -> torch.Tensor:
         """See `Grid`."""
-        return integer_tensor(codes.to(torch.int8), self.scale, None, self.bits)
-
-    def _scale(self, column: int) -> torch.Tensor:
-        return self.scale[:, column // self.group_size]
+        return integer_tensor(codes.to(torch.int8), self.scale, self.zero_point, self.bits)
 
 
 @final
 class CodebookGrid(Grid):
-    """The entries of a table for every few rows.
+    """The entries of a table for every block of rows and columns.
 
     Args:
-        tables: `[tables, entries]`, fp16 numbers, ascending.
-        scheme: How many rows share one, and bits.
+        tables: `[row_groups, column_groups, entries]`, fp16 numbers, ascending.
+        bits: Of a code.
+        columns: Consecutive ones that share a table.
     """
 
-    def __init__(self, tables: torch.Tensor, scheme: Codebook) -> None:
+    def __init__(self, tables: torch.Tensor, bits: int, columns: int) -> None:
         self.tables = tables
-        self.scheme = scheme
-        self._middles = ((tables[:, :-1] + tables[:, 1:]) / 2).contiguous()
+        self.bits = bits
+        self.columns = columns
+        # [column_groups, row_groups, entries]: what a column reads lies in one piece.
+        self._entries = tables.transpose(0, 1).contiguous()
+        self._middles = ((self._entries[..., :-1] + self._entries[..., 1:]) / 2).contiguous()
 
     def nearest(self, column: int, values: torch.Tensor) -> torch.Tensor:
         """See `Grid`."""
         grouped = values.contiguous().view(len(self.tables), -1)
-        return torch.searchsorted(self._middles, grouped).view(-1)
+        return torch.searchsorted(self._middles[column // self.columns], grouped).view(-1)
 
     def values(self, column: int, codes: torch.Tensor) -> torch.Tensor:
         """See `Grid`."""
         indices = codes.to(torch.int64).view(len(self.tables), -1)
-        return self.tables.gather(1, indices).view(-1)
+        return self._entries[column // self.columns].gather(1, indices).view(-1)
 
     def tensor(self, codes: torch.Tensor) -> torch.Tensor:
         """See `Grid`."""
-        tables = self.tables.unsqueeze(1)
-        return codebook_tensor(codes.to(torch.uint8), tables, self.scheme.bits)
+        return codebook_tensor(codes.to(torch.uint8), self.tables, self.bits)
 
 
 @singledispatch
@@ -122,56 +126,36 @@ def grid_of(scheme: Scheme, weight: torch.Tensor, importance: torch.Tensor) -> G
 
 @grid_of.register
 def _(scheme: IntGroup, weight: torch.Tensor, importance: torch.Tensor) -> Grid:
-    _refuse_zero_points(scheme.zero_point)
-    return _integer_grid(weight, importance, scheme.group_size, scheme.bits)
+    return _integer_grid(scheme, weight, importance, scheme.group_size)
 
 
 @grid_of.register
 def _(scheme: IntChannel, weight: torch.Tensor, importance: torch.Tensor) -> Grid:
-    _refuse_zero_points(scheme.zero_point)
-    return _integer_grid(weight, importance, weight.shape[1], scheme.bits)
+    return _integer_grid(scheme, weight, importance, weight.shape[1])
 
 
 @grid_of.register
 def _(scheme: Codebook, weight: torch.Tensor, importance: torch.Tensor) -> Grid:
-    if scheme.columns is not None or scheme.vector > 1 or scheme.row_scale:
+    if scheme.vector > 1 or scheme.row_scale:
         raise UnsupportedError(
-            f"'{scheme.label}' cannot be calibrated; leave --codebook-columns, --codebook-vector "
-            "and --codebook-scale out."
+            f"'{scheme.label}' cannot be calibrated; leave --codebook-vector and --codebook-scale "
+            "out."
         )
-    shape = (scheme.tables((weight.shape[0], weight.shape[1]))[0], -1)
-    weights = importance.expand_as(weight).reshape(shape)
-    tables, _ = kmeans(weight.reshape(shape), scheme.bits, weights)
-    return CodebookGrid(tables.to(weight.dtype), scheme)
+    rows, columns = weight.shape
+    row_groups, column_groups = scheme.tables((rows, columns))
+    sizes = (row_groups, rows // row_groups, column_groups, columns // column_groups)
 
+    def blocks(matrix: torch.Tensor) -> torch.Tensor:
+        return matrix.reshape(sizes).transpose(1, 2).flatten(2).flatten(0, 1)
 
-def _refuse_zero_points(zero_point: str) -> None:
-    if zero_point != "none":
-        raise UnsupportedError(
-            f"--zero-point {zero_point} cannot be calibrated; use --zero-point none."
-        )
+    tables, _ = kmeans(blocks(weight), scheme.bits, blocks(importance.expand_as(weight)))
+    tables = tables.to(weight.dtype).view(row_groups, column_groups, -1)
+    return CodebookGrid(tables, scheme.bits, columns // column_groups)
 
 
 def _integer_grid(
-    weight: torch.Tensor, importance: torch.Tensor, group_size: int, bits: int
-) -> IntegerGrid:
-    """Choose, for each group, the scale with the least weighted squared error."""
-    top = 2 ** (bits - 1) - 1
-    grouped = weight.view(len(weight), -1, group_size)
-    counts = importance.view(1, -1, group_size)
-    # The one code more below zero serves the side that reaches further.
-    reach = torch.maximum(grouped.amax(2) / top, -grouped.amin(2) / (top + 1))
-    best, least = torch.zeros_like(reach), torch.full_like(reach, torch.inf)
-    for share in _SHRINK:
-        scale = (reach * share).clamp_(min=_SMALLEST_SCALE).to(torch.float16).to(weight.dtype)
-        wide = scale.unsqueeze(2)
-        stored = (grouped / wide).round_().clamp_(-top - 1, top).mul_(wide)
-        error = stored.sub_(grouped).square_().mul_(counts).sum(2)
-        better = error < least
-        best, least = torch.where(better, scale, best), torch.where(better, error, least)
-    if not bool((best > 0).all()):
-        raise UnsupportedError(
-            f"a weight is {float(weight.abs().max()):g}, whose scale fp16 cannot hold; use "
-            "another scheme, or scale the weights."
-        )
-    return IntegerGrid(best, group_size, bits)
+    scheme: IntGroup | IntChannel, weight: torch.Tensor, importance: torch.Tensor, group_size: int
+) -> Grid:
+    counts = importance.to(torch.float32)
+    _, scale, zero_point = integers(weight, scheme.bits, group_size, scheme.zero_point, counts)
+    return IntegerGrid(scale.to(weight.dtype), zero_point, scheme.bits, group_size)

@@ -22,7 +22,11 @@ _SMALLEST_SCALE = torch.finfo(torch.float16).smallest_normal
 
 
 def integers(
-    weight: torch.Tensor, bits: int, group_size: int, kind: ZeroPoint
+    weight: torch.Tensor,
+    bits: int,
+    group_size: int,
+    kind: ZeroPoint,
+    importance: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Quantize every row of `weight` `[rows, columns]`, any float type, group by group.
 
@@ -32,10 +36,13 @@ def integers(
         group_size: Consecutive columns that share a scale and a zero point.
         kind: An `int` zero point is one of the codes, so that zero is always stored exactly; a
             `float` one is any number of fp16; `none` is zero.
+        importance: fp32 `[columns]`, above zero: what the squared error of a weight counts; None is
+            one for all.
 
     Returns:
-        Codes, int8 `[rows, columns]`; scales, fp32 numbers above zero that fp16 holds, `[rows,
-        groups]`; and zero points, int8 or fp32 numbers that fp16 holds, `[rows, groups]`, or None.
+        Codes, int8 `[rows, columns]`; scales, fp32 numbers that fp16 holds, `[rows, groups]`, below
+        zero where the one code more has to serve the positive side; and zero points, int8 or fp32
+        numbers that fp16 holds, `[rows, groups]`, or None.
 
     Raises:
         UnsupportedError: fp16 cannot hold a scale.
@@ -45,18 +52,22 @@ def integers(
     bottom, top, largest = grouped.amin(2), grouped.amax(2), grouped.abs().amax(2)
     if kind == "int":
         bottom, top = bottom.clamp(max=0), top.clamp(min=0)
-    # The one code more below zero serves the side that reaches further.
-    centred = torch.maximum(bottom / low, top / high)
-    full = centred if kind == "none" else (top - bottom) / (high - low)
+    counts = torch.ones(weight.shape[1]) if importance is None else importance
+    counts = counts.view(1, -1, group_size)
+    full, sign = (top - bottom) / (high - low), torch.ones_like(top)
+    if kind == "none":
+        # The one code more below zero serves the side that reaches further.
+        full = torch.maximum(largest / -low, torch.minimum(top, -bottom) / high)
+        sign = torch.where(top > -bottom, -1.0, 1.0)
     floor = (largest * _LEAST).clamp(min=_SMALLEST_SCALE)
     best = torch.full_like(full, torch.inf)
     kept, shift = torch.ones_like(full), torch.zeros_like(full)
     for share in _SHRINK:
-        scale = torch.maximum(full * share, floor).to(torch.float16).to(torch.float32)
+        scale = (torch.maximum(full * share, floor) * sign).to(torch.float16).to(torch.float32)
         shrunk = (bottom + top) / 2 - share * (top - bottom) / 2
         zero = _zero_points(shrunk / scale, low, high, kind)
         stored = _codes(grouped, scale, zero, low, high).sub_(zero.unsqueeze(2))
-        error = stored.mul_(scale.unsqueeze(2)).sub_(grouped).square_().sum(2)
+        error = stored.mul_(scale.unsqueeze(2)).sub_(grouped).square_().mul_(counts).sum(2)
         better = error < best
         best = torch.where(better, error, best)
         kept, shift = torch.where(better, scale, kept), torch.where(better, zero, shift)

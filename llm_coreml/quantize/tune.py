@@ -1,0 +1,198 @@
+"""Recovery tuning: let the logits of a quantized decoder come closer to the original's on a text.
+
+    tune(decoder, teacher, windows, steps=200)
+
+The codes stay as they are. Scales, float zero points, tables and norms follow the gradient of the
+divergence KL(original || quantized), through all blocks at once (as block-wise methods cannot; cf.
+EfficientQAT's second phase, arXiv:2407.11062). They are rounded to fp16 in the forward pass, so
+that what is judged is what is stored; the gradient passes the rounding unchanged.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from llm_coreml.decoder import Decoder
+from llm_coreml.decoder.norm import RMSNorm
+from llm_coreml.errors import CheckpointError
+from llm_coreml.quantize.adjustable import Adjustable, Values, adjustable
+from llm_coreml.quantize.apply import dense_rows
+
+# Adam's step in shares of the mean size of what it changes.
+_RATE = 1e-3
+_BETAS = (0.9, 0.99)
+_WARMUP = 10
+
+
+class _Memoryless:
+    """A cache for windows that are read at once: what is attended to is what was just computed."""
+
+    def update(
+        self, layer: int, keys: torch.Tensor, values: torch.Tensor, start_pos: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys and values as they are."""
+        return keys, values
+
+
+class _Round(torch.autograd.Function):
+    """Rounding to fp16, whose gradient is that of doing nothing (a straight-through estimator)."""
+
+    @staticmethod
+    def forward(context: Any, values: torch.Tensor) -> torch.Tensor:
+        return values.to(torch.float16).to(torch.float32)
+
+    @staticmethod
+    def backward(context: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        return gradients[0]
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What tuning did.
+
+    Attributes:
+        steps: Windows read, one for each step.
+        before: Mean KL(original || quantized) over all windows, nats per token.
+        after: The same with what is stored now.
+    """
+
+    steps: int
+    before: float
+    after: float
+
+
+class _Student:
+    """A decoder whose weights are functions of the values that may change."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self._linear: dict[str, Adjustable] = {}
+        self.values: dict[str, Values] = {}
+        for name, module in decoder.named_modules():
+            if isinstance(module, nn.Linear) and module is not decoder.lm_head:
+                self._linear[name] = adjustable(module.weight.detach())
+                self.values[name] = tuple(value.clone() for value in self._linear[name].values)
+            elif isinstance(module, RMSNorm):
+                self.values[name] = (module.weight.detach().clone(),)
+        head = decoder.lm_head.weight.detach()
+        self._head = torch.cat(list(dense_rows(head)))
+
+    def logits(self, window: Sequence[int]) -> torch.Tensor:
+        """Return what the decoder makes of a text, fp32 `[tokens, vocab]`."""
+        decoder, weights = self._decoder, self._weights()
+        tokens = torch.tensor([list(window)])
+        chunk = decoder.chunk(len(window), torch.zeros(1, dtype=torch.int64))
+        chunk = replace(chunk, mask=chunk.mask[..., : len(window)], cache=_Memoryless())
+        x = decoder.embed_tokens(tokens)
+        for index, block in enumerate(decoder.layers):
+            x = functional_call(block, weights[f"layers.{index}"], (x, chunk))
+        x = functional_call(decoder.norm, weights["norm"], (x,))
+        return x[0] @ self._head.T
+
+    def _weights(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Return the parameters of each block, and of the last norm, by their names in it."""
+        found: dict[str, dict[str, torch.Tensor]] = {}
+        for name, values in self.values.items():
+            stored = tuple(_Round.apply(value) for value in values)
+            weight = self._linear[name].dense(stored) if name in self._linear else stored[0]
+            owner = ".".join(name.split(".")[:2])
+            inner = f"{name[len(owner) :]}.weight".lstrip(".")
+            found.setdefault(owner, {})[inner] = weight
+        return found
+
+    def store(self) -> None:
+        """Give the decoder the values as they are now."""
+        for name, values in self.values.items():
+            module = self._decoder.get_submodule(name)
+            changed = tuple(value.detach() for value in values)
+            if name in self._linear:
+                weight = self._linear[name].rebuilt(changed)
+            else:
+                weight = changed[0].to(torch.float16).to(torch.float32)
+            module.weight = nn.Parameter(weight, requires_grad=False)
+
+
+def tune(
+    decoder: Decoder,
+    teacher: Decoder,
+    windows: Sequence[Sequence[int]],
+    steps: int,
+    on_progress: Callable[[float], None] = lambda _: None,
+) -> Tuning:
+    """Change scales, zero points, tables and norms of `decoder` for the better, if there is any.
+
+    Args:
+        decoder: Quantized; its token table and head stay as they are. It is held in fp32 as a
+            whole, with gradients: about 16 bytes per weight.
+        teacher: The original.
+        windows: Tokens of a text; each fits both caches.
+        steps: Windows to learn from, which are read again and again in a fixed random order.
+        on_progress: Called with the share done, 0 to 1.
+
+    Raises:
+        CheckpointError: the divergence is not finite.
+        UnsupportedError: a linear layer is not quantized.
+    """
+    student = _Student(decoder)
+    before = _divergence(student, teacher, windows)
+    if not math.isfinite(before):
+        raise CheckpointError(
+            "The divergence on the calibration text is not finite, so there is nothing to tune by; "
+            "the checkpoint overflows, or is damaged. Export without --tune."
+        )
+    untuned = student.values
+    student.values = {
+        name: tuple(value.clone().requires_grad_() for value in values)
+        for name, values in untuned.items()
+    }
+    changing = [value for values in student.values.values() for value in values]
+    optimizer = torch.optim.Adam(
+        [{"params": [v], "lr": _RATE * (float(v.detach().abs().mean()) or 1.0)} for v in changing],
+        betas=_BETAS,
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
+    for step, window in enumerate(_order(windows, steps)):
+        _loss(student, teacher, window).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        on_progress((step + 1) / steps)
+    after = _divergence(student, teacher, windows)
+    if not after < before:  # not a number either
+        student.values, after = untuned, before
+    student.store()
+    return Tuning(steps, before, after)
+
+
+def _rate(step: int, steps: int) -> float:
+    """Return the share of the rate: up in a few steps, then down along a cosine."""
+    return min(1.0, (step + 1) / _WARMUP) * (1 + math.cos(math.pi * step / steps)) / 2
+
+
+def _order(windows: Sequence[Sequence[int]], steps: int) -> Iterator[Sequence[int]]:
+    generator = torch.Generator().manual_seed(0)
+    left: list[int] = []
+    for _ in range(steps):
+        left = left or torch.randperm(len(windows), generator=generator).tolist()
+        yield windows[left.pop()]
+
+
+def _loss(student: _Student, teacher: Decoder, window: Sequence[int]) -> torch.Tensor:
+    """Return KL(teacher || student) of each token of a window, nats."""
+    with torch.no_grad():
+        hidden = teacher.hidden(torch.tensor([list(window)]), torch.zeros(1, dtype=torch.int64))
+        wanted = torch.log_softmax(teacher.head(hidden)[0], dim=-1)
+    found = torch.log_softmax(student.logits(window), dim=-1)
+    return (wanted.exp() * (wanted - found)).sum(-1)
+
+
+@torch.no_grad()
+def _divergence(student: _Student, teacher: Decoder, windows: Sequence[Sequence[int]]) -> float:
+    return float(torch.cat([_loss(student, teacher, window) for window in windows]).mean())
