@@ -21,6 +21,7 @@ from llm_coreml.quantize import make_plan
 from llm_coreml.quantize.apply import dense_rows
 from llm_coreml.quantize.schemes import Codebook, IntChannel, IntGroup, Mxfp4, Scheme, ZeroPoint
 from llm_coreml.quantize.tensors import codebook_tensor, integer_tensor, lookup_tensor, mxfp4_tensor
+from llm_coreml.reference.constants import PackedWeight
 from llm_coreml.reference.execution import Execution
 from llm_coreml.runtime import ReferenceRunner
 from llm_coreml.weights import check_weights
@@ -246,3 +247,21 @@ def test_what_a_format_cannot_hold_is_refused(
     with pytest.raises(UnsupportedError) as caught:
         make()
     assert str(caught.value).startswith(message)
+
+
+def test_weights_that_stay_packed_are_expanded_row_by_row(
+    lowered: Lowered, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = ReferenceRunner(lowered.path, Execution(mode="fp32"))
+    monkeypatch.setattr("llm_coreml.reference.constants._SMALL", 0)
+    monkeypatch.setattr("llm_coreml.reference.constants._SLICE", 1000)
+    packed = ReferenceRunner(lowered.path, Execution(mode="fp32", memory_budget=0))
+    # Vectors along the rows are no rows of their codes, and are always expanded.
+    vectors = sum(
+        isinstance(m.scheme, Codebook) and m.scheme.vector > 1 for m in lowered.made.values()
+    )
+    kept = [value for _, value in packed.constants() if isinstance(value, PackedWeight)]
+    assert sum(value.rows > 1 for value in kept) >= len(lowered.made) - vectors
+    assert check_weights(packed.constants(), lowered.decoder) > len(lowered.made)
+    for token in (0, 95, 33):
+        torch.testing.assert_close(packed.step([token]), whole.step([token]), rtol=1e-5, atol=1e-5)
