@@ -120,10 +120,10 @@ def _integers(
 ) -> torch.Tensor:
     pieces = _pieces(weight)
     if scheme.zero_point != "none" or scheme.bits not in INTEGER_BITS:
-        found = [integers(p, scheme.bits, group_size, scheme.zero_point) for p in pieces]
-        codes, scale = (torch.cat([part[at] for part in found]) for at in (0, 1))
-        zero = [part[2] for part in found if part[2] is not None]
-        return integer_tensor(codes, scale, torch.cat(zero) if zero else None, scheme.bits)
+        found = (integers(piece, scheme.bits, group_size, scheme.zero_point) for piece in pieces)
+        all_codes, scales, zeros = zip(*found, strict=True)
+        zero_point = None if scheme.zero_point == "none" else torch.cat(zeros)
+        return integer_tensor(torch.cat(all_codes), torch.cat(scales), zero_point, scheme.bits)
     config = IntxWeightOnlyConfig(
         weight_dtype=getattr(torch, f"int{scheme.bits}"), granularity=granularity
     )
