@@ -22,7 +22,7 @@ _LARGEST = 64
 
 
 class Rotation:
-    """`R = diag(signs) (F1 x F2 x ...)`, orthogonal, with signs drawn from a seed.
+    """`R = diag(signs) (... x F2 x F1)`, orthogonal, with signs drawn from a seed.
 
     Attributes:
         size: Order of R.
@@ -39,7 +39,8 @@ class Rotation:
         power = size // len(core)
         names = [f"Sylvester {power}"] if power > 1 or not name else []
         self.label = " x ".join(names + [name] * bool(name))
-        self._factors = [*_sylvester_factors(power), core]
+        factors = [*_sylvester_factors(power), core]
+        self._factors = [factor for factor in factors if len(factor) > 1]
         bits = hashlib.shake_256(f"{seed} {size}".encode()).digest(size)
         signs = [1 - 2 * (bit & 1) for bit in bits]
         self._signs = torch.tensor(signs, dtype=torch.float64) / math.sqrt(size)
@@ -48,7 +49,7 @@ class Rotation:
         """Return `x @ R` for each block of `size` values of the last axis, fp64 -> fp64."""
         blocks = x.reshape(-1, self.size) * self._signs
         # Each product mixes the last axis of the index and brings it to the front.
-        for factor in reversed(self._factors):
+        for factor in self._factors:
             order = len(factor)
             mixed = blocks.reshape(-1, self.size // order, order) @ factor
             blocks = mixed.transpose(1, 2)

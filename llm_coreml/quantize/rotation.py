@@ -155,30 +155,36 @@ class RotatedCheckpoint(Checkpoint):
         if part in _NORMS:
             return torch.ones_like(values) if "residual" in self._rotations else values
         matrix = _MATRICES[part]
+        outputs = self._rotation(matrix.outputs)
         if ours.endswith(".bias"):
-            self._turn(values[None], matrix.outputs)
+            _turn(values[None], outputs)
             return values
-        self._turn(values, matrix.inputs, self._gain(ours, matrix))
-        self._turn(values.T, matrix.outputs)
+        if (inputs := self._rotation(matrix.inputs)) is not None:
+            _turn(values, inputs, self._gain(ours, matrix))
+        _turn(values.T, outputs)
         return values
 
+    def _rotation(self, space: Space | None) -> Rotation | None:
+        return None if space is None else self._rotations.get(space)
+
     def _gain(self, ours: str, matrix: _Matrix) -> torch.Tensor | None:
-        """Return the weight of the norm before a matrix, if it is to move into the matrix."""
-        if matrix.norm is None or "residual" not in self._rotations:
+        """Return the weight, fp64, of the norm through which a matrix reads the residual stream."""
+        if matrix.norm is None:
             return None
         block = ours.removesuffix(f"{_part(ours)}.weight")
         norm = self._theirs[f"{block}{matrix.norm}.weight"]
         return self._checkpoint.tensor(norm, torch.float32).to(torch.float64)
 
-    def _turn(
-        self, values: torch.Tensor, space: Space | None, gain: torch.Tensor | None = None
-    ) -> None:
-        """Multiply the last axis of fp32 `values` by `gain` and rotate it, in place."""
-        if space not in self._rotations:
-            return
-        for piece in torch.split(values, max(1, _PIECE // values.shape[1])):
-            wide = piece.to(torch.float64)
-            piece.copy_(self._rotations[space].apply(wide if gain is None else wide * gain))
+
+def _turn(
+    values: torch.Tensor, rotation: Rotation | None, gain: torch.Tensor | None = None
+) -> None:
+    """Multiply the last axis of fp32 `values` by `gain` and rotate it, in place."""
+    if rotation is None:
+        return
+    for piece in torch.split(values, max(1, _PIECE // values.shape[1])):
+        wide = piece.to(torch.float64)
+        piece.copy_(rotation.apply(wide if gain is None else wide * gain))
 
 
 def _part(ours: str) -> str:
