@@ -171,8 +171,10 @@ def _rotation(config: ExportConfig, spec: DecoderSpec) -> dict[str, Any] | None:
     found = rotations(config.rotate, spec)
     if not found:
         return None
-    described = {space: {"size": r.size, "factors": r.label} for space, r in found.items()}
-    return {"residual": None, "heads": None, **described, "seed": SEED}
+    described: dict[str, Any] = {"residual": None, "heads": None, "seed": SEED}
+    for space, rotation in found.items():
+        described[space] = {"size": rotation.size, "factors": rotation.label}
+    return described
 
 
 def _calibration(text: CalibrationText | None) -> dict[str, Any] | None:
