@@ -19,6 +19,7 @@ from llm_coreml.decoder import Decoder, DecoderSpec
 from llm_coreml.families import Family, find_family
 from llm_coreml.quantize import QuantizationPlan
 from llm_coreml.quantize.fill import check_checkpoint, fill
+from llm_coreml.quantize.rotation import rotated
 from llm_coreml.quantize.text import CalibrationText, read_content, tokenize
 from llm_coreml.recipes import BUNDLED, BUNDLED_RECIPE, load_recipe, recipe_names
 from llm_coreml.targets import get_target
@@ -137,20 +138,22 @@ def build_decoder(
     Raises:
         CheckpointError: a tensor is not finite, or does not fit the precision.
         ConfigError: context or lengths do not fit the model.
+        UnsupportedError: a family that cannot be rotated.
     """
     if (config.calibrate is None) != (calibration is None):
         raise ValueError("a calibration text and a config that asks for one belong together")
     shapes = resolve_shapes(config, model.spec.max_position_embeddings)
     # XNNPACK has no fused attention.
     fused = config.backend == "coreml" and get_target(config.target).attention == "fused"
-    decoder = Decoder(model.spec, shapes.context, "fused" if fused else "decomposed", config.logits)
+    checkpoint, spec = rotated(model.checkpoint, model.family, model.spec, config.rotate)
+    decoder = Decoder(spec, shapes.context, "fused" if fused else "decomposed", config.logits)
     storage = torch.float16 if config.compute_precision == "fp16" else torch.float32
     for buffer in decoder.buffers():
         # Tables and numbers too are what the program holds, so that only activations differ.
         if buffer.is_floating_point():
             buffer.copy_(buffer.to(storage))
     windows = None if calibration is None else calibration.windows
-    fill(decoder, model.checkpoint, model.family, plan, storage, on_progress, windows)
+    fill(decoder, checkpoint, model.family, plan, storage, on_progress, windows)
     return decoder.eval(), shapes
 
 

@@ -31,6 +31,7 @@ pipeline_tag: text-generation
 | weights | {quantization["linear"]["label"]}; token table {quantization["embedding"]["label"]}; \
 head {quantization["lm_head"]["label"]}{" (tied)" if quantization["tied"] else ""}; \
 {quantization["bits_per_weight"]:.2f} bits per weight |
+{_rotation(quantization.get("rotation"))}\
 | linear layers | {_choice(quantization.get("calibration"))} |
 | precision | {target["compute_precision"]} |
 | method | `forward(tokens int64 [1, S], start_pos int64 [1])`, {program["output"]} |
@@ -49,6 +50,18 @@ PyTorch, fp32: largest error {checked["max_relative_error"]:.2e} of the largest 
 
     {shlex.join(manifest["rebuild"]) or "llm_coreml.export(model, tokenizer, ...)"}
 """
+
+
+def _rotation(found: dict[str, Any] | None) -> str:
+    return "" if found is None else f"| rotated, in the weights | {rotated_spaces(found)} |\n"
+
+
+def rotated_spaces(found: dict[str, Any]) -> str:
+    """Return what a manifest's `rotation` rotates, and by what."""
+    names = {"residual": "residual stream", "heads": "values of the heads"}
+    return ", ".join(
+        f"{name} ({found[space]['factors']})" for space, name in names.items() if found[space]
+    )
 
 
 def _choice(calibration: dict[str, Any] | None) -> str:

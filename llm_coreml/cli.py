@@ -79,6 +79,13 @@ def cli() -> None:
 )
 @click.option("--lm-head", help="Scheme of the output head; the token table's by default.")
 @click.option(
+    "--rotate",
+    type=click.Choice(["none", "residual", "heads", "both"]),
+    default="none",
+    show_default=True,
+    help="Spread outlying weights first, by rotations that leave the model's function as it is.",
+)
+@click.option(
     "--calibrate",
     metavar="bundled|FILE",
     help="Choose the linear layers' codes for what this text makes of them.",

@@ -6,7 +6,7 @@ config = ExportConfig(bits=4, target="gpu", context=2048)
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from llm_coreml.errors import ConfigError, nearest
 from llm_coreml.targets import get_target, opset_of
@@ -15,6 +15,7 @@ DEFAULT_SEQ_LENGTHS = (1, 8, 64, 512)
 DEFAULT_CONTEXT = 2048
 DEFAULT_CODEBOOK_ROWS = 16
 DEFAULT_CALIBRATION_TOKENS = 16384
+Rotate = Literal["none", "residual", "heads", "both"]
 # State dimensions that are no multiple of 32 are refused by the Neural Engine compiler
 # (coremltools issue 2631).
 CONTEXT_MULTIPLE = 32
@@ -37,6 +38,8 @@ class ExportConfig:
         codebook_scale: Give each row of `codebook` a factor of its own.
         embedding: Scheme of the token table.
         lm_head: Scheme of the output head; None follows `embedding`.
+        rotate: What to rotate by merged Hadamard matrices before quantization: the `residual`
+            stream, the values of the attention `heads`, `both` or `none`.
         calibrate: Text on which the linear layers are calibrated: `bundled` or a UTF-8 file; None
             rounds to nearest.
         calibration_tokens: Tokens of that text to read.
@@ -65,6 +68,7 @@ class ExportConfig:
     codebook_scale: bool = False
     embedding: str = "int8-channel"
     lm_head: str | None = None
+    rotate: Rotate = "none"
     calibrate: str | None = None
     calibration_tokens: int = DEFAULT_CALIBRATION_TOKENS
     target: str = "gpu"
@@ -81,6 +85,7 @@ class ExportConfig:
         opset_of(self.minimum_os)
         for name, allowed in (
             ("zero_point", ("none", "int", "float")),
+            ("rotate", get_args(Rotate)),
             ("compute_precision", ("fp16", "fp32")),
             ("logits", ("last", "all")),
             ("backend", ("coreml", "xnnpack")),

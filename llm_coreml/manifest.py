@@ -15,7 +15,9 @@ from llm_coreml.checkpoint import Source
 from llm_coreml.config import ExportConfig, Shapes
 from llm_coreml.decoder import DecoderSpec
 from llm_coreml.quantize import QuantizationPlan, Scheme
+from llm_coreml.quantize.hadamard import SEED
 from llm_coreml.quantize.plan import matrices
+from llm_coreml.quantize.rotation import rotations
 from llm_coreml.quantize.text import CalibrationText
 from llm_coreml.targets import get_target, opset_of
 from llm_coreml.verify import Verification
@@ -53,6 +55,7 @@ def make_manifest(
         "rebuild": rebuild_command(model.source, config),
         "quantization": {
             **_quantization(plan, model.spec, config.backend == "xnnpack"),
+            "rotation": _rotation(config, model.spec),
             "calibration": _calibration(calibration),
         },
         "program": {
@@ -162,6 +165,16 @@ def _quantization(plan: QuantizationPlan, spec: DecoderSpec, dequantized: bool) 
         "untied_bytes": plan.untied_bytes,
         "bits_per_weight": 32.0 if dequantized else bits_per_weight(plan, spec),
     }
+
+
+def _rotation(config: ExportConfig, spec: DecoderSpec) -> dict[str, Any] | None:
+    found = rotations(config.rotate, spec)
+    if not found:
+        return None
+    described: dict[str, Any] = {"residual": None, "heads": None, "seed": SEED}
+    for space, rotation in found.items():
+        described[space] = {"size": rotation.size, "factors": rotation.label}
+    return described
 
 
 def _calibration(text: CalibrationText | None) -> dict[str, Any] | None:

@@ -137,10 +137,12 @@ def _tell_of_the_head(job: _Job, model: Model, plan: QuantizationPlan) -> None:
             "it is read, and stored separately."
         )
     if plan.untied_bytes:
+        differ = f"its format ({plan.lm_head.label}, {plan.embedding.label})"
+        if plan.lm_head == plan.embedding:
+            differ = f"the gain of the last norm, which --rotate {job.config.rotate} moves into it"
         job.progress.note(
-            f"The head shares its weights with the token table but not its format "
-            f"({plan.lm_head.label}, {plan.embedding.label}): storing it separately costs "
-            f"{plan.untied_bytes:,} bytes."
+            f"The head shares its weights with the token table but not {differ}: storing it "
+            f"separately costs {plan.untied_bytes:,} bytes."
         )
 
 

@@ -9,6 +9,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from llm_coreml.card import rotated_spaces
 from llm_coreml.eval.difference import Comparison
 from llm_coreml.eval.inspection import Inspection
 from llm_coreml.eval.results import Evaluation, Quality
@@ -31,6 +32,7 @@ def _export_rows(manifest: dict[str, Any], folder: str) -> dict[str, str]:
         "program": f"{folder}/{program['file']}, {program['bytes']:,} bytes",
         "weights": f"{quantization['linear']['label']}, "
         f"{quantization['bits_per_weight']:.2f} bits per weight over all",
+        **_rotation_row(quantization.get("rotation")),
         **_calibration_row(quantization.get("calibration")),
         "embedding, head": f"{quantization['embedding']['label']}, "
         f"{quantization['lm_head']['label']}{tied}",
@@ -42,6 +44,10 @@ def _export_rows(manifest: dict[str, Any], folder: str) -> dict[str, str]:
         f"{checked['max_relative_error']:.1e} (bound {checked['max_relative_error_bound']:.0e}), "
         f"mean KL {checked['mean_kl']:.1e} (bound {checked['mean_kl_bound']:.0e})",
     }
+
+
+def _rotation_row(found: dict[str, Any] | None) -> dict[str, str]:
+    return {} if found is None else {"rotated": rotated_spaces(found)}
 
 
 def _calibration_row(found: dict[str, Any] | None) -> dict[str, str]:

@@ -251,6 +251,7 @@ def test_export_flags_reach_the_config(
         "codebook_scale": True,
         "embedding": "int4-channel",
         "lm_head": "codebook:6",
+        "rotate": "both",
         "calibrate": "text.txt",
         "calibration_tokens": 512,
         "target": "ane",

@@ -38,7 +38,8 @@ class QuantizationPlan:
         embedding: The token table.
         lm_head: The output projection.
         tied: The head is the token table, stored once.
-        untied_bytes: What storing a tied table twice costs, when the two schemes differ.
+        untied_bytes: What storing a tied table twice costs, when the two schemes or rotations
+            differ.
         exceptions: Schemes of single projections, by module name: `layers.0.mlp.down_proj`.
     """
 
@@ -86,7 +87,9 @@ def make_plan(config: ExportConfig, spec: DecoderSpec) -> QuantizationPlan:
     table = (spec.vocab_size, spec.hidden_size)
     embedding.check("the token table", table)
     lm_head.check("the output head", table)
-    tied = spec.tie_word_embeddings and embedding == lm_head
+    # A rotated head holds the gain of the last norm, which the table must not.
+    same = embedding == lm_head and config.rotate not in ("residual", "both")
+    tied = spec.tie_word_embeddings and same
     cost = 0
     if spec.tie_word_embeddings and not tied:
         cost = round(lm_head.bits_per_weight(table) * table[0] * table[1] / 8)
