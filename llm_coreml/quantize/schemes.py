@@ -49,6 +49,10 @@ class Scheme(ABC):
     def overhead_bits(self, shape: tuple[int, int]) -> int:
         """Bits that scales or tables of a matrix of `shape` take, beside its codes."""
 
+    def stored_bits(self, shape: tuple[int, int]) -> int:
+        """Bits of a whole matrix of `shape`, scales and tables included."""
+        return self.bits * shape[0] * shape[1] + self.overhead_bits(shape)
+
     def bits_per_weight(self, shape: tuple[int, int]) -> float:
         """Bits per weight including scales and tables."""
         return self.bits + self.overhead_bits(shape) / (shape[0] * shape[1])
