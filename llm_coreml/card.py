@@ -31,7 +31,7 @@ pipeline_tag: text-generation
 | weights | {quantization["linear"]["label"]}; token table {quantization["embedding"]["label"]}; \
 head {quantization["lm_head"]["label"]}{" (tied)" if quantization["tied"] else ""}; \
 {quantization["bits_per_weight"]:.2f} bits per weight |
-| linear layers | {_choice(quantization.get("calibration"))} |
+| linear layers | {_mix(quantization.get("allocation"))}{_choice(quantization.get("calibration"))} |
 | precision | {target["compute_precision"]} |
 | method | `forward(tokens int64 [1, S], start_pos int64 [1])`, {program["output"]} |
 | lengths S | {lengths} |
@@ -49,6 +49,15 @@ PyTorch, fp32: largest error {checked["max_relative_error"]:.2e} of the largest 
 
     {shlex.join(manifest["rebuild"]) or "llm_coreml.export(model, tokenizer, ...)"}
 """
+
+
+def _mix(allocation: dict[str, Any] | None) -> str:
+    if allocation is None:
+        return ""
+    return (
+        f"formats chosen by what they cost on {allocation['tokens']:,} tokens of "
+        f"{allocation['text']}; "
+    )
 
 
 def _choice(calibration: dict[str, Any] | None) -> str:

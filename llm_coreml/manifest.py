@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import platform
 from collections import Counter
 from collections.abc import Sequence
@@ -186,7 +187,7 @@ def _quantization(plan: QuantizationPlan, spec: DecoderSpec, dequantized: bool) 
 
 def _allocation(measured: Measured) -> dict[str, Any]:
     # Divergences of matrices that are quantized one at a time add up, near enough.
-    return {**_read("Fisher", measured.text), "kl": sum(measured.losses.values())}
+    return {**_read("Fisher", measured.text), "kl": math.fsum(measured.losses.values())}
 
 
 def _read(method: str, text: CalibrationText) -> dict[str, Any]:

@@ -78,10 +78,8 @@ def matrix_bits(config: ExportConfig, spec: DecoderSpec, options: Options) -> in
         weights = sum(rows * columns for rows, columns in shapes.values())
         limit = math.floor((config.bits or 0) * weights)
         if not least <= limit <= most:
-            low, high = (
-                math.ceil(100 * least / weights) / 100,
-                math.floor(100 * most / weights) / 100,
-            )
+            # Rounded inwards: both can be asked for.
+            low, high = math.ceil(100 * least / weights), math.floor(100 * most / weights)
             raise UnsupportedError(
                 f"--bits {config.bits} cannot be reached: mixed formats take {low / 100:.2f} to "
                 f"{high / 100:.2f} bits per weight of this model on --target {config.target}, "
