@@ -27,8 +27,8 @@ from llm_coreml.bundle import (
 )
 from llm_coreml.config import ExportConfig
 from llm_coreml.errors import CheckpointError, ConfigError
+from llm_coreml.planning import plan_of
 from llm_coreml.progress import Progress, Silent
-from llm_coreml.quantize import make_plan
 from llm_coreml.quantize.text import CalibrationText
 from llm_coreml.reference.execution import Execution
 from llm_coreml.runtime import DECLARED, EagerRunner, Runner, open_runner
@@ -133,7 +133,7 @@ def _originals(
     except ConfigError as error:
         progress.note(f"The quantized model is left out, for it is to be calibrated again: {error}")
         return dict(runners)
-    plan = make_plan(config, opened.spec)
+    plan = plan_of(bundle.manifest["quantization"], config, opened.spec)
     decoder, _ = build_decoder(opened, config, plan, calibration=calibration)
     return {**runners, "quantized": EagerRunner(decoder, "PyTorch eager fp32")}
 

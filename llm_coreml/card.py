@@ -32,7 +32,7 @@ pipeline_tag: text-generation
 head {quantization["lm_head"]["label"]}{" (tied)" if quantization["tied"] else ""}; \
 {quantization["bits_per_weight"]:.2f} bits per weight |
 {_rotation(quantization.get("rotation"))}\
-| linear layers | {_choice(quantization.get("calibration"))} |
+| linear layers | {_mix(quantization.get("allocation"))}{_choice(quantization.get("calibration"))} |
 | precision | {target["compute_precision"]} |
 | method | `forward(tokens int64 [1, S], start_pos int64 [1])`, {program["output"]} |
 | lengths S | {lengths} |
@@ -61,6 +61,15 @@ def rotated_spaces(found: dict[str, Any]) -> str:
     names = {"residual": "residual stream", "heads": "values of the heads"}
     return ", ".join(
         f"{name} ({found[space]['factors']})" for space, name in names.items() if found[space]
+    )
+
+
+def _mix(allocation: dict[str, Any] | None) -> str:
+    if allocation is None:
+        return ""
+    return (
+        f"formats chosen by what they cost on {allocation['tokens']:,} tokens of "
+        f"{allocation['text']}; "
     )
 
 

@@ -18,7 +18,7 @@ import click
 
 from llm_coreml.errors import LlmCoreMLError
 from llm_coreml.looking import diff_command, inspect_command, run_command
-from llm_coreml.options import DEVICE, FORMAT, MODE, TEXT, VERBOSE, print_json
+from llm_coreml.options import DEVICE, FORMAT, MODE, TEXT, VERBOSE, memory, print_json
 
 
 def _lengths(value: str) -> tuple[int, ...]:
@@ -56,7 +56,13 @@ def cli() -> None:
 @click.option("--overwrite", is_flag=True, help="Replace an earlier export there.")
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
 @click.option("--local-files-only", is_flag=True, help="Hub ids: use the local cache only.")
-@click.option("--bits", type=int, help="Bits per weight: 1, 2, 3, 4, 6, 8 or 16.  [default: 4]")
+@click.option(
+    "--bits",
+    type=float,
+    help="Bits per weight: 1, 2, 3, 4, 6, 8 or 16, or a mean such as 3.5.  [default: 4]",
+)
+@click.option("--size", callback=memory, metavar="BYTES", help="Mix formats to fit: 600MB, 1.2GB.")
+@click.option("--plan", metavar="FILE", help="Formats of an earlier export: its manifest.json.")
 @click.option("--scheme", help="Weight format, see `llm-coreml ls`; the target's by default.")
 @click.option(
     "--group-size", type=int, default=32, show_default=True, help="int4-group and such: inputs."
@@ -145,6 +151,7 @@ def export_command(
     llm-coreml export llama --bits 4                       the bundled model, offline
     llm-coreml export llama-3.2-1b -o llama                a recipe, from the hub
     llm-coreml export ./my-finetune --target ane --bits 4  a folder
+    llm-coreml export ./my-finetune --size 600MB           mixed formats
     """
     from llm_coreml.config import ExportConfig
     from llm_coreml.recipes import BUNDLED_RECIPE, load_recipe

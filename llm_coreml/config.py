@@ -16,6 +16,7 @@ DEFAULT_CONTEXT = 2048
 DEFAULT_CODEBOOK_ROWS = 16
 DEFAULT_CALIBRATION_TOKENS = 16384
 Rotate = Literal["none", "residual", "heads", "both"]
+WHOLE_BITS = (1, 2, 3, 4, 6, 8, 16)
 # State dimensions that are no multiple of 32 are refused by the Neural Engine compiler
 # (coremltools issue 2631).
 CONTEXT_MULTIPLE = 32
@@ -26,7 +27,10 @@ class ExportConfig:
     """Every setting of an export.
 
     Attributes:
-        bits: Bits per weight of the linear layers; None takes 4.
+        bits: Bits per weight of the linear layers; None takes 4. A fraction is the most that mixed
+            formats may take on average over the blocks, scales and tables included.
+        size: Bytes that the `.pte` may have, with formats mixed to fit; None sets no limit.
+        plan: File with a scheme for every matrix: an earlier export's manifest, or its plan alone.
         scheme: Weight format; None takes the target's.
         group_size: Inputs per scale of `int4-group` and other groups of integers.
         zero_point: What integer formats subtract from a code before it is scaled: nothing, an
@@ -58,7 +62,9 @@ class ExportConfig:
         UnsupportedError: `minimum_os` is too old.
     """
 
-    bits: int | None = None
+    bits: float | None = None
+    size: int | None = None
+    plan: str | None = None
     scheme: str | None = None
     group_size: int = 32
     zero_point: Literal["none", "int", "float"] = "none"
@@ -93,10 +99,9 @@ class ExportConfig:
             value = getattr(self, name)
             if value not in allowed:
                 raise ConfigError(f"{name} is '{value}'; it must be {' or '.join(allowed)}.")
-        if self.bits is not None and self.bits not in (1, 2, 3, 4, 6, 8, 16):
-            raise ConfigError(
-                f"--bits is {self.bits}; Core ML holds weights of 1, 2, 3, 4, 6, 8 and 16 bits."
-            )
+        if self.bits is not None:
+            object.__setattr__(self, "bits", _checked_bits(self.bits))
+        self._check_choice()
         if self.calibration_tokens < 1:
             raise ConfigError(
                 f"--calibration-tokens is {self.calibration_tokens}; it must be at least 1, and "
@@ -107,6 +112,32 @@ class ExportConfig:
         if self.seq_lengths is not None:
             object.__setattr__(self, "seq_lengths", tuple(self.seq_lengths))
             _check_lengths(tuple(self.seq_lengths))
+
+    @property
+    def mixed(self) -> bool:
+        """Whether formats are to be chosen by what they cost the model."""
+        return self.size is not None or isinstance(self.bits, float)
+
+    def _check_choice(self) -> None:
+        """Refuse two settings that both decide the format of the linear layers."""
+        if self.size is not None and self.size < 1:
+            raise ConfigError(f"--size is {self.size}; give bytes, such as 600MB.")
+        decided = "--plan" if self.plan is not None else "--size" if self.size is not None else None
+        others: dict[str, object] = {"--scheme": self.scheme}
+        if decided is not None:
+            others["--bits"] = self.bits
+        elif self.mixed:
+            decided = f"--bits {self.bits}"
+        if decided == "--plan":
+            others |= {"--size": self.size, "--lm-head": self.lm_head}
+            others["--embedding"] = None if self.embedding == "int8-channel" else self.embedding
+        for flag, value in others.items():
+            if decided is not None and value is not None:
+                raise ConfigError(f"{decided} decides what {flag} {value} would; drop one of them.")
+        if self.size is not None and self.backend == "xnnpack":
+            raise ConfigError(
+                "--size counts quantized weights, and --backend xnnpack stores fp32; give --bits."
+            )
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON values."""
@@ -124,6 +155,17 @@ class ExportConfig:
             if key not in known:
                 raise ConfigError(f"There is no setting '{key}'.{nearest(key, known)}")
         return cls(**values)
+
+
+def _checked_bits(bits: float) -> float:
+    """Return whole bits as an int; fractions are held against a model's formats later."""
+    if bits in WHOLE_BITS:
+        return int(bits)
+    if not 1 < bits < 16 or bits == int(bits):  # also where it is NaN
+        raise ConfigError(
+            f"--bits is {bits:g}; Core ML holds weights of 1, 2, 3, 4, 6, 8 and 16 bits."
+        )
+    return bits
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import platform
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -14,13 +16,17 @@ from llm_coreml.bundle import MANIFEST_VERSION, file_sha256
 from llm_coreml.checkpoint import Source
 from llm_coreml.config import ExportConfig, Shapes
 from llm_coreml.decoder import DecoderSpec
+from llm_coreml.planning import Measured
 from llm_coreml.quantize import QuantizationPlan, Scheme
 from llm_coreml.quantize.hadamard import SEED
 from llm_coreml.quantize.plan import matrices
 from llm_coreml.quantize.rotation import rotations
+from llm_coreml.quantize.plan_file import plan_json
 from llm_coreml.quantize.text import CalibrationText
 from llm_coreml.targets import get_target, opset_of
 from llm_coreml.verify import Verification
+
+Stored = tuple[Scheme, tuple[int, int]]
 
 _PACKAGES = ("llm-coreml", "torch", "torchao", "executorch", "coremltools", "transformers")
 
@@ -29,6 +35,7 @@ def make_manifest(
     model: Model,
     config: ExportConfig,
     plan: QuantizationPlan,
+    measured: Measured | None,
     calibration: CalibrationText | None,
     shapes: Shapes,
     program: Path,
@@ -40,7 +47,8 @@ def make_manifest(
     Args:
         model: What was exported.
         config: As the user gave it.
-        plan: Schemes by kind of matrix.
+        plan: Schemes of the matrices.
+        measured: What mixed formats were chosen by.
         calibration: The text that the linear layers were calibrated on, if any.
         shapes: Context and lengths.
         program: The `.pte`.
@@ -56,7 +64,9 @@ def make_manifest(
         "quantization": {
             **_quantization(plan, model.spec, config.backend == "xnnpack"),
             "rotation": _rotation(config, model.spec),
-            "calibration": _calibration(calibration),
+            "calibration": None if calibration is None else _read("GPTQ", calibration),
+            "allocation": None if measured is None else _allocation(measured),
+            "plan": plan_json(plan, model.spec, {} if measured is None else measured.losses),
         },
         "program": {
             "file": program.name,
@@ -108,11 +118,19 @@ def bits_per_weight(plan: QuantizationPlan, spec: DecoderSpec) -> float:
     return bits / weights
 
 
-def _linear(plan: QuantizationPlan, spec: DecoderSpec) -> list[tuple[Scheme, tuple[int, int]]]:
+def _linear(plan: QuantizationPlan, spec: DecoderSpec) -> list[Stored]:
     return [(plan.scheme_of(name), shape) for name, shape in matrices(spec)]
 
 
-def _cost(stored: Sequence[tuple[Scheme, tuple[int, int]]]) -> tuple[float, int]:
+def _mixed_label(schemes: Counter[Scheme], stored: Sequence[Stored]) -> str:
+    """Return the mean bits per weight, and how many matrices have which scheme, the small first."""
+    bits, weights = _cost(stored)
+    ordered = sorted(schemes.items(), key=lambda item: (item[0].bits, item[0].label))
+    counts = "; ".join(f"{count} x {scheme.label}" for scheme, count in ordered)
+    return f"mixed, {bits / weights:.2f} bits per weight: {counts}"
+
+
+def _cost(stored: Sequence[Stored]) -> tuple[int, int]:
     """Return bits and weights of matrices."""
     bits = sum(scheme.stored_bits(shape) for scheme, shape in stored)
     return bits, sum(rows * columns for _, (rows, columns) in stored)
@@ -142,19 +160,22 @@ def _quantization(plan: QuantizationPlan, spec: DecoderSpec, dequantized: bool) 
     """Describe the weights; the twin holds their dequantized values as fp32, a tied table once."""
     table = (spec.vocab_size, spec.hidden_size)
     groups = {
-        "linear": (plan.linear, _linear(plan, spec)),
-        "embedding": (plan.embedding, [(plan.embedding, table)]),
-        "lm_head": (plan.lm_head, [(plan.lm_head, table)]),
+        "linear": _linear(plan, spec),
+        "embedding": [(plan.embedding, table)],
+        "lm_head": [(plan.lm_head, table)],
     }
     described: dict[str, Any] = {}
-    for name, (scheme, stored) in groups.items():
+    for name, stored in groups.items():
+        schemes = Counter(scheme for scheme, _ in stored)
+        only = stored[0][0] if len(schemes) == 1 else None
+        label = only.label if only else _mixed_label(schemes, stored)
         bits, weights = _cost(stored)
         if dequantized:
             bits = 32 * weights
         described[name] = {
-            "scheme": scheme.name,
-            "label": f"{scheme.label}, stored as fp32" if dequantized else scheme.label,
-            "bits": scheme.bits,
+            "scheme": only.name if only else "mixed",
+            "label": f"{label}, stored as fp32" if dequantized else label,
+            "bits": only.bits if only else None,
             "bits_per_weight": bits / weights,
             "bytes": 0 if name == "lm_head" and plan.tied else round(bits / 8),
             "matrices": len(stored),
@@ -177,11 +198,14 @@ def _rotation(config: ExportConfig, spec: DecoderSpec) -> dict[str, Any] | None:
     return described
 
 
-def _calibration(text: CalibrationText | None) -> dict[str, Any] | None:
-    if text is None:
-        return None
+def _allocation(measured: Measured) -> dict[str, Any]:
+    # Divergences of matrices that are quantized one at a time add up, near enough.
+    return {**_read("Fisher", measured.text), "kl": math.fsum(measured.losses.values())}
+
+
+def _read(method: str, text: CalibrationText) -> dict[str, Any]:
     return {
-        "method": "GPTQ",
+        "method": method,
         "text": text.name,
         "tokens": text.tokens,
         "windows": len(text.windows),

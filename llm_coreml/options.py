@@ -54,7 +54,7 @@ def memory(_: click.Context, __: click.Parameter, value: str | None) -> int | No
         return None
     found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?) ?([kmgt]i?)?b?", value.strip().lower())
     if found is None:
-        raise click.BadParameter(f"'{value}' is no amount of memory such as 4GB or 512MiB.")
+        raise click.BadParameter(f"'{value}' is no number of bytes such as 4GB or 512MiB.")
     return int(float(found[1]) * _UNITS[found[2] or ""])
 
 

@@ -28,11 +28,12 @@ from llm_coreml.bundle import (
 from llm_coreml.card import model_card
 from llm_coreml.config import ExportConfig, Shapes, resolve_shapes
 from llm_coreml.decoder import Decoder, DecoderSpec
-from llm_coreml.errors import CheckpointError
+from llm_coreml.errors import CheckpointError, UnsupportedError
 from llm_coreml.lower.program import constant_methods
 from llm_coreml.manifest import make_manifest
+from llm_coreml.planning import choose_plan, plan_without_weights
 from llm_coreml.progress import Progress, Silent
-from llm_coreml.quantize import QuantizationPlan, make_plan
+from llm_coreml.quantize import QuantizationPlan
 from llm_coreml.quantize.text import read_content
 from llm_coreml.recipes import bundled_model
 from llm_coreml.reference.execution import Execution
@@ -49,7 +50,7 @@ def export(
     tokenizer: Any = None,
     *,
     output: str | Path,
-    bits: int | None = None,
+    bits: float | None = None,
     scheme: str | None = None,
     target: str | None = None,
     context: int | None = None,
@@ -65,7 +66,8 @@ def export(
         model: Recipe name, hub id, folder, or a live `transformers` model.
         tokenizer: Tokenizer of a live model; without one the bundle cannot read text.
         output: Folder to make.
-        bits: Bits per weight of the linear layers; wins over `config`, as the next three do.
+        bits: Bits per weight of the linear layers, a fraction to mix formats; wins over `config`,
+            as the next three do.
         scheme: Weight format.
         target: Compute unit.
         context: Positions of the KV cache.
@@ -103,16 +105,18 @@ class _Job:
 
     def check(self, spec: DecoderSpec) -> None:
         """Refuse settings that cannot work for a model of these sizes."""
-        make_plan(self.config, spec)
+        plan_without_weights(self.config, spec)
         resolve_shapes(self.config, spec.max_position_embeddings)
 
 
 def _write(job: _Job, model: Model, draft: Path) -> None:
     config, progress = job.config, job.progress
-    plan = make_plan(config, model.spec)
-    _tell_of_the_head(job, model, plan)
     bos_id, eos_ids = special_ids(model.checkpoint.config, model.checkpoint.generation_config)
     _write_tokenizer(job, model, draft)
+    if config.mixed:
+        progress.stage("allocate")
+    plan, measured = choose_plan(model, config, draft / TOKENIZER, progress.advance)
+    _tell_of_the_head(job, model, plan)
     calibration = read_calibration(model, config, draft / TOKENIZER)
     progress.stage("quantize" if calibration is None else "calibrate")
     decoder, shapes = build_decoder(model, config, plan, progress.advance, calibration)
@@ -120,10 +124,11 @@ def _write(job: _Job, model: Model, draft: Path) -> None:
     progress.stage("lower")
     program = draft / PROGRAM
     _lower(job, decoder, shapes, methods, program)
+    _check_size(config, program)
     progress.stage("verify")
     verification = _verify(job, shapes, decoder, program)
     manifest = make_manifest(
-        model, config, plan, calibration, shapes, program, methods, verification
+        model, config, plan, measured, calibration, shapes, program, methods, verification
     )
     write_json(draft / MANIFEST, manifest)
     (draft / CARD).write_text(model_card(manifest))
@@ -194,6 +199,17 @@ def _lower(
         program = lower_xnnpack(decoder, shapes, methods)
     with path.open("wb") as file:
         program.write_to_file(file)
+
+
+def _check_size(config: ExportConfig, program: Path) -> None:
+    """Hold the promise of `--size`, whatever the program was estimated to take."""
+    size = program.stat().st_size
+    if config.size is not None and size > config.size:
+        raise UnsupportedError(
+            f"The program takes {size:,} bytes, more than --size {config.size:,}: this model needs "
+            f"more beside its matrices than was foreseen. Give --size {2 * config.size - size} to "
+            "stay below it, and please report the model."
+        )
 
 
 def _verify(job: _Job, shapes: Shapes, decoder: Decoder, program: Path) -> Verification:

@@ -15,13 +15,44 @@ from llm_coreml.eval.inspection import Inspection
 from llm_coreml.eval.results import Evaluation, Quality
 from llm_coreml.reference.watch import FP16_MAX
 
+_KINDS = ("q", "k", "v", "o", "gate", "up", "down")
+
 
 def export_table(manifest: dict[str, Any], folder: str) -> Group:
     """Return what an export made, in a few rows."""
     table = _plain("", "")
     for name, value in _export_rows(manifest, folder).items():
         table.add_row(name, value)
-    return Group(table)
+    return Group(table, *_mixed_formats(manifest["quantization"]))
+
+
+def _mixed_formats(quantization: dict[str, Any]) -> list[Any]:
+    """Return a table of bits per weight by block and kind of matrix, if formats are mixed."""
+    if quantization["linear"]["scheme"] != "mixed":
+        return []
+    blocks: dict[int, dict[str, dict[str, Any]]] = {}
+    for name, matrix in quantization["plan"]["matrices"].items():
+        if name.startswith("layers."):
+            _, block, *_, kind = name.removesuffix("_proj").split(".")
+            blocks.setdefault(int(block), {})[kind] = matrix
+    kinds = [kind for kind in _KINDS if kind in blocks[0]]
+    table = _plain("bits per weight", *kinds, "bytes", *(["KL"] if _estimated(blocks) else []))
+    for block, matrices in sorted(blocks.items()):
+        cells = [f"{_bits_per_weight(matrices[kind]):.2f}" for kind in kinds]
+        cells.append(f"{sum(matrix['bytes'] for matrix in matrices.values()):,}")
+        if _estimated(blocks):
+            cells.append(f"{sum(matrix['kl'] for matrix in matrices.values()):.1e}")
+        table.add_row(f"block {block}", *cells)
+    return [Text(""), table]
+
+
+def _estimated(blocks: dict[int, dict[str, dict[str, Any]]]) -> bool:
+    return all("kl" in matrix for matrices in blocks.values() for matrix in matrices.values())
+
+
+def _bits_per_weight(matrix: dict[str, Any]) -> float:
+    rows, columns = matrix["shape"]
+    return float(8 * matrix["bytes"] / (rows * columns))
 
 
 def _export_rows(manifest: dict[str, Any], folder: str) -> dict[str, str]:
@@ -33,6 +64,7 @@ def _export_rows(manifest: dict[str, Any], folder: str) -> dict[str, str]:
         "weights": f"{quantization['linear']['label']}, "
         f"{quantization['bits_per_weight']:.2f} bits per weight over all",
         **_rotation_row(quantization.get("rotation")),
+        **_allocation_row(quantization.get("allocation")),
         **_calibration_row(quantization.get("calibration")),
         "embedding, head": f"{quantization['embedding']['label']}, "
         f"{quantization['lm_head']['label']}{tied}",
@@ -48,6 +80,15 @@ def _export_rows(manifest: dict[str, Any], folder: str) -> dict[str, str]:
 
 def _rotation_row(found: dict[str, Any] | None) -> dict[str, str]:
     return {} if found is None else {"rotated": rotated_spaces(found)}
+
+
+def _allocation_row(found: dict[str, Any] | None) -> dict[str, str]:
+    if found is None:
+        return {}
+    return {
+        "formats chosen": f"for a KL of {found['kl']:.1e}, estimated on {found['tokens']:,} tokens "
+        f"of text '{found['text']}'"
+    }
 
 
 def _calibration_row(found: dict[str, Any] | None) -> dict[str, str]:
@@ -187,7 +228,11 @@ def contents_table(found: dict[str, Any]) -> Group:
         source = manifest["source"]
         rows = _export_rows(manifest, found["path"])
         rows["rebuild"] = shlex.join(manifest["rebuild"]) or "from the same live model"
-        parts += [listing_table(f"{source['name']} ({source['kind']})", rows), Text("")]
+        parts += [
+            listing_table(f"{source['name']} ({source['kind']})", rows),
+            *_mixed_formats(manifest["quantization"]),
+            Text(""),
+        ]
     constants = {name: str(value) for name, value in found["constant_methods"].items()}
     parts.append(listing_table(f"program, {found['bytes']:,} bytes", constants))
     for method, delegates in found["methods"].items():
@@ -233,6 +278,6 @@ def _plain(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=any(columns))
     for number, column in enumerate(columns):
         numeric = column in {"perplexity", "mean KL", "p99 KL", "top-1 agreement", "median"}
-        right = number > 0 and (numeric or column in {"tokens/s", "bytes"})
+        right = number > 0 and (numeric or column in {"tokens/s", "bytes", "KL", *_KINDS})
         table.add_column(column, justify="right" if right else "left", overflow="fold")
     return table

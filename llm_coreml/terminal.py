@@ -28,6 +28,7 @@ from rich.progress import (
 
 _LABELS = {
     "open": "opening the checkpoint",
+    "allocate": "measuring what each format costs",
     "quantize": "reading and quantizing weights",
     "calibrate": "reading and calibrating weights",
     "lower": "lowering to an ExecuTorch program",

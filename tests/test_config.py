@@ -155,9 +155,14 @@ CONFIGS = st.builds(
     backend=st.sampled_from(["coreml", "xnnpack"]),
     force=st.booleans(),
 )
+MIXED = st.one_of(
+    st.builds(ExportConfig, bits=st.floats(1.01, 15.99).filter(lambda bits: not bits.is_integer())),
+    st.builds(ExportConfig, size=st.integers(1, 10**12), embedding=st.just("codebook:4")),
+    st.builds(ExportConfig, plan=st.just("out/manifest.json"), calibrate=st.just("bundled")),
+)
 
 
-@given(CONFIGS)
+@given(CONFIGS | MIXED)
 def test_json_round_trip(config: ExportConfig) -> None:
     assert ExportConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
 
@@ -175,11 +180,12 @@ def parse(words: list[str]) -> ExportConfig:
             values[name] = tuple(int(part) for part in next(rest).split(","))
         else:
             text = next(rest)
-            values[name] = int(text) if kinds[name].startswith("int") else text
+            read = {"int": int, "float": float}.get(kinds[name].split()[0], str)
+            values[name] = read(text)
     return ExportConfig(**values)
 
 
-@given(CONFIGS)
+@given(CONFIGS | MIXED)
 def test_the_rebuild_command_says_all_of_it(config: ExportConfig) -> None:
     words = rebuild_command(Source("hub", "org/name", "c0ffee"), config)
     assert words[:5] == ["llm-coreml", "export", "org/name", "--revision", "c0ffee"]

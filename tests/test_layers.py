@@ -28,7 +28,7 @@ LAYERS = (
     ("quantize",),
     ("reference",),
     ("lower",),
-    ("build", "bundle"),
+    ("build", "bundle", "planning"),
     ("runtime",),
     ("weights", "language_model", "contents", "tensor_files", "running"),
     ("verify",),

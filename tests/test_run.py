@@ -177,7 +177,7 @@ def test_misuse(llm: Command, counter: Path, given: Path, tmp_path: Path) -> Non
         (("-i", given, "--method", "f", "--state-in", out), 2, "leave --method out."),
         (("--method", "forward"), 2, "is a .mlpackage, which has no methods; give --function."),
         (("--function", "man"), 7, "has no function 'man', only main. Did you mean 'main'?"),
-        (("--memory-budget", "lots"), 2, "'lots' is no amount of memory such as 4GB"),
+        (("--memory-budget", "lots"), 2, "'lots' is no number of bytes such as 4GB"),
         (("--compile",), 2, "compile the mode 'fp32'"),
         (("-i", given, "--state-in", given), 2, "The snapshot holds the states ['at', 'x']"),
     ):

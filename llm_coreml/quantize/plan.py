@@ -1,12 +1,14 @@
 """From flags to one scheme per kind of matrix, refusing what cannot work before any work is done.
 
-plan = make_plan(config, spec)
+plan = make_plan(config, spec)                            # one format for all linear layers
+plan = make_plan(config, spec, {"layers.0.mlp.down_proj": ...})    # or one for each
 plan.linear.label, plan.embedding.label, plan.lm_head.label, plan.tied
 plan.scheme_of("layers.0.mlp.down_proj")
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -63,27 +65,45 @@ def matrices(spec: DecoderSpec) -> Iterator[tuple[str, tuple[int, int]]]:
             yield name, (module.out_features, module.in_features)
 
 
-def make_plan(config: ExportConfig, spec: DecoderSpec) -> QuantizationPlan:
+def make_plan(
+    config: ExportConfig, spec: DecoderSpec, chosen: Mapping[str, Scheme] | None = None
+) -> QuantizationPlan:
     """Choose the schemes and check them against every matrix of the model.
+
+    Args:
+        config: Settings.
+        spec: Sizes of the model.
+        chosen: Schemes of all linear layers of the blocks, where `config` leaves these open; those
+            of `embed_tokens` and `lm_head` may be among them, and win.
 
     Raises:
         ConfigError: bits and scheme contradict each other, or a name is unknown.
         UnsupportedError: Core ML, the target or a tensor's shape does not allow it.
     """
-    linear = linear_scheme(config)
-    embedding = _table_scheme(config.embedding, config, "--embedding")
-    lm_head = _table_scheme(config.lm_head or config.embedding, config, "--lm-head")
-    if config.calibrate is not None and isinstance(linear, Unquantized):
+    shapes = dict(matrices(spec))
+    if chosen is None:
+        linear, exceptions = linear_scheme(config), {}
+    else:
+        linear = _prevalent(chosen, shapes)
+        exceptions = {name: chosen[name] for name in shapes if chosen[name] != linear}
+    tables = chosen or {}
+    embedding = tables.get("embed_tokens") or _table_scheme(config.embedding, config, "--embedding")
+    lm_head = tables.get("lm_head") or _table_scheme(
+        config.lm_head or config.embedding, config, "--lm-head"
+    )
+    schemes = {linear, *exceptions.values()}
+    if config.calibrate is not None and any(isinstance(s, Unquantized) for s in schemes):
         raise ConfigError(
             "--calibrate chooses codes, and unquantized linear layers have none; drop it, or give "
             "--bits 1 to 8."
         )
-    chosen = {"--scheme": linear, "--embedding": embedding, "--lm-head": lm_head}
-    for flag, scheme in chosen.items():
-        if not config.force:
-            _check_target(scheme, flag, config)
-    for name, shape in matrices(spec):
-        linear.check(name, shape)
+    flag = "--scheme" if chosen is None else "--plan"
+    for scheme in sorted(schemes, key=lambda scheme: scheme.label):
+        _check_target(config, flag, scheme)
+    _check_target(config, "--embedding", embedding)
+    _check_target(config, "--lm-head", lm_head)
+    for name, shape in shapes.items():
+        exceptions.get(name, linear).check(name, shape)
     table = (spec.vocab_size, spec.hidden_size)
     embedding.check("the token table", table)
     lm_head.check("the output head", table)
@@ -92,15 +112,30 @@ def make_plan(config: ExportConfig, spec: DecoderSpec) -> QuantizationPlan:
     tied = spec.tie_word_embeddings and same
     cost = 0
     if spec.tie_word_embeddings and not tied:
-        cost = round(lm_head.bits_per_weight(table) * table[0] * table[1] / 8)
-    return QuantizationPlan(linear, embedding, lm_head, tied, cost)
+        cost = round(lm_head.stored_bits(table) / 8)
+    return QuantizationPlan(linear, embedding, lm_head, tied, cost, MappingProxyType(exceptions))
 
 
-def _check_target(scheme: Scheme, flag: str, config: ExportConfig) -> None:
+def _prevalent(chosen: Mapping[str, Scheme], shapes: Mapping[str, tuple[int, int]]) -> Scheme:
+    """Return the scheme that most weights have; of several the first."""
+    weights: Counter[Scheme] = Counter()
+    for name, (rows, columns) in shapes.items():
+        weights[chosen[name]] += rows * columns
+    return weights.most_common(1)[0][0]
+
+
+def _check_target(config: ExportConfig, flag: str, scheme: Scheme) -> None:
     """Refuse a scheme that the target, or the oldest system, is known not to take."""
+    if config.force:
+        return
     target = get_target(config.target)
     fitting = target.default_scheme if flag == "--scheme" else "int8-channel"
-    remedy = "Drop --codebook-scale" if fitting == scheme.name else f"Use {flag} {fitting}"
+    remedy, other = f"Use {flag} {fitting}", f"{flag} {fitting}"
+    if flag == "--plan":
+        remedy = f"Make it for --target {target.name}"
+        other = "another plan"
+    elif fitting == scheme.name:
+        remedy = "Drop --codebook-scale"
     for trait in scheme.traits:
         if trait in target.misfits:
             raise UnsupportedError(
@@ -111,7 +146,7 @@ def _check_target(scheme: Scheme, flag: str, config: ExportConfig) -> None:
     if opset_of(config.minimum_os) < scheme.minimum_os:
         raise UnsupportedError(
             f"{config.minimum_os} is too old for {scheme.name}, which Core ML runs from "
-            f"{scheme.minimum_os} on; use --minimum-os {scheme.minimum_os}, {flag} {fitting}, or "
+            f"{scheme.minimum_os} on; use --minimum-os {scheme.minimum_os}, {other}, or "
             "--force to export it all the same."
         )
 
@@ -119,6 +154,8 @@ def _check_target(scheme: Scheme, flag: str, config: ExportConfig) -> None:
 def linear_scheme(config: ExportConfig) -> Scheme:
     """Resolve `--bits`, `--scheme` and the target's default into one scheme."""
     name, bits = config.scheme, config.bits
+    if isinstance(bits, float):
+        raise ValueError("mixed bits are no single scheme")
     if name is None:
         name = _scheme_for_bits(bits, get_target(config.target).default_scheme)
     if name not in SCHEMES:

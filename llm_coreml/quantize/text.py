@@ -73,7 +73,12 @@ def read_content(source: str) -> str:
 
 
 def tokenize(
-    source: str, content: str, tokenizer: Path, tokens: int, context: int
+    source: str,
+    content: str,
+    tokenizer: Path,
+    tokens: int,
+    context: int,
+    flag: str = "--calibrate",
 ) -> CalibrationText:
     """Cut the beginning of a text into windows.
 
@@ -83,14 +88,15 @@ def tokenize(
         tokenizer: The model's `tokenizer.json`.
         tokens: How many of the text to read.
         context: Positions of the decoder's cache.
+        flag: The option that asks for it.
 
     Raises:
         ConfigError: the text has fewer tokens, or there is no tokenizer to count them.
     """
     if not tokenizer.is_file():
         raise ConfigError(
-            "--calibrate reads a text, and the model comes without a tokenizer that could; give "
-            "one, or leave --calibrate out."
+            f"{flag} reads a text, and the model comes without a tokenizer that could; give "
+            f"one, or leave {flag} out."
         )
     opened = Tokenizer(tokenizer)
     found = opened.encode(content)
