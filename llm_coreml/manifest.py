@@ -20,8 +20,8 @@ from llm_coreml.planning import Measured
 from llm_coreml.quantize import QuantizationPlan, Scheme
 from llm_coreml.quantize.hadamard import SEED
 from llm_coreml.quantize.plan import matrices
-from llm_coreml.quantize.rotation import rotations
 from llm_coreml.quantize.plan_file import plan_json
+from llm_coreml.quantize.rotation import rotations
 from llm_coreml.quantize.text import CalibrationText
 from llm_coreml.targets import get_target, opset_of
 from llm_coreml.verify import Verification

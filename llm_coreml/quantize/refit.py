@@ -56,7 +56,7 @@ def _errors(
 def _least_squares(free: Adjustable, target: torch.Tensor, hessian: torch.Tensor) -> Values:
     """Return the values near those of `free` with the least error in the products."""
     at_zero = free.dense(tuple(torch.zeros_like(value) for value in free.values))
-    dense, pull = vjp(free.dense, free.values)
+    dense, pull, *_ = vjp(free.dense, free.values)
 
     def image(values: Values) -> torch.Tensor:
         return free.dense(values) - at_zero

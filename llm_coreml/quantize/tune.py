@@ -20,6 +20,7 @@ from torch import nn
 from torch.func import functional_call
 
 from llm_coreml.decoder import Decoder
+from llm_coreml.decoder.cache import CacheView
 from llm_coreml.decoder.norm import RMSNorm
 from llm_coreml.errors import CheckpointError
 from llm_coreml.quantize.adjustable import Adjustable, Values, adjustable
@@ -31,8 +32,11 @@ _BETAS = (0.9, 0.99)
 _WARMUP = 10
 
 
-class _Memoryless:
+class _Memoryless(CacheView):
     """A cache for windows that are read at once: what is attended to is what was just computed."""
+
+    def __init__(self) -> None:
+        """Hold nothing."""
 
     def update(
         self, layer: int, keys: torch.Tensor, values: torch.Tensor, start_pos: torch.Tensor
@@ -51,6 +55,11 @@ class _Round(torch.autograd.Function):
     @staticmethod
     def backward(context: Any, *gradients: torch.Tensor) -> torch.Tensor:
         return gradients[0]
+
+
+def _rounded(values: torch.Tensor) -> torch.Tensor:
+    found: torch.Tensor = _Round.apply(values)  # type: ignore[no-untyped-call]
+    return found
 
 
 @dataclass(frozen=True)
@@ -94,13 +103,14 @@ class _Student:
         for index, block in enumerate(decoder.layers):
             x = functional_call(block, weights[f"layers.{index}"], (x, chunk))
         x = functional_call(decoder.norm, weights["norm"], (x,))
-        return x[0] @ self._head.T
+        logits: torch.Tensor = x[0] @ self._head.T
+        return logits
 
     def _weights(self) -> dict[str, dict[str, torch.Tensor]]:
         """Return the parameters of each block, and of the last norm, by their names in it."""
         found: dict[str, dict[str, torch.Tensor]] = {}
         for name, values in self.values.items():
-            stored = tuple(_Round.apply(value) for value in values)
+            stored = tuple(_rounded(value) for value in values)
             weight = self._linear[name].dense(stored) if name in self._linear else stored[0]
             owner = ".".join(name.split(".")[:2])
             inner = f"{name[len(owner) :]}.weight".lstrip(".")
@@ -159,7 +169,7 @@ def tune(
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
     for step, window in enumerate(_order(windows, steps)):
-        _loss(student, teacher, window).mean().backward()
+        torch.autograd.backward(_loss(student, teacher, window).mean())
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()

@@ -214,8 +214,6 @@ def test_calibration_makes_the_same_tensors() -> None:
     held: Any = grid.tensor(codes)
     assert torch.equal(held.dequantize(), dense)
     for scheme in (
-        IntGroup(4, 16, zero_point="int"),
-        Codebook(2, None, columns=8),
         Codebook(2, 8, vector=2),
         Codebook(2, 8, row_scale=True),
         Mxfp4(),
