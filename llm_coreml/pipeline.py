@@ -185,13 +185,11 @@ def _lower(
     if job.config.backend == "coreml":
         from llm_coreml.lower.coreml import lower_coreml
 
-        program = lower_coreml(decoder, job.config, shapes, methods, job.progress.advance)
+        lower_coreml(decoder, job.config, shapes, methods, path, job.progress.advance)
     else:
         from llm_coreml.lower.xnnpack import lower_xnnpack
 
-        program = lower_xnnpack(decoder, shapes, methods)
-    with path.open("wb") as file:
-        program.write_to_file(file)
+        lower_xnnpack(decoder, shapes, methods, path)
 
 
 def _verify(job: _Job, shapes: Shapes, decoder: Decoder, program: Path) -> Verification:
