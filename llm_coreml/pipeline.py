@@ -7,6 +7,7 @@ export(model, tokenizer, bits=4, output="out/")              # a live transforme
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from llm_coreml.lower.program import constant_methods
 from llm_coreml.manifest import make_manifest
 from llm_coreml.progress import Progress, Silent
 from llm_coreml.quantize import QuantizationPlan, make_plan
+from llm_coreml.quantize.cache import WeightCache, default_folder
 from llm_coreml.quantize.text import read_content
 from llm_coreml.recipes import bundled_model
 from llm_coreml.reference.execution import Execution
@@ -57,6 +59,7 @@ def export(
     overwrite: bool = False,
     revision: str | None = None,
     local_files_only: bool = False,
+    cache: str | Path | bool = True,
     progress: Progress | None = None,
 ) -> Bundle:
     """Quantize a causal LM, lower it to a `.pte`, verify that file, and write the bundle.
@@ -73,6 +76,9 @@ def export(
         overwrite: Replace an earlier export at `output`.
         revision: Branch, tag or commit of a hub id.
         local_files_only: Use the hub's local cache only.
+        cache: Folder that keeps quantized weights, from which an interrupted export goes on and
+            other exports of the model begin; True takes `quantize.cache.default_folder()`, False
+            keeps nothing.
         progress: Told of stages, shares and notes.
 
     Returns:
@@ -83,7 +89,7 @@ def export(
     """
     given = {"bits": bits, "scheme": scheme, "target": target, "context": context}
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    job = _Job(config=replace(config or ExportConfig(), **changes), progress=progress or Silent())
+    job = _Job(replace(config or ExportConfig(), **changes), progress or Silent(), cache)
     check_output(Path(output), overwrite)
     if job.config.calibrate is not None:
         read_content(job.config.calibrate)  # what is wrong with it is told before work is done
@@ -100,6 +106,12 @@ class _Job:
 
     config: ExportConfig
     progress: Progress
+    cache: str | Path | bool
+
+    def open_cache(self) -> WeightCache:
+        """Return where quantized weights are kept, if only until the export ends."""
+        folder = default_folder() if self.cache is True else self.cache or tempfile.mkdtemp()
+        return WeightCache(Path(folder), self.progress.note)
 
     def check(self, spec: DecoderSpec) -> None:
         """Refuse settings that cannot work for a model of these sizes."""
@@ -115,7 +127,9 @@ def _write(job: _Job, model: Model, draft: Path) -> None:
     _write_tokenizer(job, model, draft)
     calibration = read_calibration(model, config, draft / TOKENIZER)
     progress.stage("quantize" if calibration is None else "calibrate")
-    decoder, shapes = build_decoder(model, config, plan, progress.advance, calibration)
+    decoder, shapes = build_decoder(
+        model, config, plan, progress.advance, calibration, job.open_cache()
+    )
     methods = constant_methods(model.spec, shapes, bos_id, eos_ids)
     progress.stage("lower")
     program = draft / PROGRAM
