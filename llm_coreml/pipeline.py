@@ -32,7 +32,7 @@ from llm_coreml.decoder import Decoder, DecoderSpec
 from llm_coreml.errors import CheckpointError
 from llm_coreml.lower.program import constant_methods
 from llm_coreml.manifest import make_manifest
-from llm_coreml.progress import Progress, Silent
+from llm_coreml.progress import Progress, Silent, free_memory
 from llm_coreml.quantize import QuantizationPlan, make_plan
 from llm_coreml.quantize.cache import WeightCache, default_folder
 from llm_coreml.quantize.text import read_content
@@ -44,6 +44,8 @@ from llm_coreml.verify import Reading, Verification, verify, verify_conversion
 
 # Share of a verification's time.
 _CONVERSION = 0.6
+# Bytes that weights may take expanded while a program is verified; others are expanded at each use.
+_EXPANDED = 1 << 30
 
 
 def export(
@@ -131,9 +133,11 @@ def _write(job: _Job, model: Model, draft: Path) -> None:
         model, config, plan, progress.advance, calibration, job.open_cache()
     )
     methods = constant_methods(model.spec, shapes, bos_id, eos_ids)
+    free_memory()
     progress.stage("lower")
     program = draft / PROGRAM
     _lower(job, decoder, shapes, methods, program)
+    free_memory()
     progress.stage("verify")
     verification = _verify(job, shapes, decoder, program)
     manifest = make_manifest(
@@ -214,13 +218,14 @@ def _verify(job: _Job, shapes: Shapes, decoder: Decoder, program: Path) -> Verif
     if job.config.backend == "coreml":
         # Held by nothing afterwards: the expanded weights of one mode exist at a time.
         conversion = verify_conversion(
-            ReferenceRunner(program, Execution(mode="fp32")),
+            ReferenceRunner(program, Execution(mode="fp32", memory_budget=_EXPANDED)),
             decoder,
             reading,
             lambda share: job.progress.advance(_CONVERSION * share),
         )
         begun = _CONVERSION
-    artifact = program_runner(program, job.config.backend, shapes.seq_lengths)
+    execution = Execution(memory_budget=_EXPANDED)
+    artifact = program_runner(program, job.config.backend, shapes.seq_lengths, execution)
     return verify(
         artifact,
         reading,

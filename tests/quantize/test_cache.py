@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -278,3 +280,47 @@ def test_the_default_folder(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert default_folder() == Path(expected)
+
+
+# Stops for good in the middle of the third entry.
+KILLED = """
+import sys, time
+from pathlib import Path
+from quantize.test_cache import CALIBRATED, build
+from llm_coreml.quantize import cache
+
+source, kept = sys.argv[1:]
+real, count = cache._write, 0
+
+def stopping(file, weights):
+    global count
+    count += 1
+    if count < 3:
+        return real(file, weights)
+    file.write(bytes(1000))
+    file.flush()
+    print("now", flush=True)
+    time.sleep(600)
+
+cache._write = stopping
+build(source, Path(kept), CALIBRATED)
+"""
+
+
+def test_a_killed_export_goes_on_to_the_same_weights(
+    folder: Path, tmp_path: Path, made: Quantized
+) -> None:
+    kept = tmp_path / "kept"
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(folder), str(kept)],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"now\n"
+    process.kill()
+    process.communicate()
+    assert len(entries(kept)) == 2, "the table and head, and the first block"
+    resumed, notes = build(folder, kept, CALIBRATED)
+    assert made.new() == 7 * (LAYERS - 1) and not notes
+    assert resumed == build(folder, None, CALIBRATED)[0]
