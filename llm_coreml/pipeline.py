@@ -45,7 +45,7 @@ from llm_coreml.verify import Reading, Verification, verify, verify_conversion
 # Share of a verification's time.
 _CONVERSION = 0.6
 # Bytes that weights may take expanded while a program is verified; others are expanded at each use.
-_EXPANDED = 1 << 30
+_EXPANDED = 1 << 28
 
 
 def export(
@@ -129,9 +129,8 @@ def _write(job: _Job, model: Model, draft: Path) -> None:
     _write_tokenizer(job, model, draft)
     calibration = read_calibration(model, config, draft / TOKENIZER)
     progress.stage("quantize" if calibration is None else "calibrate")
-    decoder, shapes = build_decoder(
-        model, config, plan, progress.advance, calibration, job.open_cache()
-    )
+    cache = job.open_cache()
+    decoder, shapes = build_decoder(model, config, plan, progress.advance, calibration, cache)
     methods = constant_methods(model.spec, shapes, bos_id, eos_ids)
     free_memory()
     progress.stage("lower")
@@ -139,7 +138,8 @@ def _write(job: _Job, model: Model, draft: Path) -> None:
     _lower(job, decoder, shapes, methods, program)
     free_memory()
     progress.stage("verify")
-    verification = _verify(job, shapes, decoder, program)
+    cache.drop_pages()
+    verification = _verify(job, shapes, decoder, program, cache)
     manifest = make_manifest(
         model, config, plan, calibration, shapes, program, methods, verification
     )
@@ -210,10 +210,17 @@ def _lower(
         lower_xnnpack(decoder, shapes, methods, path)
 
 
-def _verify(job: _Job, shapes: Shapes, decoder: Decoder, program: Path) -> Verification:
+def _verify(
+    job: _Job, shapes: Shapes, decoder: Decoder, program: Path, cache: WeightCache
+) -> Verification:
+    def advance(share: float) -> None:
+        cache.drop_pages()  # the decoder has been read, and is only compared with
+        job.progress.advance(share)
+
     text, tokens = _verification_text(program.parent, decoder)
     eager, every_row = EagerRunner(decoder, "quantized"), job.config.logits == "all"
     reading = Reading(eager.at, tokens, text, shapes.seq_lengths, shapes.context, every_row)
+    free_memory()
     conversion, begun = None, 0.0
     if job.config.backend == "coreml":
         # Held by nothing afterwards: the expanded weights of one mode exist at a time.
@@ -221,7 +228,7 @@ def _verify(job: _Job, shapes: Shapes, decoder: Decoder, program: Path) -> Verif
             ReferenceRunner(program, Execution(mode="fp32", memory_budget=_EXPANDED)),
             decoder,
             reading,
-            lambda share: job.progress.advance(_CONVERSION * share),
+            lambda share: advance(_CONVERSION * share),
         )
         begun = _CONVERSION
     execution = Execution(memory_budget=_EXPANDED)
@@ -230,5 +237,5 @@ def _verify(job: _Job, shapes: Shapes, decoder: Decoder, program: Path) -> Verif
         artifact,
         reading,
         conversion,
-        lambda share: job.progress.advance(begun + (1 - begun) * share),
+        lambda share: advance(begun + (1 - begun) * share),
     )

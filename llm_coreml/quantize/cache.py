@@ -17,6 +17,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import mmap
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -24,7 +25,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 import llm_coreml
 from llm_coreml.quantize.stored import from_parts, to_parts
@@ -34,7 +34,8 @@ _SUFFIX = ".safetensors"
 # What the weights of an entry are computed by.
 _SOURCES = ("checkpoint", "decoder", "quantize")
 _PACKAGES = ("llm-coreml", "torch", "torchao")
-_TYPE_NAMES = {torch.int8: "I8", torch.uint8: "U8", torch.float16: "F16", torch.float32: "F32"}
+_NAMES = {torch.int8: "I8", torch.uint8: "U8", torch.float16: "F16", torch.float32: "F32"}
+_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 _MAX_HEADER = 1 << 24
 _PIECE = 1 << 22
 _DAY = 24 * 3600
@@ -82,6 +83,7 @@ class WeightCache:
         self.folder = folder
         self._note = note
         self._writable = True
+        self._maps: list[mmap.mmap] = []
         with contextlib.suppress(OSError):
             self._tidy(largest)
 
@@ -91,9 +93,9 @@ class WeightCache:
         if not path.is_file():
             return None
         try:
-            weights = _read(path, check=True)
+            weights = self._open(path, check=True)
             os.utime(path)
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             self._note(f"'{path}' in the cache is damaged ({error}); its weights are made anew.")
             return None
         return weights
@@ -114,7 +116,7 @@ class WeightCache:
             with draft.open("wb") as file:
                 _write(file, weights)
             draft.replace(path)
-            return _read(path, check=False)
+            return self._open(path, check=False)
         except OSError as error:
             self._writable = False
             self._note(
@@ -125,6 +127,16 @@ class WeightCache:
         finally:
             with contextlib.suppress(OSError):
                 draft.unlink(missing_ok=True)
+
+    def drop_pages(self) -> None:
+        """Take what was loaded or stored out of this process's memory, until it is used again."""
+        for pages in self._maps:
+            pages.madvise(mmap.MADV_DONTNEED)
+
+    def _open(self, path: Path, *, check: bool) -> dict[str, torch.Tensor]:
+        pages, weights = _read(path, check=check)
+        self._maps.append(pages)
+        return weights
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}{_SUFFIX}"
@@ -147,31 +159,33 @@ def _write(file: BinaryIO, weights: Mapping[str, torch.Tensor]) -> None:
     """Write a safetensors file piece by piece; its metadata holds types and a hash of the rest."""
     header: dict[str, Any] = {}
     types: dict[str, Any] = {}
-    parts: list[torch.Tensor] = []
-    at = 0
+    parts: dict[str, torch.Tensor] = {}
     for name, weight in weights.items():
         types[name], tensors = to_parts(weight)
-        for part, tensor in tensors.items():
-            parts.append(tensor.contiguous())
-            header[f"{name}/{part}"] = {
-                "dtype": _TYPE_NAMES[tensor.dtype],
-                "shape": list(tensor.shape),
-                "data_offsets": [at, at + tensor.nbytes],
-            }
-            at += tensor.nbytes
+        parts |= {f"{name}/{part}": tensor.contiguous() for part, tensor in tensors.items()}
+    # Wide numbers first, so that all lie at multiples of their size.
+    parts = dict(sorted(parts.items(), key=lambda item: -item[1].itemsize))
+    at = 0
+    for name, tensor in parts.items():
+        header[name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [at, at + tensor.nbytes],
+        }
+        at += tensor.nbytes
     digest = hashlib.sha256(_plain(header, types))
-    for part in parts:
-        digest.update(_bytes(part))
+    for tensor in parts.values():
+        digest.update(_bytes(tensor))
     header["__metadata__"] = {"types": json.dumps(types), "sha256": digest.hexdigest()}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
-    for part in parts:
-        file.write(_bytes(part))
+    for tensor in parts.values():
+        file.write(_bytes(tensor))
 
 
-def _read(path: Path, *, check: bool) -> dict[str, torch.Tensor]:
-    """Return the weights in a file that `_write` wrote.
+def _read(path: Path, *, check: bool) -> tuple[mmap.mmap, dict[str, torch.Tensor]]:
+    """Return a map of a file that `_write` wrote, and the weights in it.
 
     Raises:
         ValueError: with `check`, it is not the file that was written.
@@ -189,12 +203,23 @@ def _read(path: Path, *, check: bool) -> dict[str, torch.Tensor]:
                 digest.update(piece)
             if digest.hexdigest() != metadata["sha256"]:
                 raise ValueError("its hash is another")
-    with safe_open(path, framework="pt") as opened:
-        tensors = {name: opened.get_tensor(name) for name in header}
-    return {
+        # Nobody writes to it, but torch has no tensors that cannot be written to.
+        pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    tensors = {name: _view(pages, entry, 8 + size) for name, entry in header.items()}
+    weights = {
         name: from_parts(kind, functools.partial(_part, tensors, name))
         for name, kind in types.items()
     }
+    return pages, weights
+
+
+def _view(pages: mmap.mmap, entry: dict[str, Any], begin: int) -> torch.Tensor:
+    start, end = entry["data_offsets"]
+    dtype = _DTYPES[entry["dtype"]]
+    count = (end - start) // dtype.itemsize
+    return torch.frombuffer(pages, dtype=dtype, count=count, offset=begin + start).view(
+        entry["shape"]
+    )
 
 
 def _part(tensors: dict[str, torch.Tensor], weight: str, part: str) -> torch.Tensor:
