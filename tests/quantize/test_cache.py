@@ -24,6 +24,7 @@ from llm_coreml.config import ExportConfig
 from llm_coreml.quantize import apply, cache, calibration, make_plan
 from llm_coreml.quantize.apply import dense_rows
 from llm_coreml.quantize.cache import WeightCache, default_folder
+from llm_coreml.quantize.schemes import IntGroup
 from llm_coreml.quantize.text import CalibrationText
 
 CONFIG = ExportConfig(context=32)
@@ -324,3 +325,15 @@ def test_a_killed_export_goes_on_to_the_same_weights(
     resumed, notes = build(folder, kept, CALIBRATED)
     assert made.new() == 7 * (LAYERS - 1) and not notes
     assert resumed == build(folder, None, CALIBRATED)[0]
+
+
+def test_dropped_pages_are_read_again(folder: Path, tmp_path: Path) -> None:
+    kept = WeightCache(tmp_path / "kept", print)
+    weight = apply.quantized(IntGroup(4, 32, 16), torch.randn(64, 96))
+    held = kept.store("key", {"name": weight})["name"]
+    for _ in range(2):
+        assert torch.equal(held.dequantize(), weight.dequantize())
+        kept.drop_pages()
+    (found,) = kept.load("key").items()  # type: ignore[union-attr]
+    assert found[0] == "name" and torch.equal(found[1].dequantize(), weight.dequantize())
+    assert torch.equal(load_file(entries(kept.folder)[0])["name/qdata"], weight.qdata)  # type: ignore[attr-defined]
