@@ -6,6 +6,7 @@ with the same weights, as Meta's checkpoint for the peer. Every export runs in a
 the cases alternate, so that a change in the machine's load meets all of them.
 
     python benchmarks/export_1b_widths.py --layers 2 --repeats 3
+    python benchmarks/export_1b_widths.py --layers 16 --cases ours-b4w,peer-b4w
     python benchmarks/export_1b_widths.py --cases ours-c4w,peer-c4w --format json
 """
 
@@ -296,10 +297,13 @@ def export_ours(model: str, scratch: str, settings: str) -> None:
             print(text)
 
     config = ExportConfig(bits=4, **json.loads(settings))
-    bundle = export(model, output=Path(scratch, "bundle"), config=config, progress=Clock())
-    bundle.program.rename(Path(scratch, "model.pte"))
+    folder = Path(scratch)
+    bundle = export(
+        model, output=folder / "bundle", config=config, cache=folder / "cache", progress=Clock()
+    )
+    bundle.program.rename(folder / "model.pte")
     notes = {"begun": begun, "verification": bundle.manifest["verification"], **before_verify}
-    Path(scratch, "notes.json").write_text(json.dumps(notes))
+    (folder / "notes.json").write_text(json.dumps(notes))
 
 
 def make_model(folder: str, layers: str) -> None:

@@ -18,6 +18,7 @@ from llm_coreml.config import ExportConfig, Shapes, resolve_shapes
 from llm_coreml.decoder import Decoder, DecoderSpec
 from llm_coreml.families import Family, find_family
 from llm_coreml.quantize import QuantizationPlan
+from llm_coreml.quantize.cache import WeightCache
 from llm_coreml.quantize.fill import check_checkpoint, fill
 from llm_coreml.quantize.rotation import rotated
 from llm_coreml.quantize.text import CalibrationText, read_content, tokenize
@@ -125,6 +126,7 @@ def build_decoder(
     plan: QuantizationPlan,
     on_progress: Callable[[float], None] = lambda _: None,
     calibration: CalibrationText | None = None,
+    cache: WeightCache | None = None,
 ) -> tuple[Decoder, Shapes]:
     """Build the quantized decoder of an export, and its shapes.
 
@@ -134,6 +136,7 @@ def build_decoder(
         plan: Schemes.
         on_progress: Called with the share done, 0 to 1.
         calibration: The text that `config` asks for, see `read_calibration`.
+        cache: Where quantized weights are looked up and kept.
 
     Raises:
         CheckpointError: a tensor is not finite, or does not fit the precision.
@@ -153,7 +156,7 @@ def build_decoder(
         if buffer.is_floating_point():
             buffer.copy_(buffer.to(storage))
     windows = None if calibration is None else calibration.windows
-    fill(decoder, checkpoint, model.family, plan, storage, on_progress, windows)
+    fill(decoder, checkpoint, model.family, plan, storage, on_progress, windows, cache)
     return decoder.eval(), shapes
 
 

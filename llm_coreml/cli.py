@@ -132,6 +132,12 @@ def cli() -> None:
     help="xnnpack makes a twin that ExecuTorch's stock runner runs on Linux.",
 )
 @click.option("--force", is_flag=True, help="Export a scheme that the target is known to refuse.")
+@click.option(
+    "--cache",
+    type=click.Path(path_type=Path),
+    help="Keep quantized weights here.  [default: $LLM_COREML_CACHE or ~/.cache/llm-coreml]",
+)
+@click.option("--no-cache", is_flag=True, help="Keep no quantized weights, and use none.")
 @FORMAT
 @VERBOSE
 def export_command(
@@ -141,6 +147,8 @@ def export_command(
     overwrite: bool,
     revision: str | None,
     local_files_only: bool,
+    cache: Path | None,
+    no_cache: bool,
     form: str,
     verbose: bool,
     **settings: Any,
@@ -154,6 +162,7 @@ def export_command(
     llm-coreml export ./my-finetune --size 600MB           mixed formats
     """
     from llm_coreml.config import ExportConfig
+    from llm_coreml.progress import peak_memory
     from llm_coreml.recipes import BUNDLED_RECIPE, load_recipe
     from llm_coreml.terminal import terminal
 
@@ -162,6 +171,8 @@ def export_command(
     source = given or model
     if source is None:
         raise click.UsageError("Give a recipe, a hub id or a folder; see `llm-coreml ls`.")
+    if cache is not None and no_cache:
+        raise click.UsageError("--cache and --no-cache contradict each other; give one of them.")
     config = ExportConfig(**settings)
     folder = output or Path(f"{Path(source).absolute().name}-coreml")
     with terminal(verbose) as screen:
@@ -178,15 +189,17 @@ def export_command(
             overwrite=overwrite,
             revision=revision,
             local_files_only=local_files_only,
+            cache=cache or not no_cache,
             progress=screen.progress,
         )
         screen.progress.close()
+        peak = peak_memory()
         if form == "json":
-            print_json(screen.result.file, bundle.manifest)
+            print_json(screen.result.file, {**bundle.manifest, "peak_memory_bytes": peak})
         else:
             from llm_coreml.tables import export_table
 
-            screen.result.print(export_table(bundle.manifest, str(folder)))
+            screen.result.print(export_table(bundle.manifest, str(folder), peak))
 
 
 @cli.command("eval")

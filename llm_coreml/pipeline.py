@@ -7,6 +7,9 @@ export(model, tokenizer, bits=4, output="out/")              # a live transforme
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,8 +35,9 @@ from llm_coreml.errors import CheckpointError, UnsupportedError
 from llm_coreml.lower.program import constant_methods
 from llm_coreml.manifest import make_manifest
 from llm_coreml.planning import choose_plan, plan_without_weights
-from llm_coreml.progress import Progress, Silent
+from llm_coreml.progress import Progress, Silent, free_memory
 from llm_coreml.quantize import QuantizationPlan
+from llm_coreml.quantize.cache import WeightCache, default_folder
 from llm_coreml.quantize.text import read_content
 from llm_coreml.recipes import bundled_model
 from llm_coreml.reference.execution import Execution
@@ -43,6 +47,8 @@ from llm_coreml.verify import Reading, Verification, verify, verify_conversion
 
 # Share of a verification's time.
 _CONVERSION = 0.6
+# Bytes that weights may take expanded while a program is verified; others are expanded at each use.
+_EXPANDED = 1 << 28
 
 
 def export(
@@ -58,6 +64,7 @@ def export(
     overwrite: bool = False,
     revision: str | None = None,
     local_files_only: bool = False,
+    cache: str | Path | bool = True,
     progress: Progress | None = None,
 ) -> Bundle:
     """Quantize a causal LM, lower it to a `.pte`, verify that file, and write the bundle.
@@ -75,6 +82,9 @@ def export(
         overwrite: Replace an earlier export at `output`.
         revision: Branch, tag or commit of a hub id.
         local_files_only: Use the hub's local cache only.
+        cache: Folder that keeps quantized weights, from which an interrupted export goes on and
+            other exports of the model begin; True takes `quantize.cache.default_folder()`, False
+            keeps nothing.
         progress: Told of stages, shares and notes.
 
     Returns:
@@ -85,14 +95,14 @@ def export(
     """
     given = {"bits": bits, "scheme": scheme, "target": target, "context": context}
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    job = _Job(config=replace(config or ExportConfig(), **changes), progress=progress or Silent())
+    job = _Job(replace(config or ExportConfig(), **changes), progress or Silent(), cache)
     check_output(Path(output), overwrite)
     if job.config.calibrate is not None:
         read_content(job.config.calibrate)  # what is wrong with it is told before work is done
     job.progress.stage("open")
     opened = open_model(model, tokenizer, revision, local_files_only, accept=job.check)
-    with new_bundle(Path(output), overwrite) as draft:
-        _write(job, opened, draft)
+    with new_bundle(Path(output), overwrite) as draft, job.open_cache() as cache:
+        _write(job, opened, draft, cache)
     return open_bundle(Path(output))
 
 
@@ -102,6 +112,17 @@ class _Job:
 
     config: ExportConfig
     progress: Progress
+    cache: str | Path | bool
+
+    @contextlib.contextmanager
+    def open_cache(self) -> Iterator[WeightCache]:
+        """Yield where quantized weights are kept, if only until the export ends."""
+        if self.cache is False:
+            with tempfile.TemporaryDirectory(prefix="llm-coreml-") as folder:
+                yield WeightCache(Path(folder), self.progress.note)
+            return
+        chosen = default_folder() if self.cache is True else Path(self.cache)
+        yield WeightCache(chosen, self.progress.note)
 
     def check(self, spec: DecoderSpec) -> None:
         """Refuse settings that cannot work for a model of these sizes."""
@@ -109,7 +130,7 @@ class _Job:
         resolve_shapes(self.config, spec.max_position_embeddings)
 
 
-def _write(job: _Job, model: Model, draft: Path) -> None:
+def _write(job: _Job, model: Model, draft: Path, cache: WeightCache) -> None:
     config, progress = job.config, job.progress
     bos_id, eos_ids = special_ids(model.checkpoint.config, model.checkpoint.generation_config)
     _write_tokenizer(job, model, draft)
@@ -119,14 +140,17 @@ def _write(job: _Job, model: Model, draft: Path) -> None:
     _tell_of_the_head(job, model, plan)
     calibration = read_calibration(model, config, draft / TOKENIZER)
     progress.stage("quantize" if calibration is None else "calibrate")
-    decoder, shapes = build_decoder(model, config, plan, progress.advance, calibration)
+    decoder, shapes = build_decoder(model, config, plan, progress.advance, calibration, cache)
     methods = constant_methods(model.spec, shapes, bos_id, eos_ids)
+    free_memory()
     progress.stage("lower")
     program = draft / PROGRAM
     _lower(job, decoder, shapes, methods, program)
     _check_size(config, program)
+    free_memory()
     progress.stage("verify")
-    verification = _verify(job, shapes, decoder, program)
+    cache.drop_pages()
+    verification = _verify(job, shapes, decoder, program, cache)
     manifest = make_manifest(
         model, config, plan, measured, calibration, shapes, program, methods, verification
     )
@@ -192,13 +216,11 @@ def _lower(
     if job.config.backend == "coreml":
         from llm_coreml.lower.coreml import lower_coreml
 
-        program = lower_coreml(decoder, job.config, shapes, methods, job.progress.advance)
+        lower_coreml(decoder, job.config, shapes, methods, path, job.progress.advance)
     else:
         from llm_coreml.lower.xnnpack import lower_xnnpack
 
-        program = lower_xnnpack(decoder, shapes, methods)
-    with path.open("wb") as file:
-        program.write_to_file(file)
+        lower_xnnpack(decoder, shapes, methods, path)
 
 
 def _check_size(config: ExportConfig, program: Path) -> None:
@@ -212,24 +234,32 @@ def _check_size(config: ExportConfig, program: Path) -> None:
         )
 
 
-def _verify(job: _Job, shapes: Shapes, decoder: Decoder, program: Path) -> Verification:
+def _verify(
+    job: _Job, shapes: Shapes, decoder: Decoder, program: Path, cache: WeightCache
+) -> Verification:
+    def advance(share: float) -> None:
+        cache.drop_pages()  # the decoder has been read, and is only compared with
+        job.progress.advance(share)
+
     text, tokens = _verification_text(program.parent, decoder)
     eager, every_row = EagerRunner(decoder, "quantized"), job.config.logits == "all"
     reading = Reading(eager.at, tokens, text, shapes.seq_lengths, shapes.context, every_row)
+    free_memory()
     conversion, begun = None, 0.0
     if job.config.backend == "coreml":
         # Held by nothing afterwards: the expanded weights of one mode exist at a time.
         conversion = verify_conversion(
-            ReferenceRunner(program, Execution(mode="fp32")),
+            ReferenceRunner(program, Execution(mode="fp32", memory_budget=_EXPANDED)),
             decoder,
             reading,
-            lambda share: job.progress.advance(_CONVERSION * share),
+            lambda share: advance(_CONVERSION * share),
         )
         begun = _CONVERSION
-    artifact = program_runner(program, job.config.backend, shapes.seq_lengths)
+    execution = Execution(memory_budget=_EXPANDED)
+    artifact = program_runner(program, job.config.backend, shapes.seq_lengths, execution)
     return verify(
         artifact,
         reading,
         conversion,
-        lambda share: job.progress.advance(begun + (1 - begun) * share),
+        lambda share: advance(begun + (1 - begun) * share),
     )

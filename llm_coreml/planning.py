@@ -19,6 +19,7 @@ from llm_coreml.quantize.allocate import Option, allocate
 from llm_coreml.quantize.budget import matrix_bits, mixed_options
 from llm_coreml.quantize.plan import matrices
 from llm_coreml.quantize.plan_file import parse_plan, read_plan
+from llm_coreml.quantize.rotation import rotated
 from llm_coreml.quantize.sensitivity import sensitivities
 from llm_coreml.quantize.text import BUNDLED_TEXT, CalibrationText, read_content, tokenize
 
@@ -81,9 +82,8 @@ def choose_plan(
     options = mixed_options(config, model.spec)
     budget = matrix_bits(config, model.spec, options)
     text = _text(model, config, tokenizer)
-    losses = sensitivities(
-        model.checkpoint, model.family, model.spec, text.windows, options, on_progress
-    )
+    checkpoint, spec = rotated(model.checkpoint, model.family, model.spec, config.rotate)
+    losses = sensitivities(checkpoint, model.family, spec, text.windows, options, on_progress)
     shapes = dict(matrices(model.spec))
     items = [
         [

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
+import torch.nn.functional as F
 
 from llm_coreml.bundle import Bundle, check_program
 from llm_coreml.decoder import Decoder
 from llm_coreml.errors import ArtifactError, ConfigError
+from llm_coreml.quantize.apply import dense_rows
 from llm_coreml.reference.constants import PackedWeight
 from llm_coreml.reference.execution import Execution
 from llm_coreml.reference.method import load_method
@@ -183,9 +185,25 @@ class EagerRunner(Runner):
         self.label = label
 
     def _forward(self, tokens: torch.Tensor, start_pos: torch.Tensor) -> torch.Tensor:
-        with torch.inference_mode():
-            logits: torch.Tensor = self.decoder(tokens, start_pos)
-        return logits
+        with torch.no_grad():
+            return self._head(self._hidden(tokens, start_pos))
+
+    def _hidden(self, tokens: torch.Tensor, start_pos: torch.Tensor) -> torch.Tensor:
+        """Do what `Decoder.hidden` does without expanding the token table as a whole."""
+        table, start = self.decoder.embed_tokens.weight, 0
+        x = torch.empty(*tokens.shape, table.shape[1])
+        for rows in dense_rows(table):
+            inside = (tokens >= start) & (tokens < start + len(rows))
+            x[inside] = rows[tokens[inside] - start]
+            start += len(rows)
+        return self.decoder.blocks(x, start_pos)
+
+    def _head(self, x: torch.Tensor) -> torch.Tensor:
+        """Do what `Decoder.head` does without expanding the head as a whole."""
+        x = self.decoder.norm(x)
+        return torch.cat(
+            [F.linear(x, rows) for rows in dense_rows(self.decoder.lm_head.weight)], -1
+        )
 
     def at(self, tokens: Sequence[int], position: int, rows: Sequence[int]) -> torch.Tensor:
         """Return the logits after some of `tokens` only, read as `logits` does.
@@ -203,15 +221,15 @@ class EagerRunner(Runner):
         self.reset(position)
         self._check_room(len(tokens))
         states, start = [], 0
-        with torch.inference_mode():
+        with torch.no_grad():
             for length in split_lengths(len(tokens), self.seq_lengths):
                 chunk = torch.tensor([list(tokens[start : start + length])])
-                states.append(self.decoder.hidden(chunk, torch.tensor([position + start]))[0])
+                states.append(self._hidden(chunk, torch.tensor([position + start]))[0])
                 start += length
-            return self.decoder.head(torch.cat(states)[list(rows)])
+            return self._head(torch.cat(states)[list(rows)])
 
     def _clear(self) -> None:
-        with torch.inference_mode():
+        with torch.no_grad():
             self.decoder.cache.reset()
 
 
@@ -333,10 +351,20 @@ def open_runner(bundle: Bundle, execution: Execution = DECLARED) -> Runner:
     return ReferenceRunner(bundle.program, execution)
 
 
-def program_runner(path: Path, backend: str, seq_lengths: tuple[int, ...]) -> Runner:
+def program_runner(
+    path: Path, backend: str, seq_lengths: tuple[int, ...], execution: Execution
+) -> Runner:
     """Return the runner for the program at `path`, lowered for `backend`.
+
+    Args:
+        path: The `.pte`.
+        backend: `coreml`, or `xnnpack`, whose runtime has no choice of `execution`.
+        seq_lengths: Chunk lengths that it accepts.
+        execution: Numerics, device and memory.
 
     Raises:
         ArtifactError: the program is damaged.
     """
-    return ReferenceRunner(path) if backend == "coreml" else ExecutorchRunner(path, seq_lengths)
+    if backend == "coreml":
+        return ReferenceRunner(path, execution)
+    return ExecutorchRunner(path, seq_lengths)

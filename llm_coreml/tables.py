@@ -18,11 +18,12 @@ from llm_coreml.reference.watch import FP16_MAX
 _KINDS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
-def export_table(manifest: dict[str, Any], folder: str) -> Group:
-    """Return what an export made, in a few rows."""
+def export_table(manifest: dict[str, Any], folder: str, peak: int) -> Group:
+    """Return what an export made, in a few rows, and the bytes of memory that it took."""
     table = _plain("", "")
     for name, value in _export_rows(manifest, folder).items():
         table.add_row(name, value)
+    table.add_row("peak memory", f"{peak / 1e6:,.0f} MB resident, mapped files included")
     return Group(table, *_mixed_formats(manifest["quantization"]))
 
 

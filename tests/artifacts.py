@@ -75,8 +75,7 @@ def lower(source: Any, config: ExportConfig, path: Path) -> Artifact:
     plan = make_plan(config, model.spec)
     decoder, shapes = build_decoder(model, config, plan)
     methods = constant_methods(model.spec, shapes, bos_id=1, eos_ids=(2, 5))
-    with path.open("wb") as file:
-        lower_coreml(decoder, config, shapes, methods).write_to_file(file)
+    lower_coreml(decoder, config, shapes, methods, path)
     return Artifact(path, decoder, plan, shapes)
 
 

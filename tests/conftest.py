@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -44,6 +45,15 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "codebook-8": {"bits": 8, "scheme": "codebook", "lm_head": "codebook:8"},
 }
 TIED = ("int4-channel", "codebook-3", "codebook-6")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def weight_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Keep what tests quantize out of the user's cache."""
+    folder = tmp_path_factory.mktemp("weights")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLM_COREML_CACHE", str(folder))
+        yield folder
 
 
 @pytest.fixture(scope="session")

@@ -115,7 +115,10 @@ def test_ls(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
 
 def test_export_tells_json_on_stdout_and_stages_on_stderr(export_run: tuple[Run, Path]) -> None:
     done, bundle = export_run
-    assert json.loads(done.out) == manifest_of(bundle)
+    told = json.loads(done.out)
+    peak = told.pop("peak_memory_bytes")
+    assert told == manifest_of(bundle)
+    assert 2e8 < peak < 2e9, "torch and coremltools, and hardly a model"
     lines = [line for line in done.err.splitlines() if line]
     assert len(lines) == len(STAGES)
     for stage, line in zip(STAGES, lines, strict=True):
@@ -141,7 +144,9 @@ def test_export_hides_the_libraries_unless_asked(
     loud = run("export", *words, "--verbose")
     assert loud.code == 0, loud.err
     # One and the same manifest, and nothing else, on stdout; the program is the same bytes.
-    assert loud.out == quiet.out
+    assert [json.loads(done.out) | {"peak_memory_bytes": 0} for done in (loud, quiet)] == [
+        manifest_of(bundle) | {"peak_memory_bytes": 0}
+    ] * 2
     assert (tmp_path / "out/model.pte").read_bytes() == (bundle / "model.pte").read_bytes()
     for known in CHATTER:
         assert known not in quiet.err + quiet.out, known
@@ -185,6 +190,7 @@ def test_export_table(
     rows: dict[str, str] = dict(re.findall(r"^(.+?)  +(.+)$", done.out, re.M))
     assert rows["program"].strip() == f"there/model.pte, {manifest['program']['bytes']:,} bytes"
     assert rows["lengths, context"].strip() == "1, 8; 64"
+    assert re.fullmatch(r"[\d,]+ MB resident, mapped files included", rows["peak memory"].strip())
     assert rows["verified by"].startswith(f"reference runtime: {checked['rows']} rows, largest")
     for figure, bound in (("max_relative_error", "max_relative_error_bound"),
                           ("mean_kl", "mean_kl_bound")):  # fmt: skip

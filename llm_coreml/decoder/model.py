@@ -92,9 +92,11 @@ class Decoder(nn.Module):
 
     def hidden(self, tokens: torch.Tensor, start_pos: torch.Tensor) -> torch.Tensor:
         """Do what `forward` does up to the head, for every row: float32 `[1, S, hidden]`."""
-        tokens = tokens.to(torch.int32)
-        chunk = self.chunk(tokens.shape[1], start_pos)
-        x: torch.Tensor = self.embed_tokens(tokens)
+        return self.blocks(self.embed_tokens(tokens.to(torch.int32)), start_pos)
+
+    def blocks(self, x: torch.Tensor, start_pos: torch.Tensor) -> torch.Tensor:
+        """Do what `hidden` does, for tokens whose rows of the table are `x` `[1, S, hidden]`."""
+        chunk = self.chunk(x.shape[1], start_pos)
         for block in self.layers:
             x = block(x, chunk)
         self.cache.close(chunk.cache)

@@ -1,11 +1,12 @@
 """Lower a decoder to an ExecuTorch program whose body is one Core ML program.
 
-lower_coreml(decoder, config, shapes, methods).write_to_file(file)
+lower_coreml(decoder, config, shapes, methods, Path("model.pte"))
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import coremltools as ct
@@ -13,18 +14,20 @@ from executorch.backends.apple.coreml.compiler import CoreMLBackend
 from executorch.exir import (
     EdgeCompileConfig,
     EdgeProgramManager,
+    ExecutorchBackendConfig,
     ExecutorchProgramManager,
     to_edge_transform_and_lower,
 )
+from executorch.exir._serialize._cord import FileBackedData
+from executorch.exir._serialize._serialize import serialize_for_executorch
 from executorch.exir.backend.compile_spec_schema import CompileSpec
 from executorch.exir.lowered_backend_module import LoweredBackendModule
 from torch.export import ExportedProgram
 
-import llm_coreml.lower.coreml_ops  # noqa: F401 - registers our ops with coremltools
 from llm_coreml.config import ExportConfig, Shapes
 from llm_coreml.decoder import Decoder
+from llm_coreml.lower.backend import CoreMLFileBackend
 from llm_coreml.lower.mil_passes import pass_names
-from llm_coreml.lower.package import canonical
 from llm_coreml.lower.partition import AskTheCast, WholeMethodPartitioner
 from llm_coreml.lower.program import TOKENS, trace
 from llm_coreml.targets import get_target, opset_of
@@ -39,21 +42,25 @@ def lower_coreml(
     config: ExportConfig,
     shapes: Shapes,
     methods: dict[str, int | bool | list[int]],
+    path: Path,
     on_progress: Callable[[float], None] = lambda _: None,
-) -> ExecutorchProgramManager:
-    """Return the program; identical inputs give identical bytes.
+) -> None:
+    """Write the program; identical inputs give identical bytes.
 
     Args:
         decoder: Quantized decoder.
         config: Target, OS and precision.
         shapes: Context and enumerated lengths.
         methods: Constant methods, see `program.constant_methods`.
+        path: Where to write the `.pte`.
         on_progress: Called with the share of the usual time that is over, 0 to 1.
     """
     exported = trace(decoder, shapes)
     on_progress(_TRACED)
     specs = _compile_specs(exported, config, shapes)
-    partitioner = WholeMethodPartitioner(specs, lambda: on_progress(_PARTITIONED))
+    partitioner = WholeMethodPartitioner(
+        CoreMLFileBackend.__name__, specs, lambda: on_progress(_PARTITIONED)
+    )
     edge = to_edge_transform_and_lower(
         exported,
         transform_passes=[AskTheCast()],
@@ -61,8 +68,8 @@ def lower_coreml(
         compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
         constant_methods=dict(methods),
     )
-    _make_deterministic(edge)
-    return edge.to_executorch()
+    _name_backend(edge)
+    _write(edge.to_executorch(), path)
 
 
 def _compile_specs(
@@ -84,8 +91,22 @@ def _enumerated_shapes(exported: ExportedProgram, shapes: Shapes) -> CompileSpec
     return CoreMLBackend.generate_enumerated_shapes_compile_spec(exported, {TOKENS: lengths})
 
 
-def _make_deterministic(edge: EdgeProgramManager) -> None:
+def _name_backend(edge: EdgeProgramManager) -> None:
+    """Give the delegate to the backend that devices have."""
     module: Any = edge.exported_program().graph_module
     for child in module.children():
         if isinstance(child, LoweredBackendModule):
-            child._processed_bytes = canonical(child.processed_bytes)
+            child._backend_id = CoreMLBackend.__name__
+
+
+def _write(program: ExecutorchProgramManager, path: Path) -> None:
+    """Write the `.pte`, with the blob that lies in a file in the place of its path."""
+    (delegate,) = program.executorch_program.backend_delegate_data
+    blob = Path(delegate.data.decode())
+    delegate.data = FileBackedData(str(blob))
+    content, _ = serialize_for_executorch(
+        program._emitter_output, ExecutorchBackendConfig(), program._data_serializer
+    )
+    with path.open("wb") as file:
+        content.write_to_file(file)
+    blob.unlink()

@@ -10,43 +10,47 @@ from __future__ import annotations
 import hashlib
 import json
 import uuid
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
-from coremltools.proto import Model_pb2
+from llm_coreml.reference.inmemoryfs import pieces
+from llm_coreml.reference.mapped import map_folder
 
-from llm_coreml.reference.inmemoryfs import pack, unpack
-
-_ROOT = "lowered_module/"
-_MODEL = "model.mlpackage/Data/com.apple.CoreML/model.mlmodel"
-_MANIFEST = "model.mlpackage/Manifest.json"
-# Maps of torch source lines and debug handles: they hold paths of the build machine.
-_DROPPED = ("debug_info.json", "executorch_debug_handle_mapping.json")
+_PACKAGE = "model.mlpackage"
+_MODEL = f"{_PACKAGE}/Data/com.apple.CoreML/model.mlmodel"
+_MANIFEST = f"{_PACKAGE}/Manifest.json"
+# A map of torch source lines and debug handles: it holds paths of the build machine.
+_DROPPED = ("executorch_debug_handle_mapping.json",)
 _VOLATILE_METADATA = "com.github.apple.coremltools.conversion_date"
 
 
-def canonical(blob: bytes) -> bytes:
-    """Return the delegate `blob` with content-derived identifiers and in a fixed order."""
+def write_blob(package: Path, model: Any, names: dict[str, Any], file: BinaryIO) -> None:
+    """Write the delegate blob of a Core ML package.
+
+    Args:
+        package: The `.mlpackage`.
+        model: Its model, of which the package holds an earlier form; it is edited.
+        names: What `metadata.json` says of inputs and outputs.
+        file: Where to write.
+    """
     files: dict[str, bytes | memoryview] = {
-        path: data for path, data in unpack(blob).items() if not path.endswith(_DROPPED)
+        f"{_PACKAGE}/{path}": data
+        for path, data in map_folder(package).items()
+        if path not in _DROPPED
     }
-    model = next(path for path in files if path.endswith(_MODEL))
-    files[model] = _canonical_model(bytes(files[model]))
+    files[_MODEL] = _canonical_model(model)
+    files[_MANIFEST] = _canonical_manifest(json.loads(bytes(files[_MANIFEST])))
     digest = hashlib.sha256()
     for path in sorted(files):
         if path.endswith((".mlmodel", ".bin")):
             digest.update(files[path])
-    for path in files:
-        if path.endswith(_MANIFEST):
-            files[path] = _canonical_manifest(json.loads(bytes(files[path])))
-        elif path.endswith("metadata.json"):
-            metadata = json.loads(bytes(files[path]))
-            metadata["identifier"] = f"executorch_{_uuid(digest.hexdigest())}"
-            files[path] = _json(metadata)
-    return pack(files)
+    files["metadata.json"] = _json(
+        {**names, "identifier": f"executorch_{_uuid(digest.hexdigest())}"}
+    )
+    file.writelines(pieces(files))
 
 
-def _canonical_model(data: bytes) -> bytes:
-    model = Model_pb2.Model.FromString(data)
+def _canonical_model(model: Any) -> bytes:
     model.description.metadata.userDefined.pop(_VOLATILE_METADATA, None)
     serialized: bytes = model.SerializeToString(deterministic=True)
     return serialized

@@ -50,16 +50,20 @@ class WholeMethodPartitioner(Partitioner):  # type: ignore[misc]
     """Delegate every op but the input casts to Core ML; buffers become states.
 
     Args:
-        compile_specs: Settings of the Core ML backend.
+        backend: Name of the backend.
+        compile_specs: Its settings.
         on_partition: Called when the graph is ready for the backend.
     """
 
     def __init__(
-        self, compile_specs: list[CompileSpec], on_partition: Callable[[], None] = lambda: None
+        self,
+        backend: str,
+        compile_specs: list[CompileSpec],
+        on_partition: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__()
         self._on_partition = on_partition
-        self._delegation = DelegationSpec("CoreMLBackend", compile_specs)
+        self._delegation = DelegationSpec(backend, compile_specs)
 
     def ops_to_not_decompose(
         self, ep: ExportedProgram

@@ -6,12 +6,13 @@ program. XNNPACK holds none of the weight formats, so the twin stores the dequan
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.exir import (
     EdgeCompileConfig,
     ExecutorchBackendConfig,
-    ExecutorchProgramManager,
     to_edge_transform_and_lower,
 )
 from executorch.exir.passes.init_mutable_pass import InitializedMutableBufferPass
@@ -45,9 +46,9 @@ def _dequantize(decoder: Decoder) -> None:
 
 
 def lower_xnnpack(
-    decoder: Decoder, shapes: Shapes, methods: dict[str, int | bool | list[int]]
-) -> ExecutorchProgramManager:
-    """Return the twin's program. `decoder` is left with dequantized weights."""
+    decoder: Decoder, shapes: Shapes, methods: dict[str, int | bool | list[int]], path: Path
+) -> None:
+    """Write the twin's program to `path`. `decoder` is left with dequantized weights."""
     _dequantize(decoder)
     exported = trace(decoder, shapes).run_decompositions(
         {torch.ops.llm_coreml.kv_write.default: _kv_write}
@@ -60,4 +61,6 @@ def lower_xnnpack(
     )
     # Without this the cache begins with whatever is in memory, and a masked NaN is still a NaN.
     zeros = InitializedMutableBufferPass(["cache_keys", "cache_values"])
-    return edge.to_executorch(ExecutorchBackendConfig(passes=[zeros]))
+    program = edge.to_executorch(ExecutorchBackendConfig(passes=[zeros]))
+    with path.open("wb") as file:
+        program.write_to_file(file)

@@ -95,6 +95,10 @@ class Calibration:
                     calibrate_weight(block.get_submodule(name), scheme_of(full), moments)
                 except (CheckpointError, UnsupportedError) as error:
                     raise type(error)(f"{full}: {error}") from error
+        self.advance(block, original)
+
+    def advance(self, block: nn.Module, original: nn.Module) -> None:
+        """Let the text pass a block, quantized and as it was."""
         self._states = [self._forward(block, states) for states in self._states]
         self._originals = [self._forward(original, states) for states in self._originals]
 

@@ -3,13 +3,15 @@
     decoder = Decoder(spec, context)
     fill(decoder, checkpoint, family, plan, torch.float16)
 
-At no time is more than one matrix held unquantized.
+At no time is more than one matrix held unquantized, or one block if it is calibrated. With a cache,
+the matrices of a block that was quantized before are read from there, and all others are kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 
 import torch
 from torch import nn
@@ -19,7 +21,9 @@ from llm_coreml.decoder import Decoder
 from llm_coreml.errors import UnsupportedError
 from llm_coreml.families import Family
 from llm_coreml.quantize.apply import quantize_weight
+from llm_coreml.quantize.cache import WeightCache
 from llm_coreml.quantize.calibration import Calibration
+from llm_coreml.quantize.keys import Keys
 from llm_coreml.quantize.plan import QuantizationPlan
 from llm_coreml.quantize.schemes import Scheme, Unquantized
 
@@ -48,6 +52,7 @@ def fill(
     storage: torch.dtype | None,
     on_progress: Callable[[float], None] = lambda _: None,
     windows: Sequence[Sequence[int]] | None = None,
+    cache: WeightCache | None = None,
 ) -> None:
     """Read every parameter of `decoder`, quantizing by `plan`.
 
@@ -61,6 +66,7 @@ def fill(
         on_progress: Called with the share of parameters done, 0 to 1.
         windows: Tokens of a text on which to calibrate the blocks, see `Calibration`; a block is
             held unquantized while it is calibrated.
+        cache: Where quantized matrices are looked up and kept, a block at a time.
 
     Raises:
         CheckpointError: a tensor is missing, misshapen, surplus or not finite, or a layer's inputs
@@ -68,74 +74,150 @@ def fill(
         UnsupportedError: a scheme cannot hold a value of a tensor.
     """
     names = check_checkpoint(decoder, checkpoint, family)
-    modules = dict(decoder.named_modules())
+    filling = _Filling(decoder, checkpoint, names, plan, storage, windows, cache)
     total = sum(parameter.numel() for parameter in decoder.parameters())
     done = 0
     # A calibrated block reads what the token table and the blocks before it give.
-    ordered = sorted(names, key=_block_of)
-    ends = {_block_of(name): name for name in ordered}
-    calibration: Calibration | None = None
-    at_once = plan
-    if plan is not None and windows is not None:
-        at_once = replace(plan, linear=Unquantized(), exceptions={})
-    for ours in ordered:
-        theirs, block = names[ours], _block_of(ours)
-        owner, _, attribute = ours.rpartition(".")
-        module = modules[owner]
-        if attribute == "weight" and isinstance(module, (nn.Linear, nn.Embedding)):
-            scheme = Unquantized() if at_once is None else at_once.scheme_of(owner)
-            _set_matrix(module, checkpoint, theirs, scheme, storage)
-        else:
-            # Computed with in fp32, but with the values that the program holds.
-            values = checkpoint.tensor(theirs, storage or torch.float32).to(torch.float32)
-            setattr(module, attribute, nn.Parameter(values, requires_grad=False))
-        if plan is not None and windows is not None and block >= 0 and ends[block] == ours:
-            calibration = calibration or Calibration(decoder, windows)
-            calibration.quantize(block, plan.scheme_of)
-        done += module.get_parameter(attribute).numel()
-        on_progress(done / total)
+    for index, members in groupby(sorted(names, key=_block_of), key=_block_of):
+        for name in filling.group(index, list(members)):
+            done += decoder.get_parameter(name).numel()
+            on_progress(done / total)
     decoder.cache.reset()
     if decoder.spec.tie_word_embeddings:
-        _tie(decoder, checkpoint, names, plan, storage)
+        filling.tie()
     on_progress(1.0)
+
+
+class _Filling:
+    """What is read and quantized for one decoder, block by block; see `fill`."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        checkpoint: Checkpoint,
+        names: dict[str, str],
+        plan: QuantizationPlan | None,
+        storage: torch.dtype | None,
+        windows: Sequence[Sequence[int]] | None,
+        cache: WeightCache | None,
+    ) -> None:
+        self._decoder = decoder
+        self._checkpoint = checkpoint
+        self._names = names
+        self._plan = plan
+        self._storage = storage
+        self._windows = None if plan is None else windows
+        self._cache = cache
+        self._keys = Keys(decoder, checkpoint, names, plan, storage, self._windows)
+        self._calibration: Calibration | None = None
+        self._passed = 0  # blocks that the calibration text has passed
+
+    def group(self, index: int, members: list[str]) -> Iterator[str]:
+        """Set the parameters of a block, or of what is in none (-1), and yield their names."""
+        calibrated = self._windows is not None and index >= 0
+        owners = [owner for owner in map(_owner, members) if self._scheme_of(owner)]
+        kept = self._cache is not None and (owners or calibrated)
+        key = self._keys.block(members, owners, calibrated) if kept else None
+        weights = self._cache.load(key) if self._cache and key else None
+        for name in members:
+            owner, _, attribute = name.rpartition(".")
+            module = self._decoder.get_submodule(owner)
+            if weights is not None and attribute == "weight" and owner in weights:
+                _set(module, weights[owner])
+            else:
+                scheme = None if calibrated else self._scheme_of(owner)
+                self._read(module, attribute, self._names[name], scheme)
+            yield name
+        if weights is None and calibrated:
+            self._calibrate(index)
+        if weights is None and key:
+            self._keep(key, owners)
+
+    def tie(self) -> None:
+        """Give the head the token table: the same tensor, or a second one in its own format."""
+        head, table = self._decoder.lm_head, "embed_tokens.weight"
+        if self._plan is None or self._plan.tied:
+            head.weight = self._decoder.embed_tokens.weight
+            return
+        scheme = self._scheme_of("lm_head")
+        kept = self._cache is not None and scheme is not None
+        key = self._keys.block([table], ["lm_head"], calibrated=False) if kept else None
+        weights = self._cache.load(key) if self._cache and key else None
+        if weights is not None:
+            _set(head, weights["lm_head"])
+            return
+        self._read(head, "weight", self._names[table], scheme)
+        if key:
+            self._keep(key, ["lm_head"])
+
+    def _scheme_of(self, owner: str) -> Scheme | None:
+        """Return the format of a module's weight, None where it is not quantized."""
+        if self._plan is None or not _is_matrix(self._decoder.get_submodule(owner)):
+            return None
+        scheme = self._plan.scheme_of(owner)
+        return None if isinstance(scheme, Unquantized) else scheme
+
+    def _keep(self, key: str, owners: list[str]) -> None:
+        """Store the weights of modules, and hold them from then on as the cache does."""
+        assert self._cache is not None
+        modules = {owner: self._decoder.get_submodule(owner) for owner in owners}
+        weights = {owner: module.get_parameter("weight") for owner, module in modules.items()}
+        for owner, weight in self._cache.store(key, weights).items():
+            _set(modules[owner], weight)
+
+    def _calibrate(self, index: int) -> None:
+        assert self._plan is not None and self._windows is not None
+        if self._calibration is None:
+            self._calibration = Calibration(self._decoder, self._windows)
+        # Blocks that were in the cache: the text passes them only once one is met that was not.
+        for earlier in range(self._passed, index):
+            self._calibration.advance(self._decoder.layers[earlier], self._original(earlier))
+        self._calibration.quantize(index, self._plan.scheme_of)
+        self._passed = index + 1
+
+    def _original(self, index: int) -> nn.Module:
+        """Return a quantized block as it was before."""
+        block = copy.deepcopy(self._decoder.layers[index])
+        prefix = f"layers.{index}."
+        for name, theirs in self._names.items():
+            if name.startswith(prefix) and self._scheme_of(_owner(name)):
+                owner, _, attribute = name.removeprefix(prefix).rpartition(".")
+                self._read(block.get_submodule(owner), attribute, theirs, None)
+        return block
+
+    def _read(self, module: nn.Module, attribute: str, name: str, scheme: Scheme | None) -> None:
+        """Read one parameter from the checkpoint, and quantize it if there is a format for it."""
+        if attribute != "weight" or not _is_matrix(module):
+            # Computed with in fp32, but with the values that the program holds.
+            values = self._checkpoint.tensor(name, self._storage or torch.float32)
+            values = values.to(torch.float32)
+            setattr(module, attribute, nn.Parameter(values, requires_grad=False))
+            return
+        # Read in the program's own precision, which finds values that it cannot hold.
+        dtype = self._storage or self._checkpoint.dtype(name)
+        _set(module, self._checkpoint.tensor(name, dtype))
+        if scheme is None:
+            return
+        try:
+            quantize_weight(module, scheme)
+        except UnsupportedError as error:
+            where = self._checkpoint.where(name)
+            raise UnsupportedError(f"'{name}' in {where}: {error}") from error
+
+
+def _is_matrix(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, nn.Embedding))
+
+
+def _set(module: nn.Module, weight: torch.Tensor) -> None:
+    module.weight = nn.Parameter(weight, requires_grad=False)
+
+
+def _owner(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def _block_of(name: str) -> int:
     """Return the index of the block that a parameter belongs to, -1 if to none."""
     parts = name.split(".")
     return int(parts[1]) if parts[0] == "layers" else -1
-
-
-def _set_matrix(
-    module: nn.Linear | nn.Embedding,
-    checkpoint: Checkpoint,
-    name: str,
-    scheme: Scheme,
-    storage: torch.dtype | None,
-) -> None:
-    if isinstance(scheme, Unquantized):
-        weight = checkpoint.tensor(name, storage or checkpoint.dtype(name))
-        module.weight = nn.Parameter(weight, requires_grad=False)
-        return
-    # Read in the program's own precision, which finds values that it cannot hold.
-    weight = checkpoint.tensor(name, storage or checkpoint.dtype(name))
-    module.weight = nn.Parameter(weight, requires_grad=False)
-    try:
-        quantize_weight(module, scheme)
-    except UnsupportedError as error:
-        raise UnsupportedError(f"'{name}' in {checkpoint.where(name)}: {error}") from error
-
-
-def _tie(
-    decoder: Decoder,
-    checkpoint: Checkpoint,
-    names: dict[str, str],
-    plan: QuantizationPlan | None,
-    storage: torch.dtype | None,
-) -> None:
-    """Give the head the token table: the same tensor, or a second one in its own format."""
-    if plan is None or plan.tied:
-        decoder.lm_head.weight = decoder.embed_tokens.weight
-    else:
-        table = names["embed_tokens.weight"]
-        _set_matrix(decoder.lm_head, checkpoint, table, plan.lm_head, storage)

@@ -101,13 +101,19 @@ def _check_overlap(nodes: list[_Node]) -> None:
 
 
 def pack(files: Mapping[str, bytes | memoryview]) -> bytes:
-    """Return the blob that holds `files`; equal input gives equal bytes.
+    """Return the blob that holds `files`; see `pieces`."""
+    return b"".join(pieces(files))
+
+
+def pieces(files: Mapping[str, bytes | memoryview]) -> list[bytes | memoryview]:
+    """Return the parts of the blob that holds `files`, in order; equal input gives equal bytes.
 
     Args:
         files: relative POSIX path to content.
 
     Returns:
-        A blob that `unpack` and ExecuTorch's Core ML runtime read.
+        The contents themselves and what lies between them. Joined, they are a blob that `unpack`
+        and ExecuTorch's Core ML runtime read.
 
     Raises:
         ArtifactError: a path is empty, absolute, leaves the folder, or is both file and folder.
@@ -128,10 +134,10 @@ def pack(files: Mapping[str, bytes | memoryview]) -> bytes:
     total = sum(memoryview(content).nbytes for content in files.values())
     alignment = _PAGE if total > _LARGE else 1
     nodes: list[dict[str, Any]] = []
-    pieces: list[bytes | memoryview] = []
-    _append(tree, "lowered_module", alignment, nodes, pieces, 0)
+    parts: list[bytes | memoryview] = []
+    _append(tree, "lowered_module", alignment, nodes, parts, 0)
     index = json.dumps({"nodes": nodes}, separators=(",", ":"), ensure_ascii=False).encode()
-    return b"".join([*pieces, index[::-1]])
+    return [*parts, index[::-1]]
 
 
 def _append(
@@ -139,7 +145,7 @@ def _append(
     name: str,
     alignment: int,
     nodes: list[dict[str, Any]],
-    pieces: list[bytes | memoryview],
+    parts: list[bytes | memoryview],
     position: int,
 ) -> int:
     """Append `item` in post-order and return the position after its last byte."""
@@ -147,12 +153,12 @@ def _append(
     region = {"offset": 0, "size": 0}
     if isinstance(item, dict):
         for child in sorted(item):
-            position = _append(item[child], child, alignment, nodes, pieces, position)
+            position = _append(item[child], child, alignment, nodes, parts, position)
             children[child] = len(nodes) - 1
     else:
         padding = -position % alignment
         region = {"offset": position + padding, "size": len(item)}
-        pieces += [bytes(padding), item]
+        parts += [bytes(padding), item]
         position += padding + len(item)
     kind = _FOLDER if isinstance(item, dict) else _FILE
     nodes.append({"children": children, "dataRegion": region, "kind": kind, "name": name})

@@ -29,7 +29,7 @@ def packed_function(
         fixed: the operation's constant parameters.
     """
     plain = function is OPS[operation].function
-    if operation == "linear" and packed == {"weight"} and plain:
+    if operation == "linear" and "weight" in packed <= {"weight", "bias"} and plain:
         return linear
     leading = fixed.get("axis", 0) == 0 and not fixed.get("batch_dims", 0)
     if operation == "gather" and packed == {"x"} and leading:
@@ -43,8 +43,12 @@ def packed_function(
     return expanding
 
 
-def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
+def linear(
+    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | PackedWeight | None = None
+) -> torch.Tensor:
     """Return x [..., in] @ weight [out, in].T + bias [out]."""
+    if isinstance(bias, PackedWeight):
+        bias = bias.expand()
     parts = [
         F.linear(x, part, None if bias is None else bias[start:stop])
         for start, stop, part in weight.slices()

@@ -87,6 +87,34 @@ def test_budget_is_kept(large_path: Path) -> None:
         program(at=torch.full((7,), ROWS, dtype=torch.int32))
 
 
+def test_a_large_bias_leaves_its_weight_in_slices(
+    harness: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The head of a large vocabulary has a bias that is packed too."""
+    count, width = 70_000, 2
+    weight = RNG.standard_normal((count, width)).astype(np.float16)
+    bias = (np.arange(count) % 1000).astype(np.float16)
+
+    def head(variables: dict[str, Any]) -> list[Any]:
+        return [mb.linear(x=variables["x"], weight=weight, bias=bias)]
+
+    path = tmp_path / "model.mlpackage"
+    inputs = {"x": mb.placeholder(shape=(3, width), dtype=types.fp16)}
+    harness.save(harness.build_program(inputs, head, ct.target.iOS18), path, ct.target.iOS18)
+    program = load(path, execution=Execution(mode="fp32", memory_budget=0))
+    assert packed_in(program) == 2
+    in_full: list[tuple[int, ...]] = []
+    expand = PackedWeight.expand
+    monkeypatch.setattr(
+        PackedWeight, "expand", lambda packed: (in_full.append(packed.shape), expand(packed))[1]
+    )
+    x = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]], dtype=torch.float16)
+    (given,) = program(x=x).values()
+    expected = x.double() @ torch.from_numpy(weight).double().T + torch.from_numpy(bias).double()
+    torch.testing.assert_close(given.double(), expected, rtol=1e-6, atol=1e-6)
+    assert in_full == [(count,)]
+
+
 def test_expansion_by_rows_equals_the_whole(large_path: Path) -> None:
     tight = load(large_path, execution=Execution(memory_budget=0))
     found = [value for value in tight._compiled.initial if isinstance(value, PackedWeight)]

@@ -1,0 +1,65 @@
+"""What quantized weights are kept under: a hash of everything that they follow from.
+
+    keys = Keys(decoder, checkpoint, names, plan, storage, windows)
+    key = keys.block(["embed_tokens.weight"], ["embed_tokens"], calibrated=False)
+
+A calibrated block follows from the blocks before it too, so its key holds the key before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from llm_coreml.checkpoint import Checkpoint
+from llm_coreml.decoder import Decoder
+from llm_coreml.quantize.cache import make_key
+from llm_coreml.quantize.plan import QuantizationPlan
+
+
+class Keys:
+    """The keys of one decoder's matrices, for blocks that come in order; see `fill`."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        checkpoint: Checkpoint,
+        names: dict[str, str],
+        plan: QuantizationPlan | None,
+        storage: torch.dtype | None,
+        windows: Sequence[Sequence[int]] | None,
+    ) -> None:
+        self._decoder = decoder
+        self._checkpoint = checkpoint
+        self._names = names
+        self._plan = plan
+        self._storage = storage
+        self._windows = windows
+        self._before = ""
+
+    def block(self, members: list[str], owners: list[str], calibrated: bool) -> str:
+        """Return the key of some matrices.
+
+        Args:
+            members: Parameters that they follow from.
+            owners: Their modules.
+            calibrated: They are a block through which the calibration text passes.
+        """
+        assert self._plan is not None
+        facts = {
+            "tensors": self._checkpoint.sha256([self._names[name] for name in members]),
+            "schemes": repr([(owner, self._plan.scheme_of(owner)) for owner in owners]),
+            "storage": str(self._storage),
+        }
+        if not calibrated:
+            return make_key(**facts)
+        self._before = make_key(**facts, before=self._before or self._begin())
+        return self._before
+
+    def _begin(self) -> str:
+        """Return what the text is when it meets the first block, and how blocks compute."""
+        table = self.block(["embed_tokens.weight"], ["embed_tokens"], calibrated=False)
+        attention = self._decoder.layers[0].self_attn.form
+        decoder = repr((self._decoder.spec, attention))
+        return make_key(table=table, decoder=decoder, text=repr(self._windows))
