@@ -101,8 +101,8 @@ def export(
         read_content(job.config.calibrate)  # what is wrong with it is told before work is done
     job.progress.stage("open")
     opened = open_model(model, tokenizer, revision, local_files_only, accept=job.check)
-    with new_bundle(Path(output), overwrite) as draft, job.open_cache() as cache:
-        _write(job, opened, draft, cache)
+    with new_bundle(Path(output), overwrite) as draft, job.open_cache() as kept:
+        _write(job, opened, draft, kept)
     return open_bundle(Path(output))
 
 

@@ -269,7 +269,7 @@ def test_export_flags_reach_the_config(
         "backend": "xnnpack",
         "force": True,
     }
-    assert settings.keys() == ExportConfig().to_json().keys()
+    assert settings.keys() | {"size", "plan"} == ExportConfig().to_json().keys()
     words: list[str] = []
     for name, value in settings.items():
         flag = "--" + name.replace("_", separator)
@@ -282,6 +282,28 @@ def test_export_flags_reach_the_config(
     assert fake_export.given["overwrite"] is True
     assert fake_export.given["local_files_only"] is True
     assert fake_export.given["revision"] == "v1"
+
+
+@pytest.mark.parametrize(
+    ("words", "settings"),
+    [
+        (("--bits", "3.5"), {"bits": 3.5}),
+        (("--size", "1.5MB"), {"size": 1_500_000}),
+        (("--size", "512MiB"), {"size": 512 << 20}),
+        (("--size", "70000"), {"size": 70_000}),
+        (("--plan", "out/manifest.json"), {"plan": "out/manifest.json"}),
+    ],
+)
+def test_flags_that_mix_formats_reach_the_config(
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    fake_export: FakeExport,
+    words: tuple[str, ...],
+    settings: dict[str, Any],
+) -> None:
+    done = in_process(capfd, monkeypatch, "export", "org/model", *words)
+    assert done.code == 0, done.err
+    assert fake_export.given["config"] == ExportConfig(**settings)
 
 
 # eval

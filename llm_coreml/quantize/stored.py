@@ -15,8 +15,8 @@ from torchao.quantization import IntxUnpackedToInt8Tensor
 
 from llm_coreml.quantize.lookup import LookupTensor
 
-# Only these are made from a file: what their constructors take, tensors first, and last of all those
-# that may be None.
+# Only these are made from a file: what their constructors take, tensors first, and last of all
+# those that may be None.
 _TYPES: dict[str, tuple[Any, list[str], list[str], list[str]]] = {
     "codebook": (
         CodebookQuantizedTensor,

@@ -120,17 +120,17 @@ def pieces(files: Mapping[str, bytes | memoryview]) -> list[bytes | memoryview]:
     """
     tree: dict[str, Any] = {}
     for path in sorted(files):
-        parts = path.split("/")
-        for part in parts:
+        names = path.split("/")
+        for part in names:
             _check_name(part)
         folder = tree
-        for part in parts[:-1]:
+        for part in names[:-1]:
             folder = folder.setdefault(part, {})
             if not isinstance(folder, dict):
                 raise ArtifactError(f"'{path}' needs a folder where '{part}' is a file.")
-        if parts[-1] in folder:
+        if names[-1] in folder:
             raise ArtifactError(f"'{path}' is both a file and a folder.")
-        folder[parts[-1]] = memoryview(files[path]).cast("B")
+        folder[names[-1]] = memoryview(files[path]).cast("B")
     total = sum(memoryview(content).nbytes for content in files.values())
     alignment = _PAGE if total > _LARGE else 1
     nodes: list[dict[str, Any]] = []
