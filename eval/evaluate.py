@@ -16,7 +16,14 @@ from llm_coreml.eval.sizes import measure_bytes
 from llm_coreml.eval.text import read_windows
 from llm_coreml.recipes import bundled_model
 
-from llm_coreml.build import Model, build_decoder, build_original, open_model, read_calibration
+from llm_coreml.build import (
+    Model,
+    build_decoder,
+    build_original,
+    open_model,
+    plan_for,
+    read_calibration,
+)
 from llm_coreml.bundle import (
     RESULTS,
     Bundle,
@@ -28,7 +35,6 @@ from llm_coreml.bundle import (
 from llm_coreml.config import ExportConfig
 from llm_coreml.errors import CheckpointError, ConfigError
 from llm_coreml.progress import Progress, Silent
-from llm_coreml.quantize import make_plan
 from llm_coreml.quantize.text import CalibrationText
 from llm_coreml.reference.execution import Execution
 from llm_coreml.runtime import DECLARED, EagerRunner, Runner, open_runner
@@ -133,7 +139,7 @@ def _originals(
     except ConfigError as error:
         progress.note(f"The quantized model is left out, for it is to be calibrated again: {error}")
         return dict(runners)
-    plan = make_plan(config, opened.spec)
+    plan = plan_for(config, opened)
     decoder, _ = build_decoder(opened, config, plan, calibration=calibration)
     return {**runners, "quantized": EagerRunner(decoder, "PyTorch eager fp32")}
 

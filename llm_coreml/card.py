@@ -31,7 +31,7 @@ pipeline_tag: text-generation
 | weights | {quantization["linear"]["label"]}; token table {quantization["embedding"]["label"]}; \
 head {quantization["lm_head"]["label"]}{" (tied)" if quantization["tied"] else ""}; \
 {quantization["bits_per_weight"]:.2f} bits per weight |
-| linear layers | {_choice(quantization.get("calibration"))} |
+| codes | {_choice(quantization.get("calibration"), quantization.get("import"))} |
 | precision | {target["compute_precision"]} |
 | method | `forward(tokens int64 [1, S], start_pos int64 [1])`, {program["output"]} |
 | lengths S | {lengths} |
@@ -51,12 +51,26 @@ PyTorch, fp32: largest error {checked["max_relative_error"]:.2e} of the largest 
 """
 
 
-def _choice(calibration: dict[str, Any] | None) -> str:
+def _choice(calibration: dict[str, Any] | None, imported: dict[str, Any] | None) -> str:
+    if imported is not None:
+        return (
+            f"{imported['matrices']} matrices as the checkpoint quantized them, "
+            f"{imported['format']}, {_exactness(imported)}"
+        )
     if calibration is None:
         return "rounded to nearest"
     return (
         f"calibrated by {calibration['method']} on {calibration['tokens']:,} tokens of "
         f"{calibration['text']}"
+    )
+
+
+def _exactness(imported: dict[str, Any]) -> str:
+    if imported["tensor"] is None:
+        return "exact"
+    return (
+        f"inexact: up to {imported['largest_error']:.2%} of the distance between two codes, in "
+        f"`{imported['tensor']}`"
     )
 
 

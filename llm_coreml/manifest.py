@@ -15,6 +15,7 @@ from llm_coreml.checkpoint import Source
 from llm_coreml.config import ExportConfig, Shapes
 from llm_coreml.decoder import DecoderSpec
 from llm_coreml.quantize import QuantizationPlan, Scheme
+from llm_coreml.quantize.imported import ImportReport
 from llm_coreml.quantize.plan import matrices
 from llm_coreml.quantize.text import CalibrationText
 from llm_coreml.targets import get_target, opset_of
@@ -54,6 +55,7 @@ def make_manifest(
         "quantization": {
             **_quantization(plan, model.spec, config.backend == "xnnpack"),
             "calibration": _calibration(calibration),
+            "import": _import(model.imported()),
         },
         "program": {
             "file": program.name,
@@ -174,6 +176,10 @@ def _calibration(text: CalibrationText | None) -> dict[str, Any] | None:
         "windows": len(text.windows),
         "sha256": text.sha256,
     }
+
+
+def _import(report: ImportReport | None) -> dict[str, Any] | None:
+    return None if report is None else asdict(report)
 
 
 def _output(config: ExportConfig, spec: DecoderSpec) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from llm_coreml.build import Model, build_decoder, open_model, read_calibration
+from llm_coreml.build import Model, build_decoder, open_model, plan_for, read_calibration
 from llm_coreml.bundle import (
     CARD,
     MANIFEST,
@@ -33,6 +33,7 @@ from llm_coreml.lower.program import constant_methods
 from llm_coreml.manifest import make_manifest
 from llm_coreml.progress import Progress, Silent
 from llm_coreml.quantize import QuantizationPlan, make_plan
+from llm_coreml.quantize.imported import ImportReport, refuse_choices
 from llm_coreml.quantize.text import read_content
 from llm_coreml.recipes import bundled_model
 from llm_coreml.reference.execution import Execution
@@ -101,15 +102,16 @@ class _Job:
     config: ExportConfig
     progress: Progress
 
-    def check(self, spec: DecoderSpec) -> None:
+    def check(self, spec: DecoderSpec, quantized: bool) -> None:
         """Refuse settings that cannot work for a model of these sizes."""
-        make_plan(self.config, spec)
+        make_plan(refuse_choices(self.config) if quantized else self.config, spec)
         resolve_shapes(self.config, spec.max_position_embeddings)
 
 
 def _write(job: _Job, model: Model, draft: Path) -> None:
     config, progress = job.config, job.progress
-    plan = make_plan(config, model.spec)
+    plan = plan_for(config, model)
+    _tell_of_the_import(job, model.imported())
     _tell_of_the_head(job, model, plan)
     bos_id, eos_ids = special_ids(model.checkpoint.config, model.checkpoint.generation_config)
     _write_tokenizer(job, model, draft)
@@ -127,6 +129,14 @@ def _write(job: _Job, model: Model, draft: Path) -> None:
     )
     write_json(draft / MANIFEST, manifest)
     (draft / CARD).write_text(model_card(manifest))
+
+
+def _tell_of_the_import(job: _Job, report: ImportReport | None) -> None:
+    if report is not None:
+        job.progress.note(
+            f"{report.matrices} matrices are taken as the checkpoint quantized them "
+            f"({report.format}): {report.sentence}."
+        )
 
 
 def _tell_of_the_head(job: _Job, model: Model, plan: QuantizationPlan) -> None:

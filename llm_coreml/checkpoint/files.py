@@ -18,6 +18,7 @@ from typing import Any, final
 import torch
 from safetensors import SafetensorError, safe_open
 
+from llm_coreml.checkpoint.packed import find_formats
 from llm_coreml.checkpoint.tensors import TOKENIZER_FILES, Checkpoint, Source, listing
 from llm_coreml.errors import CheckpointError, OutputError, UnsupportedError, nearest
 
@@ -135,7 +136,8 @@ def open_folder(folder: Path, source: Source) -> FileCheckpoint:
 
     Raises:
         CheckpointError: A file is absent, damaged, or disagrees with the index.
-        UnsupportedError: The weights are quantized, or the folder holds only an adapter.
+        UnsupportedError: The weights are quantized in an unknown way, or the folder holds only an
+            adapter.
     """
     config = read_config(folder)
     generation = folder / GENERATION_CONFIG
@@ -170,7 +172,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 
     Raises:
         CheckpointError: The file is absent, not a JSON object, or has no `model_type`.
-        UnsupportedError: The weights are quantized, or the folder holds only an adapter.
+        UnsupportedError: The weights are quantized in an unknown way, or the folder holds only an
+            adapter.
     """
     path = folder / CONFIG
     if not path.is_file():
@@ -185,19 +188,13 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def check_config(config: dict[str, Any], where: str) -> None:
-    """Raise unless `config` names its `model_type` and describes weights that are not quantized."""
+    """Raise unless `config` names its `model_type`, and a known format if it is quantized."""
     if not isinstance(config.get("model_type"), str):
         raise CheckpointError(
             f"{where} has no model_type, so its family is unknown. "
             "Use the config.json that model.save_pretrained(folder) writes."
         )
-    for key in ("quantization_config", "compression_config"):
-        if config.get(key):
-            method = config[key].get("quant_method") if isinstance(config[key], dict) else None
-            raise UnsupportedError(
-                f"{where} has a {key}{f' ({method})' if method else ''}: quantized checkpoints "
-                "cannot be read yet. Give the unquantized checkpoint that it was made from."
-            )
+    find_formats(config, where)
 
 
 def read_weight_map(folder: Path) -> dict[str, str] | None:

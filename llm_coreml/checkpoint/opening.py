@@ -21,6 +21,7 @@ import torch
 from llm_coreml.checkpoint.files import open_folder
 from llm_coreml.checkpoint.hub import open_hub
 from llm_coreml.checkpoint.live import open_live
+from llm_coreml.checkpoint.packed import PackedCheckpoint, find_formats
 from llm_coreml.checkpoint.tensors import (
     WEIGHT_DTYPES,
     Checkpoint,
@@ -55,7 +56,7 @@ def open_checkpoint(
 
     Raises:
         CheckpointError: Nothing is there, it cannot be fetched, or it is damaged.
-        UnsupportedError: The weights are quantized, or are an adapter.
+        UnsupportedError: The weights are quantized in an unknown way, or are an adapter.
         ConfigError: `tokenizer` or `revision` is given for a source that has none.
     """
     live = isinstance(source, torch.nn.Module)
@@ -73,9 +74,9 @@ def open_checkpoint(
     if isinstance(source, torch.nn.Module):
         return _judged(open_live(source, tokenizer), judge)
     if folder is not None:
-        return _judged(open_folder(folder, Source("folder", str(source))), judge)
+        return _unpacked(_judged(open_folder(folder, Source("folder", str(source))), judge))
     if isinstance(source, str) and _HUB_ID.fullmatch(source):
-        return open_hub(source, revision, local_files_only, judge)
+        return _unpacked(open_hub(source, revision, local_files_only, judge))
     raise CheckpointError(
         f"{str(source)!r} is neither an existing folder, a hub id (org/name) nor a live model. "
         "Check the path, or write the id in full."
@@ -85,6 +86,17 @@ def open_checkpoint(
 def _judged(checkpoint: Checkpoint, judge: Callable[[dict[str, Any]], None]) -> Checkpoint:
     judge(checkpoint.config)
     return checkpoint
+
+
+def is_quantized(config: dict[str, Any]) -> bool:
+    """Say whether a configuration is that of matrices which are quantized already."""
+    return bool(find_formats(config, "config.json"))
+
+
+def _unpacked(files: Checkpoint) -> Checkpoint:
+    """Return files whose matrices are quantized as a checkpoint of matrices."""
+    formats = find_formats(files.config, "config.json")
+    return PackedCheckpoint(files, formats) if formats else files
 
 
 def check_tensors(

@@ -20,6 +20,7 @@ from llm_coreml.errors import UnsupportedError
 from llm_coreml.families import Family
 from llm_coreml.quantize.apply import quantize_weight
 from llm_coreml.quantize.calibration import Calibration
+from llm_coreml.quantize.imported import imported_weight
 from llm_coreml.quantize.plan import QuantizationPlan
 from llm_coreml.quantize.schemes import Scheme, Unquantized
 
@@ -116,6 +117,10 @@ def _set_matrix(
     if isinstance(scheme, Unquantized):
         weight = checkpoint.tensor(name, storage or checkpoint.dtype(name))
         module.weight = nn.Parameter(weight, requires_grad=False)
+        return
+    packed = checkpoint.packed(name)
+    if packed is not None:
+        module.weight = nn.Parameter(imported_weight(packed), requires_grad=False)
         return
     # Read in the program's own precision, which finds values that it cannot hold.
     weight = checkpoint.tensor(name, storage or checkpoint.dtype(name))

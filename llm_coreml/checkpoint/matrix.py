@@ -1,0 +1,160 @@
+"""A quantized matrix as numbers: codes, and what each code stands for in each group of inputs.
+
+Every format here says `scale * code + offset`, in a way of its own. Core ML says
+`scale * (code - zero_point)` with fp16 scales and signed codes, so an import is exact if these fp16
+numbers give the very same values, and its error is measured where they do not.
+
+    levels = fit(4, scale, offset)          # levels.error == 0.0 is exact
+    unpack(words, 4)                        # eight codes out of each int32
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, final
+
+import torch
+
+ZeroPoint = Literal["none", "int", "float"]
+
+# Elements whose values are computed at a time.
+_PIECE = 1 << 22
+
+
+@final
+@dataclass(frozen=True)
+class Levels:
+    """What the codes of one matrix stand for: `scale * (code - zero_point)`.
+
+    Attributes:
+        bits: 4 or 8.
+        scale: fp32 `[rows, groups]`, fp16 numbers; consecutive inputs share one.
+        zero_point: int8, or fp32 that are fp16 numbers, `[rows, groups]`; None is zero everywhere.
+        flat: bool `[rows, groups]`: groups of one value only, whose codes are all taken as 0.
+        error: Largest |stored - defined| over the range of codes, as a share of the distance
+            between two codes; 0 if both are the same numbers.
+    """
+
+    bits: int
+    scale: torch.Tensor
+    zero_point: torch.Tensor | None
+    flat: torch.Tensor
+    error: float
+
+    @property
+    def kind(self) -> ZeroPoint:
+        """Return which numbers the zero points are."""
+        if self.zero_point is None:
+            return "none"
+        return "float" if self.zero_point.is_floating_point() else "int"
+
+
+@final
+@dataclass(frozen=True)
+class Packed:
+    """A quantized matrix `[rows, columns]`.
+
+    Attributes:
+        codes: int8 `[rows, columns]`, from `-2**(bits - 1)` to `2**(bits - 1) - 1`.
+        levels: What they stand for.
+    """
+
+    codes: torch.Tensor
+    levels: Levels
+
+
+@final
+@dataclass(frozen=True)
+class PackedForm:
+    """How a checkpoint stores one matrix that is quantized already.
+
+    Attributes:
+        label: The format, as people call it.
+        bits: Of one code.
+        group_size: Inputs that share a scale.
+        zero_point: Which numbers its zero points are.
+        error: Largest difference that storing it for Core ML makes, see `Levels.error`; 0 is exact.
+    """
+
+    label: str
+    bits: int
+    group_size: int
+    zero_point: ZeroPoint
+    error: float
+
+
+def fit(bits: int, scale: torch.Tensor, offset: torch.Tensor) -> Levels:
+    """Find the fp16 numbers nearest to `scale * code + offset`.
+
+    Args:
+        bits: 4 or 8; codes are signed.
+        scale: fp64 `[rows, groups]`, any sign.
+        offset: fp64 of the same shape.
+
+    Raises:
+        ValueError: a number is not finite, or fp16 cannot hold it.
+    """
+    half = 2 ** (bits - 1)
+    # Values of a group without a scale are all `offset`: once a scale, with a zero point of -1.
+    flat = (scale == 0) & (offset != 0)
+    slope = torch.where(flat, offset, scale)
+    stored = _halves(slope, "scale")
+    zero = torch.where(stored == 0, 0.0, -offset / stored)
+    whole = bool((zero == zero.round()).all() and (zero >= -half).all() and (zero < half).all())
+    if not whole:
+        zero = _halves(zero, "zero point")
+    error = 0.0
+    for code in (-half, half - 1):
+        off = (stored * (code - zero) - (slope * code + offset)).abs()
+        error = max(error, float(torch.where(off == 0, 0.0, off / slope.abs()).max()))
+    point = zero.to(torch.int8 if whole else torch.float32)
+    return Levels(
+        bits, stored.to(torch.float32), point if bool((zero != 0).any()) else None, flat, error
+    )
+
+
+def values(codes: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+    """Return `scale * codes + offset`, computed in fp64 and rounded to fp32.
+
+    Args:
+        codes: int8 `[rows, columns]`.
+        scale: fp64 `[rows, groups]`.
+        offset: fp64 `[rows, groups]`.
+    """
+    found = torch.empty(codes.shape, dtype=torch.float32)
+    step = max(1, _PIECE // codes.shape[1])
+    for rows in (slice(start, start + step) for start in range(0, len(codes), step)):
+        grouped = codes[rows].unflatten(1, (scale.shape[1], -1)).to(torch.float64)
+        grouped.mul_(scale[rows].unsqueeze(2)).add_(offset[rows].unsqueeze(2))
+        found[rows] = grouped.flatten(1)
+    return found
+
+
+def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """Return the codes in `words`, the lowest bits first.
+
+    Args:
+        words: uint8, int32 or uint32 `[rows, count]`, read as little-endian.
+        bits: 4 or 8.
+
+    Returns:
+        uint8 `[rows, count * 8 * itemsize / bits]`.
+    """
+    octets = words.contiguous().view(torch.uint8)
+    if bits == 8:
+        return octets
+    return torch.stack([octets & 15, octets >> 4], dim=2).flatten(1)
+
+
+def signed(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Return uint8 codes from 0 on as int8 codes from `-2**(bits - 1)` on."""
+    return (codes - 2 ** (bits - 1)).view(torch.int8)  # uint8 wraps, as int8 does
+
+
+def _halves(numbers: torch.Tensor, what: str) -> torch.Tensor:
+    """Return fp64 numbers, rounded to fp16."""
+    halves = numbers.to(torch.float16)
+    if not bool(torch.isfinite(halves).all()):
+        bad = float(numbers[~torch.isfinite(halves)][0])
+        raise ValueError(f"has a {what} of {bad:g}, which is not a number that fp16 holds")
+    return halves.to(torch.float64)

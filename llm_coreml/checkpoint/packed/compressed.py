@@ -1,0 +1,117 @@
+"""compressed-tensors, as LLM Compressor writes it: packed along the inputs, or int8 as it is.
+
+Packed: `weight_packed` int32 [N, K * bits / 32], `weight_shape` [2], `weight_scale` [N, groups] and
+for asymmetric ones `weight_zero_point` int32 [N * bits / 32, groups], packed along the outputs;
+codes and zero points have 2^(bits - 1) added. Plain: `weight` int8 [N, K], `weight_scale`, and
+`weight_zero_point` int8. A code q stands for `scale * (q - zero)`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+
+from llm_coreml.checkpoint.matrix import signed, unpack
+from llm_coreml.checkpoint.packed.parts import PackedFormat, Parts
+from llm_coreml.errors import UnsupportedError
+
+
+@dataclass(frozen=True)
+class _Compressed(PackedFormat):
+    """What both layouts share.
+
+    Attributes:
+        group_sizes: Those that config.json names.
+    """
+
+    group_sizes: frozenset[int]
+
+    label = "compressed-tensors"
+    optional = ("weight_zero_point", "weight_g_idx")
+
+    def _scale(self, parts: Parts, rows: int, columns: int) -> torch.Tensor:
+        if "weight_g_idx" in parts:
+            index = parts.read("weight_g_idx", (columns,), (torch.int32, torch.int64))
+            # Minus one throughout is how the order of the inputs is written.
+            if not bool((index == -1).all()):
+                raise UnsupportedError(
+                    f"'{parts.module}' was quantized with actorder=group: the inputs of a group do "
+                    "not lie beside each other. Quantize with actorder=weight, or give the "
+                    "unquantized checkpoint and --calibrate."
+                )
+        if parts.checkpoint.shape(f"{parts.module}.weight_scale") == (1,):
+            return parts.numbers("weight_scale", (1,)).expand(rows, 1)
+        groups = parts.shape("weight_scale")[1]
+        if groups != 1 and not (columns % groups == 0 and columns // groups in self.group_sizes):
+            raise parts.error(
+                f"weight_scale has {groups} groups for {columns} inputs, which is no group size of "
+                "config.json"
+            )
+        return parts.numbers("weight_scale", (rows, groups))
+
+
+@final
+@dataclass(frozen=True)
+class PackedWords(_Compressed):
+    """Codes of 4 or 8 bits in words."""
+
+    suffixes = ("weight_packed", "weight_scale", "weight_shape")
+
+    def shape(self, parts: Parts) -> tuple[int, int]:
+        """See `PackedFormat`."""
+        rows, columns = parts.read("weight_shape", (2,), (torch.int64, torch.int32)).tolist()
+        packed, words = parts.shape("weight_packed")
+        if packed != rows or (words * 32) not in (columns * 4, columns * 8):
+            raise parts.error(
+                f"weight_packed is {[packed, words]} for a matrix {[rows, columns]}, which is "
+                "neither 4 nor 8 bits per weight"
+            )
+        return rows, columns
+
+    def scales(self, parts: Parts) -> tuple[int, torch.Tensor, torch.Tensor]:
+        """See `PackedFormat`."""
+        rows, columns = self.shape(parts)
+        bits = self._bits(parts)
+        scale = self._scale(parts, rows, columns)
+        if "weight_zero_point" not in parts:
+            return bits, scale, torch.zeros_like(scale)
+        words = (-(-rows * bits // 32), scale.shape[1])
+        packed = parts.read("weight_zero_point", words, (torch.int32,))
+        zero = unpack(packed.t(), bits)[:, :rows].t().to(torch.float64)
+        return bits, scale, -scale * (zero - 2 ** (bits - 1))
+
+    def codes(self, parts: Parts) -> torch.Tensor:
+        """See `PackedFormat`."""
+        words = parts.read("weight_packed", parts.shape("weight_packed"), (torch.int32,))
+        return signed(unpack(words, self._bits(parts)), self._bits(parts))
+
+    def _bits(self, parts: Parts) -> int:
+        return parts.shape("weight_packed")[1] * 32 // self.shape(parts)[1]
+
+
+@final
+@dataclass(frozen=True)
+class PlainBytes(_Compressed):
+    """Codes of 8 bits as int8."""
+
+    suffixes = ("weight", "weight_scale")
+
+    def shape(self, parts: Parts) -> tuple[int, int]:
+        """See `PackedFormat`."""
+        rows, columns = parts.shape("weight")
+        return rows, columns
+
+    def scales(self, parts: Parts) -> tuple[int, torch.Tensor, torch.Tensor]:
+        """See `PackedFormat`."""
+        scale = self._scale(parts, *self.shape(parts))
+        if "weight_zero_point" not in parts:
+            return 8, scale, torch.zeros_like(scale)
+        shape = parts.checkpoint.shape(f"{parts.module}.weight_scale")
+        zero = parts.read("weight_zero_point", shape, (torch.int8,)).to(torch.float64)
+        return 8, scale, -scale * zero
+
+    def codes(self, parts: Parts) -> torch.Tensor:
+        """See `PackedFormat`."""
+        return parts.read("weight", self.shape(parts), (torch.int8,))

@@ -1,0 +1,111 @@
+"""Which format a config.json says its matrices are stored in.
+
+find_formats(config, "config.json")      # () where they are not quantized
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from llm_coreml.checkpoint.packed.awq import AWQ
+from llm_coreml.checkpoint.packed.compressed import PackedWords, PlainBytes
+from llm_coreml.checkpoint.packed.gptq import GPTQ
+from llm_coreml.checkpoint.packed.parts import PackedFormat
+from llm_coreml.errors import CheckpointError, UnsupportedError
+
+Formats = tuple[PackedFormat, ...]
+
+_KEYS = ("quantization_config", "compression_config", "quantization")
+
+
+def find_formats(config: Mapping[str, Any], where: str) -> Formats:
+    """Return the formats of a checkpoint's quantized matrices, none if it has none.
+
+    Args:
+        config: The parsed config.json.
+        where: What to call it.
+
+    Raises:
+        CheckpointError: the settings of a known format are missing or senseless.
+        UnsupportedError: the format, or an option of it, cannot be read.
+    """
+    for key in _KEYS:
+        settings = config.get(key)
+        if not settings:
+            continue
+        if not isinstance(settings, Mapping):
+            raise CheckpointError(f"{where} gives {key} = {settings!r}; it must be an object.")
+        method = str(settings.get("quant_method", "")).lower()
+        if method not in _READERS:
+            raise _refusal(where, f"{key} {method or 'without a quant_method'}")
+        return _READERS[method](settings, where)
+    return ()
+
+
+def _gptq(settings: Mapping[str, Any], where: str) -> Formats:
+    bits = _choice(settings, "bits", (4, 8), where)
+    version = str(settings.get("checkpoint_format") or "gptq")
+    if version not in ("gptq", "gptq_v2"):
+        raise _refusal(where, f"GPTQ weights in the form '{version}'")
+    return (GPTQ(bits, _group_size(settings, where), bias=1 if version == "gptq" else 0),)
+
+
+def _awq(settings: Mapping[str, Any], where: str) -> Formats:
+    _choice(settings, "bits", (4,), where)
+    version = str(settings.get("version") or "gemm").lower()
+    if version != "gemm":
+        raise _refusal(where, f"AWQ weights in the form '{version}'")
+    return (AWQ(_group_size(settings, where)),)
+
+
+def _compressed(settings: Mapping[str, Any], where: str) -> Formats:
+    groups = settings.get("config_groups")
+    if not isinstance(groups, Mapping) or not groups:
+        raise CheckpointError(f"{where} names no config_groups of compressed-tensors.")
+    sparsity = settings.get("sparsity_config") or {}
+    if sparsity and sparsity.get("format", "dense") != "dense":
+        raise _refusal(where, f"sparse weights ({sparsity['format']})")
+    sizes = set()
+    for group in groups.values():
+        weights = group.get("weights") if isinstance(group, Mapping) else None
+        if not isinstance(weights, Mapping) or weights.get("type", "int") != "int":
+            raise _refusal(where, "compressed-tensors whose weights are not integers")
+        _choice(weights, "num_bits", (4, 8), where)
+        sizes.add(_group_size({"group_size": weights.get("group_size") or -1}, where))
+    return PackedWords(frozenset(sizes)), PlainBytes(frozenset(sizes))
+
+
+_READERS: dict[str, Callable[[Mapping[str, Any], str], Formats]] = {
+    "gptq": _gptq,
+    "awq": _awq,
+    "compressed-tensors": _compressed,
+}
+
+
+def _choice(settings: Mapping[str, Any], key: str, known: tuple[int, ...], where: str) -> int:
+    value = settings.get(key)
+    if value not in known or isinstance(value, bool):
+        raise UnsupportedError(
+            f"{where} gives {key} = {value!r} for its quantized weights; "
+            f"{' and '.join(map(str, known))} can be read. Give the unquantized checkpoint."
+        )
+    return int(value)
+
+
+def _group_size(settings: Mapping[str, Any], where: str) -> int:
+    value = settings.get("group_size")
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or (value != -1 and value < 1):
+        raise CheckpointError(
+            f"{where} gives group_size = {value!r} for its quantized weights; it must be a whole "
+            "number of at least 1, or -1. Download the checkpoint again."
+        )
+    return int(value)
+
+
+def _refusal(where: str, what: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"{where} has {what}, which cannot be read. Read are {', '.join(sorted(_READERS))}; else "
+        "give the unquantized checkpoint that it was made from."
+    )

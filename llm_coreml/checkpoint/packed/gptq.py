@@ -1,0 +1,75 @@
+"""GPTQ as AutoGPTQ and GPTQModel store it: words along the inputs, zero points along the outputs.
+
+`qweight` int32 [K * bits / 32, N], `qzeros` int32 [groups, N * bits / 32], `scales` [groups, N],
+`g_idx` int32 [K], the group of each input. A code q stands for `scale * (q - zero)`. The first
+version of the format stores `zero - 1`, so that a stored 15 means 16, beyond int4.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+
+from llm_coreml.checkpoint.matrix import signed, unpack
+from llm_coreml.checkpoint.packed.parts import PackedFormat, Parts
+from llm_coreml.errors import UnsupportedError
+
+
+@final
+@dataclass(frozen=True)
+class GPTQ(PackedFormat):
+    """Codes of `bits` in groups of `group_size` inputs, -1 for one group.
+
+    Attributes:
+        bits: 4 or 8.
+        group_size: Inputs that share a scale.
+        bias: What is added to a stored zero point: 1 in version 1, 0 in version 2.
+    """
+
+    bits: int
+    group_size: int
+    bias: int
+
+    label = "GPTQ"
+    suffixes = ("qweight", "qzeros", "scales")
+    optional = ("g_idx",)
+
+    def shape(self, parts: Parts) -> tuple[int, int]:
+        """See `PackedFormat`."""
+        words, rows = parts.shape("qweight")
+        return rows, words * 32 // self.bits
+
+    def scales(self, parts: Parts) -> tuple[int, torch.Tensor, torch.Tensor]:
+        """See `PackedFormat`."""
+        rows, columns = self.shape(parts)
+        groups = parts.groups(columns, self.group_size)
+        if rows * self.bits % 32:
+            raise parts.error(f"has {rows} outputs, which do not fill whole words of zero points")
+        self._check_order(parts, columns, groups)
+        scale = parts.numbers("scales", (groups, rows)).t().contiguous()
+        words = parts.read("qzeros", (groups, rows * self.bits // 32), (torch.int32,))
+        zero = unpack(words, self.bits).t().to(torch.float64) + self.bias
+        return self.bits, scale, -scale * (zero - 2 ** (self.bits - 1))
+
+    def codes(self, parts: Parts) -> torch.Tensor:
+        """See `PackedFormat`."""
+        words = parts.read("qweight", parts.shape("qweight"), (torch.int32,))
+        return signed(unpack(words.t(), self.bits), self.bits)
+
+    def _check_order(self, parts: Parts, columns: int, groups: int) -> None:
+        """Refuse groups that are not consecutive inputs."""
+        if "g_idx" not in parts:
+            return
+        index = parts.read("g_idx", (columns,), (torch.int32, torch.int64)).to(torch.int64)
+        if int(index.min()) < 0 or int(index.max()) >= groups:
+            raise parts.error(
+                f"g_idx names group {int(index.max())}, and there are {groups}, from 0 on"
+            )
+        if not torch.equal(index, torch.arange(columns) // (columns // groups)):
+            raise UnsupportedError(
+                f"'{parts.module}' was quantized in activation order (desc_act): the inputs of a "
+                "group do not lie beside each other. Quantize with desc_act=False or with static "
+                "groups, or give the unquantized checkpoint and --calibrate."
+            )

@@ -1,0 +1,143 @@
+"""Quantized checkpoints, packed here by their formats' definitions, with the values that they mean.
+
+Nothing of the package is used: codes, scales and zero points are drawn, packed bit by bit in numpy,
+and the value of each weight is computed from them in fp64.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import llama, save
+
+Array = np.ndarray[Any, Any]
+Tensors = dict[str, torch.Tensor]
+# A packer draws one matrix [rows, columns]: its parts by suffix, and its values in fp64.
+Packer = Callable[[np.random.Generator, int, int], tuple[Tensors, Array]]
+
+
+def words(codes: Array, bits: int) -> torch.Tensor:
+    """Put codes into int32 words along the last axis, the first into the lowest bits."""
+    per_word = 32 // bits
+    found = np.zeros((*codes.shape[:-1], codes.shape[-1] // per_word), np.uint64)
+    for place in range(per_word):
+        found |= codes[..., place::per_word].astype(np.uint64) << np.uint64(place * bits)
+    return torch.from_numpy(found.astype(np.uint32).view(np.int32))
+
+
+def draw(
+    rng: np.random.Generator, rows: int, columns: int, bits: int, group: int
+) -> tuple[Array, Array]:
+    """Return codes from 0 on, int64 `[rows, columns]`, and fp16 scales `[rows, groups]`."""
+    codes = rng.integers(0, 2**bits, (rows, columns))
+    scale = rng.uniform(0.5, 1.5, (rows, columns // group)) * 0.3 / 2**bits
+    return codes, scale.astype(np.float16)
+
+
+def affine(codes: Array, scale: Array, zero: Array) -> Array:
+    """Return `scale * (codes - zero)` in fp64, a scale and zero for each group of columns."""
+    size = codes.shape[1] // scale.shape[1]
+    wide = [np.repeat(np.asarray(part, np.float64), size, axis=1) for part in (scale, zero)]
+    return wide[0] * (codes - wide[1])
+
+
+def half(scale: Array) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(scale))
+
+
+def gptq(bits: int, group: int, version: int, zeros: tuple[int, int]) -> Packer:
+    """Return a packer of GPTQ; `zeros` are the lowest and highest zero point."""
+
+    def pack(rng: np.random.Generator, rows: int, columns: int) -> tuple[Tensors, Array]:
+        codes, scale = draw(rng, rows, columns, bits, group)
+        zero = rng.integers(zeros[0], zeros[1] + 1, scale.shape)
+        parts = {
+            "qweight": words(codes, bits).t().contiguous(),
+            "qzeros": words((zero - (2 - version)).T, bits),
+            "scales": half(scale.T),
+            "g_idx": torch.arange(columns, dtype=torch.int32) // group,
+        }
+        return parts, affine(codes, scale, zero)
+
+    return pack
+
+
+def awq(group: int) -> Packer:
+    """Return a packer of AWQ `gemm`: outputs 0, 2, 4, 6, 1, 3, 5, 7 from the lowest bits up."""
+
+    def outputs(codes: Array) -> torch.Tensor:
+        by_word = codes.T.reshape(codes.shape[1], -1, 8)[:, :, [0, 2, 4, 6, 1, 3, 5, 7]]
+        return words(by_word.reshape(codes.shape[1], -1), 4)
+
+    def pack(rng: np.random.Generator, rows: int, columns: int) -> tuple[Tensors, Array]:
+        codes, scale = draw(rng, rows, columns, 4, group)
+        zero = rng.integers(0, 16, scale.shape)
+        parts = {"qweight": outputs(codes), "qzeros": outputs(zero), "scales": half(scale.T)}
+        return parts, affine(codes, scale, zero)
+
+    return pack
+
+
+def compressed(bits: int, group: int, symmetric: bool) -> Packer:
+    """Return a packer of compressed-tensors' `pack-quantized`."""
+
+    def pack(rng: np.random.Generator, rows: int, columns: int) -> tuple[Tensors, Array]:
+        codes, scale = draw(rng, rows, columns, bits, group)
+        low = 2 ** (bits - 1)
+        zero = np.full(scale.shape, low) if symmetric else rng.integers(0, 2 * low, scale.shape)
+        parts = {
+            "weight_packed": words(codes, bits),
+            "weight_scale": half(scale),
+            "weight_shape": torch.tensor([rows, columns]),
+        }
+        if not symmetric:
+            parts["weight_zero_point"] = words(zero.T, bits).t().contiguous()
+        return parts, affine(codes, scale, zero)
+
+    return pack
+
+
+def plain_bytes(rng: np.random.Generator, rows: int, columns: int) -> tuple[Tensors, Array]:
+    """Pack a matrix of compressed-tensors' `int-quantized`, with a bf16 scale for each row."""
+    codes = rng.integers(-128, 128, (rows, columns))
+    scale = torch.from_numpy(rng.uniform(1e-3, 2e-3, (rows, 1))).to(torch.bfloat16)
+    parts = {"weight": torch.from_numpy(codes.astype(np.int8)), "weight_scale": scale}
+    return parts, affine(codes, scale.double().numpy(), np.zeros((rows, 1)))
+
+
+def checkpoint(
+    folder: Path, settings: dict[str, Any], *packers: Packer, tables: bool = False, **changes: Any
+) -> tuple[Path, dict[str, Array]]:
+    """Write a tiny Llama whose linear layers `packers` pack in turn.
+
+    Args:
+        folder: Where.
+        settings: Keys to add to config.json.
+        packers: One or more.
+        tables: Pack the token table, too, and the head if there is one.
+        changes: Of the model's sizes.
+
+    Returns:
+        The folder, and the values of each packed matrix by the name of its weight.
+    """
+    sizes = {"vocab_size": 96, "intermediate_size": 96, **changes}
+    save(llama(**sizes).half(), folder)
+    tensors = load_file(folder / "model.safetensors")
+    rng, meant = np.random.default_rng(7), {}
+    for index, name in enumerate(sorted(n for n in tensors if tensors[n].ndim == 2)):
+        if "_proj" not in name and not tables:
+            continue
+        rows, columns = tensors.pop(name).shape
+        parts, meant[name] = packers[index % len(packers)](rng, rows, columns)
+        module = name.removesuffix("weight")
+        tensors |= {module + suffix: part.contiguous() for suffix, part in parts.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **settings}))
+    return folder, meant
