@@ -36,6 +36,7 @@ def draw(
 ) -> tuple[Array, Array]:
     """Return codes from 0 on, int64 `[rows, columns]`, and fp16 scales `[rows, groups]`."""
     codes = rng.integers(0, 2**bits, (rows, columns))
+    codes[:, ::group], codes[:, 1::group] = 0, 2**bits - 1  # the ends, where errors are largest
     scale = rng.uniform(0.5, 1.5, (rows, columns // group)) * 0.3 / 2**bits
     return codes, scale.astype(np.float16)
 
@@ -109,6 +110,52 @@ def plain_bytes(rng: np.random.Generator, rows: int, columns: int) -> tuple[Tens
     scale = torch.from_numpy(rng.uniform(1e-3, 2e-3, (rows, 1))).to(torch.bfloat16)
     parts = {"weight": torch.from_numpy(codes.astype(np.int8)), "weight_scale": scale}
     return parts, affine(codes, scale.double().numpy(), np.zeros((rows, 1)))
+
+
+def mlx(bits: int, group: int, whole: bool) -> Packer:
+    """Return a packer of MLX's affine format; `whole` biases are multiples of their scales."""
+
+    def pack(rng: np.random.Generator, rows: int, columns: int) -> tuple[Tensors, Array]:
+        codes, scale = draw(rng, rows, columns, bits, group)
+        scale *= rng.choice([-1, 1], scale.shape).astype(np.float16)
+        zero = rng.integers(0, 2**bits, scale.shape)
+        # fp16 rounds a product with a number of more than a few bits.
+        bias = (-scale * (2 ** (bits - 1) if whole else zero)).astype(np.float16)
+        parts = {
+            "weight": words(codes, bits).view(torch.uint32),
+            "scales": half(scale),
+            "biases": half(bias),
+        }
+        size = columns // scale.shape[1]
+        wide = [np.repeat(part.astype(np.float64), size, axis=1) for part in (scale, bias)]
+        return parts, wide[0] * codes + wide[1]
+
+    return pack
+
+
+def hqq(bits: int, group: int, zeros: tuple[float, float]) -> Packer:
+    """Return a packer of HQQ along the inputs; `zeros` is where zero points are drawn from."""
+
+    def pack(rng: np.random.Generator, rows: int, columns: int) -> tuple[Tensors, Array]:
+        codes, scale = draw(rng, rows, columns, bits, group)
+        zero = rng.uniform(*zeros, scale.shape).astype(np.float16)
+        lines = codes.reshape(-1, group).astype(np.uint8)
+        if bits == 4:
+            lines = lines[: len(lines) // 2] * 16 + lines[len(lines) // 2 :]
+        parts = {
+            "W_q": torch.from_numpy(lines),
+            "scale": half(scale.reshape(-1, 1)),
+            "zero": half(zero.reshape(-1, 1)),
+            "shape": torch.tensor([rows, columns]),
+            "nbits": torch.tensor(bits, dtype=torch.int32),
+            "axis": torch.tensor(1, dtype=torch.int32),
+            "group_size": torch.tensor(group, dtype=torch.int32),
+            "packing": torch.tensor([ord(letter) for letter in "4bit_u8"], dtype=torch.uint8),
+            "view_as_float": torch.tensor(0, dtype=torch.uint8),
+        }
+        return parts, affine(codes, scale, zero)
+
+    return pack
 
 
 def checkpoint(

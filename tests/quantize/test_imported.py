@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from packers import Array, Packer, awq, checkpoint, compressed, gptq, plain_bytes
+from packers import Array, Packer, affine, awq, checkpoint, compressed, gptq, hqq, mlx, plain_bytes
+from tiny import llama
 
 from llm_coreml.build import build_decoder, open_model, plan_for
 from llm_coreml.config import ExportConfig
+from llm_coreml.errors import UnsupportedError
 from llm_coreml.quantize.apply import dense_rows
 
 CONFIG = ExportConfig(context=32, seq_lengths=(1, 8))
@@ -30,6 +33,9 @@ V1 = with_method("gptq", bits=4, group_size=32)
 V2 = with_method("gptq", bits=4, group_size=32, checkpoint_format="gptq_v2")
 BYTES = with_method("gptq", bits=8, group_size=16)
 
+MLX = {"quantization": {"group_size": 32, "bits": 4}}
+HQQ = with_method("hqq", quant_config={}, skip_modules=["lm_head"])
+
 EXACT: dict[str, tuple[dict[str, Any], tuple[Packer, ...]]] = {
     "gptq-symmetric": (V1, (gptq(4, 32, 1, (8, 8)),)),
     "gptq-asymmetric": (V1, (gptq(4, 32, 1, (1, 15)),)),
@@ -40,6 +46,13 @@ EXACT: dict[str, tuple[dict[str, Any], tuple[Packer, ...]]] = {
     "compressed-4-bit": (groups(4, 16), (compressed(4, 16, True), compressed(4, 16, False))),
     "compressed-8-bit": (groups(8, 32), (compressed(8, 32, True), compressed(8, 32, False))),
     "compressed-bytes": (groups(8, None), (plain_bytes,)),
+    "mlx": (MLX, (mlx(4, 32, whole=True),)),
+    "hqq": (HQQ, (hqq(4, 32, (4, 12)), hqq(8, 16, (100, 156)))),
+}
+INEXACT: dict[str, tuple[dict[str, Any], tuple[Packer, ...], float]] = {
+    "mlx": (MLX, (mlx(4, 32, whole=False),), 0.005),
+    "mlx-8-bit": ({"quantization": {"group_size": 16, "bits": 8}}, (mlx(8, 16, False),), 0.05),
+    "hqq": (HQQ, (hqq(4, 32, (0, 16)),), 0.002),
 }
 
 
@@ -69,3 +82,51 @@ def test_every_value_is_the_one_that_the_format_defines(label: str, tmp_path: Pa
     assert report is not None
     assert (report.exactness, report.largest_error, report.tensor) == ("exact", 0.0, None)
     assert report.matrices == 7
+
+
+def steps(values: Array, group: int) -> Array:
+    """Return the distance between two codes for each weight; every group has both ends."""
+    grouped = values.reshape(len(values), -1, group)
+    return np.repeat(np.ptp(grouped, axis=2), group, axis=1)
+
+
+@pytest.mark.parametrize("label", INEXACT)
+def test_the_largest_error_is_told_and_needs_leave(label: str, tmp_path: Path) -> None:
+    settings, packers, most = INEXACT[label]
+    folder, meant = checkpoint(tmp_path / "model", settings, *packers)
+    with pytest.raises(UnsupportedError) as refused:
+        decoder_values(folder)
+    held = decoder_values(folder, replace(CONFIG, allow_inexact=True))
+    bits, group = (8, 16) if "8-bit" in label else (4, 32)
+    errors = {
+        name: float((abs(held[name] - values) / steps(values, group)).max()) * (2**bits - 1)
+        for name, values in meant.items()
+    }
+    worst = max(errors, key=lambda name: errors[name])
+    assert 0 < errors[worst] < most
+    report = open_model(folder).imported()
+    assert report is not None
+    assert report.tensor == worst
+    assert report.largest_error == pytest.approx(errors[worst], rel=1e-3)
+    assert f"'{worst}' is off by up to {report.largest_error:.2%}" in str(refused.value)
+    assert "--allow-inexact" in str(refused.value)
+
+
+def test_what_torchao_saved(tmp_path: Path) -> None:
+    from torchao.quantization import IntxWeightOnlyConfig
+    from torchao.quantization.granularity import PerGroup
+    from torchao.quantization.quant_primitives import MappingType
+    from transformers import TorchAoConfig
+
+    model = llama(vocab_size=96, intermediate_size=96).half()
+    kind = IntxWeightOnlyConfig(torch.int4, PerGroup(32), mapping_type=MappingType.ASYMMETRIC)
+    model.save_pretrained(tmp_path / "plain")
+    quantized = type(model).from_pretrained(
+        tmp_path / "plain", quantization_config=TorchAoConfig(kind), dtype=torch.float16
+    )
+    quantized.save_pretrained(tmp_path / "model")
+    held = decoder_values(tmp_path / "model")
+    for name, weight in quantized.state_dict().items():
+        if "_proj" in name:
+            parts = (weight.qdata, weight.scale, weight.zero_point)
+            assert np.array_equal(held[name], affine(*(part.numpy() for part in parts))), name

@@ -5,17 +5,27 @@ find_formats(config, "config.json")      # () where they are not quantized
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from llm_coreml.checkpoint.packed.awq import AWQ
 from llm_coreml.checkpoint.packed.compressed import PackedWords, PlainBytes
 from llm_coreml.checkpoint.packed.gptq import GPTQ
+from llm_coreml.checkpoint.packed.hqq import HQQ
+from llm_coreml.checkpoint.packed.mlx import MLX
 from llm_coreml.checkpoint.packed.parts import PackedFormat
+from llm_coreml.checkpoint.packed.torchao import TorchAO
 from llm_coreml.errors import CheckpointError, UnsupportedError
 
 Formats = tuple[PackedFormat, ...]
 
+# Those that make an IntxUnpackedToInt8Tensor, and those that hold others.
+_TORCHAO = {
+    "IntxWeightOnlyConfig",
+    "Int8DynamicActivationIntxWeightConfig",
+    "FqnToConfig",
+    "ModuleFqnToConfig",
+}
 _KEYS = ("quantization_config", "compression_config", "quantization")
 
 
@@ -36,11 +46,16 @@ def find_formats(config: Mapping[str, Any], where: str) -> Formats:
             continue
         if not isinstance(settings, Mapping):
             raise CheckpointError(f"{where} gives {key} = {settings!r}; it must be an object.")
-        method = str(settings.get("quant_method", "")).lower()
+        method = str(settings.get("quant_method") or _implied(settings)).lower()
         if method not in _READERS:
             raise _refusal(where, f"{key} {method or 'without a quant_method'}")
         return _READERS[method](settings, where)
     return ()
+
+
+def _implied(settings: Mapping[str, Any]) -> str:
+    """Return the method of settings that name none: MLX gives its two numbers and no name."""
+    return "mlx" if {"bits", "group_size"} <= settings.keys() else ""
 
 
 def _gptq(settings: Mapping[str, Any], where: str) -> Formats:
@@ -76,10 +91,46 @@ def _compressed(settings: Mapping[str, Any], where: str) -> Formats:
     return PackedWords(frozenset(sizes)), PlainBytes(frozenset(sizes))
 
 
+def _mlx(settings: Mapping[str, Any], where: str) -> Formats:
+    mode = settings.get("mode") or "affine"
+    if mode != "affine":
+        raise _refusal(where, f"MLX weights in the mode '{mode}'")
+    numbers = (_choice(settings, "bits", (4, 8), where), _group_size(settings, where))
+    others = {}
+    for module, own in settings.items():
+        if isinstance(own, Mapping):
+            both = {**settings, **own}
+            others[module] = (_choice(both, "bits", (4, 8), where), _group_size(both, where))
+    return (MLX(*numbers, others),)
+
+
+def _hqq(settings: Mapping[str, Any], where: str) -> Formats:
+    return (HQQ(),)
+
+
+def _torchao(settings: Mapping[str, Any], where: str) -> Formats:
+    kinds = {kind for kind in _types(settings.get("quant_type")) if kind.endswith("Config")}
+    if not kinds or not kinds <= _TORCHAO:
+        raise _refusal(where, f"torchao weights of {', '.join(sorted(kinds)) or 'an unnamed kind'}")
+    return (TorchAO(),)
+
+
+def _types(value: object) -> Iterator[str]:
+    """Yield the types that are named anywhere in torchao's JSON."""
+    if isinstance(value, Mapping):
+        if isinstance(value.get("_type"), str):
+            yield value["_type"]
+        for item in value.values():
+            yield from _types(item)
+
+
 _READERS: dict[str, Callable[[Mapping[str, Any], str], Formats]] = {
     "gptq": _gptq,
     "awq": _awq,
     "compressed-tensors": _compressed,
+    "hqq": _hqq,
+    "mlx": _mlx,
+    "torchao": _torchao,
 }
 
 

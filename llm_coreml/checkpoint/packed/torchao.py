@@ -1,0 +1,46 @@
+"""torchao's IntxUnpackedToInt8Tensor in safetensors: a byte for each code.
+
+`_weight_qdata` int8 [N, K], `_weight_scale` and `_weight_zero_point` [N, groups], the latter int8
+or floating-point. A code q stands for `scale * (q - zero)`. Codes of up to 4 bits become int4, and
+those of up to 8 become int8; which it is, the codes themselves say.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+
+from llm_coreml.checkpoint.packed.parts import PackedFormat, Parts
+from llm_coreml.checkpoint.tensors import WEIGHT_DTYPES
+
+
+@final
+@dataclass(frozen=True)
+class TorchAO(PackedFormat):
+    """Codes of 1 to 8 bits."""
+
+    label = "torchao"
+    suffixes = ("_weight_qdata", "_weight_scale", "_weight_zero_point")
+
+    def shape(self, parts: Parts) -> tuple[int, int]:
+        """See `PackedFormat`."""
+        rows, columns = parts.shape("_weight_qdata")
+        return rows, columns
+
+    def scales(self, parts: Parts) -> tuple[int, torch.Tensor, torch.Tensor]:
+        """See `PackedFormat`."""
+        rows, columns = self.shape(parts)
+        groups = parts.shape("_weight_scale")[1]
+        if columns % groups:
+            raise parts.error(f"has {columns} inputs, which {groups} groups do not divide")
+        scale = parts.numbers("_weight_scale", (rows, groups))
+        whole = (torch.int8, *WEIGHT_DTYPES)
+        zero = parts.read("_weight_zero_point", (rows, groups), whole).to(torch.float64)
+        low, high = torch.aminmax(self.codes(parts))
+        return 4 if int(low) >= -8 and int(high) < 8 else 8, scale, -scale * zero
+
+    def codes(self, parts: Parts) -> torch.Tensor:
+        """See `PackedFormat`."""
+        return parts.read("_weight_qdata", self.shape(parts), (torch.int8,))
