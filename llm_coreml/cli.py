@@ -58,10 +58,18 @@ def cli() -> None:
 @click.option("--local-files-only", is_flag=True, help="Hub ids: use the local cache only.")
 @click.option("--bits", type=int, help="Bits per weight: 1, 2, 3, 4, 6, 8 or 16.  [default: 4]")
 @click.option("--scheme", help="Weight format, see `llm-coreml ls`; the target's by default.")
-@click.option("--group-size", type=int, default=32, show_default=True, help="int4-group: inputs.")
 @click.option(
-    "--codebook-rows", type=int, default=16, show_default=True, help="codebook: rows per table."
+    "--group-size", type=int, default=32, show_default=True, help="int4-group, int8-group: inputs."
 )
+@click.option(
+    "--zero-point",
+    type=click.Choice(["none", "int", "float"]),
+    default="none",
+    show_default=True,
+    help="Integer formats: what is subtracted from codes, one for every scale.",
+)
+@click.option("--codebook-rows", type=int, help="codebook: rows per table.  [default: 16]")
+@click.option("--codebook-columns", type=int, help="codebook: inputs per table, of every row.")
 @click.option(
     "--embedding", default="int8-channel", show_default=True, help="Scheme of the token table."
 )

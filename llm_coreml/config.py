@@ -13,6 +13,7 @@ from llm_coreml.targets import get_target, opset_of
 
 DEFAULT_SEQ_LENGTHS = (1, 8, 64, 512)
 DEFAULT_CONTEXT = 2048
+DEFAULT_CODEBOOK_ROWS = 16
 DEFAULT_CALIBRATION_TOKENS = 16384
 # State dimensions that are no multiple of 32 are refused by the Neural Engine compiler
 # (coremltools issue 2631).
@@ -26,8 +27,12 @@ class ExportConfig:
     Attributes:
         bits: Bits per weight of the linear layers; None takes 4.
         scheme: Weight format; None takes the target's.
-        group_size: Inputs per scale of `int4-group`.
-        codebook_rows: Output rows per table of `codebook`.
+        group_size: Inputs per scale of `int4-group` and `int8-group`.
+        zero_point: What integer formats subtract from a code before it is scaled: nothing, an
+            integer of the codes' type or a float, one for every scale.
+        codebook_rows: Output rows per table of `codebook`; None takes 16, or all of them where
+            `codebook_columns` is given.
+        codebook_columns: Inputs per table of `codebook`; None takes all.
         embedding: Scheme of the token table.
         lm_head: Scheme of the output head; None follows `embedding`.
         calibrate: Text on which the linear layers are calibrated: `bundled` or a UTF-8 file; None
@@ -52,7 +57,9 @@ class ExportConfig:
     bits: int | None = None
     scheme: str | None = None
     group_size: int = 32
-    codebook_rows: int = 16
+    zero_point: Literal["none", "int", "float"] = "none"
+    codebook_rows: int | None = None
+    codebook_columns: int | None = None
     embedding: str = "int8-channel"
     lm_head: str | None = None
     calibrate: str | None = None
@@ -71,6 +78,7 @@ class ExportConfig:
         get_target(self.target)
         opset_of(self.minimum_os)
         for name, allowed in (
+            ("zero_point", ("none", "int", "float")),
             ("compute_precision", ("fp16", "fp32")),
             ("logits", ("last", "all")),
             ("backend", ("coreml", "xnnpack")),

@@ -42,7 +42,9 @@ _NEURAL_ENGINE_MISFITS = MappingProxyType(
     {
         "int4-group": "the Neural Engine takes per-channel and palettized weights only and has "
         "been reported to fall back or compute wrong values with per-block int4 "
-        "(coremltools issue 2510)"
+        "(coremltools issue 2510)",
+        "int8-group": "the Neural Engine has been reported to compute wrong values with per-block "
+        "int8, without an error (coreai-models issue 279)",
     }
 )
 

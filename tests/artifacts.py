@@ -109,17 +109,29 @@ def matrices(path: Path, spec: DecoderSpec) -> dict[str, StoredMatrix]:
     Linear operations come in the order of the decoder's own; the token table is what `gather`
     reads with as many rows as the vocabulary.
     """
-    function = program(path)
-    sources = {output.name: op for op in function.operations for output in op.outputs}
-    linears = [op for op in function.operations if op.type == "linear"]
+    sources = _sources(path)
+    operations = _matrix_operations(path, spec)
+    return {name: _stored(sources, op) for name, op in operations.items()}
+
+
+def matrix_names(path: Path, spec: DecoderSpec) -> dict[str, str]:
+    """Return what the program calls each matrix, under the decoder's name of its module."""
+    operations = _matrix_operations(path, spec)
+    return {name: op.outputs[0].name for name, op in operations.items()}
+
+
+def _sources(path: Path) -> dict[str, Operation]:
+    return {output.name: op for op in program(path).operations for output in op.outputs}
+
+
+def _matrix_operations(path: Path, spec: DecoderSpec) -> dict[str, Operation]:
+    """Return the operation that gives each matrix, under the decoder's name of its module."""
+    sources, operations = _sources(path), program(path).operations
     names = [f"layers.{i}.{part}" for i in range(spec.num_hidden_layers) for part in PROJECTIONS]
-    found = {
-        name: _stored(sources, _source(sources, op, "weight"))
-        for name, op in zip([*names, "lm_head"], linears, strict=True)
-    }
-    tables = [_source(sources, op, "x") for op in function.operations if op.type == "gather"]
+    linears = [_source(sources, op, "weight") for op in operations if op.type == "linear"]
+    tables = [_source(sources, op, "x") for op in operations if op.type == "gather"]
     (table,) = [op for op in tables if op is not None and _shape(op)[0] == spec.vocab_size]
-    return {**found, "embed_tokens": _stored(sources, table)}
+    return {**dict(zip([*names, "lm_head"], linears, strict=True)), "embed_tokens": table}
 
 
 def _source(sources: dict[str, Operation], op: Operation, parameter: str) -> Any:
@@ -153,21 +165,35 @@ def _array(constant: Constant) -> tuple[torch.Tensor, int]:
 def _stored(sources: dict[str, Operation], op: Operation) -> StoredMatrix:
     declared = op.outputs[0].type
     assert isinstance(declared, TensorType)
+    values, size = _expanded(sources, op)
+    return StoredMatrix(values.to(torch.float32), declared.dtype, size)
+
+
+def _expanded(sources: dict[str, Operation], op: Operation) -> tuple[torch.Tensor, int]:
+    """Return what a constant operation gives, and the bytes of all that it is made of."""
     kinds: dict[str, tuple[str, ...]] = {
         "const": ("val",),
-        "constexpr_blockwise_shift_scale": ("data", "scale"),
+        "constexpr_blockwise_shift_scale": ("data", "scale", "offset"),
         "constexpr_lut_to_dense": ("indices", "lut"),
     }
-    assert "offset" not in op.inputs, "every scheme is symmetric"
-    parts = [_array(_constant(sources, op, parameter)) for parameter in kinds[op.type]]
-    values = [part[0] for part in parts]
+    parts: dict[str, tuple[torch.Tensor, int]] = {}
+    for parameter in kinds[op.type]:
+        if parameter not in op.inputs and parameter not in op.attributes:
+            continue
+        bindings = op.inputs.get(parameter, ())
+        inner = next((sources[name] for name in bindings if isinstance(name, str)), None)
+        if inner is not None and inner.type != "const":
+            parts[parameter] = _expanded(sources, inner)
+        else:
+            parts[parameter] = _array(_constant(sources, op, parameter))
+    values = {name: part[0] for name, part in parts.items()}
+    size = sum(part[1] for part in parts.values())
     if op.type == "const":
-        dense = values[0].to(torch.float32)
-    elif op.type == "constexpr_lut_to_dense":
-        dense = constexpr_lut_to_dense(values[0], values[1].to(torch.float32))
-    else:
-        dense = constexpr_blockwise_shift_scale(values[0], values[1].to(torch.float32))
-    return StoredMatrix(dense, declared.dtype, sum(part[1] for part in parts))
+        return values["val"], size
+    if op.type == "constexpr_lut_to_dense":
+        return constexpr_lut_to_dense(**values), size
+    values["scale"] = values["scale"].to(torch.float32)
+    return constexpr_blockwise_shift_scale(**values), size
 
 
 def feed(runner: Runner, tokens: Sequence[int], parts: Sequence[int]) -> torch.Tensor:

@@ -20,8 +20,10 @@ from torchao.quantization import IntxWeightOnlyConfig, quantize_
 from torchao.quantization.granularity import PerAxis, PerGroup
 from torchao.utils import TorchAOBaseTensor
 
+from llm_coreml.quantize.asymmetric import Integers, asymmetric
 from llm_coreml.quantize.kmeans import kmeans
 from llm_coreml.quantize.schemes import Codebook, IntChannel, IntGroup, Scheme, Unquantized
+from llm_coreml.quantize.tensors import codebook_tensor, integer_tensor
 
 # Weights quantized at a time: torchao holds several fp32 copies of what it is given. The rows of
 # integer formats do not depend on each other.
@@ -46,26 +48,22 @@ def quantized(scheme: Scheme, weight: torch.Tensor) -> torch.Tensor:
 
 @quantized.register
 def _(scheme: IntGroup, weight: torch.Tensor) -> torch.Tensor:
-    return _integers(weight, scheme.bits, PerGroup(scheme.group_size))
+    return _integers(weight, scheme, scheme.group_size, PerGroup(scheme.group_size))
 
 
 @quantized.register
 def _(scheme: IntChannel, weight: torch.Tensor) -> torch.Tensor:
-    return _integers(weight, scheme.bits, PerAxis(0))
+    return _integers(weight, scheme, weight.shape[1], PerAxis(0))
 
 
 @quantized.register
 def _(scheme: Codebook, weight: torch.Tensor) -> torch.Tensor:
-    tables, codes = kmeans(weight.reshape(-1, scheme.rows * weight.shape[1]), scheme.bits)
-    found: torch.Tensor = CodebookQuantizedTensor(
-        codes.view(weight.shape),
-        tables.view(-1, 1, 2**scheme.bits, 1),
-        getattr(torch, f"uint{scheme.bits}"),
-        [scheme.rows, -1],
-        weight.shape,
-        dtype=torch.float32,
-    )
-    return found
+    row_groups, column_groups = scheme.tables((weight.shape[0], weight.shape[1]))
+    blocks = weight.reshape(row_groups, -1, column_groups, weight.shape[1] // column_groups)
+    blocks = blocks.transpose(1, 2)
+    tables, codes = kmeans(blocks.reshape(row_groups * column_groups, -1), scheme.bits)
+    codes = codes.view(blocks.shape).transpose(1, 2).reshape(weight.shape)
+    return codebook_tensor(codes, tables.view(row_groups, column_groups, -1), scheme.bits)
 
 
 @quantized.register
@@ -73,14 +71,20 @@ def _(scheme: Unquantized, weight: torch.Tensor) -> torch.Tensor:
     return weight
 
 
-def _integers(weight: torch.Tensor, bits: int, granularity: Any) -> torch.Tensor:
+def _integers(
+    weight: torch.Tensor, scheme: IntGroup | IntChannel, group_size: int, granularity: Any
+) -> torch.Tensor:
+    pieces = torch.split(weight, max(1, _PIECE // weight.shape[1]))
+    if scheme.zero_point != "none":
+        found = [asymmetric(p, scheme.bits, group_size, scheme.zero_point) for p in pieces]
+        joined = Integers(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+        return integer_tensor(*joined, scheme.bits)
     config = IntxWeightOnlyConfig(
-        weight_dtype=getattr(torch, f"int{bits}"), granularity=granularity
+        weight_dtype=getattr(torch, f"int{scheme.bits}"), granularity=granularity
     )
-    rows = max(1, _PIECE // weight.shape[1])
-    joined: Any = _join([_by_torchao(piece, config) for piece in torch.split(weight, rows)])
-    joined.scale.copy_(joined.scale.to(torch.float16).to(joined.scale.dtype))
-    return torch.Tensor.detach(joined)
+    made: list[Any] = [_by_torchao(piece, config) for piece in pieces]
+    codes, scale = (torch.cat([getattr(p, n) for p in made]) for n in ("qdata", "scale"))
+    return integer_tensor(codes, scale, None, scheme.bits)
 
 
 def _by_torchao(piece: torch.Tensor, config: AOBaseConfig) -> torch.Tensor:
@@ -88,19 +92,6 @@ def _by_torchao(piece: torch.Tensor, config: AOBaseConfig) -> torch.Tensor:
     holder.weight = nn.Parameter(piece.to(torch.float32), requires_grad=False)
     quantize_(holder, config)
     return holder.weight.detach()
-
-
-def _join(pieces: list[torch.Tensor]) -> torch.Tensor:
-    """Return the quantized matrix whose rows are those of `pieces`, in order."""
-    first: Any = pieces[0]
-    if len(pieces) == 1:
-        return pieces[0]
-    data = [
-        torch.cat([getattr(piece, name) for piece in pieces]) for name in first.tensor_data_names
-    ]
-    attributes = [getattr(first, name) for name in first.tensor_attribute_names]
-    joined: torch.Tensor = type(first)(*data, *attributes)
-    return joined
 
 
 def dense_rows(weight: torch.Tensor, elements: int = _PIECE) -> Iterator[torch.Tensor]:
@@ -115,29 +106,27 @@ def dense_rows(weight: torch.Tensor, elements: int = _PIECE) -> Iterator[torch.T
     """
     count = len(weight)
     step = max(1, elements * count // max(1, weight.numel()))
-    if isinstance(weight, CodebookQuantizedTensor):
-        # A piece has whole tables.
-        step = -(-step // _table_rows(weight)) * _table_rows(weight)
     for start in range(0, count, step):
         yield _rows(weight, start, min(start + step, count)).to(torch.float32)
-
-
-def _table_rows(weight: CodebookQuantizedTensor) -> int:
-    rows: int = weight.codes.shape[0] // weight.codebook.shape[0]
-    return rows
 
 
 def _rows(weight: torch.Tensor, start: int, stop: int) -> torch.Tensor:
     dense: torch.Tensor
     if isinstance(weight, CodebookQuantizedTensor):
-        tables = weight.codebook[start // _table_rows(weight) : stop // _table_rows(weight)]
-        codes = weight.codes[start:stop]
-        piece = type(weight)(
-            codes, tables, weight.code_dtype, weight.block_size, codes.shape, weight.dtype
-        )
-        dense = piece.dequantize()
+        dense = _look_up(weight, start, stop)
     elif isinstance(weight, TorchAOBaseTensor):
         dense = weight[start:stop].dequantize()
     else:
         dense = weight[start:stop]
     return dense.detach()
+
+
+def _look_up(weight: CodebookQuantizedTensor, start: int, stop: int) -> torch.Tensor:
+    """Return rows of a matrix whose tables need not end where a piece does."""
+    row_groups, column_groups, entries, _ = weight.codebook.shape
+    rows, columns = weight.codes.shape
+    row_group = torch.arange(start, stop) // (rows // row_groups)
+    column_group = torch.arange(columns) // (columns // column_groups)
+    places = (row_group.unsqueeze(1) * column_groups + column_group) * entries
+    dense: torch.Tensor = weight.codebook.flatten()[places + weight.codes[start:stop]]
+    return dense

@@ -116,7 +116,7 @@ class CodebookGrid(Grid):
             codes.to(torch.uint8).contiguous(),
             self.tables.to(torch.float32).view(-1, 1, self.tables.shape[1], 1),
             getattr(torch, f"uint{self.scheme.bits}"),
-            [self.scheme.rows, -1],
+            [len(codes) // len(self.tables), -1],
             codes.shape,
             dtype=torch.float32,
         )
@@ -140,20 +140,33 @@ def grid_of(scheme: Scheme, weight: torch.Tensor, importance: torch.Tensor) -> G
 
 @grid_of.register
 def _(scheme: IntGroup, weight: torch.Tensor, importance: torch.Tensor) -> Grid:
+    _refuse_zero_points(scheme.zero_point)
     return _integer_grid(weight, importance, scheme.group_size, scheme.bits)
 
 
 @grid_of.register
 def _(scheme: IntChannel, weight: torch.Tensor, importance: torch.Tensor) -> Grid:
+    _refuse_zero_points(scheme.zero_point)
     return _integer_grid(weight, importance, weight.shape[1], scheme.bits)
 
 
 @grid_of.register
 def _(scheme: Codebook, weight: torch.Tensor, importance: torch.Tensor) -> Grid:
-    shape = (-1, scheme.rows * weight.shape[1])
+    if scheme.columns is not None:
+        raise UnsupportedError(
+            "tables for groups of inputs cannot be calibrated; use --codebook-rows."
+        )
+    shape = (scheme.tables((weight.shape[0], weight.shape[1]))[0], -1)
     weights = importance.expand_as(weight).reshape(shape)
     tables, _ = kmeans(weight.reshape(shape), scheme.bits, weights)
     return CodebookGrid(tables.to(weight.dtype), scheme)
+
+
+def _refuse_zero_points(zero_point: str) -> None:
+    if zero_point != "none":
+        raise UnsupportedError(
+            f"--zero-point {zero_point} cannot be calibrated; use --zero-point none."
+        )
 
 
 def _integer_grid(

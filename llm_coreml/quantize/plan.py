@@ -13,7 +13,7 @@ from types import MappingProxyType
 
 from torch import nn
 
-from llm_coreml.config import ExportConfig
+from llm_coreml.config import DEFAULT_CODEBOOK_ROWS, ExportConfig
 from llm_coreml.decoder import Decoder, DecoderSpec
 from llm_coreml.errors import ConfigError, UnsupportedError, nearest
 from llm_coreml.quantize.schemes import (
@@ -138,11 +138,15 @@ def _build(name: str, bits: int | None, config: ExportConfig, flag: str) -> Sche
             raise UnsupportedError(
                 f"{flag} asks for a {bits} bit codebook; Core ML holds 1, 2, 3, 4, 6 and 8 bits."
             )
-        return Codebook(bits, config.codebook_rows, full)
+        rows = config.codebook_rows
+        if rows is None and config.codebook_columns is None:
+            rows = DEFAULT_CODEBOOK_ROWS
+        return Codebook(bits, rows, full, config.codebook_columns)
     schemes: dict[str, Scheme] = {
-        "int4-group": IntGroup(4, config.group_size, full),
-        "int4-channel": IntChannel(4, full),
-        "int8-channel": IntChannel(8, full),
+        "int4-group": IntGroup(4, config.group_size, full, config.zero_point),
+        "int4-channel": IntChannel(4, full, config.zero_point),
+        "int8-group": IntGroup(8, config.group_size, full, config.zero_point),
+        "int8-channel": IntChannel(8, full, config.zero_point),
         "none": Unquantized(full),
     }
     scheme = schemes[name]

@@ -13,10 +13,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Literal, get_args
 
 from llm_coreml.errors import ConfigError, UnsupportedError
 
 CODEBOOK_BITS = (1, 2, 3, 4, 6, 8)
+INTEGER_BITS = (4, 8)
+ZeroPoint = Literal["none", "int", "float"]
+_ZERO_POINTS: Mapping[str, str] = MappingProxyType(
+    {"none": "", "int": ", integer zero points", "float": ", float zero points"}
+)
 
 
 class Scheme(ABC):
@@ -56,40 +62,49 @@ class Scheme(ABC):
 
 @dataclass(frozen=True)
 class IntGroup(Scheme):
-    """Symmetric int4, one scale of `scale_bits` per `group_size` consecutive inputs of a row."""
+    """int4 or int8, one scale of `scale_bits` per `group_size` consecutive inputs of a row."""
 
     bits: int = 4
     group_size: int = 32
     scale_bits: int = 16
+    zero_point: ZeroPoint = "none"
 
     def __post_init__(self) -> None:
+        _check_integers(self.bits, self.zero_point)
         if self.group_size < 1:
             raise ConfigError(f"--group-size is {self.group_size}; it must be at least 1.")
 
-    name = "int4-group"
+    @property
+    def name(self) -> str:
+        return f"int{self.bits}-group"
 
     @property
     def label(self) -> str:
-        return f"int4 group {self.group_size}"
+        return f"int{self.bits} group {self.group_size}{_ZERO_POINTS[self.zero_point]}"
 
     def check(self, tensor: str, shape: tuple[int, int]) -> None:
         if shape[1] % self.group_size:
             raise UnsupportedError(
                 f"{tensor} has {shape[1]} inputs, which --group-size {self.group_size} does not "
                 f"divide; use a group size that does, such as {_largest_divisor(shape[1])}, "
-                "or int4-channel, which has no groups."
+                f"or int{self.bits}-channel, which has no groups."
             )
 
     def overhead_bits(self, shape: tuple[int, int]) -> int:
-        return self.scale_bits * shape[0] * (shape[1] // self.group_size)
+        per_group = self.scale_bits + _zero_point_bits(self.zero_point, self.bits, self.scale_bits)
+        return per_group * shape[0] * (shape[1] // self.group_size)
 
 
 @dataclass(frozen=True)
 class IntChannel(Scheme):
-    """Symmetric int4 or int8, one scale of `scale_bits` per output row."""
+    """int4 or int8, one scale of `scale_bits` per output row."""
 
     bits: int = 8
     scale_bits: int = 16
+    zero_point: ZeroPoint = "none"
+
+    def __post_init__(self) -> None:
+        _check_integers(self.bits, self.zero_point)
 
     @property
     def name(self) -> str:
@@ -97,42 +112,64 @@ class IntChannel(Scheme):
 
     @property
     def label(self) -> str:
-        return f"int{self.bits} per channel"
+        return f"int{self.bits} per channel{_ZERO_POINTS[self.zero_point]}"
 
     def check(self, tensor: str, shape: tuple[int, int]) -> None:
         """Any shape fits."""
 
     def overhead_bits(self, shape: tuple[int, int]) -> int:
-        return self.scale_bits * shape[0]
+        per_row = self.scale_bits + _zero_point_bits(self.zero_point, self.bits, self.scale_bits)
+        return per_row * shape[0]
 
 
 @dataclass(frozen=True)
 class Codebook(Scheme):
-    """Codes into tables of 2^bits values of `scale_bits`, one table per `rows` output rows."""
+    """Codes into tables of 2^bits values of `scale_bits`.
+
+    One table serves `rows` output rows, or `columns` inputs of every row; one of the two is None.
+    """
 
     bits: int = 4
-    rows: int = 16
+    rows: int | None = 16
     scale_bits: int = 16
+    columns: int | None = None
 
     def __post_init__(self) -> None:
-        if self.rows < 1:
-            raise ConfigError(f"--codebook-rows is {self.rows}; it must be at least 1.")
+        for flag, size in (("rows", self.rows), ("columns", self.columns)):
+            if size is not None and size < 1:
+                raise ConfigError(f"--codebook-{flag} is {size}; it must be at least 1.")
+        if self.rows is not None and self.columns is not None:
+            raise UnsupportedError(
+                "--codebook-rows and --codebook-columns together ask for a table per block, which "
+                "the lowering of torchao's codebooks does not take; drop one of them."
+            )
 
     name = "codebook"
 
     @property
     def label(self) -> str:
-        return f"codebook {self.bits} bit, {self.rows} rows per table"
+        size = f"{self.columns} columns" if self.rows is None else f"{self.rows} rows"
+        return f"codebook {self.bits} bit, {size} per table"
 
     def check(self, tensor: str, shape: tuple[int, int]) -> None:
-        if shape[0] % self.rows:
-            raise UnsupportedError(
-                f"{tensor} has {shape[0]} rows, which --codebook-rows {self.rows} does not divide; "
-                f"use a number that does, such as {_largest_divisor(shape[0], 16)}."
-            )
+        for flag, size, count in (
+            ("rows", self.rows, shape[0]),
+            ("columns", self.columns, shape[1]),
+        ):
+            if size is not None and count % size:
+                raise UnsupportedError(
+                    f"{tensor} has {count} {flag}, which --codebook-{flag} {size} does not divide; "
+                    f"use a number that does, such as {_largest_divisor(count, 16)}."
+                )
+
+    def tables(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Return how many groups of rows, and of columns, have tables of their own."""
+        rows, columns = self.rows or shape[0], self.columns or shape[1]
+        return shape[0] // rows, shape[1] // columns
 
     def overhead_bits(self, shape: tuple[int, int]) -> int:
-        return int(self.scale_bits * 2**self.bits * (shape[0] // self.rows))
+        row_groups, column_groups = self.tables(shape)
+        return int(self.scale_bits * 2**self.bits * row_groups * column_groups)
 
 
 @dataclass(frozen=True)
@@ -158,11 +195,27 @@ SCHEMES: Mapping[str, str] = MappingProxyType(
     {
         "int4-group": "int4, one scale per group of inputs (--group-size); GPU and CPU",
         "int4-channel": "int4, one scale per output row; every target, loses the most",
+        "int8-group": "int8, one scale per group of inputs (--group-size); GPU and CPU",
         "int8-channel": "int8, one scale per output row; every target",
-        "codebook": "1, 2, 3, 4, 6 or 8 bit tables, one per --codebook-rows; every target",
+        "codebook": "1, 2, 3, 4, 6 or 8 bit tables, see --codebook-rows and -columns; every target",
         "none": "weights as they are, fp16 or fp32",
     }
 )
+
+
+def _check_integers(bits: int, zero_point: str) -> None:
+    if bits not in INTEGER_BITS:
+        raise UnsupportedError(
+            f"Core ML holds integer weights of 4 and 8 bits, not of {bits}; use a codebook, which "
+            "has 1, 2, 3, 4, 6 or 8."
+        )
+    if zero_point not in get_args(ZeroPoint):
+        raise ConfigError(f"--zero-point is '{zero_point}'; it must be none, int or float.")
+
+
+def _zero_point_bits(zero_point: ZeroPoint, bits: int, scale_bits: int) -> int:
+    """Return the bits of one zero point: as the codes if an integer, as the scales if a float."""
+    return {"none": 0, "int": bits, "float": scale_bits}[zero_point]
 
 
 def _largest_divisor(size: int, limit: int = 32) -> int:

@@ -43,7 +43,11 @@ NEURAL_ENGINE = (
         ({"target": "cpu", "group_size": 16}, IntGroup(4, 16)),
         ({"bits": 8}, IntChannel(8)),
         ({"bits": 8, "scheme": "codebook"}, Codebook(8, 16)),
+        ({"scheme": "int8-group", "bits": 8}, IntGroup(8, 32)),
+        ({"zero_point": "int"}, IntGroup(4, 32, zero_point="int")),
+        ({"bits": 8, "zero_point": "float"}, IntChannel(8, zero_point="float")),
         ({"bits": 3}, Codebook(3, 16)),
+        ({"bits": 3, "codebook_columns": 8}, Codebook(3, None, columns=8)),
         ({"bits": 1, "codebook_rows": 8}, Codebook(1, 8)),
         ({"bits": 6}, Codebook(6, 16)),
         ({"bits": 16}, Unquantized(16)),
@@ -119,20 +123,21 @@ def test_what_bits_and_scheme_mean(settings: dict[str, Any], expected: Scheme) -
         (
             {"embedding": "int8"},
             ConfigError,
-            "--embedding int8 is not known; give one of int4-group, int4-channel, int8-channel, "
-            "codebook, none, codebooks as codebook:4. Did you mean 'int8-channel'?",
+            "--embedding int8 is not known; give one of int4-group, int4-channel, int8-group, "
+            "int8-channel, codebook, none, codebooks as codebook:4. Did you mean 'int8-group'?",
         ),
         (
             {"lm_head": "codebook:four"},
             ConfigError,
             "--lm-head codebook:four is not known; give one of int4-group, int4-channel, "
-            "int8-channel, codebook, none, codebooks as codebook:4. Did you mean 'codebook'?",
+            "int8-group, int8-channel, codebook, none, codebooks as codebook:4. Did you mean "
+            "'codebook'?",
         ),
         (
             {"scheme": "int4-groups"},
             ConfigError,
             "There is no scheme 'int4-groups'; the schemes are int4-group, int4-channel, "
-            "int8-channel, codebook, none. Did you mean 'int4-group'?",
+            "int8-group, int8-channel, codebook, none. Did you mean 'int4-group'?",
         ),
         (
             {"scheme": "int4-group", "target": "ane"},
@@ -145,6 +150,30 @@ def test_what_bits_and_scheme_mean(settings: dict[str, Any], expected: Scheme) -
             UnsupportedError,
             f"--target all does not take int4-group: {NEURAL_ENGINE}. Use --scheme codebook, or "
             "--force to export it all the same.",
+        ),
+        (
+            {"scheme": "int8-group", "target": "ane"},
+            UnsupportedError,
+            "--target ane does not take int8-group: the Neural Engine has been reported to compute "
+            "wrong values with per-block int8, without an error (coreai-models issue 279). Use "
+            "--scheme codebook, or --force to export it all the same.",
+        ),
+        (
+            {"bits": 3, "codebook_columns": 24},
+            UnsupportedError,
+            "layers.0.self_attn.q_proj has 64 columns, which --codebook-columns 24 does not "
+            "divide; use a number that does, such as 16.",
+        ),
+        (
+            {"bits": 3, "codebook_columns": 8, "codebook_rows": 8},
+            UnsupportedError,
+            "--codebook-rows and --codebook-columns together ask for a table per block, which the "
+            "lowering of torchao's codebooks does not take; drop one of them.",
+        ),
+        (
+            {"zero_point": "integer"},
+            ConfigError,
+            "zero_point is 'integer'; it must be none or int or float.",
         ),
         ({"group_size": 0}, ConfigError, "--group-size is 0; it must be at least 1."),
         (
@@ -212,10 +241,15 @@ def test_a_tied_table_costs_twice_where_the_formats_differ() -> None:
     [
         (IntGroup(4, 32), 4.5),
         (IntGroup(4, 8), 6.0),
+        (IntGroup(4, 32, zero_point="int"), 4 + (16 + 4) / 32),
+        (IntGroup(4, 32, zero_point="float"), 5.0),
+        (IntGroup(8, 32, zero_point="int"), 8.75),
+        (IntChannel(8, zero_point="int"), 8.25),
         (IntChannel(4), 4 + 16 / 96),
         (IntChannel(8), 8 + 16 / 96),
         (Codebook(1, 16), 1 + 16 * 2 / (16 * 96)),
         (Codebook(4, 8), 4 + 16 * 16 / (8 * 96)),
+        (Codebook(4, None, columns=12), 4 + 16 * 16 / (64 * 12)),
         (Codebook(8, 64), 8 + 16 * 256 / (64 * 96)),
         (Unquantized(16), 16.0),
         (Unquantized(32), 32.0),
