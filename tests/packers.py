@@ -133,12 +133,13 @@ def mlx(bits: int, group: int, whole: bool) -> Packer:
     return pack
 
 
-def hqq(bits: int, group: int, zeros: tuple[float, float]) -> Packer:
+def hqq(bits: int, group: int, zeros: tuple[float, float], whole: bool = False) -> Packer:
     """Return a packer of HQQ along the inputs; `zeros` is where zero points are drawn from."""
 
     def pack(rng: np.random.Generator, rows: int, columns: int) -> tuple[Tensors, Array]:
         codes, scale = draw(rng, rows, columns, bits, group)
         zero = rng.uniform(*zeros, scale.shape).astype(np.float16)
+        zero = zero.round() if whole else zero
         lines = codes.reshape(-1, group).astype(np.uint8)
         if bits == 4:
             lines = lines[: len(lines) // 2] * 16 + lines[len(lines) // 2 :]

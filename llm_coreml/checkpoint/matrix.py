@@ -71,14 +71,14 @@ class PackedForm:
     Attributes:
         label: The format, as people call it.
         bits: Of one code.
-        group_size: Inputs that share a scale.
+        group_size: Inputs that share a scale; None where a row has only one.
         zero_point: Which numbers its zero points are.
         error: Largest difference that storing it for Core ML makes, see `Levels.error`; 0 is exact.
     """
 
     label: str
     bits: int
-    group_size: int
+    group_size: int | None
     zero_point: ZeroPoint
     error: float
 

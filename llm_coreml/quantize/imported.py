@@ -14,7 +14,6 @@ from types import MappingProxyType
 from typing import Literal, final
 
 import torch
-from torchao.quantization import IntxUnpackedToInt8Tensor
 
 from llm_coreml.checkpoint import Checkpoint
 from llm_coreml.checkpoint.matrix import Packed, PackedForm
@@ -22,7 +21,8 @@ from llm_coreml.config import ExportConfig
 from llm_coreml.decoder import DecoderSpec
 from llm_coreml.errors import ConfigError, UnsupportedError
 from llm_coreml.quantize.plan import QuantizationPlan, matrices
-from llm_coreml.quantize.schemes import IntGroup, Scheme
+from llm_coreml.quantize.schemes import IntChannel, IntGroup, Scheme
+from llm_coreml.quantize.tensors import integer_tensor
 from llm_coreml.targets import get_target
 
 # What chooses codes, and so cannot be asked for where they are chosen already.
@@ -140,17 +140,7 @@ def with_imports(
 def imported_weight(packed: Packed) -> torch.Tensor:
     """Return a quantized matrix as the lowering takes it."""
     levels = packed.levels
-    zero = levels.zero_point
-    found: torch.Tensor = IntxUnpackedToInt8Tensor(
-        packed.codes,
-        levels.scale,
-        torch.zeros_like(levels.scale, dtype=torch.int8) if zero is None else zero,
-        getattr(torch, f"int{levels.bits}"),
-        (1, packed.codes.shape[1] // levels.scale.shape[1]),
-        torch.float32,
-        None,
-    )
-    return found
+    return integer_tensor(packed.codes, levels.scale, levels.zero_point, levels.bits)
 
 
 def refuse_inexact(report: ImportReport, config: ExportConfig) -> None:
@@ -164,7 +154,9 @@ def refuse_inexact(report: ImportReport, config: ExportConfig) -> None:
 
 def _scheme(form: PackedForm, config: ExportConfig) -> Scheme:
     scale_bits = 32 if config.compute_precision == "fp32" else 16
-    return IntGroup(form.bits, form.group_size, scale_bits)
+    if form.group_size is None:
+        return IntChannel(form.bits, scale_bits, form.zero_point)
+    return IntGroup(form.bits, form.group_size, scale_bits, form.zero_point)
 
 
 def _refuse_misfits(config: ExportConfig, schemes: Mapping[str, Scheme]) -> None:

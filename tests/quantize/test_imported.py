@@ -15,7 +15,10 @@ from tiny import llama
 from llm_coreml.build import build_decoder, open_model, plan_for
 from llm_coreml.config import ExportConfig
 from llm_coreml.errors import UnsupportedError
+from llm_coreml.pipeline import export
 from llm_coreml.quantize.apply import dense_rows
+from llm_coreml.reference.execution import Execution
+from llm_coreml.runtime import ReferenceRunner
 
 CONFIG = ExportConfig(context=32, seq_lengths=(1, 8))
 
@@ -130,3 +133,30 @@ def test_what_torchao_saved(tmp_path: Path) -> None:
         if "_proj" in name:
             parts = (weight.qdata, weight.scale, weight.zero_point)
             assert np.array_equal(held[name], affine(*(part.numpy() for part in parts))), name
+
+
+def test_the_program_holds_every_kind_of_zero_point(tmp_path: Path) -> None:
+    table = hqq(8, 16, (100, 156))
+    kinds = (hqq(4, 32, (8, 8)), hqq(4, 32, (0, 15), whole=True), hqq(4, 32, (0, 16)))
+    # In order of name, the token table is the first.
+    folder, meant = checkpoint(
+        tmp_path / "model", HQQ, table, *kinds, table, *kinds, tables=True, tie_word_embeddings=True
+    )
+    config = replace(CONFIG, allow_inexact=True)
+    bundle = export(folder, output=tmp_path / "bundle", config=config)
+    runner = ReferenceRunner(bundle.folder / "model.pte", Execution(mode="fp32"))
+    held = [value.numpy() for _, value in runner.constants() if isinstance(value, torch.Tensor)]
+    told = bundle.manifest["quantization"]
+    assert told["import"]["matrices"] == len(meant) == 8
+    assert told["import"]["exactness"] == "inexact"
+    assert told["tied"] and told["embedding"]["bits"] == 8 and told["linear"]["bits"] == 4
+    for index, (name, values) in enumerate(meant.items()):
+        if index % 4 == 3:
+            step = steps(values, 32) / 15
+            same = [matrix for matrix in held if matrix.shape == values.shape]
+            least = min(float((abs(matrix - values) / step).max()) for matrix in same)
+            assert 0 < least <= told["import"]["largest_error"] * 1.001, name
+        else:
+            assert any(np.array_equal(values, matrix) for matrix in held), name
+    card = (bundle.folder / "README.md").read_text(encoding="utf-8")
+    assert "8 matrices as the checkpoint quantized them, HQQ, inexact: up to 0." in card

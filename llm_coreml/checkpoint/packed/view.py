@@ -143,7 +143,8 @@ class PackedCheckpoint(Checkpoint):
         found = {}
         for name, (form, parts) in self._matrices.items():
             levels = _levels(form, parts)
-            size = form.shape(parts)[1] // levels.scale.shape[1]
+            columns, groups = form.shape(parts)[1], levels.scale.shape[1]
+            size = columns // groups if groups > 1 else None
             found[name] = PackedForm(form.label, levels.bits, size, levels.kind, levels.error)
         return found
 
