@@ -146,7 +146,7 @@ def _resolve(
     if not isinstance(source, str):
         return source, False
     is_recipe = source in recipe_names() and not (Path(source) / "config.json").is_file()
-    if not is_recipe and (Path(source).is_dir() or "/" in source):
+    if not is_recipe and (Path(source).exists() or "/" in source):
         return source, False
     recipe = load_recipe(source)
     return recipe.source, recipe.model == BUNDLED

@@ -4,7 +4,7 @@ Every format here says `scale * code + offset`, in a way of its own. Core ML say
 `scale * (code - zero_point)` with fp16 scales and signed codes, so an import is exact if these fp16
 numbers give the very same values, and its error is measured where they do not.
 
-    levels = fit(4, scale, offset)          # levels.error == 0.0 is exact
+    levels = fit(Affine(4, scale, offset))  # levels.error == 0.0 is exact
     unpack(words, 4)                        # eight codes out of each int32
 """
 
@@ -19,6 +19,24 @@ ZeroPoint = Literal["none", "int", "float"]
 
 # Elements whose values are computed at a time.
 _PIECE = 1 << 22
+
+
+@final
+@dataclass(frozen=True)
+class Affine:
+    """What the signed codes of one matrix stand for by its format: `scale * code + offset`.
+
+    Attributes:
+        bits: 4 or 8.
+        scale: fp64 `[rows, groups]`, any sign; consecutive inputs share one.
+        offset: fp64 `[rows, groups]`.
+        ends: The lowest and the highest code; None is all that `bits` hold.
+    """
+
+    bits: int
+    scale: torch.Tensor
+    offset: torch.Tensor
+    ends: tuple[int, int] | None = None
 
 
 @final
@@ -83,17 +101,13 @@ class PackedForm:
     error: float
 
 
-def fit(bits: int, scale: torch.Tensor, offset: torch.Tensor) -> Levels:
-    """Find the fp16 numbers nearest to `scale * code + offset`.
-
-    Args:
-        bits: 4 or 8; codes are signed.
-        scale: fp64 `[rows, groups]`, any sign.
-        offset: fp64 of the same shape.
+def fit(affine: Affine) -> Levels:
+    """Find the fp16 numbers nearest to what a format defines.
 
     Raises:
         ValueError: a number is not finite, or fp16 cannot hold it.
     """
+    bits, scale, offset = affine.bits, affine.scale, affine.offset
     half = 2 ** (bits - 1)
     # Values of a group without a scale are all `offset`: once a scale, with a zero point of -1.
     flat = (scale == 0) & (offset != 0)
@@ -104,7 +118,8 @@ def fit(bits: int, scale: torch.Tensor, offset: torch.Tensor) -> Levels:
     if not whole:
         zero = _halves(zero, "zero point")
     error = 0.0
-    for code in (-half, half - 1):
+    for end in affine.ends or (-half, half - 1):
+        code = torch.where(flat, 0, end)
         off = (stored * (code - zero) - (slope * code + offset)).abs()
         error = max(error, float(torch.where(off == 0, 0.0, off / slope.abs()).max()))
     point = zero.to(torch.int8 if whole else torch.float32)
@@ -113,14 +128,9 @@ def fit(bits: int, scale: torch.Tensor, offset: torch.Tensor) -> Levels:
     )
 
 
-def values(codes: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
-    """Return `scale * codes + offset`, computed in fp64 and rounded to fp32.
-
-    Args:
-        codes: int8 `[rows, columns]`.
-        scale: fp64 `[rows, groups]`.
-        offset: fp64 `[rows, groups]`.
-    """
+def values(codes: torch.Tensor, affine: Affine) -> torch.Tensor:
+    """Return what int8 codes `[rows, columns]` stand for, computed in fp64 and rounded to fp32."""
+    scale, offset = affine.scale, affine.offset
     found = torch.empty(codes.shape, dtype=torch.float32)
     step = max(1, _PIECE // codes.shape[1])
     for rows in (slice(start, start + step) for start in range(0, len(codes), step)):

@@ -12,7 +12,7 @@ from typing import final
 
 import torch
 
-from llm_coreml.checkpoint.matrix import signed, unpack
+from llm_coreml.checkpoint.matrix import Affine, signed, unpack
 from llm_coreml.checkpoint.packed.parts import PackedFormat, Parts
 
 # Where the code of each output of a word lies.
@@ -34,13 +34,13 @@ class AWQ(PackedFormat):
         columns, words = parts.shape("qweight")
         return words * 8, columns
 
-    def scales(self, parts: Parts) -> tuple[int, torch.Tensor, torch.Tensor]:
+    def scales(self, parts: Parts) -> Affine:
         """See `PackedFormat`."""
         rows, columns = self.shape(parts)
         groups = parts.groups(columns, self.group_size)
         scale = parts.numbers("scales", (groups, rows)).t().contiguous()
         zero = self._outputs(parts, "qzeros", groups, rows).to(torch.float64)
-        return 4, scale, -scale * (zero - 8)
+        return Affine(4, scale, -scale * (zero - 8))
 
     def codes(self, parts: Parts) -> torch.Tensor:
         """See `PackedFormat`."""

@@ -13,7 +13,7 @@ from typing import final
 
 import torch
 
-from llm_coreml.checkpoint.matrix import signed, unpack
+from llm_coreml.checkpoint.matrix import Affine, signed, unpack
 from llm_coreml.checkpoint.packed.parts import PackedFormat, Parts
 from llm_coreml.errors import UnsupportedError
 
@@ -70,17 +70,17 @@ class PackedWords(_Compressed):
             )
         return rows, columns
 
-    def scales(self, parts: Parts) -> tuple[int, torch.Tensor, torch.Tensor]:
+    def scales(self, parts: Parts) -> Affine:
         """See `PackedFormat`."""
         rows, columns = self.shape(parts)
         bits = self._bits(parts)
         scale = self._scale(parts, rows, columns)
         if "weight_zero_point" not in parts:
-            return bits, scale, torch.zeros_like(scale)
+            return Affine(bits, scale, torch.zeros_like(scale))
         words = (-(-rows * bits // 32), scale.shape[1])
         packed = parts.read("weight_zero_point", words, (torch.int32,))
         zero = unpack(packed.t(), bits)[:, :rows].t().to(torch.float64)
-        return bits, scale, -scale * (zero - 2 ** (bits - 1))
+        return Affine(bits, scale, -scale * (zero - 2 ** (bits - 1)))
 
     def codes(self, parts: Parts) -> torch.Tensor:
         """See `PackedFormat`."""
@@ -103,14 +103,14 @@ class PlainBytes(_Compressed):
         rows, columns = parts.shape("weight")
         return rows, columns
 
-    def scales(self, parts: Parts) -> tuple[int, torch.Tensor, torch.Tensor]:
+    def scales(self, parts: Parts) -> Affine:
         """See `PackedFormat`."""
         scale = self._scale(parts, *self.shape(parts))
         if "weight_zero_point" not in parts:
-            return 8, scale, torch.zeros_like(scale)
+            return Affine(8, scale, torch.zeros_like(scale))
         shape = parts.checkpoint.shape(f"{parts.module}.weight_scale")
         zero = parts.read("weight_zero_point", shape, (torch.int8,)).to(torch.float64)
-        return 8, scale, -scale * zero
+        return Affine(8, scale, -scale * zero)
 
     def codes(self, parts: Parts) -> torch.Tensor:
         """See `PackedFormat`."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from llm_coreml.checkpoint.packed.awq import AWQ
+from llm_coreml.checkpoint.packed.blocks import BLOCKS
 from llm_coreml.checkpoint.packed.compressed import PackedWords, PlainBytes
 from llm_coreml.checkpoint.packed.gptq import GPTQ
 from llm_coreml.checkpoint.packed.hqq import HQQ
@@ -115,6 +116,10 @@ def _torchao(settings: Mapping[str, Any], where: str) -> Formats:
     return (TorchAO(),)
 
 
+def _gguf(settings: Mapping[str, Any], where: str) -> Formats:
+    return tuple(BLOCKS.values())
+
+
 def _types(value: object) -> Iterator[str]:
     """Yield the types that are named anywhere in torchao's JSON."""
     if isinstance(value, Mapping):
@@ -125,6 +130,7 @@ def _types(value: object) -> Iterator[str]:
 
 
 _READERS: dict[str, Callable[[Mapping[str, Any], str], Formats]] = {
+    "gguf": _gguf,
     "gptq": _gptq,
     "awq": _awq,
     "compressed-tensors": _compressed,

@@ -12,7 +12,7 @@ from typing import final
 
 import torch
 
-from llm_coreml.checkpoint.matrix import signed, unpack
+from llm_coreml.checkpoint.matrix import Affine, signed, unpack
 from llm_coreml.checkpoint.packed.parts import PackedFormat, Parts
 from llm_coreml.errors import UnsupportedError
 
@@ -41,7 +41,7 @@ class GPTQ(PackedFormat):
         words, rows = parts.shape("qweight")
         return rows, words * 32 // self.bits
 
-    def scales(self, parts: Parts) -> tuple[int, torch.Tensor, torch.Tensor]:
+    def scales(self, parts: Parts) -> Affine:
         """See `PackedFormat`."""
         rows, columns = self.shape(parts)
         groups = parts.groups(columns, self.group_size)
@@ -51,7 +51,7 @@ class GPTQ(PackedFormat):
         scale = parts.numbers("scales", (groups, rows)).t().contiguous()
         words = parts.read("qzeros", (groups, rows * self.bits // 32), (torch.int32,))
         zero = unpack(words, self.bits).t().to(torch.float64) + self.bias
-        return self.bits, scale, -scale * (zero - 2 ** (self.bits - 1))
+        return Affine(self.bits, scale, -scale * (zero - 2 ** (self.bits - 1)))
 
     def codes(self, parts: Parts) -> torch.Tensor:
         """See `PackedFormat`."""

@@ -12,7 +12,7 @@ from typing import final
 
 import torch
 
-from llm_coreml.checkpoint.matrix import signed
+from llm_coreml.checkpoint.matrix import Affine, signed
 from llm_coreml.checkpoint.packed.parts import PackedFormat, Parts
 from llm_coreml.errors import UnsupportedError
 
@@ -49,7 +49,7 @@ class HQQ(PackedFormat):
             raise parts.error(f"shape is {[rows, columns]}, and no matrix is that small")
         return rows, columns
 
-    def scales(self, parts: Parts) -> tuple[int, torch.Tensor, torch.Tensor]:
+    def scales(self, parts: Parts) -> Affine:
         """See `PackedFormat`."""
         self._check(parts)
         bits = self._bits(parts)
@@ -59,7 +59,7 @@ class HQQ(PackedFormat):
             raise parts.error(f"scale has {count} groups, which do not divide {[rows, columns]}")
         scale = parts.numbers("scale", (count, 1)).view(rows, -1)
         zero = parts.numbers("zero", (count, 1)).view(rows, -1)
-        return bits, scale, -scale * (zero - 2 ** (bits - 1))
+        return Affine(bits, scale, -scale * (zero - 2 ** (bits - 1)))
 
     def codes(self, parts: Parts) -> torch.Tensor:
         """See `PackedFormat`."""

@@ -13,7 +13,7 @@ from typing import final
 
 import torch
 
-from llm_coreml.checkpoint.matrix import signed, unpack
+from llm_coreml.checkpoint.matrix import Affine, signed, unpack
 from llm_coreml.checkpoint.packed.parts import PackedFormat, Parts
 
 
@@ -40,13 +40,13 @@ class MLX(PackedFormat):
         rows, words = parts.shape("weight")
         return rows, words * 32 // self._settings(parts)[0]
 
-    def scales(self, parts: Parts) -> tuple[int, torch.Tensor, torch.Tensor]:
+    def scales(self, parts: Parts) -> Affine:
         """See `PackedFormat`."""
         bits, size = self._settings(parts)
         rows, columns = self.shape(parts)
         shape = (rows, parts.groups(columns, size))
         scale = parts.numbers("scales", shape)
-        return bits, scale, parts.numbers("biases", shape) + scale * 2 ** (bits - 1)
+        return Affine(bits, scale, parts.numbers("biases", shape) + scale * 2 ** (bits - 1))
 
     def codes(self, parts: Parts) -> torch.Tensor:
         """See `PackedFormat`."""

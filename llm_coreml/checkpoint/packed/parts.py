@@ -13,6 +13,7 @@ from typing import final
 
 import torch
 
+from llm_coreml.checkpoint.matrix import Affine
 from llm_coreml.checkpoint.tensors import WEIGHT_DTYPES, Checkpoint, type_name
 from llm_coreml.errors import CheckpointError
 
@@ -98,12 +99,8 @@ class PackedFormat(ABC):
         """Return rows (outputs) and columns (inputs), from the shapes of the parts."""
 
     @abstractmethod
-    def scales(self, parts: Parts) -> tuple[int, torch.Tensor, torch.Tensor]:
-        """Return what codes mean, without reading them.
-
-        Returns:
-            Bits of a code, and fp64 `scale` and `offset` `[rows, groups]`: a signed code stands
-            for `scale * code + offset`.
+    def scales(self, parts: Parts) -> Affine:
+        """Return what codes mean, from the scales and zero points.
 
         Raises:
             CheckpointError: a part has a wrong shape, type or value.

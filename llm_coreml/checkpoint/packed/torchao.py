@@ -12,6 +12,7 @@ from typing import final
 
 import torch
 
+from llm_coreml.checkpoint.matrix import Affine
 from llm_coreml.checkpoint.packed.parts import PackedFormat, Parts
 from llm_coreml.checkpoint.tensors import WEIGHT_DTYPES
 
@@ -29,7 +30,7 @@ class TorchAO(PackedFormat):
         rows, columns = parts.shape("_weight_qdata")
         return rows, columns
 
-    def scales(self, parts: Parts) -> tuple[int, torch.Tensor, torch.Tensor]:
+    def scales(self, parts: Parts) -> Affine:
         """See `PackedFormat`."""
         rows, columns = self.shape(parts)
         groups = parts.shape("_weight_scale")[1]
@@ -39,7 +40,9 @@ class TorchAO(PackedFormat):
         whole = (torch.int8, *WEIGHT_DTYPES)
         zero = parts.read("_weight_zero_point", (rows, groups), whole).to(torch.float64)
         low, high = torch.aminmax(self.codes(parts))
-        return 4 if int(low) >= -8 and int(high) < 8 else 8, scale, -scale * zero
+        ends = (int(low), int(high))
+        bits = 4 if ends[0] >= -8 and ends[1] < 8 else 8
+        return Affine(bits, scale, -scale * zero, ends)
 
     def codes(self, parts: Parts) -> torch.Tensor:
         """See `PackedFormat`."""

@@ -93,8 +93,7 @@ class PackedCheckpoint(Checkpoint):
         if name not in self._matrices:
             return self.files.stored(name)
         form, parts = self._matrices[name]
-        _, scale, offset = form.scales(parts)
-        return values(form.codes(parts), scale, offset)
+        return values(form.codes(parts), form.scales(parts))
 
     def contents(self, name: str) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the stored tensors that make up `name`."""
@@ -157,6 +156,6 @@ class PackedCheckpoint(Checkpoint):
 
 def _levels(form: PackedFormat, parts: Parts) -> Levels:
     try:
-        return fit(*form.scales(parts))
+        return fit(form.scales(parts))
     except ValueError as error:
         raise parts.error(str(error)) from error
