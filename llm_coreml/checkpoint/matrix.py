@@ -134,7 +134,8 @@ def values(codes: torch.Tensor, affine: Affine) -> torch.Tensor:
     found = torch.empty(codes.shape, dtype=torch.float32)
     step = max(1, _PIECE // codes.shape[1])
     for rows in (slice(start, start + step) for start in range(0, len(codes), step)):
-        grouped = codes[rows].unflatten(1, (scale.shape[1], -1)).to(torch.float64)
+        piece = codes[rows]
+        grouped = piece.reshape(len(piece), scale.shape[1], -1).to(torch.float64)
         grouped.mul_(scale[rows].unsqueeze(2)).add_(offset[rows].unsqueeze(2))
         found[rows] = grouped.flatten(1)
     return found
@@ -158,7 +159,8 @@ def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
 
 def signed(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Return uint8 codes from 0 on as int8 codes from `-2**(bits - 1)` on."""
-    return (codes - 2 ** (bits - 1)).view(torch.int8)  # uint8 wraps, as int8 does
+    lowered: torch.Tensor = codes - 2 ** (bits - 1)  # uint8 wraps, as int8 does
+    return lowered.view(torch.int8)
 
 
 def _halves(numbers: torch.Tensor, what: str) -> torch.Tensor:
@@ -166,5 +168,5 @@ def _halves(numbers: torch.Tensor, what: str) -> torch.Tensor:
     halves = numbers.to(torch.float16)
     if not bool(torch.isfinite(halves).all()):
         bad = float(numbers[~torch.isfinite(halves)][0])
-        raise ValueError(f"has a {what} of {bad:g}, which is not a number that fp16 holds")
+        raise ValueError(f"a {what} is {bad:g}, which fp16 cannot hold")
     return halves.to(torch.float64)

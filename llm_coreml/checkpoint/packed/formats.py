@@ -79,9 +79,9 @@ def _compressed(settings: Mapping[str, Any], where: str) -> Formats:
     groups = settings.get("config_groups")
     if not isinstance(groups, Mapping) or not groups:
         raise CheckpointError(f"{where} names no config_groups of compressed-tensors.")
-    sparsity = settings.get("sparsity_config") or {}
-    if sparsity and sparsity.get("format", "dense") != "dense":
-        raise _refusal(where, f"sparse weights ({sparsity['format']})")
+    sparsity = settings.get("sparsity_config")
+    if sparsity and (not isinstance(sparsity, Mapping) or sparsity.get("format") != "dense"):
+        raise _refusal(where, "sparse weights")
     sizes = set()
     for group in groups.values():
         weights = group.get("weights") if isinstance(group, Mapping) else None
@@ -152,13 +152,12 @@ def _choice(settings: Mapping[str, Any], key: str, known: tuple[int, ...], where
 
 def _group_size(settings: Mapping[str, Any], where: str) -> int:
     value = settings.get("group_size")
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if not whole or (value != -1 and value < 1):
-        raise CheckpointError(
-            f"{where} gives group_size = {value!r} for its quantized weights; it must be a whole "
-            "number of at least 1, or -1. Download the checkpoint again."
-        )
-    return int(value)
+    if isinstance(value, int) and not isinstance(value, bool) and (value == -1 or value > 0):
+        return value
+    raise CheckpointError(
+        f"{where} gives group_size = {value!r} for its quantized weights; it must be a whole "
+        "number of at least 1, or -1. Download the checkpoint again."
+    )
 
 
 def _refusal(where: str, what: str) -> UnsupportedError:

@@ -46,7 +46,7 @@ class GPTQ(PackedFormat):
         rows, columns = self.shape(parts)
         groups = parts.groups(columns, self.group_size)
         if rows * self.bits % 32:
-            raise parts.error(f"has {rows} outputs, which do not fill whole words of zero points")
+            raise parts.error(f"the zero points of its {rows} outputs do not fill whole words")
         self._check_order(parts, columns, groups)
         scale = parts.numbers("scales", (groups, rows)).t().contiguous()
         words = parts.read("qzeros", (groups, rows * self.bits // 32), (torch.int32,))

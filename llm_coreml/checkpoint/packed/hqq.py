@@ -55,7 +55,7 @@ class HQQ(PackedFormat):
         bits = self._bits(parts)
         rows, columns = self.shape(parts)
         count, _ = parts.shape("scale")
-        if count % rows or columns % (count // rows):
+        if count % rows or columns % (count // rows) or count * bits % 8:
             raise parts.error(f"scale has {count} groups, which do not divide {[rows, columns]}")
         scale = parts.numbers("scale", (count, 1)).view(rows, -1)
         zero = parts.numbers("zero", (count, 1)).view(rows, -1)

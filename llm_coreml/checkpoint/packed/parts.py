@@ -67,7 +67,7 @@ class Parts:
         if size == -1:
             return 1
         if size < 1 or columns % size:
-            raise self.error(f"has {columns} inputs, which groups of {size} do not divide")
+            raise self.error(f"its {columns} inputs do not divide into groups of {size}")
         return columns // size
 
     def error(self, what: str) -> CheckpointError:

@@ -35,7 +35,7 @@ class TorchAO(PackedFormat):
         rows, columns = self.shape(parts)
         groups = parts.shape("_weight_scale")[1]
         if columns % groups:
-            raise parts.error(f"has {columns} inputs, which {groups} groups do not divide")
+            raise parts.error(f"its {columns} inputs do not divide into {groups} groups")
         scale = parts.numbers("_weight_scale", (rows, groups))
         whole = (torch.int8, *WEIGHT_DTYPES)
         zero = parts.read("_weight_zero_point", (rows, groups), whole).to(torch.float64)
