@@ -52,8 +52,13 @@ def half(scale: Array) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(scale))
 
 
-def gptq(bits: int, group: int, version: int, zeros: tuple[int, int]) -> Packer:
-    """Return a packer of GPTQ; `zeros` are the lowest and highest zero point."""
+def gptq(
+    bits: int, group: int, version: int, zeros: tuple[int, int], seed: int | None = None
+) -> Packer:
+    """Return a packer of GPTQ; `zeros` are the lowest and highest zero point.
+
+    With a `seed`, inputs are dealt to groups at random, alike for all matrices of a width.
+    """
 
     def pack(rng: np.random.Generator, rows: int, columns: int) -> tuple[Tensors, Array]:
         codes, scale = draw(rng, rows, columns, bits, group)
@@ -64,7 +69,12 @@ def gptq(bits: int, group: int, version: int, zeros: tuple[int, int]) -> Packer:
             "scales": half(scale.T),
             "g_idx": torch.arange(columns, dtype=torch.int32) // group,
         }
-        return parts, affine(codes, scale, zero)
+        if seed is None:
+            return parts, affine(codes, scale, zero)
+        index = np.random.default_rng(seed).permutation(columns) // group
+        parts["g_idx"] = torch.from_numpy(index.astype(np.int32))
+        wide = [np.asarray(part, np.float64)[:, index] for part in (scale, zero)]
+        return parts, wide[0] * (codes - wide[1])
 
     return pack
 

@@ -104,9 +104,16 @@ BAD: list[tuple[dict[str, Any], Any, Change, type[LlmCoreMLError], str]] = [
     (
         GPTQ,
         gptq(4, 32, 1, (8, 8)),
+        put("g_idx", entry(1)),
+        CheckpointError,
+        r"g_idx gives its groups different numbers of inputs",
+    ),
+    (
+        GPTQ,
+        gptq(4, 32, 1, (8, 8)),
         put("g_idx", lambda t: t.flip(0)),
         UnsupportedError,
-        r"in activation order \(desc_act\).*desc_act=False",
+        r"mlp.up_proj has its inputs in another order than gate_proj.*desc_act=False",
     ),
     (
         GPTQ,

@@ -75,10 +75,12 @@ class Packed:
     Attributes:
         codes: int8 `[rows, columns]`, from `-2**(bits - 1)` to `2**(bits - 1) - 1`.
         levels: What they stand for.
+        order: int64 `[columns]`, which input each column belongs to; None is its own.
     """
 
     codes: torch.Tensor
     levels: Levels
+    order: torch.Tensor | None = None
 
 
 @final

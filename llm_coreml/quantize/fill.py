@@ -20,7 +20,7 @@ from llm_coreml.errors import UnsupportedError
 from llm_coreml.families import Family
 from llm_coreml.quantize.apply import quantize_weight
 from llm_coreml.quantize.calibration import Calibration
-from llm_coreml.quantize.imported import imported_weight
+from llm_coreml.quantize.imported import imported_weight, set_input_order
 from llm_coreml.quantize.plan import QuantizationPlan
 from llm_coreml.quantize.schemes import Scheme, Unquantized
 
@@ -85,7 +85,8 @@ def fill(
         module = modules[owner]
         if attribute == "weight" and isinstance(module, (nn.Linear, nn.Embedding)):
             scheme = Unquantized() if at_once is None else at_once.scheme_of(owner)
-            _set_matrix(module, checkpoint, theirs, scheme, storage)
+            order = _set_matrix(module, checkpoint, theirs, scheme, storage)
+            set_input_order(modules, owner, order)
         else:
             # Computed with in fp32, but with the values that the program holds.
             values = checkpoint.tensor(theirs, storage or torch.float32).to(torch.float32)
@@ -113,15 +114,16 @@ def _set_matrix(
     name: str,
     scheme: Scheme,
     storage: torch.dtype | None,
-) -> None:
+) -> torch.Tensor | None:
+    """Set a module's weight, and return the order of its inputs if that is not their own."""
     if isinstance(scheme, Unquantized):
         weight = checkpoint.tensor(name, storage or checkpoint.dtype(name))
         module.weight = nn.Parameter(weight, requires_grad=False)
-        return
+        return None
     packed = checkpoint.packed(name)
     if packed is not None:
         module.weight = nn.Parameter(imported_weight(packed), requires_grad=False)
-        return
+        return packed.order
     # Read in the program's own precision, which finds values that it cannot hold.
     weight = checkpoint.tensor(name, storage or checkpoint.dtype(name))
     module.weight = nn.Parameter(weight, requires_grad=False)
@@ -129,6 +131,7 @@ def _set_matrix(
         quantize_weight(module, scheme)
     except UnsupportedError as error:
         raise UnsupportedError(f"'{name}' in {checkpoint.where(name)}: {error}") from error
+    return None
 
 
 def _tie(

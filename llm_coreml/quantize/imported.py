@@ -14,17 +14,25 @@ from types import MappingProxyType
 from typing import Literal, final
 
 import torch
+from torch import nn
 
 from llm_coreml.checkpoint import Checkpoint
 from llm_coreml.checkpoint.matrix import Packed, PackedForm
 from llm_coreml.config import ExportConfig
 from llm_coreml.decoder import DecoderSpec
+from llm_coreml.decoder.layers import Linear
 from llm_coreml.errors import ConfigError, UnsupportedError
 from llm_coreml.quantize.plan import QuantizationPlan, matrices
 from llm_coreml.quantize.schemes import IntChannel, IntGroup, Scheme
 from llm_coreml.quantize.tensors import integer_tensor
 from llm_coreml.targets import get_target
 
+# The layer whose order of inputs others share.
+_FIRST = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+_ORDER_ADVICE = (
+    "which cannot be imported. Quantize with desc_act=False, or give the unquantized checkpoint "
+    "and --calibrate."
+)
 # What chooses codes, and so cannot be asked for where they are chosen already.
 _CHOICES = ("bits", "scheme", "calibrate")
 
@@ -141,6 +149,36 @@ def imported_weight(packed: Packed) -> torch.Tensor:
     """Return a quantized matrix as the lowering takes it."""
     levels = packed.levels
     return integer_tensor(packed.codes, levels.scale, levels.zero_point, levels.bits)
+
+
+def set_input_order(
+    modules: Mapping[str, nn.Module], name: str, order: torch.Tensor | None
+) -> None:
+    """Have the inputs of a linear layer put in the order of its weight's columns.
+
+    Args:
+        modules: The decoder's, by name.
+        name: Of the layer. Layers with the same inputs are set after the first of them.
+        order: int64 `[in_features]`; None is their own.
+
+    Raises:
+        UnsupportedError: layers with the same inputs want them in different orders.
+    """
+    block, _, kind = name.rpartition(".")
+    wanted = None if order is None else order.to(torch.int32)
+    first = modules[f"{block}.{_FIRST[kind]}"] if kind in _FIRST else modules[name]
+    found = first.input_order if isinstance(first, Linear) else None
+    if kind in _FIRST:
+        same = found is wanted or not (found is None or wanted is None or (found != wanted).any())
+        if not same:
+            raise UnsupportedError(
+                f"{name} has its inputs in another order than {_FIRST[kind]}, which reads the "
+                f"same, {_ORDER_ADVICE}"
+            )
+    elif wanted is not None:
+        if not block or not isinstance(first, Linear):
+            raise UnsupportedError(f"{name} was quantized in activation order, {_ORDER_ADVICE}")
+        first.input_order = wanted
 
 
 def refuse_inexact(report: ImportReport, config: ExportConfig) -> None:

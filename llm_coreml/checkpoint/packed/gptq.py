@@ -14,7 +14,6 @@ import torch
 
 from llm_coreml.checkpoint.matrix import Affine, signed, unpack
 from llm_coreml.checkpoint.packed.parts import PackedFormat, Parts
-from llm_coreml.errors import UnsupportedError
 
 
 @final
@@ -47,7 +46,6 @@ class GPTQ(PackedFormat):
         groups = parts.groups(columns, self.group_size)
         if rows * self.bits % 32:
             raise parts.error(f"the zero points of its {rows} outputs do not fill whole words")
-        self._check_order(parts, columns, groups)
         scale = parts.numbers("scales", (groups, rows)).t().contiguous()
         words = parts.read("qzeros", (groups, rows * self.bits // 32), (torch.int32,))
         zero = unpack(words, self.bits).t().to(torch.float64) + self.bias
@@ -56,20 +54,21 @@ class GPTQ(PackedFormat):
     def codes(self, parts: Parts) -> torch.Tensor:
         """See `PackedFormat`."""
         words = parts.read("qweight", parts.shape("qweight"), (torch.int32,))
-        return signed(unpack(words.t(), self.bits), self.bits)
+        codes = signed(unpack(words.t(), self.bits), self.bits)
+        order = self.order(parts)
+        return codes if order is None else codes[:, order]
 
-    def _check_order(self, parts: Parts, columns: int, groups: int) -> None:
-        """Refuse groups that are not consecutive inputs."""
+    def order(self, parts: Parts) -> torch.Tensor | None:
+        """See `PackedFormat`: inputs by their groups, which `desc_act` has anywhere."""
         if "g_idx" not in parts:
-            return
+            return None
+        _, columns = self.shape(parts)
+        groups = parts.groups(columns, self.group_size)
         index = parts.read("g_idx", (columns,), (torch.int32, torch.int64)).to(torch.int64)
         if int(index.min()) < 0 or int(index.max()) >= groups:
-            raise parts.error(
-                f"g_idx names group {int(index.max())}, and there are {groups}, from 0 on"
-            )
-        if not torch.equal(index, torch.arange(columns) // (columns // groups)):
-            raise UnsupportedError(
-                f"'{parts.module}' was quantized in activation order (desc_act): the inputs of a "
-                "group do not lie beside each other. Quantize with desc_act=False or with static "
-                "groups, or give the unquantized checkpoint and --calibrate."
-            )
+            wrong = int(index.max()) if int(index.min()) >= 0 else int(index.min())
+            raise parts.error(f"g_idx names group {wrong}, and there are {groups}, from 0 on")
+        if bool((torch.bincount(index, minlength=groups) != columns // groups).any()):
+            raise parts.error("g_idx gives its groups different numbers of inputs")
+        order = torch.argsort(index, stable=True)
+        return None if torch.equal(order, torch.arange(columns)) else order

@@ -110,3 +110,11 @@ class PackedFormat(ABC):
     @abstractmethod
     def codes(self, parts: Parts) -> torch.Tensor:
         """Return the signed codes, int8 `[rows, columns]`. Raises CheckpointError."""
+
+    def order(self, parts: Parts) -> torch.Tensor | None:
+        """Return which input each column of `codes` belongs to, int64 `[columns]`; None is its own.
+
+        Raises:
+            CheckpointError: it is no order.
+        """
+        return None

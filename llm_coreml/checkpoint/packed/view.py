@@ -93,7 +93,8 @@ class PackedCheckpoint(Checkpoint):
         if name not in self._matrices:
             return self.files.stored(name)
         form, parts = self._matrices[name]
-        return values(form.codes(parts), form.scales(parts))
+        found, order = values(form.codes(parts), form.scales(parts)), form.order(parts)
+        return found if order is None else found[:, torch.argsort(order)]
 
     def contents(self, name: str) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the stored tensors that make up `name`."""
@@ -118,7 +119,7 @@ class PackedCheckpoint(Checkpoint):
         if bool(levels.flat.any()):
             size = codes.shape[1] // levels.flat.shape[1]
             codes = codes.masked_fill(levels.flat.repeat_interleave(size, dim=1), 0)
-        return Packed(codes.contiguous(), levels)
+        return Packed(codes.contiguous(), levels, form.order(parts))
 
     def save_tokenizer(self, folder: Path) -> dict[str, Path]:
         """Copy the tokenizer's files into `folder`."""
