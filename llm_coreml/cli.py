@@ -59,7 +59,7 @@ def cli() -> None:
 @click.option("--bits", type=int, help="Bits per weight: 1, 2, 3, 4, 6, 8 or 16.  [default: 4]")
 @click.option("--scheme", help="Weight format, see `llm-coreml ls`; the target's by default.")
 @click.option(
-    "--group-size", type=int, default=32, show_default=True, help="int4-group, int8-group: inputs."
+    "--group-size", type=int, default=32, show_default=True, help="int4-group and such: inputs."
 )
 @click.option(
     "--zero-point",
@@ -69,7 +69,11 @@ def cli() -> None:
     help="Integer formats: what is subtracted from codes, one for every scale.",
 )
 @click.option("--codebook-rows", type=int, help="codebook: rows per table.  [default: 16]")
-@click.option("--codebook-columns", type=int, help="codebook: inputs per table, of every row.")
+@click.option("--codebook-columns", type=int, help="codebook: inputs per table.  [default: all]")
+@click.option(
+    "--codebook-vector", type=int, default=1, show_default=True, help="codebook: rows per entry."
+)
+@click.option("--codebook-scale", is_flag=True, help="codebook: a factor for each row.")
 @click.option(
     "--embedding", default="int8-channel", show_default=True, help="Scheme of the token table."
 )

@@ -27,12 +27,14 @@ class ExportConfig:
     Attributes:
         bits: Bits per weight of the linear layers; None takes 4.
         scheme: Weight format; None takes the target's.
-        group_size: Inputs per scale of `int4-group` and `int8-group`.
+        group_size: Inputs per scale of `int4-group` and other groups of integers.
         zero_point: What integer formats subtract from a code before it is scaled: nothing, an
             integer of the codes' type or a float, one for every scale.
         codebook_rows: Output rows per table of `codebook`; None takes 16, or all of them where
             `codebook_columns` is given.
         codebook_columns: Inputs per table of `codebook`; None takes all.
+        codebook_vector: Rows that an entry of a table has a weight for, 1, 2 or 4.
+        codebook_scale: Give each row of `codebook` a factor of its own.
         embedding: Scheme of the token table.
         lm_head: Scheme of the output head; None follows `embedding`.
         calibrate: Text on which the linear layers are calibrated: `bundled` or a UTF-8 file; None
@@ -60,6 +62,8 @@ class ExportConfig:
     zero_point: Literal["none", "int", "float"] = "none"
     codebook_rows: int | None = None
     codebook_columns: int | None = None
+    codebook_vector: int = 1
+    codebook_scale: bool = False
     embedding: str = "int8-channel"
     lm_head: str | None = None
     calibrate: str | None = None

@@ -113,7 +113,7 @@ def _linear(plan: QuantizationPlan, spec: DecoderSpec) -> list[tuple[Scheme, tup
 
 def _cost(stored: Sequence[tuple[Scheme, tuple[int, int]]]) -> tuple[float, int]:
     """Return bits and weights of matrices."""
-    bits = sum(scheme.bits * r * c + scheme.overhead_bits((r, c)) for scheme, (r, c) in stored)
+    bits = sum(scheme.stored_bits(shape) for scheme, shape in stored)
     return bits, sum(rows * columns for _, (rows, columns) in stored)
 
 

@@ -26,7 +26,7 @@ class Target:
         compute_unit: Core ML's name of it.
         default_scheme: What `--bits 4` means here.
         attention: `fused` or `decomposed`, see `decoder.layers.Attention`.
-        misfits: Schemes known to fail here, each with the reason and its source.
+        misfits: Traits of schemes known to fail here, each with the reason and its source.
         summary: One line for `llm-coreml ls`.
     """
 
@@ -45,6 +45,8 @@ _NEURAL_ENGINE_MISFITS = MappingProxyType(
         "(coremltools issue 2510)",
         "int8-group": "the Neural Engine has been reported to compute wrong values with per-block "
         "int8, without an error (coreai-models issue 279)",
+        "scaled table": "the Neural Engine's compiler has been reported to abort on a scale of "
+        "what a table gives (coremltools pull request 2688)",
     }
 )
 

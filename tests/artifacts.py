@@ -191,7 +191,10 @@ def _expanded(sources: dict[str, Operation], op: Operation) -> tuple[torch.Tenso
     if op.type == "const":
         return values["val"], size
     if op.type == "constexpr_lut_to_dense":
-        return constexpr_lut_to_dense(**values), size
+        axis = None
+        if "vector_axis" in op.inputs:
+            axis = int(_array(_constant(sources, op, "vector_axis"))[0])
+        return constexpr_lut_to_dense(**values, vector_axis=axis), size
     values["scale"] = values["scale"].to(torch.float32)
     return constexpr_blockwise_shift_scale(**values), size
 

@@ -33,6 +33,14 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "codebook-3": {"bits": 3, "codebook_rows": 8, "embedding": "codebook:3"},
     "codebook-4": {"bits": 4, "scheme": "codebook", "codebook_rows": 1, "target": "ane"},
     "codebook-6": {"bits": 6, "embedding": "codebook:2", "lm_head": "codebook:4"},
+    "int3-group": {
+        "scheme": "int3-group",
+        "zero_point": "int",
+        "embedding": "mxfp4",
+        "lm_head": "codebook:6",
+        "codebook_vector": 2,
+        "minimum_os": "iOS26",
+    },
     "codebook-8": {"bits": 8, "scheme": "codebook", "lm_head": "codebook:8"},
 }
 TIED = ("int4-channel", "codebook-3", "codebook-6")

@@ -247,6 +247,8 @@ def test_export_flags_reach_the_config(
         "zero_point": "float",
         "codebook_rows": 8,
         "codebook_columns": 16,
+        "codebook_vector": 2,
+        "codebook_scale": True,
         "embedding": "int4-channel",
         "lm_head": "codebook:6",
         "calibrate": "text.txt",

@@ -70,11 +70,13 @@ class share_equal_constants(const_deduplication):  # type: ignore[misc]
 
 # Fewer elements are stored in the program itself.
 _SHARED_SIZE = 100
+# It scales tables rather than what is looked up in them, which gives every scale its own table.
+_OMITTED = "common::canonicalize_quantized_lut_pattern"
 _REPLACED = {"common::const_deduplication": "llm_coreml::share_equal_constants"}
 
 
 def pass_names() -> list[str]:
-    """Return coremltools' default pipeline with our passes in it and at its end."""
+    """Return coremltools' default pipeline, all but one pass, with ours in it and at its end."""
     default = ct.PassPipeline.DEFAULT.passes
-    names = [_REPLACED.get(name, name) for name in default]
+    names = [_REPLACED.get(name, name) for name in default if name != _OMITTED]
     return [*names, "llm_coreml::drop_repeated_state_writes"]

@@ -1,4 +1,4 @@
-"""Quantize one module's weight in place, into a tensor type of torchao that lowers to Core ML.
+"""Quantize one module's weight in place, into a tensor type that lowers to Core ML.
 
     quantize_weight(decoder.layers[0].mlp.gate_proj, IntGroup(4, 32))
 
@@ -20,10 +20,21 @@ from torchao.quantization import IntxWeightOnlyConfig, quantize_
 from torchao.quantization.granularity import PerAxis, PerGroup
 from torchao.utils import TorchAOBaseTensor
 
-from llm_coreml.quantize.asymmetric import Integers, asymmetric
+from llm_coreml.quantize.integers import integers
 from llm_coreml.quantize.kmeans import kmeans
-from llm_coreml.quantize.schemes import Codebook, IntChannel, IntGroup, Scheme, Unquantized
-from llm_coreml.quantize.tensors import codebook_tensor, integer_tensor
+from llm_coreml.quantize.lookup import LookupTensor, look_up
+from llm_coreml.quantize.mxfp4 import mxfp4
+from llm_coreml.quantize.schemes import (
+    INTEGER_BITS,
+    Codebook,
+    IntChannel,
+    IntGroup,
+    Mxfp4,
+    Scheme,
+    Unquantized,
+)
+from llm_coreml.quantize.tensors import codebook_tensor, integer_tensor, lookup_tensor, mxfp4_tensor
+from llm_coreml.quantize.vectors import kmeans_vectors
 
 # Weights quantized at a time: torchao holds several fp32 copies of what it is given. The rows of
 # integer formats do not depend on each other.
@@ -58,12 +69,43 @@ def _(scheme: IntChannel, weight: torch.Tensor) -> torch.Tensor:
 
 @quantized.register
 def _(scheme: Codebook, weight: torch.Tensor) -> torch.Tensor:
-    row_groups, column_groups = scheme.tables((weight.shape[0], weight.shape[1]))
-    blocks = weight.reshape(row_groups, -1, column_groups, weight.shape[1] // column_groups)
-    blocks = blocks.transpose(1, 2)
-    tables, codes = kmeans(blocks.reshape(row_groups * column_groups, -1), scheme.bits)
-    codes = codes.view(blocks.shape).transpose(1, 2).reshape(weight.shape)
-    return codebook_tensor(codes, tables.view(row_groups, column_groups, -1), scheme.bits)
+    rows, columns = weight.shape
+    row_groups, column_groups = scheme.tables((rows, columns))
+    # [row_groups, rows of codes, vector, column_groups, columns]
+    sizes = (row_groups, -1, scheme.vector, column_groups, columns // column_groups)
+
+    def blocks(matrix: torch.Tensor) -> torch.Tensor:
+        parts = matrix.reshape(sizes).permute(0, 3, 1, 4, 2)
+        return parts.reshape(row_groups * column_groups, -1, scheme.vector)
+
+    scale = None
+    if scheme.vector > 1:
+        tables, codes = kmeans_vectors(blocks(weight), scheme.bits)
+    elif scheme.row_scale:
+        scale = _row_scale(weight)
+        counts = blocks(scale.square().expand_as(weight)).squeeze(2)
+        values = blocks(weight.to(torch.float32) / scale).squeeze(2)
+        tables, codes = kmeans(values, scheme.bits, counts)
+    else:
+        tables, codes = kmeans(blocks(weight).squeeze(2), scheme.bits)
+    codes = codes.view(row_groups, column_groups, -1, columns // column_groups)
+    codes = codes.transpose(1, 2).reshape(rows // scheme.vector, columns)
+    tables = tables.view(row_groups, column_groups, -1, scheme.vector)
+    if scale is None and scheme.vector == 1:
+        return codebook_tensor(codes, tables.squeeze(3), scheme.bits)
+    return lookup_tensor(codes, tables, scheme.bits, scale, None)
+
+
+def _row_scale(weight: torch.Tensor) -> torch.Tensor:
+    """Return what brings every row to about one, `[rows, 1]`, as fp16 numbers."""
+    scale = weight.to(torch.float32).square().mean(1, keepdim=True).sqrt()
+    smallest = torch.finfo(torch.float16).smallest_normal
+    return scale.clamp(min=smallest).to(torch.float16).to(torch.float32)
+
+
+@quantized.register
+def _(scheme: Mxfp4, weight: torch.Tensor) -> torch.Tensor:
+    return mxfp4_tensor(*mxfp4(weight))
 
 
 @quantized.register
@@ -75,10 +117,11 @@ def _integers(
     weight: torch.Tensor, scheme: IntGroup | IntChannel, group_size: int, granularity: Any
 ) -> torch.Tensor:
     pieces = torch.split(weight, max(1, _PIECE // weight.shape[1]))
-    if scheme.zero_point != "none":
-        found = [asymmetric(p, scheme.bits, group_size, scheme.zero_point) for p in pieces]
-        joined = Integers(*(torch.cat(parts) for parts in zip(*found, strict=True)))
-        return integer_tensor(*joined, scheme.bits)
+    if scheme.zero_point != "none" or scheme.bits not in INTEGER_BITS:
+        found = [integers(p, scheme.bits, group_size, scheme.zero_point) for p in pieces]
+        codes, scale = (torch.cat([part[at] for part in found]) for at in (0, 1))
+        zero = [part[2] for part in found if part[2] is not None]
+        return integer_tensor(codes, scale, torch.cat(zero) if zero else None, scheme.bits)
     config = IntxWeightOnlyConfig(
         weight_dtype=getattr(torch, f"int{scheme.bits}"), granularity=granularity
     )
@@ -113,20 +156,11 @@ def dense_rows(weight: torch.Tensor, elements: int = _PIECE) -> Iterator[torch.T
 def _rows(weight: torch.Tensor, start: int, stop: int) -> torch.Tensor:
     dense: torch.Tensor
     if isinstance(weight, CodebookQuantizedTensor):
-        dense = _look_up(weight, start, stop)
+        dense = look_up(weight.codes, weight.codebook, start, stop)
+    elif isinstance(weight, LookupTensor):
+        dense = weight.rows(start, stop)
     elif isinstance(weight, TorchAOBaseTensor):
         dense = weight[start:stop].dequantize()
     else:
         dense = weight[start:stop]
     return dense.detach()
-
-
-def _look_up(weight: CodebookQuantizedTensor, start: int, stop: int) -> torch.Tensor:
-    """Return rows of a matrix whose tables need not end where a piece does."""
-    row_groups, column_groups, entries, _ = weight.codebook.shape
-    rows, columns = weight.codes.shape
-    row_group = torch.arange(start, stop) // (rows // row_groups)
-    column_group = torch.arange(columns) // (columns // column_groups)
-    places = (row_group.unsqueeze(1) * column_groups + column_group) * entries
-    dense: torch.Tensor = weight.codebook.flatten()[places + weight.codes[start:stop]]
-    return dense

@@ -14,12 +14,11 @@ from functools import singledispatch
 from typing import final
 
 import torch
-from torchao.prototype.quantization.codebook_coreml import CodebookQuantizedTensor
-from torchao.quantization import IntxUnpackedToInt8Tensor
 
 from llm_coreml.errors import UnsupportedError
 from llm_coreml.quantize.kmeans import kmeans
 from llm_coreml.quantize.schemes import Codebook, IntChannel, IntGroup, Scheme
+from llm_coreml.quantize.tensors import codebook_tensor, integer_tensor
 
 # Shares of a group's largest weight at which its scale may end: less precision for the largest
 # is more for the others.
@@ -51,7 +50,7 @@ class IntegerGrid(Grid):
     Args:
         scale: `[rows, groups]`, fp16 numbers above zero.
         group_size: Consecutive columns of a row that share one.
-        bits: 4 or 8.
+        bits: 2, 3, 4, 6 or 8.
     """
 
     def __init__(self, scale: torch.Tensor, group_size: int, bits: int) -> None:
@@ -70,17 +69,7 @@ class IntegerGrid(Grid):
 
     def tensor(self, codes: torch.Tensor) -> torch.Tensor:
         """See `Grid`."""
-        scale = self.scale.to(torch.float32)
-        found: torch.Tensor = IntxUnpackedToInt8Tensor(
-            codes.to(torch.int8).contiguous(),
-            scale,
-            torch.zeros_like(scale, dtype=torch.int8),
-            getattr(torch, f"int{self.bits}"),
-            (1, self.group_size),
-            torch.float32,
-            None,
-        )
-        return found
+        return integer_tensor(codes.to(torch.int8), self.scale, None, self.bits)
 
     def _scale(self, column: int) -> torch.Tensor:
         return self.scale[:, column // self.group_size]
@@ -112,15 +101,8 @@ class CodebookGrid(Grid):
 
     def tensor(self, codes: torch.Tensor) -> torch.Tensor:
         """See `Grid`."""
-        found: torch.Tensor = CodebookQuantizedTensor(
-            codes.to(torch.uint8).contiguous(),
-            self.tables.to(torch.float32).view(-1, 1, self.tables.shape[1], 1),
-            getattr(torch, f"uint{self.scheme.bits}"),
-            [len(codes) // len(self.tables), -1],
-            codes.shape,
-            dtype=torch.float32,
-        )
-        return found
+        tables = self.tables.unsqueeze(1)
+        return codebook_tensor(codes.to(torch.uint8), tables, self.scheme.bits)
 
 
 @singledispatch
@@ -152,9 +134,10 @@ def _(scheme: IntChannel, weight: torch.Tensor, importance: torch.Tensor) -> Gri
 
 @grid_of.register
 def _(scheme: Codebook, weight: torch.Tensor, importance: torch.Tensor) -> Grid:
-    if scheme.columns is not None:
+    if scheme.columns is not None or scheme.vector > 1 or scheme.row_scale:
         raise UnsupportedError(
-            "tables for groups of inputs cannot be calibrated; use --codebook-rows."
+            f"'{scheme.label}' cannot be calibrated; leave --codebook-columns, --codebook-vector "
+            "and --codebook-scale out."
         )
     shape = (scheme.tables((weight.shape[0], weight.shape[1]))[0], -1)
     weights = importance.expand_as(weight).reshape(shape)

@@ -22,10 +22,11 @@ from llm_coreml.quantize.schemes import (
     Codebook,
     IntChannel,
     IntGroup,
+    Mxfp4,
     Scheme,
     Unquantized,
 )
-from llm_coreml.targets import get_target
+from llm_coreml.targets import get_target, opset_of
 
 
 @dataclass(frozen=True)
@@ -76,16 +77,10 @@ def make_plan(config: ExportConfig, spec: DecoderSpec) -> QuantizationPlan:
             "--calibrate chooses codes, and unquantized linear layers have none; drop it, or give "
             "--bits 1 to 8."
         )
-    target = get_target(config.target)
     chosen = {"--scheme": linear, "--embedding": embedding, "--lm-head": lm_head}
     for flag, scheme in chosen.items():
-        if scheme.name in target.misfits and not config.force:
-            fitting = target.default_scheme if flag == "--scheme" else "int8-channel"
-            raise UnsupportedError(
-                f"--target {target.name} does not take {scheme.name}: "
-                f"{target.misfits[scheme.name]}. Use {flag} {fitting}, or --force to export it all "
-                "the same."
-            )
+        if not config.force:
+            _check_target(scheme, flag, config)
     for name, shape in matrices(spec):
         linear.check(name, shape)
     table = (spec.vocab_size, spec.hidden_size)
@@ -96,6 +91,26 @@ def make_plan(config: ExportConfig, spec: DecoderSpec) -> QuantizationPlan:
     if spec.tie_word_embeddings and not tied:
         cost = round(lm_head.bits_per_weight(table) * table[0] * table[1] / 8)
     return QuantizationPlan(linear, embedding, lm_head, tied, cost)
+
+
+def _check_target(scheme: Scheme, flag: str, config: ExportConfig) -> None:
+    """Refuse a scheme that the target, or the oldest system, is known not to take."""
+    target = get_target(config.target)
+    fitting = target.default_scheme if flag == "--scheme" else "int8-channel"
+    remedy = "Drop --codebook-scale" if fitting == scheme.name else f"Use {flag} {fitting}"
+    for trait in scheme.traits:
+        if trait in target.misfits:
+            raise UnsupportedError(
+                f"--target {target.name} does not take {scheme.name}: {target.misfits[trait]}. "
+                f"{remedy}, or --force to export it all the same."
+            )
+    # All have two digits, so that they stand in the order of the alphabet.
+    if opset_of(config.minimum_os) < scheme.minimum_os:
+        raise UnsupportedError(
+            f"{config.minimum_os} is too old for {scheme.name}, which Core ML runs from "
+            f"{scheme.minimum_os} on; use --minimum-os {scheme.minimum_os}, {flag} {fitting}, or "
+            "--force to export it all the same."
+        )
 
 
 def linear_scheme(config: ExportConfig) -> Scheme:
@@ -141,12 +156,17 @@ def _build(name: str, bits: int | None, config: ExportConfig, flag: str) -> Sche
         rows = config.codebook_rows
         if rows is None and config.codebook_columns is None:
             rows = DEFAULT_CODEBOOK_ROWS
-        return Codebook(bits, rows, full, config.codebook_columns)
+        columns, vector = config.codebook_columns, config.codebook_vector
+        return Codebook(bits, rows, full, columns, vector, config.codebook_scale)
     schemes: dict[str, Scheme] = {
         "int4-group": IntGroup(4, config.group_size, full, config.zero_point),
         "int4-channel": IntChannel(4, full, config.zero_point),
         "int8-group": IntGroup(8, config.group_size, full, config.zero_point),
         "int8-channel": IntChannel(8, full, config.zero_point),
+        "int2-group": IntGroup(2, config.group_size, full, config.zero_point),
+        "int3-group": IntGroup(3, config.group_size, full, config.zero_point),
+        "int6-group": IntGroup(6, config.group_size, full, config.zero_point),
+        "mxfp4": Mxfp4(4, full),
         "none": Unquantized(full),
     }
     scheme = schemes[name]

@@ -19,8 +19,8 @@ from llm_coreml.decoder import Decoder
 from llm_coreml.errors import UnsupportedError
 from llm_coreml.quantize import make_plan
 from llm_coreml.quantize.apply import dense_rows
-from llm_coreml.quantize.schemes import Codebook, IntChannel, IntGroup, Scheme, ZeroPoint
-from llm_coreml.quantize.tensors import codebook_tensor, integer_tensor
+from llm_coreml.quantize.schemes import Codebook, IntChannel, IntGroup, Mxfp4, Scheme, ZeroPoint
+from llm_coreml.quantize.tensors import codebook_tensor, integer_tensor, lookup_tensor, mxfp4_tensor
 from llm_coreml.reference.execution import Execution
 from llm_coreml.runtime import ReferenceRunner
 from llm_coreml.weights import check_weights
@@ -80,15 +80,43 @@ def integers(scheme: IntGroup | IntChannel, limit: int | None = None) -> Maker:
 
 def codebook(scheme: Codebook) -> Maker:
     def make(random: np.random.Generator, shape: Shape) -> Made:
-        codes = random.integers(0, 2**scheme.bits, shape, np.uint8)
+        rows, columns = shape
+        codes = random.integers(0, 2**scheme.bits, (rows // scheme.vector, columns), np.uint8)
         row_groups, column_groups = scheme.tables(shape)
-        tables = halves(random.normal(size=(row_groups, column_groups, 2**scheme.bits)))
-        rows = np.arange(shape[0])[:, None] * row_groups // shape[0]
-        columns = np.arange(shape[1])[None] * column_groups // shape[1]
-        weight = codebook_tensor(torch.from_numpy(codes), torch.from_numpy(tables), scheme.bits)
-        return Made(weight, tables[rows, columns, codes], scheme)
+        sizes = (row_groups, column_groups, 2**scheme.bits, scheme.vector)
+        tables = halves(random.normal(size=sizes))
+        row, column = np.arange(rows)[:, None], np.arange(columns)[None]
+        expected = tables[
+            row * row_groups // rows,
+            column * column_groups // columns,
+            codes[row // scheme.vector, column],
+            row % scheme.vector,
+        ]
+        scale = None
+        if scheme.row_scale:
+            scale = halves(random.normal(size=(rows, 1)))
+            expected = expected * scale
+        parts = torch.from_numpy(codes), torch.from_numpy(tables)
+        if scale is None and scheme.vector == 1:
+            weight = codebook_tensor(parts[0], parts[1][..., 0], scheme.bits)
+        else:
+            factors = None if scale is None else torch.from_numpy(scale)
+            weight = lookup_tensor(*parts, scheme.bits, factors, None)
+        return Made(weight, expected, scheme)
 
     return make
+
+
+def microscaled(random: np.random.Generator, shape: Shape) -> Made:
+    """Return MXFP4 as its specification reads: a sign, two bits of exponent, one of mantissa."""
+    codes = random.integers(0, 16, shape, np.uint8)
+    exponents = random.integers(-9, 2, (shape[0], shape[1] // 32))
+    sign, exponent, mantissa = codes >> 3, codes >> 1 & 3, codes & 1
+    normal = 2.0 ** (exponent - 1.0) * (1 + mantissa / 2)
+    magnitude = np.where(exponent > 0, normal, mantissa / 2)
+    values = np.where(sign, -magnitude, magnitude) * spread(2.0**exponents, shape)
+    weight = mxfp4_tensor(torch.from_numpy(codes), torch.from_numpy(exponents))
+    return Made(weight, values.astype(np.float32), Mxfp4())
 
 
 def group(bits: int, size: int, zero_point: ZeroPoint = "none") -> Maker:
@@ -115,8 +143,15 @@ MAKERS: dict[str, Maker] = {
     "layers.1.mlp.gate_proj": codebook(Codebook(3, None, columns=8)),
     "layers.1.mlp.up_proj": codebook(Codebook(1, None, columns=64)),
     "layers.1.mlp.down_proj": codebook(Codebook(6, None, columns=48)),
-    "embed_tokens": codebook(Codebook(4, None, columns=16)),
-    "lm_head": codebook(Codebook(2, 12)),
+    "layers.2.self_attn.q_proj": codebook(Codebook(4, 16, columns=32)),
+    "layers.2.self_attn.k_proj": codebook(Codebook(3, 8, columns=16, vector=2)),
+    "layers.2.self_attn.v_proj": codebook(Codebook(2, None, vector=4)),
+    "layers.2.self_attn.o_proj": codebook(Codebook(4, 16, row_scale=True)),
+    "layers.2.mlp.gate_proj": group(2, 32),
+    "layers.2.mlp.up_proj": group(3, 32, "int"),
+    "layers.2.mlp.down_proj": group(6, 16, "float"),
+    "embed_tokens": microscaled,
+    "lm_head": codebook(Codebook(4, None, columns=16)),
 }
 
 
@@ -134,7 +169,7 @@ def lowered(tmp_path_factory: pytest.TempPathFactory) -> Lowered:
     from llm_coreml.lower.coreml import lower_coreml
     from llm_coreml.lower.program import constant_methods
 
-    model = open_model(llama(num_hidden_layers=2, vocab_size=96, intermediate_size=96))
+    model = open_model(llama(num_hidden_layers=3, vocab_size=96, intermediate_size=96))
     config = ExportConfig(context=32, seq_lengths=(1,), **UNQUANTIZED)
     decoder, shapes = build_decoder(model, config, make_plan(config, model.spec))
     methods = constant_methods(model.spec, shapes, None, ())

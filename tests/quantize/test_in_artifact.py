@@ -54,7 +54,8 @@ def test_matrices_take_the_bytes_that_the_scheme_foretells(
     small = sum(2 * tensor.numel() for tensor in fp16) + 4 * decoder.context
     # coremltools gives each linear layer without a bias a bias of zeros.
     biases = sum(2 * m.out_features for m in decoder.modules() if isinstance(m, nn.Linear))
-    blobs = 2 * len(stored) + len(fp16) + 1 + len(stored)
+    # Codes, scales and zero points or a table.
+    blobs = 4 * len(stored) + len(fp16) + 1 + len(stored)
     size = weight_bytes(artifact.path)
     assert total + small <= size <= total + small + biases + (blobs + 1) * PER_BLOB
 
@@ -65,7 +66,7 @@ def test_scales_and_tables_are_fp16_numbers(
     checked = 0
     for name, module in quantized(scheme_label).decoder.named_modules():
         weight = getattr(module, "weight", None)
-        for attribute in ("scale", "codebook"):
+        for attribute in ("scale", "codebook", "tables", "zero_point"):
             values = getattr(weight, attribute, None)
             if values is not None:
                 assert torch.equal(values, values.half().to(values.dtype)), f"{name} {attribute}"

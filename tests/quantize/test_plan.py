@@ -13,7 +13,7 @@ from llm_coreml.errors import ConfigError, LlmCoreMLError, UnsupportedError
 from llm_coreml.manifest import bits_per_weight
 from llm_coreml.quantize import SCHEMES, Scheme, make_plan
 from llm_coreml.quantize.plan import linear_scheme
-from llm_coreml.quantize.schemes import Codebook, IntChannel, IntGroup, Unquantized
+from llm_coreml.quantize.schemes import Codebook, IntChannel, IntGroup, Mxfp4, Unquantized
 
 SPEC = DecoderSpec(
     model_type="llama",
@@ -32,6 +32,11 @@ NEURAL_ENGINE = (
     "fall back or compute wrong values with per-block int4 (coremltools issue 2510)"
 )
 
+SCALED_TABLES = (
+    "the Neural Engine's compiler has been reported to abort on a scale of what a table gives "
+    "(coremltools pull request 2688)"
+)
+
 
 @pytest.mark.parametrize(
     ("settings", "expected"),
@@ -48,6 +53,11 @@ NEURAL_ENGINE = (
         ({"bits": 8, "zero_point": "float"}, IntChannel(8, zero_point="float")),
         ({"bits": 3}, Codebook(3, 16)),
         ({"bits": 3, "codebook_columns": 8}, Codebook(3, None, columns=8)),
+        ({"bits": 2, "codebook_columns": 8, "codebook_rows": 4}, Codebook(2, 4, columns=8)),
+        ({"bits": 2, "codebook_vector": 2}, Codebook(2, 16, vector=2)),
+        ({"bits": 2, "codebook_scale": True}, Codebook(2, 16, row_scale=True)),
+        ({"scheme": "int3-group", "minimum_os": "macOS26"}, IntGroup(3, 32)),
+        ({"scheme": "mxfp4", "bits": 4, "minimum_os": "iOS26"}, Mxfp4()),
         ({"bits": 1, "codebook_rows": 8}, Codebook(1, 8)),
         ({"bits": 6}, Codebook(6, 16)),
         ({"bits": 16}, Unquantized(16)),
@@ -124,20 +134,23 @@ def test_what_bits_and_scheme_mean(settings: dict[str, Any], expected: Scheme) -
             {"embedding": "int8"},
             ConfigError,
             "--embedding int8 is not known; give one of int4-group, int4-channel, int8-group, "
-            "int8-channel, codebook, none, codebooks as codebook:4. Did you mean 'int8-group'?",
+            "int8-channel, codebook, int2-group, int3-group, int6-group, mxfp4, none, codebooks as "
+            "codebook:4. Did you mean 'int8-group'?",
         ),
         (
             {"lm_head": "codebook:four"},
             ConfigError,
             "--lm-head codebook:four is not known; give one of int4-group, int4-channel, "
-            "int8-group, int8-channel, codebook, none, codebooks as codebook:4. Did you mean "
+            "int8-group, int8-channel, codebook, int2-group, int3-group, int6-group, mxfp4, none, "
+            "codebooks as codebook:4. Did you mean "
             "'codebook'?",
         ),
         (
             {"scheme": "int4-groups"},
             ConfigError,
             "There is no scheme 'int4-groups'; the schemes are int4-group, int4-channel, "
-            "int8-group, int8-channel, codebook, none. Did you mean 'int4-group'?",
+            "int8-group, int8-channel, codebook, int2-group, int3-group, int6-group, mxfp4, none. "
+            "Did you mean 'int4-group'?",
         ),
         (
             {"scheme": "int4-group", "target": "ane"},
@@ -165,10 +178,50 @@ def test_what_bits_and_scheme_mean(settings: dict[str, Any], expected: Scheme) -
             "divide; use a number that does, such as 16.",
         ),
         (
-            {"bits": 3, "codebook_columns": 8, "codebook_rows": 8},
+            {"scheme": "mxfp4"},
             UnsupportedError,
-            "--codebook-rows and --codebook-columns together ask for a table per block, which the "
-            "lowering of torchao's codebooks does not take; drop one of them.",
+            "iOS18 is too old for mxfp4, which Core ML runs from iOS26 on; use --minimum-os iOS26, "
+            "--scheme int4-group, or --force to export it all the same.",
+        ),
+        (
+            {"embedding": "int3-group", "minimum_os": "macOS15"},
+            UnsupportedError,
+            "macOS15 is too old for int3-group, which Core ML runs from iOS26 on; use --minimum-os "
+            "iOS26, --embedding int8-channel, or --force to export it all the same.",
+        ),
+        (
+            {"scheme": "int2-group", "target": "ane", "minimum_os": "iOS26"},
+            UnsupportedError,
+            f"--target ane does not take int2-group: {SCALED_TABLES}. Use --scheme codebook, or "
+            "--force to export it all the same.",
+        ),
+        (
+            {"bits": 4, "target": "all", "codebook_scale": True},
+            UnsupportedError,
+            f"--target all does not take codebook: {SCALED_TABLES}. Drop --codebook-scale, or "
+            "--force to export it all the same.",
+        ),
+        (
+            {"scheme": "mxfp4", "minimum_os": "iOS26", "embedding": "none", "lm_head": "none"},
+            UnsupportedError,
+            "layers.0.self_attn.q_proj has 48 inputs, which the 32 of an mxfp4 group do not "
+            "divide; use int4-channel, which has no groups.",
+        ),
+        (
+            {"scheme": "codebook", "codebook_vector": 3},
+            ConfigError,
+            "--codebook-vector is 3; it must be 1, 2 or 4.",
+        ),
+        (
+            {"scheme": "codebook", "codebook_vector": 4, "codebook_rows": 6},
+            ConfigError,
+            "--codebook-vector 4 does not divide --codebook-rows 6; an entry of a table belongs to "
+            "as many rows.",
+        ),
+        (
+            {"scheme": "codebook", "codebook_vector": 2, "codebook_scale": True},
+            UnsupportedError,
+            "--codebook-scale and --codebook-vector exclude each other; drop one of them.",
         ),
         (
             {"zero_point": "integer"},
@@ -186,8 +239,9 @@ def test_what_bits_and_scheme_mean(settings: dict[str, Any], expected: Scheme) -
 def test_what_cannot_be_held_is_refused_before_any_work(
     settings: dict[str, Any], kind: type[LlmCoreMLError], message: str
 ) -> None:
+    spec = replace(SPEC, hidden_size=48) if settings.get("scheme") == "mxfp4" else SPEC
     with pytest.raises(kind) as caught:
-        make_plan(ExportConfig(**settings), SPEC)
+        make_plan(ExportConfig(**settings), spec)
     assert str(caught.value) == message
 
 
@@ -250,6 +304,14 @@ def test_a_tied_table_costs_twice_where_the_formats_differ() -> None:
         (Codebook(1, 16), 1 + 16 * 2 / (16 * 96)),
         (Codebook(4, 8), 4 + 16 * 16 / (8 * 96)),
         (Codebook(4, None, columns=12), 4 + 16 * 16 / (64 * 12)),
+        (Codebook(4, 16, columns=32), 4 + 16 * 16 / (16 * 32)),
+        (Codebook(4, 16, vector=2), 2 + 16 * 2 * 16 / (16 * 96)),
+        (Codebook(6, 64, vector=4), 1.5 + 16 * 4 * 64 / (64 * 96)),
+        (Codebook(4, 16, row_scale=True), 4 + (16 * 16 / 16 + 16) / 96),
+        (IntGroup(2, 32), 2.5 + 8 * 4 / (64 * 96)),
+        (IntGroup(3, 32, zero_point="int"), 3 + 24 / 32 + 8 * 8 / (64 * 96)),
+        (IntGroup(6, 16, zero_point="float"), 8 + 8 * 64 / (64 * 96)),
+        (Mxfp4(), 4.5 + 8 * 16 / (64 * 96)),
         (Codebook(8, 64), 8 + 16 * 256 / (64 * 96)),
         (Unquantized(16), 16.0),
         (Unquantized(32), 32.0),
