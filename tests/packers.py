@@ -23,12 +23,10 @@ Packer = Callable[[np.random.Generator, int, int], tuple[Tensors, Array]]
 
 
 def words(codes: Array, bits: int) -> torch.Tensor:
-    """Put codes into int32 words along the last axis, the first into the lowest bits."""
-    per_word = 32 // bits
-    found = np.zeros((*codes.shape[:-1], codes.shape[-1] // per_word), np.uint64)
-    for place in range(per_word):
-        found |= codes[..., place::per_word].astype(np.uint64) << np.uint64(place * bits)
-    return torch.from_numpy(found.astype(np.uint32).view(np.int32))
+    """Put codes into int32 words along the last axis, bit by bit from the lowest on."""
+    stream = (codes[..., None] >> np.arange(bits)) & 1
+    octets = np.packbits(stream.reshape(*codes.shape[:-1], -1), axis=-1, bitorder="little")
+    return torch.from_numpy(octets.view("<i4"))
 
 
 def draw(

@@ -180,7 +180,10 @@ def test_damage_is_told_by_the_matrix(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"quant_method": "gptq", "bits": 3, "group_size": 32}, "bits = 3 .* 4 and 8 can be read"),
+        (
+            {"quant_method": "gptq", "bits": 5, "group_size": 32},
+            "bits = 5 .* 2, 3, 4, 8 can be",
+        ),
         ({"quant_method": "gptq", "bits": 4}, "group_size = None"),
         (
             {"quant_method": "gptq", "bits": 4, "group_size": 40},

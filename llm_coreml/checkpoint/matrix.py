@@ -27,7 +27,7 @@ class Affine:
     """What the signed codes of one matrix stand for by its format: `scale * code + offset`.
 
     Attributes:
-        bits: 4 or 8.
+        bits: 2, 3, 4, 6 or 8.
         scale: fp64 `[rows, groups]`, any sign; consecutive inputs share one.
         offset: fp64 `[rows, groups]`.
         ends: The lowest and the highest code; None is all that `bits` hold.
@@ -45,7 +45,7 @@ class Levels:
     """What the codes of one matrix stand for: `scale * (code - zero_point)`.
 
     Attributes:
-        bits: 4 or 8.
+        bits: 2, 3, 4, 6 or 8.
         scale: fp32 `[rows, groups]`, fp16 numbers; consecutive inputs share one.
         zero_point: int8, or fp32 that are fp16 numbers, `[rows, groups]`; None is zero everywhere.
         flat: bool `[rows, groups]`: groups of one value only, whose codes are all taken as 0.
@@ -144,19 +144,25 @@ def values(codes: torch.Tensor, affine: Affine) -> torch.Tensor:
 
 
 def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """Return the codes in `words`, the lowest bits first.
+    """Return the codes in `words`, one behind the other from the lowest bit of the first on.
 
     Args:
-        words: uint8, int32 or uint32 `[rows, count]`, read as little-endian.
-        bits: 4 or 8.
+        words: uint8, int32 or uint32 `[rows, count]`, read as little-endian; of 3 and 6 bits a
+            row has a multiple of three bytes.
+        bits: 2, 3, 4, 6 or 8.
 
     Returns:
         uint8 `[rows, count * 8 * itemsize / bits]`.
     """
     octets = words.contiguous().view(torch.uint8)
-    if bits == 8:
-        return octets
-    return torch.stack([octets & 15, octets >> 4], dim=2).flatten(1)
+    width = 8
+    if bits in (3, 6):
+        threes = octets.view(len(octets), -1, 3).to(torch.int32)
+        octets = threes[:, :, 0] | threes[:, :, 1] << 8 | threes[:, :, 2] << 16
+        width = 24
+    shifts = range(0, width, bits)
+    codes = [(octets >> shift & 2**bits - 1).to(torch.uint8) for shift in shifts]
+    return torch.stack(codes, dim=2).flatten(1)
 
 
 def signed(codes: torch.Tensor, bits: int) -> torch.Tensor:

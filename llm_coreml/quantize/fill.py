@@ -122,7 +122,7 @@ def _set_matrix(
         return None
     packed = checkpoint.packed(name)
     if packed is not None:
-        module.weight = nn.Parameter(imported_weight(packed), requires_grad=False)
+        module.weight = nn.Parameter(imported_weight(packed, scheme.bits), requires_grad=False)
         return packed.order
     # Read in the program's own precision, which finds values that it cannot hold.
     weight = checkpoint.tensor(name, storage or checkpoint.dtype(name))

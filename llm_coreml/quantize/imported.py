@@ -25,7 +25,7 @@ from llm_coreml.errors import ConfigError, UnsupportedError
 from llm_coreml.quantize.plan import QuantizationPlan, matrices
 from llm_coreml.quantize.schemes import IntChannel, IntGroup, Scheme
 from llm_coreml.quantize.tensors import integer_tensor
-from llm_coreml.targets import get_target
+from llm_coreml.targets import get_target, opset_of
 
 # The layer whose order of inputs others share.
 _FIRST = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
@@ -145,10 +145,10 @@ def with_imports(
     )
 
 
-def imported_weight(packed: Packed) -> torch.Tensor:
-    """Return a quantized matrix as the lowering takes it."""
+def imported_weight(packed: Packed, bits: int) -> torch.Tensor:
+    """Return a quantized matrix as the lowering takes it, its codes held in `bits`."""
     levels = packed.levels
-    return integer_tensor(packed.codes, levels.scale, levels.zero_point, levels.bits)
+    return integer_tensor(packed.codes, levels.scale, levels.zero_point, bits)
 
 
 def set_input_order(
@@ -191,21 +191,27 @@ def refuse_inexact(report: ImportReport, config: ExportConfig) -> None:
 
 
 def _scheme(form: PackedForm, config: ExportConfig) -> Scheme:
+    """Return what a matrix is held in: its own bits, or the next integers where those fail."""
     scale_bits = 32 if config.compute_precision == "fp32" else 16
+    wide = 4 if form.bits <= 4 else 8
     if form.group_size is None:
-        return IntChannel(form.bits, scale_bits, form.zero_point)
-    return IntGroup(form.bits, form.group_size, scale_bits, form.zero_point)
+        return IntChannel(wide, scale_bits, form.zero_point)
+    own = IntGroup(form.bits, form.group_size, scale_bits, form.zero_point)
+    misfits = get_target(config.target).misfits
+    fails = opset_of(config.minimum_os) < own.minimum_os or any(t in misfits for t in own.traits)
+    return replace(own, bits=wide) if fails else own
 
 
 def _refuse_misfits(config: ExportConfig, schemes: Mapping[str, Scheme]) -> None:
     target = get_target(config.target)
     for name, scheme in schemes.items():
-        if scheme.name in target.misfits and not config.force:
-            raise UnsupportedError(
-                f"The checkpoint holds {name} as {scheme.label}, and --target {target.name} does "
-                f"not take {scheme.name}: {target.misfits[scheme.name]}. Use --target gpu, give "
-                "the unquantized checkpoint, or --force to export it all the same."
-            )
+        for trait in scheme.traits:
+            if trait in target.misfits and not config.force:
+                raise UnsupportedError(
+                    f"The checkpoint holds {name} as {scheme.label}, and --target {target.name} "
+                    f"does not take {scheme.name}: {target.misfits[trait]}. Use --target gpu, give "
+                    "the unquantized checkpoint, or --force to export it all the same."
+                )
 
 
 def _refuse_table(config: ExportConfig, field: str, form: PackedForm | None) -> None:

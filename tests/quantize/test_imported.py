@@ -18,6 +18,7 @@ from llm_coreml.errors import UnsupportedError
 from llm_coreml.pipeline import export
 from llm_coreml.quantize import make_plan
 from llm_coreml.quantize.apply import dense_rows
+from llm_coreml.quantize.schemes import IntGroup
 from llm_coreml.reference.execution import Execution
 from llm_coreml.runtime import ReferenceRunner
 
@@ -37,6 +38,8 @@ V1 = with_method("gptq", bits=4, group_size=32)
 V2 = with_method("gptq", bits=4, group_size=32, checkpoint_format="gptq_v2")
 BYTES = with_method("gptq", bits=8, group_size=16)
 
+THREE = with_method("gptq", bits=3, group_size=32)
+TWO = with_method("gptq", bits=2, group_size=32, checkpoint_format="gptq_v2")
 MLX = {"quantization": {"group_size": 32, "bits": 4}}
 HQQ = with_method("hqq", quant_config={}, skip_modules=["lm_head"])
 
@@ -46,11 +49,17 @@ EXACT: dict[str, tuple[dict[str, Any], tuple[Packer, ...]]] = {
     "gptq-zero-of-16": (V1, (gptq(4, 32, 1, (1, 16)),)),
     "gptq-v2": (V2, (gptq(4, 32, 2, (0, 15)),)),
     "gptq-8-bit": (BYTES, (gptq(8, 16, 1, (128, 128)), gptq(8, 16, 1, (1, 256)))),
+    "gptq-3-bit": (THREE, (gptq(3, 32, 1, (4, 4)), gptq(3, 32, 1, (1, 8)))),
+    "gptq-2-bit": (TWO, (gptq(2, 32, 2, (0, 3)),)),
     "awq": (with_method("awq", bits=4, group_size=32), (awq(32),)),
     "compressed-4-bit": (groups(4, 16), (compressed(4, 16, True), compressed(4, 16, False))),
     "compressed-8-bit": (groups(8, 32), (compressed(8, 32, True), compressed(8, 32, False))),
     "compressed-bytes": (groups(8, None), (plain_bytes,)),
     "mlx": (MLX, (mlx(4, 32, whole=True),)),
+    "mlx-6-bit": (
+        {"quantization": {"group_size": 32, "bits": 6}},
+        (mlx(6, 32, whole=True),),
+    ),
     "hqq": (HQQ, (hqq(4, 32, (4, 12)), hqq(8, 16, (100, 156)))),
 }
 INEXACT: dict[str, tuple[dict[str, Any], tuple[Packer, ...], float]] = {
@@ -79,8 +88,10 @@ def test_every_value_is_the_one_that_the_format_defines(label: str, tmp_path: Pa
     held = decoder_values(folder)
     model = open_model(folder)
     assert len(meant) == 7
+    newest = decoder_values(folder, replace(CONFIG, minimum_os="iOS26"))
     for name, values in meant.items():
         assert np.array_equal(held[name], values), name
+        assert np.array_equal(newest[name], values), name
         assert np.array_equal(model.checkpoint.tensor(name, torch.float32).numpy(), values), name
     report = model.imported()
     assert report is not None
@@ -176,3 +187,16 @@ def test_the_program_holds_every_kind_of_zero_point_and_its_order(tmp_path: Path
     assert told["linear"]["bits"] == 4 and told["embedding"]["bits"] == 8
     card = (bundle.folder / "README.md").read_text(encoding="utf-8")
     assert "7 matrices as the checkpoint quantized them, GPTQ, exact" in card
+
+
+@pytest.mark.parametrize(
+    ("system", "bits"), [("iOS18", {2: 4, 3: 4, 6: 8}), ("iOS26", {2: 2, 3: 3, 6: 6})]
+)
+def test_few_bits_are_held_as_such_where_core_ml_can(
+    system: str, bits: dict[int, int], tmp_path: Path
+) -> None:
+    config = replace(CONFIG, minimum_os=system)
+    for stored, held in bits.items():
+        settings = {"quantization": {"group_size": 32, "bits": stored}}
+        folder, _ = checkpoint(tmp_path / str(stored), settings, mlx(stored, 32, whole=True))
+        assert plan_for(config, open_model(folder)).linear == IntGroup(held, 32)

@@ -26,7 +26,7 @@ class Blocks(PackedFormat):
         name: Of the type, which is also that of the only part.
         elements: Weights of a block.
         size: Bytes of a block.
-        bits: Of the codes as they are held, 4 or 8.
+        bits: Of the codes as they are held, 4, 6 or 8.
         ends: The lowest and the highest of them.
         read_scales: Returns fp64 scales and offsets, `[count, groups of a block]`.
         read_codes: Returns signed codes, int8 `[count, elements]`.
@@ -145,8 +145,8 @@ Q4_K = Blocks(
     lambda b: _k_scales(b, 8),
     lambda b: (_nibbles(b[:, 16:], 32) - 8).view(torch.int8),
 )
-Q5_K = Blocks("Q5_K", 256, 176, 8, (0, 31), lambda b: _k_scales(b, 0), _q5_k_codes)
-Q6_K = Blocks("Q6_K", 256, 210, 8, (-32, 31), _q6_k_scales, _q6_k_codes)
+Q5_K = Blocks("Q5_K", 256, 176, 6, (0, 31), lambda b: _k_scales(b, 0), _q5_k_codes)
+Q6_K = Blocks("Q6_K", 256, 210, 6, (-32, 31), _q6_k_scales, _q6_k_codes)
 
 # The numbers that files give their types.
 BLOCKS = {2: Q4_0, 3: Q4_1, 8: Q8_0, 12: Q4_K, 13: Q5_K, 14: Q6_K}

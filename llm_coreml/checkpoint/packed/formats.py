@@ -27,6 +27,7 @@ _TORCHAO = {
     "FqnToConfig",
     "ModuleFqnToConfig",
 }
+_MLX_BITS = (2, 3, 4, 6, 8)
 _KEYS = ("quantization_config", "compression_config", "quantization")
 
 
@@ -60,7 +61,7 @@ def _implied(settings: Mapping[str, Any]) -> str:
 
 
 def _gptq(settings: Mapping[str, Any], where: str) -> Formats:
-    bits = _choice(settings, "bits", (4, 8), where)
+    bits = _choice(settings, "bits", (2, 3, 4, 8), where)
     version = str(settings.get("checkpoint_format") or "gptq")
     if version not in ("gptq", "gptq_v2"):
         raise _refusal(where, f"GPTQ weights in the form '{version}'")
@@ -96,12 +97,12 @@ def _mlx(settings: Mapping[str, Any], where: str) -> Formats:
     mode = settings.get("mode") or "affine"
     if mode != "affine":
         raise _refusal(where, f"MLX weights in the mode '{mode}'")
-    numbers = (_choice(settings, "bits", (4, 8), where), _group_size(settings, where))
+    numbers = (_choice(settings, "bits", _MLX_BITS, where), _group_size(settings, where))
     others = {}
     for module, own in settings.items():
         if isinstance(own, Mapping):
             both = {**settings, **own}
-            others[module] = (_choice(both, "bits", (4, 8), where), _group_size(both, where))
+            others[module] = (_choice(both, "bits", _MLX_BITS, where), _group_size(both, where))
     return (MLX(*numbers, others),)
 
 
@@ -145,7 +146,7 @@ def _choice(settings: Mapping[str, Any], key: str, known: tuple[int, ...], where
     if value not in known or isinstance(value, bool):
         raise UnsupportedError(
             f"{where} gives {key} = {value!r} for its quantized weights; "
-            f"{' and '.join(map(str, known))} can be read. Give the unquantized checkpoint."
+            f"{', '.join(map(str, known))} can be read. Give the unquantized checkpoint."
         )
     return int(value)
 

@@ -22,7 +22,7 @@ class GPTQ(PackedFormat):
     """Codes of `bits` in groups of `group_size` inputs, -1 for one group.
 
     Attributes:
-        bits: 4 or 8.
+        bits: 2, 3, 4 or 8.
         group_size: Inputs that share a scale.
         bias: What is added to a stored zero point: 1 in version 1, 0 in version 2.
     """
@@ -38,7 +38,7 @@ class GPTQ(PackedFormat):
     def shape(self, parts: Parts) -> tuple[int, int]:
         """See `PackedFormat`."""
         words, rows = parts.shape("qweight")
-        return rows, words * 32 // self.bits
+        return rows, parts.codes_in("qweight", words, self.bits)
 
     def scales(self, parts: Parts) -> Affine:
         """See `PackedFormat`."""

@@ -23,7 +23,7 @@ class MLX(PackedFormat):
     """Codes of `bits` in groups of `group_size` inputs.
 
     Attributes:
-        bits: 4 or 8.
+        bits: 2, 3, 4, 6 or 8.
         group_size: Inputs that share a scale.
         others: Bits and group size of modules that have their own.
     """
@@ -38,7 +38,7 @@ class MLX(PackedFormat):
     def shape(self, parts: Parts) -> tuple[int, int]:
         """See `PackedFormat`."""
         rows, words = parts.shape("weight")
-        return rows, words * 32 // self._settings(parts)[0]
+        return rows, parts.codes_in("weight", words, self._settings(parts)[0])
 
     def scales(self, parts: Parts) -> Affine:
         """See `PackedFormat`."""

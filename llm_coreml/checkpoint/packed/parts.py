@@ -70,6 +70,12 @@ class Parts:
             raise self.error(f"its {columns} inputs do not divide into groups of {size}")
         return columns // size
 
+    def codes_in(self, suffix: str, words: int, bits: int) -> int:
+        """Return how many codes of `bits` are in `words` of 32 bits, which they fill."""
+        if words * 32 % bits:
+            raise self.error(f"{suffix} has {words} words, which codes of {bits} bits do not fill")
+        return words * 32 // bits
+
     def error(self, what: str) -> CheckpointError:
         """Return the error that says `what` of this matrix."""
         return CheckpointError(

@@ -1,8 +1,8 @@
 """torchao's IntxUnpackedToInt8Tensor in safetensors: a byte for each code.
 
 `_weight_qdata` int8 [N, K], `_weight_scale` and `_weight_zero_point` [N, groups], the latter int8
-or floating-point. A code q stands for `scale * (q - zero)`. Codes of up to 4 bits become int4, and
-those of up to 8 become int8; which it is, the codes themselves say.
+or floating-point. A code q stands for `scale * (q - zero)`. How many bits they take, the codes
+themselves say.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ import torch
 from llm_coreml.checkpoint.matrix import Affine
 from llm_coreml.checkpoint.packed.parts import PackedFormat, Parts
 from llm_coreml.checkpoint.tensors import WEIGHT_DTYPES
+
+# What a matrix may be held in, see `Levels`.
+_BITS = (2, 3, 4, 6, 8)
 
 
 @final
