@@ -46,6 +46,18 @@ def affine(codes: Array, scale: Array, zero: Array) -> Array:
     return wide[0] * (codes - wide[1])
 
 
+def dealt(seed: int, columns: int, group: int) -> Array:
+    """Return the group of each input, dealt at random."""
+    return np.random.default_rng(seed).permutation(columns) // group
+
+
+def scattered(codes: Array, scale: Array, zero: Array, index: Array) -> Array:
+    """Return `scale * (codes - zero)` in fp64, with the group of each input in `index`."""
+    wide = [np.asarray(part, np.float64)[:, index] for part in (scale, zero)]
+    values: Array = wide[0] * (codes - wide[1])
+    return values
+
+
 def half(scale: Array) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(scale))
 
@@ -69,10 +81,9 @@ def gptq(
         }
         if seed is None:
             return parts, affine(codes, scale, zero)
-        index = np.random.default_rng(seed).permutation(columns) // group
+        index = dealt(seed, columns, group)
         parts["g_idx"] = torch.from_numpy(index.astype(np.int32))
-        wide = [np.asarray(part, np.float64)[:, index] for part in (scale, zero)]
-        return parts, wide[0] * (codes - wide[1])
+        return parts, scattered(codes, scale, zero, index)
 
     return pack
 
@@ -93,8 +104,8 @@ def awq(group: int) -> Packer:
     return pack
 
 
-def compressed(bits: int, group: int, symmetric: bool) -> Packer:
-    """Return a packer of compressed-tensors' `pack-quantized`."""
+def compressed(bits: int, group: int, symmetric: bool, seed: int | None = None) -> Packer:
+    """Return a packer of compressed-tensors' `pack-quantized`; of a `seed` see `gptq`."""
 
     def pack(rng: np.random.Generator, rows: int, columns: int) -> tuple[Tensors, Array]:
         codes, scale = draw(rng, rows, columns, bits, group)
@@ -107,7 +118,12 @@ def compressed(bits: int, group: int, symmetric: bool) -> Packer:
         }
         if not symmetric:
             parts["weight_zero_point"] = words(zero.T, bits).t().contiguous()
-        return parts, affine(codes, scale, zero)
+        if seed is None:
+            parts["weight_g_idx"] = torch.full((columns,), -1, dtype=torch.int32)
+            return parts, affine(codes, scale, zero)
+        index = dealt(seed, columns, group)
+        parts["weight_g_idx"] = torch.from_numpy(index.astype(np.int32))
+        return parts, scattered(codes, scale, zero, index)
 
     return pack
 

@@ -149,7 +149,7 @@ BAD: list[tuple[dict[str, Any], Any, Change, type[LlmCoreMLError], str]] = [
         compressed(4, 16, True),
         lambda tensors: tensors.update({f"{UP}.weight_g_idx": torch.arange(64).flip(0) // 16}),
         UnsupportedError,
-        r"actorder=group",
+        r"up_proj has its inputs in another order than gate_proj",
     ),
     (HQQ, hqq(4, 32, (8, 8)), put("axis", entry(0)), UnsupportedError, r"groups along axis 0"),
     (HQQ, hqq(4, 32, (8, 8)), put("nbits", entry(3)), UnsupportedError, r"codes of 3 bits"),

@@ -9,7 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from packers import Array, Packer, affine, awq, checkpoint, compressed, gptq, hqq, mlx, plain_bytes
+from packers import (
+    Array,
+    Packer,
+    affine,
+    awq,
+    checkpoint,
+    compressed,
+    dealt,
+    gptq,
+    hqq,
+    mlx,
+    plain_bytes,
+)
 from tiny import llama
 
 from llm_coreml.build import build_decoder, open_model, plan_for
@@ -105,8 +117,15 @@ def steps(values: Array, group: int) -> Array:
     return np.repeat(np.ptp(grouped, axis=2), group, axis=1)
 
 
-def test_activation_order_is_a_gather_of_the_inputs(tmp_path: Path) -> None:
-    folder, meant = checkpoint(tmp_path / "model", V1, gptq(4, 32, 1, (1, 16), seed=3))
+@pytest.mark.parametrize(
+    ("settings", "packer"),
+    [(V1, gptq(4, 32, 1, (1, 16), seed=3)), (groups(4, 16), compressed(4, 16, False, seed=4))],
+    ids=["gptq", "compressed"],
+)
+def test_activation_order_is_a_gather_of_the_inputs(
+    settings: dict[str, Any], packer: Packer, tmp_path: Path
+) -> None:
+    folder, meant = checkpoint(tmp_path / "model", settings, packer)
     model = open_model(folder)
     for name, values in meant.items():
         assert np.array_equal(model.checkpoint.tensor(name, torch.float32).numpy(), values), name
@@ -173,7 +192,7 @@ def test_the_program_holds_every_kind_of_zero_point_and_its_order(tmp_path: Path
     runner = ReferenceRunner(bundle.folder / "model.pte", Execution(mode="fp32"))
     held = [value.numpy() for _, value in runner.constants() if isinstance(value, torch.Tensor)]
     for name, values in meant.items():
-        index = np.random.default_rng(3).permutation(values.shape[1]) // 32
+        index = dealt(3, values.shape[1], 32)
         ordered = values[:, np.argsort(index, kind="stable")]
         assert any(np.array_equal(ordered, matrix) for matrix in held), name
     told = bundle.manifest["quantization"]

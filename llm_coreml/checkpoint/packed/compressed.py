@@ -15,7 +15,6 @@ import torch
 
 from llm_coreml.checkpoint.matrix import Affine, signed, unpack
 from llm_coreml.checkpoint.packed.parts import PackedFormat, Parts
-from llm_coreml.errors import UnsupportedError
 
 
 @dataclass(frozen=True)
@@ -31,16 +30,18 @@ class _Compressed(PackedFormat):
     label = "compressed-tensors"
     optional = ("weight_zero_point", "weight_g_idx")
 
+    def order(self, parts: Parts) -> torch.Tensor | None:
+        """See `PackedFormat`: inputs by their groups, which `actorder=group` has anywhere."""
+        if "weight_g_idx" not in parts:
+            return None
+        _, columns = self.shape(parts)
+        return parts.order("weight_g_idx", columns, parts.shape("weight_scale")[1])
+
+    def _sorted(self, parts: Parts, codes: torch.Tensor) -> torch.Tensor:
+        order = self.order(parts)
+        return codes if order is None else codes[:, order]
+
     def _scale(self, parts: Parts, rows: int, columns: int) -> torch.Tensor:
-        if "weight_g_idx" in parts:
-            index = parts.read("weight_g_idx", (columns,), (torch.int32, torch.int64))
-            # Minus one throughout is how the order of the inputs is written.
-            if not bool((index == -1).all()):
-                raise UnsupportedError(
-                    f"'{parts.module}' was quantized with actorder=group: the inputs of a group do "
-                    "not lie beside each other. Quantize with actorder=weight, or give the "
-                    "unquantized checkpoint and --calibrate."
-                )
         if parts.checkpoint.shape(f"{parts.module}.weight_scale") == (1,):
             return parts.numbers("weight_scale", (1,)).expand(rows, 1)
         groups = parts.shape("weight_scale")[1]
@@ -85,7 +86,7 @@ class PackedWords(_Compressed):
     def codes(self, parts: Parts) -> torch.Tensor:
         """See `PackedFormat`."""
         words = parts.read("weight_packed", parts.shape("weight_packed"), (torch.int32,))
-        return signed(unpack(words, self._bits(parts)), self._bits(parts))
+        return self._sorted(parts, signed(unpack(words, self._bits(parts)), self._bits(parts)))
 
     def _bits(self, parts: Parts) -> int:
         return parts.shape("weight_packed")[1] * 32 // self.shape(parts)[1]
@@ -114,4 +115,4 @@ class PlainBytes(_Compressed):
 
     def codes(self, parts: Parts) -> torch.Tensor:
         """See `PackedFormat`."""
-        return parts.read("weight", self.shape(parts), (torch.int8,))
+        return self._sorted(parts, parts.read("weight", self.shape(parts), (torch.int8,)))

@@ -63,12 +63,4 @@ class GPTQ(PackedFormat):
         if "g_idx" not in parts:
             return None
         _, columns = self.shape(parts)
-        groups = parts.groups(columns, self.group_size)
-        index = parts.read("g_idx", (columns,), (torch.int32, torch.int64)).to(torch.int64)
-        if int(index.min()) < 0 or int(index.max()) >= groups:
-            wrong = int(index.max()) if int(index.min()) >= 0 else int(index.min())
-            raise parts.error(f"g_idx names group {wrong}, and there are {groups}, from 0 on")
-        if bool((torch.bincount(index, minlength=groups) != columns // groups).any()):
-            raise parts.error("g_idx gives its groups different numbers of inputs")
-        order = torch.argsort(index, stable=True)
-        return None if torch.equal(order, torch.arange(columns)) else order
+        return parts.order("g_idx", columns, parts.groups(columns, self.group_size))

@@ -70,6 +70,23 @@ class Parts:
             raise self.error(f"its {columns} inputs do not divide into groups of {size}")
         return columns // size
 
+    def order(self, suffix: str, columns: int, groups: int) -> torch.Tensor | None:
+        """Return the inputs sorted by the group that a part gives each, int64 `[columns]`.
+
+        None is their own order, and that of a part which is -1 throughout.
+        """
+        index = self.read(suffix, (columns,), (torch.int32, torch.int64)).to(torch.int64)
+        low, high = int(index.min()), int(index.max())
+        if low == high == -1:
+            return None
+        if low < 0 or high >= groups:
+            wrong = low if low < 0 else high
+            raise self.error(f"{suffix} names group {wrong}, and there are {groups}, from 0 on")
+        if bool((torch.bincount(index, minlength=groups) != columns // groups).any()):
+            raise self.error(f"{suffix} gives its groups different numbers of inputs")
+        order = torch.argsort(index, stable=True)
+        return None if torch.equal(order, torch.arange(columns)) else order
+
     def codes_in(self, suffix: str, words: int, bits: int) -> int:
         """Return how many codes of `bits` are in `words` of 32 bits, which they fill."""
         if words * 32 % bits:
