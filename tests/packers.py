@@ -183,6 +183,42 @@ def hqq(bits: int, group: int, zeros: tuple[float, float], whole: bool = False) 
     return pack
 
 
+# Arbitrary, increasing, and no fp16 numbers, as those of NF4 are none.
+FLOATS = np.sort(np.random.default_rng(4).uniform(-1, 1, 16)).astype(np.float32)
+
+
+def nf4(group: int, nested: bool) -> Packer:
+    """Return a packer of bitsandbytes' 4 bit floats, whose table the checkpoint brings."""
+
+    def pack(rng: np.random.Generator, rows: int, columns: int) -> tuple[Tensors, Array]:
+        codes = rng.integers(0, 16, (rows, columns))
+        count = rows * columns // group
+        settings = {"quant_type": "nf4", "blocksize": group, "shape": [rows, columns]}
+        scale = rng.uniform(0.1, 0.4, count).astype(np.float32)
+        flat = codes.reshape(-1, 2).astype(np.uint8)
+        parts = {
+            "weight": torch.from_numpy(flat[:, :1] * 16 + flat[:, 1:]),
+            "weight.quant_map": torch.from_numpy(FLOATS.copy()),
+            "weight.absmax": torch.from_numpy(scale),
+        }
+        wide = scale.astype(np.float64)
+        if nested:
+            places = rng.integers(0, 256, count)
+            table = rng.uniform(-1, 1, 256).astype(np.float32)
+            outer = rng.uniform(0.05, 0.1, -(-count // 256)).astype(np.float32)
+            settings |= {"nested_blocksize": 256, "nested_offset": 0.25}
+            parts["weight.absmax"] = torch.from_numpy(places.astype(np.uint8))
+            parts["weight.nested_quant_map"] = torch.from_numpy(table)
+            parts["weight.nested_absmax"] = torch.from_numpy(outer)
+            wide = table.astype(np.float64)[places] * np.repeat(outer, 256)[:count] + 0.25
+        octets = np.frombuffer(json.dumps(settings).encode(), np.uint8).copy()
+        parts["weight.quant_state.bitsandbytes__nf4"] = torch.from_numpy(octets)
+        values = FLOATS.astype(np.float64)[codes] * wide.reshape(rows, -1).repeat(group, axis=1)
+        return parts, values
+
+    return pack
+
+
 def checkpoint(
     folder: Path, settings: dict[str, Any], *packers: Packer, tables: bool = False, **changes: Any
 ) -> tuple[Path, dict[str, Array]]:

@@ -31,12 +31,15 @@ class Affine:
         scale: fp64 `[rows, groups]`, any sign; consecutive inputs share one.
         offset: fp64 `[rows, groups]`.
         ends: The lowest and the highest code; None is all that `bits` hold.
+        entries: fp64 `[2**bits]`, what stands in the place of codes, which count from 0 then and
+            have no offset; None is the codes themselves.
     """
 
     bits: int
     scale: torch.Tensor
     offset: torch.Tensor
     ends: tuple[int, int] | None = None
+    entries: torch.Tensor | None = None
 
 
 @final
@@ -51,6 +54,8 @@ class Levels:
         flat: bool `[rows, groups]`: groups of one value only, whose codes are all taken as 0.
         error: Largest |stored - defined| over the range of codes, as a share of the distance
             between two codes; 0 if both are the same numbers.
+        entries: fp32 `[2**bits]`, fp16 numbers, what stands in the place of codes; None is the
+            codes themselves.
     """
 
     bits: int
@@ -58,6 +63,7 @@ class Levels:
     zero_point: torch.Tensor | None
     flat: torch.Tensor
     error: float
+    entries: torch.Tensor | None = None
 
     @property
     def kind(self) -> ZeroPoint:
@@ -73,7 +79,8 @@ class Packed:
     """A quantized matrix `[rows, columns]`.
 
     Attributes:
-        codes: int8 `[rows, columns]`, from `-2**(bits - 1)` to `2**(bits - 1) - 1`.
+        codes: int8 `[rows, columns]`, from `-2**(bits - 1)` to `2**(bits - 1) - 1`, or places of
+            entries.
         levels: What they stand for.
         order: int64 `[columns]`, which input each column belongs to; None is its own.
     """
@@ -94,6 +101,7 @@ class PackedForm:
         group_size: Inputs that share a scale; None where a row has only one.
         zero_point: Which numbers its zero points are.
         error: Largest difference that storing it for Core ML makes, see `Levels.error`; 0 is exact.
+        table: Its codes are places in a table.
     """
 
     label: str
@@ -101,6 +109,7 @@ class PackedForm:
     group_size: int | None
     zero_point: ZeroPoint
     error: float
+    table: bool = False
 
 
 def fit(affine: Affine) -> Levels:
@@ -109,6 +118,8 @@ def fit(affine: Affine) -> Levels:
     Raises:
         ValueError: a number is not finite, or fp16 cannot hold it.
     """
+    if affine.entries is not None:
+        return _fit_table(affine, affine.entries)
     bits, scale, offset = affine.bits, affine.scale, affine.offset
     half = 2 ** (bits - 1)
     # Values of a group without a scale are all `offset`: once a scale, with a zero point of -1.
@@ -130,6 +141,20 @@ def fit(affine: Affine) -> Levels:
     )
 
 
+def _fit_table(affine: Affine, entries: torch.Tensor) -> Levels:
+    """Find the fp16 numbers nearest to `scale * entries[code]`."""
+    scale, held = _halves(affine.scale, "scale"), _halves(entries, "table's value")
+    gap = torch.diff(entries.unique()).min()
+    error = 0.0
+    for entry, value in zip(entries.tolist(), held.tolist(), strict=True):
+        off = (scale * value - affine.scale * entry).abs()
+        share = torch.where(off == 0, 0.0, off / (affine.scale.abs() * gap))
+        error = max(error, float(share.max()))
+    flat = torch.zeros_like(scale, dtype=torch.bool)
+    fp32 = torch.float32
+    return Levels(affine.bits, scale.to(fp32), None, flat, error, held.to(fp32))
+
+
 def values(codes: torch.Tensor, affine: Affine) -> torch.Tensor:
     """Return what int8 codes `[rows, columns]` stand for, computed in fp64 and rounded to fp32."""
     scale, offset = affine.scale, affine.offset
@@ -137,7 +162,11 @@ def values(codes: torch.Tensor, affine: Affine) -> torch.Tensor:
     step = max(1, _PIECE // codes.shape[1])
     for rows in (slice(start, start + step) for start in range(0, len(codes), step)):
         piece = codes[rows]
-        grouped = piece.reshape(len(piece), scale.shape[1], -1).to(torch.float64)
+        if affine.entries is None:
+            numbers = piece.to(torch.float64)
+        else:
+            numbers = affine.entries[piece.to(torch.int32)]
+        grouped = numbers.reshape(len(piece), scale.shape[1], -1)
         grouped.mul_(scale[rows].unsqueeze(2)).add_(offset[rows].unsqueeze(2))
         found[rows] = grouped.flatten(1)
     return found

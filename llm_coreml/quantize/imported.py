@@ -23,8 +23,8 @@ from llm_coreml.decoder import DecoderSpec
 from llm_coreml.decoder.layers import Linear
 from llm_coreml.errors import ConfigError, UnsupportedError
 from llm_coreml.quantize.plan import QuantizationPlan, matrices
-from llm_coreml.quantize.schemes import IntChannel, IntGroup, Scheme
-from llm_coreml.quantize.tensors import integer_tensor
+from llm_coreml.quantize.schemes import IntChannel, IntGroup, Scheme, TableGroup
+from llm_coreml.quantize.tensors import integer_tensor, lookup_tensor
 from llm_coreml.targets import get_target, opset_of
 
 # The layer whose order of inputs others share.
@@ -122,7 +122,7 @@ def with_imports(
 
     Raises:
         ConfigError: another format is asked for the token table or the head.
-        UnsupportedError: an import is inexact without leave, or the target refuses its scheme.
+        UnsupportedError: the target refuses a scheme.
     """
     schemes = {name: _scheme(form, config) for name, form in held.items()}
     _refuse_misfits(config, schemes)
@@ -148,6 +148,9 @@ def with_imports(
 def imported_weight(packed: Packed, bits: int) -> torch.Tensor:
     """Return a quantized matrix as the lowering takes it, its codes held in `bits`."""
     levels = packed.levels
+    if levels.entries is not None:
+        table = levels.entries.view(1, 1, -1)
+        return lookup_tensor(packed.codes.view(torch.uint8), table, bits, levels.scale, None)
     return integer_tensor(packed.codes, levels.scale, levels.zero_point, bits)
 
 
@@ -196,6 +199,8 @@ def _scheme(form: PackedForm, config: ExportConfig) -> Scheme:
     wide = 4 if form.bits <= 4 else 8
     if form.group_size is None:
         return IntChannel(wide, scale_bits, form.zero_point)
+    if form.table:
+        return TableGroup(form.bits, form.group_size, scale_bits)
     own = IntGroup(form.bits, form.group_size, scale_bits, form.zero_point)
     misfits = get_target(config.target).misfits
     fails = opset_of(config.minimum_os) < own.minimum_os or any(t in misfits for t in own.traits)

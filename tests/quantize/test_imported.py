@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from packers import (
+    FLOATS,
     Array,
     Packer,
     affine,
@@ -20,6 +21,7 @@ from packers import (
     gptq,
     hqq,
     mlx,
+    nf4,
     plain_bytes,
 )
 from tiny import llama
@@ -163,6 +165,32 @@ def test_the_largest_error_is_told_and_needs_leave(label: str, tmp_path: Path) -
     assert report.largest_error == pytest.approx(errors[worst], rel=1e-3)
     assert f"'{worst}' is off by up to {report.largest_error:.2%}" in str(refused.value)
     assert "--allow-inexact" in str(refused.value)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_tables_of_bitsandbytes(nested: bool, tmp_path: Path) -> None:
+    settings = with_method("bitsandbytes", load_in_4bit=True)
+    sizes = {"hidden_size": 64, "intermediate_size": 128}
+    folder, meant = checkpoint(tmp_path / "model", settings, nf4(64, nested), **sizes)
+    stored = open_model(folder).checkpoint
+    with pytest.raises(UnsupportedError, match=r"bitsandbytes weights .*--allow-inexact"):
+        decoder_values(folder)
+    held = decoder_values(folder, replace(CONFIG, allow_inexact=True))
+    gap = float(np.diff(FLOATS).min())
+    errors = {}
+    for name, values in meant.items():
+        assert np.array_equal(
+            stored.tensor(name, torch.float32).numpy(), values.astype(np.float32)
+        ), name
+        blocks = values.reshape(len(values), -1, 64)
+        scale = np.abs(blocks).max(2, keepdims=True)
+        off = np.abs(held[name].reshape(blocks.shape) - blocks) / (scale * gap)
+        errors[name] = float(off.max())
+        assert np.allclose(held[name], values, rtol=2**-10, atol=0), name
+    report = open_model(folder).imported()
+    assert report is not None
+    # The bound counts every entry of the table in every block, and scales where these are not 1.
+    assert 0.5 * max(errors.values()) < report.largest_error < 2**-9 / gap
 
 
 def test_what_torchao_saved(tmp_path: Path) -> None:

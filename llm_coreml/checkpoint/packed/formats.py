@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from llm_coreml.checkpoint.packed.awq import AWQ
+from llm_coreml.checkpoint.packed.bitsandbytes import BitsAndBytes
 from llm_coreml.checkpoint.packed.blocks import BLOCKS
 from llm_coreml.checkpoint.packed.compressed import PackedWords, PlainBytes
 from llm_coreml.checkpoint.packed.gptq import GPTQ
@@ -93,6 +94,12 @@ def _compressed(settings: Mapping[str, Any], where: str) -> Formats:
     return PackedWords(frozenset(sizes)), PlainBytes(frozenset(sizes))
 
 
+def _bitsandbytes(settings: Mapping[str, Any], where: str) -> Formats:
+    if not settings.get("load_in_4bit"):
+        raise _refusal(where, "bitsandbytes weights that are not of 4 bits")
+    return BitsAndBytes("nf4"), BitsAndBytes("fp4")
+
+
 def _mlx(settings: Mapping[str, Any], where: str) -> Formats:
     mode = settings.get("mode") or "affine"
     if mode != "affine":
@@ -134,6 +141,7 @@ _READERS: dict[str, Callable[[Mapping[str, Any], str], Formats]] = {
     "gguf": _gguf,
     "gptq": _gptq,
     "awq": _awq,
+    "bitsandbytes": _bitsandbytes,
     "compressed-tensors": _compressed,
     "hqq": _hqq,
     "mlx": _mlx,

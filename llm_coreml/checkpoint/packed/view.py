@@ -144,8 +144,11 @@ class PackedCheckpoint(Checkpoint):
         for name, (form, parts) in self._matrices.items():
             levels = _levels(form, parts)
             columns, groups = form.shape(parts)[1], levels.scale.shape[1]
-            size = columns // groups if groups > 1 else None
-            found[name] = PackedForm(form.label, levels.bits, size, levels.kind, levels.error)
+            table = levels.entries is not None
+            size = columns // groups if groups > 1 or table else None
+            found[name] = PackedForm(
+                form.label, levels.bits, size, levels.kind, levels.error, table
+            )
         return found
 
     def _is_padding(self, bias: str) -> bool:
