@@ -39,7 +39,7 @@ NAMES = {
     "model.layers.0.mlp.down_proj": "blk.0.ffn_down",
 }
 # Where each block of a K format has fp16 numbers, which random bytes must not fill.
-HALVES = {Kind.Q4_K: (0, 2), Kind.Q5_K: (0, 2), Kind.Q6_K: (208,)}
+HALVES = {Kind.IQ4_NL: (0,), Kind.Q4_K: (0, 2), Kind.Q5_K: (0, 2), Kind.Q6_K: (208,)}
 
 
 def blocks(kind: Kind, weight: Array) -> Array:
@@ -70,6 +70,8 @@ def write(folder: Path, kinds: dict[str, Kind], architecture: str = "llama") -> 
         architecture: What the file says it holds.
     """
     model = llama(hidden_size=256, intermediate_size=256, vocab_size=64)
+    with torch.no_grad():
+        model.model.layers[0].mlp.gate_proj.weight[3, 32:64] = 0
     save(model, folder)
     (folder / "model.safetensors").unlink()
     writer = gguf.GGUFWriter(folder / "model.gguf", architecture)
@@ -112,7 +114,13 @@ def decoder_values(path: Path, **settings: Any) -> dict[str, Array]:
 
 
 def test_exact_formats_keep_every_value(tmp_path: Path) -> None:
-    kinds = {"q_proj": Kind.Q4_0, "k_proj": Kind.Q8_0, "gate_proj": Kind.Q4_0, "lm_head": Kind.Q8_0}
+    kinds = {
+        "q_proj": Kind.Q4_0,
+        "k_proj": Kind.Q8_0,
+        "gate_proj": Kind.MXFP4,
+        "up_proj": Kind.IQ4_NL,
+        "lm_head": Kind.Q8_0,
+    }
     meant = write(tmp_path, kinds)
     for path in (tmp_path, tmp_path / "model.gguf"):
         held = decoder_values(path)
@@ -121,7 +129,8 @@ def test_exact_formats_keep_every_value(tmp_path: Path) -> None:
             assert np.array_equal(held[name], values), name
     report = open_model(tmp_path).imported()
     assert report is not None
-    assert (report.format, report.matrices) == ("GGUF Q4_0, GGUF Q8_0", 4)
+    assert report.format == "GGUF IQ4_NL, GGUF MXFP4, GGUF Q4_0, GGUF Q8_0"
+    assert report.matrices == 5
     assert report.exactness == "exact"
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from packers import awq, checkpoint, compressed, gptq, hqq, mlx
+from packers import awq, checkpoint, compressed, gptq, hqq, mlx, nf4
 from safetensors.torch import load_file, save_file
 
 from llm_coreml.build import build_decoder, open_model, plan_for
@@ -31,6 +31,8 @@ COMPRESSED = {
     }
 }
 HQQ = {"quantization_config": {"quant_method": "hqq"}}
+NF4 = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+SETTINGS = "quant_state.bitsandbytes__nf4"
 MLX = {"quantization": {"group_size": 32, "bits": 4}}
 Change = Callable[[dict[str, torch.Tensor]], None]
 
@@ -155,6 +157,27 @@ BAD: list[tuple[dict[str, Any], Any, Change, type[LlmCoreMLError], str]] = [
     (HQQ, hqq(4, 32, (8, 8)), put("nbits", entry(3)), UnsupportedError, r"codes of 3 bits"),
     (HQQ, hqq(4, 32, (8, 8)), put("W_q", lambda t: t[1:]), CheckpointError, r"W_q is \[95, 32\]"),
     (HQQ, hqq(4, 32, (8, 8)), put("shape", entry(-96)), CheckpointError, r"shape is \[-96, 64\]"),
+    (
+        NF4,
+        nf4(32, False),
+        put(f"weight.{SETTINGS}", entry(0)),
+        CheckpointError,
+        r"up_proj' in '.*': its settings are no JSON",
+    ),
+    (
+        NF4,
+        nf4(64, False),
+        lambda _: None,
+        UnsupportedError,
+        r"down_proj' has 96 inputs, so that bitsandbytes' blocks of 64 go beyond a row",
+    ),
+    (
+        NF4,
+        nf4(32, True),
+        put("weight.nested_absmax", lambda t: torch.cat([t, t])),
+        CheckpointError,
+        r"weight.nested_absmax is \[2\], not \[1\]",
+    ),
     (MLX, mlx(4, 32, True), put("biases", lambda t: t[:, :1]), CheckpointError, r"biases is"),
 ]
 
@@ -194,6 +217,7 @@ def test_damage_is_told_by_the_matrix(
             "'m",
         ),
         ({"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemv"}, "'gemv'"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "that are not of 4 bits"),
         ({"quant_method": "compressed-tensors"}, "names no config_groups"),
         ({"quant_method": "torchao", "quant_type": {"_type": "Int4Config"}}, "of Int4Config"),
         (

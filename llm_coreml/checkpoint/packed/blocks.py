@@ -2,7 +2,8 @@
 
 A block of 32 codes has one fp16 scale `d`, and a minimum `m` in the formats `_1`. A block of 256 in
 the formats `_K` has 6 bit scales, and minimums, of its parts, which fp16 numbers `d` and `dmin`
-scale in turn; their products have more digits than fp16, so these imports are inexact.
+scale in turn; their products have more digits than fp16, so these imports are inexact. IQ4_NL and
+MXFP4 have tables of their own, the latter with powers of two for scales.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class Blocks(PackedFormat):
         bits: Of the codes as they are held, 4, 6 or 8.
         ends: The lowest and the highest of them.
         read_scales: Returns fp64 scales and offsets, `[count, groups of a block]`.
-        read_codes: Returns signed codes, int8 `[count, elements]`.
+        read_codes: Returns signed codes, int8 `[count, elements]`, or places of `entries`.
+        entries: What stands in the place of codes; None is the codes themselves.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Blocks(PackedFormat):
     ends: tuple[int, int]
     read_scales: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
     read_codes: Callable[[torch.Tensor], torch.Tensor]
+    entries: tuple[int, ...] | None = None
 
     @property
     def label(self) -> str:  # type: ignore[override]
@@ -59,7 +62,11 @@ class Blocks(PackedFormat):
         """See `PackedFormat`."""
         rows, _ = self.shape(parts)
         scale, offset = self.read_scales(self._blocks(parts))
-        return Affine(self.bits, scale.reshape(rows, -1), offset.reshape(rows, -1), self.ends)
+        entries = None
+        if self.entries is not None:
+            entries = torch.tensor(self.entries, dtype=torch.float64)
+        scale, offset = scale.reshape(rows, -1), offset.reshape(rows, -1)
+        return Affine(self.bits, scale, offset, self.ends, entries)
 
     def codes(self, parts: Parts) -> torch.Tensor:
         """See `PackedFormat`."""
@@ -121,6 +128,14 @@ def _q6_k_codes(blocks: torch.Tensor) -> torch.Tensor:
     return ((_nibbles(blocks[:, :128], 64) | high.flatten(1) << 4) - 32).view(torch.int8)
 
 
+def _mxfp4_scales(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return half of the powers of two, since entries are doubled; zero for blocks of zeros."""
+    exponents = blocks[:, :1].to(torch.int32) - 128
+    scale = torch.ldexp(torch.ones_like(exponents, dtype=torch.float64), exponents)
+    scale[(_nibbles(blocks[:, 1:], 16) & 7 == 0).all(1)] = 0
+    return scale, torch.zeros_like(scale)
+
+
 Q4_0 = Blocks(
     "Q4_0", 32, 18, 4, (-8, 7), _symmetric, lambda b: (_nibbles(b[:, 2:], 16) - 8).view(torch.int8)
 )
@@ -148,5 +163,26 @@ Q4_K = Blocks(
 Q5_K = Blocks("Q5_K", 256, 176, 6, (0, 31), lambda b: _k_scales(b, 0), _q5_k_codes)
 Q6_K = Blocks("Q6_K", 256, 210, 6, (-32, 31), _q6_k_scales, _q6_k_codes)
 
+IQ4_NL = Blocks(
+    "IQ4_NL",
+    32,
+    18,
+    4,
+    (0, 15),
+    _symmetric,
+    lambda b: _nibbles(b[:, 2:], 16).view(torch.int8),
+    (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113),
+)
+MXFP4 = Blocks(
+    "MXFP4",
+    32,
+    17,
+    4,
+    (0, 15),
+    _mxfp4_scales,
+    lambda b: _nibbles(b[:, 1:], 16).view(torch.int8),
+    (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12),
+)
+
 # The numbers that files give their types.
-BLOCKS = {2: Q4_0, 3: Q4_1, 8: Q8_0, 12: Q4_K, 13: Q5_K, 14: Q6_K}
+BLOCKS = {2: Q4_0, 3: Q4_1, 8: Q8_0, 12: Q4_K, 13: Q5_K, 14: Q6_K, 20: IQ4_NL, 39: MXFP4}
