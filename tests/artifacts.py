@@ -120,6 +120,33 @@ def matrix_names(path: Path, spec: DecoderSpec) -> dict[str, str]:
     return {name: op.outputs[0].name for name, op in operations.items()}
 
 
+def constant_operations(path: Path, spec: DecoderSpec) -> dict[str, str]:
+    """Return the operations that each matrix is made of, with the types of what they read."""
+    sources = _sources(path)
+    found = {}
+    for name, op in _matrix_operations(path, spec).items():
+        chain = [op]
+        while inner := [op for op in _inputs(sources, chain[0]) if op.type != "const"]:
+            chain[:0] = inner
+        found[name] = ", ".join(f"`{op.type}({_types(sources, op)})`" for op in chain)
+    return found
+
+
+def _inputs(sources: dict[str, Operation], op: Operation) -> list[Operation]:
+    names = [name for bound in op.inputs.values() for name in bound if isinstance(name, str)]
+    return [sources[name] for name in names]
+
+
+def _types(sources: dict[str, Operation], op: Operation) -> str:
+    types = []
+    for parameter in ("data", "offset", "indices", "lut", "scale"):
+        for bound in op.inputs.get(parameter, ()):
+            held = sources[bound].outputs[0].type if isinstance(bound, str) else bound.type
+            assert isinstance(held, TensorType)
+            types.append(f"{parameter} {held.dtype}")
+    return ", ".join(types)
+
+
 def _sources(path: Path) -> dict[str, Operation]:
     return {output.name: op for op in program(path).operations for output in op.outputs}
 

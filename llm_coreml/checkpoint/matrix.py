@@ -1,8 +1,9 @@
 """A quantized matrix as numbers: codes, and what each code stands for in each group of inputs.
 
-Every format here says `scale * code + offset`, or `scale * entries[code]`, in a way of its own. Core
-ML says `scale * (code - zero_point)`, or the same of a table, with fp16 numbers and signed codes. So
-an import is exact if these give the very same values, and its error is measured where they do not.
+Every format here says `scale * code + offset`, or `scale * entries[code]`, in a way of its own.
+Core ML says `scale * (code - zero_point)`, or the same of a table, with fp16 numbers and signed
+codes. So an import is exact if these give the very same values, and its error is measured where
+they do not.
 
     levels = fit(Affine(4, scale, offset))  # levels.error == 0.0 is exact
     unpack(words, 4)                        # eight codes out of each int32

@@ -105,7 +105,9 @@ def _row_scale(weight: torch.Tensor) -> torch.Tensor:
 
 @quantized.register
 def _(scheme: Mxfp4, weight: torch.Tensor) -> torch.Tensor:
-    return mxfp4_tensor(*mxfp4(weight))
+    found = [mxfp4(piece) for piece in _pieces(weight)]
+    codes, exponents = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return mxfp4_tensor(codes, exponents)
 
 
 @quantized.register
@@ -116,18 +118,22 @@ def _(scheme: Unquantized, weight: torch.Tensor) -> torch.Tensor:
 def _integers(
     weight: torch.Tensor, scheme: IntGroup | IntChannel, group_size: int, granularity: Any
 ) -> torch.Tensor:
-    pieces = torch.split(weight, max(1, _PIECE // weight.shape[1]))
+    pieces = _pieces(weight)
     if scheme.zero_point != "none" or scheme.bits not in INTEGER_BITS:
-        found = [integers(p, scheme.bits, group_size, scheme.zero_point) for p in pieces]
-        codes, scale = (torch.cat([part[at] for part in found]) for at in (0, 1))
-        zero = [part[2] for part in found if part[2] is not None]
-        return integer_tensor(codes, scale, torch.cat(zero) if zero else None, scheme.bits)
+        found = (integers(piece, scheme.bits, group_size, scheme.zero_point) for piece in pieces)
+        all_codes, scales, zeros = zip(*found, strict=True)
+        zero_point = None if scheme.zero_point == "none" else torch.cat(zeros)
+        return integer_tensor(torch.cat(all_codes), torch.cat(scales), zero_point, scheme.bits)
     config = IntxWeightOnlyConfig(
         weight_dtype=getattr(torch, f"int{scheme.bits}"), granularity=granularity
     )
     made: list[Any] = [_by_torchao(piece, config) for piece in pieces]
     codes, scale = (torch.cat([getattr(p, n) for p in made]) for n in ("qdata", "scale"))
     return integer_tensor(codes, scale, None, scheme.bits)
+
+
+def _pieces(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return torch.split(weight, max(1, _PIECE // weight.shape[1]))
 
 
 def _by_torchao(piece: torch.Tensor, config: AOBaseConfig) -> torch.Tensor:

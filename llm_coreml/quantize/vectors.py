@@ -17,9 +17,9 @@ import torch
 from llm_coreml.errors import UnsupportedError
 from llm_coreml.quantize.kmeans import FP16_MAX
 
-_STEPS = 20
-# Vectors of a group among which the first centres are chosen.
-_SAMPLE = 4096
+# The steps that are taken on so many vectors for each centre, and then on all of them.
+_STEPS, _LAST_STEPS = 20, 3
+_SAMPLE = 128
 # Distances that are held at a time.
 _BLOCK = 1 << 22
 _GOLDEN = (math.sqrt(5) - 1) / 2
@@ -51,14 +51,15 @@ def kmeans_vectors(values: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch
                 f"a value is {float(points.abs().max()):g}; a codebook holds fp16 numbers, which "
                 f"end at {FP16_MAX:g}. Use another scheme for it, or scale the weights."
             )
-        tables[piece] = _lloyd(points, _spread(points, 2**bits)).half().float()
+        sample = points[:, :: -(-n // (_SAMPLE << bits))]
+        centres = _lloyd(sample, _spread(sample, 2**bits), _STEPS)
+        tables[piece] = _lloyd(points, centres, _LAST_STEPS).half().float()
         codes[piece] = _nearest(points, tables[piece]).to(torch.uint8)
     return tables, codes
 
 
-def _spread(points: torch.Tensor, entries: int) -> torch.Tensor:
-    """Choose centres `[groups, entries, width]` among `points`, far ones first of all."""
-    sample = points[:, :: -(-points.shape[1] // _SAMPLE)]
+def _spread(sample: torch.Tensor, entries: int) -> torch.Tensor:
+    """Choose centres `[groups, entries, width]` from a sample, each far from those before it."""
     groups = torch.arange(len(sample))
     centres: list[torch.Tensor] = []
     distance = (sample - sample.mean(1, keepdim=True)).square().sum(2)
@@ -73,13 +74,13 @@ def _spread(points: torch.Tensor, entries: int) -> torch.Tensor:
     return torch.stack(centres, 1)
 
 
-def _lloyd(points: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
+def _lloyd(points: torch.Tensor, centres: torch.Tensor, steps: int) -> torch.Tensor:
     """Move each centre to the mean of what is nearest to it; one that nothing is near to stays."""
     groups, entries, width = centres.shape
     first = torch.arange(groups).unsqueeze(1) * entries
     flat = points.reshape(-1, width).to(torch.float64)
     codes = torch.empty(0)
-    for _ in range(_STEPS):
+    for _ in range(steps):
         found = _nearest(points, centres)
         if torch.equal(found, codes):
             break

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from artifacts import UNQUANTIZED, matrices, matrix_names
+from artifacts import UNQUANTIZED, constant_operations, matrices, matrix_names
 from tiny import llama
 from torch import nn
 
 from llm_coreml.build import build_decoder, open_model
+from llm_coreml.cli import export_command
 from llm_coreml.config import ExportConfig
 from llm_coreml.decoder import Decoder
 from llm_coreml.errors import UnsupportedError
-from llm_coreml.quantize import make_plan
+from llm_coreml.quantize import SCHEMES, make_plan
 from llm_coreml.quantize.apply import dense_rows
+from llm_coreml.quantize.plan import linear_scheme
 from llm_coreml.quantize.schemes import Codebook, IntChannel, IntGroup, Mxfp4, Scheme, ZeroPoint
 from llm_coreml.quantize.tensors import codebook_tensor, integer_tensor, lookup_tensor, mxfp4_tensor
+from llm_coreml.reference.constants import PackedWeight
 from llm_coreml.reference.execution import Execution
 from llm_coreml.runtime import ReferenceRunner
+from llm_coreml.targets import TARGETS
 from llm_coreml.weights import check_weights
 
 Shape = tuple[int, int]
@@ -133,10 +137,10 @@ MAKERS: dict[str, Maker] = {
     "layers.0.self_attn.v_proj": group(8, 32),
     "layers.0.self_attn.o_proj": group(8, 8, "int"),
     "layers.0.mlp.gate_proj": group(8, 32, "float"),
-    "layers.0.mlp.up_proj": channel(4, "int"),
-    "layers.0.mlp.down_proj": channel(4, "float"),
+    "layers.0.mlp.up_proj": channel(4, "float"),
+    "layers.0.mlp.down_proj": group(4, 32),
     "layers.1.self_attn.q_proj": channel(8, "int"),
-    "layers.1.self_attn.k_proj": channel(8, "float"),
+    "layers.1.self_attn.k_proj": codebook(Codebook(4, 16)),
     # Narrow codes are a trap: coremltools makes int4 of them, in which no such zero point fits.
     "layers.1.self_attn.v_proj": integers(IntGroup(8, 16, zero_point="int"), limit=8),
     "layers.1.self_attn.o_proj": integers(IntChannel(8), limit=8),
@@ -246,3 +250,85 @@ def test_what_a_format_cannot_hold_is_refused(
     with pytest.raises(UnsupportedError) as caught:
         make()
     assert str(caught.value).startswith(message)
+
+
+def test_weights_that_stay_packed_are_expanded_row_by_row(
+    lowered: Lowered, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = ReferenceRunner(lowered.path, Execution(mode="fp32"))
+    monkeypatch.setattr("llm_coreml.reference.constants._SMALL", 0)
+    monkeypatch.setattr("llm_coreml.reference.constants._SLICE", 1000)
+    packed = ReferenceRunner(lowered.path, Execution(mode="fp32", memory_budget=0))
+    # Vectors along the rows are no rows of their codes, and are always expanded.
+    vectors = sum(
+        isinstance(m.scheme, Codebook) and m.scheme.vector > 1 for m in lowered.made.values()
+    )
+    kept = [value for _, value in packed.constants() if isinstance(value, PackedWeight)]
+    assert sum(value.rows > 1 for value in kept) >= len(lowered.made) - vectors
+    assert check_weights(packed.constants(), lowered.decoder) > len(lowered.made)
+    for token in (0, 95, 33):
+        torch.testing.assert_close(packed.step([token]), whole.step([token]), rtol=1e-5, atol=1e-5)
+
+
+# Flags -> a module whose weight is of that kind, if any is quantized.
+DOCUMENTED = {
+    "--scheme int4-group": "layers.0.mlp.down_proj",
+    "--scheme int4-group --zero-point int": "layers.0.self_attn.q_proj",
+    "--scheme int4-group --zero-point float": "layers.0.self_attn.k_proj",
+    "--scheme int8-group": "layers.0.self_attn.v_proj",
+    "--scheme int8-group --zero-point int": "layers.0.self_attn.o_proj",
+    "--scheme int4-channel --zero-point float": "layers.0.mlp.up_proj",
+    "--scheme int8-channel": "layers.1.self_attn.o_proj",
+    "--scheme int8-channel --zero-point int": "layers.1.self_attn.q_proj",
+    "--scheme codebook": "layers.1.self_attn.k_proj",
+    "--scheme codebook --bits 3 --codebook-columns 64": "layers.1.mlp.gate_proj",
+    "--scheme codebook --codebook-rows 16 --codebook-columns 64": "layers.2.self_attn.q_proj",
+    "--scheme codebook --bits 3 --codebook-vector 2": "layers.2.self_attn.k_proj",
+    "--scheme codebook --codebook-scale": "layers.2.self_attn.o_proj",
+    "--scheme int2-group": "layers.2.mlp.gate_proj",
+    "--scheme int3-group --zero-point int": "layers.2.mlp.up_proj",
+    "--scheme int6-group --group-size 16 --zero-point float": "layers.2.mlp.down_proj",
+    "--scheme mxfp4": "embed_tokens",
+    "--scheme none": None,
+}
+DOCUMENT = Path(__file__).parents[2] / "docs" / "formats.md"
+
+
+def scheme_of(flags: str) -> Scheme:
+    """Return what the command line makes of `flags`."""
+    context = export_command.make_context("export", ["model", *flags.split()])
+    names = {field.name for field in fields(ExportConfig)}
+    return linear_scheme(ExportConfig(**{k: v for k, v in context.params.items() if k in names}))
+
+
+def kind(scheme: Scheme) -> tuple[object, ...]:
+    """Return what decides into which operations a weight is lowered."""
+    zero_point, vector = getattr(scheme, "zero_point", None), getattr(scheme, "vector", None)
+    return type(scheme), scheme.bits, zero_point, vector, scheme.traits
+
+
+def described(flags: str, module: str | None, chains: dict[str, str]) -> str:
+    scheme = scheme_of(flags)
+    refused = [name for name, target in TARGETS.items() if set(scheme.traits) & set(target.misfits)]
+    cells = [
+        f"`{flags}`",
+        *(f"{scheme.bits_per_weight((2048, columns)):.3f}" for columns in (2048, 8192)),
+        scheme.minimum_os,
+        ", ".join(refused) or "none",
+        "`const`" if module is None else chains[module],
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def test_the_document_says_what_the_code_does(lowered: Lowered) -> None:
+    for flags, module in DOCUMENTED.items():
+        assert module is None or kind(lowered.made[module].scheme) == kind(scheme_of(flags))
+    assert {scheme_of(flags).name for flags in DOCUMENTED} == set(SCHEMES)
+    text = DOCUMENT.read_text()
+    chains = constant_operations(lowered.path, lowered.decoder.spec)
+    table = [described(flags, module, chains) for flags, module in DOCUMENTED.items()]
+    held = [line for line in text.splitlines() if line.startswith("| `--scheme")]
+    assert held == table, "\n" + "\n".join(table)
+    words = " ".join(text.split())
+    for target in TARGETS.values():
+        assert all(reason in words for reason in target.misfits.values())

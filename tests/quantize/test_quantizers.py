@@ -126,6 +126,27 @@ def test_a_scale_for_each_row_helps_rows_of_different_size() -> None:
     assert bool((stored(Codebook(3, 16, row_scale=True), weight * 0) == 0).all())
 
 
+def test_a_shared_table_serves_the_rows_that_matter() -> None:
+    large, small = normal(8, 256).erf() * 10, normal(8, 256).pow(3) * 0.01
+    scheme = Codebook(3, 16, row_scale=True)
+    alone = loss(Codebook(3, 8, row_scale=True), large)
+    assert loss(scheme, torch.cat((large, small))) < 1.05 * alone
+
+
+def test_vectors_end_where_further_steps_win_nothing() -> None:
+    values = normal(3, 900, 2)
+    tables, codes = kmeans_vectors(values, 4)
+    found = (tables.gather(1, codes.long().unsqueeze(2).expand_as(values)) - values).square().sum()
+    further = 0.0
+    for points, centres in zip(values.numpy(), tables.numpy(), strict=True):
+        for _ in range(100):
+            distances = np.square(points[:, None] - centres).sum(2)
+            nearest = distances.argmin(1)
+            centres = np.stack([points[nearest == at].mean(0) for at in range(16)])
+        further += distances.min(1).sum()
+    assert found < 1.02 * further
+
+
 def test_vectors_come_near_the_best_table() -> None:
     values = normal(20, 7, 2)
     tables, codes = kmeans_vectors(values, 1)
