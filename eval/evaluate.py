@@ -16,7 +16,13 @@ from llm_coreml.eval.sizes import measure_bytes
 from llm_coreml.eval.text import read_windows
 from llm_coreml.recipes import bundled_model
 
-from llm_coreml.build import Model, build_decoder, build_original, open_model, read_calibration
+from llm_coreml.build import (
+    Model,
+    build_decoder,
+    build_original,
+    open_model,
+    read_calibration,
+)
 from llm_coreml.bundle import (
     RESULTS,
     Bundle,

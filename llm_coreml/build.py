@@ -1,7 +1,7 @@
 """Open a model and build eager decoders from it: what an export and an evaluation both need.
 
 model = open_model("folder-or-hub-id")
-decoder, shapes = build_decoder(model, config, make_plan(config, model.spec))
+decoder, shapes = build_decoder(model, config, plan_for(config, model))
 """
 
 from __future__ import annotations
@@ -13,13 +13,20 @@ from typing import Any
 
 import torch
 
-from llm_coreml.checkpoint import Checkpoint, Source, open_checkpoint
+from llm_coreml.checkpoint import Checkpoint, Source, is_quantized, open_checkpoint
 from llm_coreml.config import ExportConfig, Shapes, resolve_shapes
 from llm_coreml.decoder import Decoder, DecoderSpec
 from llm_coreml.families import Family, find_family
-from llm_coreml.quantize import QuantizationPlan
+from llm_coreml.quantize import QuantizationPlan, make_plan
 from llm_coreml.quantize.cache import WeightCache
 from llm_coreml.quantize.fill import check_checkpoint, fill
+from llm_coreml.quantize.imported import (
+    ImportReport,
+    import_report,
+    refuse_choices,
+    refuse_inexact,
+    with_imports,
+)
 from llm_coreml.quantize.rotation import rotated
 from llm_coreml.quantize.text import CalibrationText, read_content, tokenize
 from llm_coreml.recipes import BUNDLED, BUNDLED_RECIPE, load_recipe, recipe_names
@@ -42,9 +49,35 @@ class Model:
     family: Family
     spec: DecoderSpec
 
+    def imported(self) -> ImportReport | None:
+        """Return what becomes of matrices that are quantized already, None if none are."""
+        return import_report(self.checkpoint)
+
     def sha256(self) -> str:
         """Return the hash of the tensors that the decoder is made of."""
         return self.checkpoint.sha256(set(self.family.tensor_names(self.spec).values()))
+
+
+def plan_for(config: ExportConfig, model: Model) -> QuantizationPlan:
+    """Choose the scheme of each matrix, or find it in a checkpoint that is quantized already.
+
+    Raises:
+        CheckpointError: scales of a quantized checkpoint are damaged.
+        ConfigError: settings contradict each other, or choose what is chosen already.
+        UnsupportedError: Core ML or the target cannot hold a matrix, or only inexactly.
+    """
+    report = model.imported()
+    if report is None:
+        return make_plan(config, model.spec)
+    refuse_inexact(report, config)
+    forms = model.checkpoint.forms()
+    held = {
+        ours.removesuffix(".weight"): forms[theirs]
+        for ours, theirs in model.family.tensor_names(model.spec).items()
+        if theirs in forms
+    }
+    plan = make_plan(refuse_choices(config), model.spec)
+    return with_imports(plan, config, model.spec, held)
 
 
 def open_model(
@@ -52,7 +85,7 @@ def open_model(
     tokenizer: Any = None,
     revision: str | None = None,
     local_files_only: bool = False,
-    accept: Callable[[DecoderSpec], object] = lambda _: None,
+    accept: Callable[[DecoderSpec, bool], object] = lambda _, __: None,
 ) -> Model:
     """Open a checkpoint and hold its tensors' names and shapes against its family's.
 
@@ -61,7 +94,8 @@ def open_model(
         tokenizer: Tokenizer of a live model.
         revision: Branch, tag or commit of a hub id.
         local_files_only: Use the hub's local cache only.
-        accept: Given the sizes before any weights are fetched; raises to refuse them.
+        accept: Given the sizes, and whether the matrices are quantized already, before any weights
+            are fetched; raises to refuse them.
 
     Raises:
         ConfigError: a bare word that is no recipe and no folder.
@@ -70,7 +104,7 @@ def open_model(
     """
 
     def judge(config: dict[str, Any]) -> None:
-        accept(find_family(config).spec(config))
+        accept(find_family(config).spec(config), is_quantized(config))
 
     source, bundled = _resolve(source)
     checkpoint = open_checkpoint(
@@ -114,7 +148,7 @@ def _resolve(
     if not isinstance(source, str):
         return source, False
     is_recipe = source in recipe_names() and not (Path(source) / "config.json").is_file()
-    if not is_recipe and (Path(source).is_dir() or "/" in source):
+    if not is_recipe and (Path(source).exists() or "/" in source):
         return source, False
     recipe = load_recipe(source)
     return recipe.source, recipe.model == BUNDLED

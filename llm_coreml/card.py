@@ -32,7 +32,8 @@ pipeline_tag: text-generation
 head {quantization["lm_head"]["label"]}{" (tied)" if quantization["tied"] else ""}; \
 {quantization["bits_per_weight"]:.2f} bits per weight |
 {_rotation(quantization.get("rotation"))}\
-| linear layers | {_mix(quantization.get("allocation"))}{_choice(quantization.get("calibration"))} |
+| linear layers | {_mix(quantization.get("allocation"))}\
+{_choice(quantization.get("calibration"), quantization.get("import"))} |
 | precision | {target["compute_precision"]} |
 | method | `forward(tokens int64 [1, S], start_pos int64 [1])`, {program["output"]} |
 | lengths S | {lengths} |
@@ -73,12 +74,26 @@ def _mix(allocation: dict[str, Any] | None) -> str:
     )
 
 
-def _choice(calibration: dict[str, Any] | None) -> str:
+def _choice(calibration: dict[str, Any] | None, imported: dict[str, Any] | None) -> str:
+    if imported is not None:
+        return (
+            f"{imported['matrices']} matrices as the checkpoint quantized them, "
+            f"{imported['format']}, {_exactness(imported)}"
+        )
     if calibration is None:
         return "rounded to nearest"
     return (
         f"calibrated by {calibration['method']} on {calibration['tokens']:,} tokens of "
         f"{calibration['text']}"
+    )
+
+
+def _exactness(imported: dict[str, Any]) -> str:
+    if imported["tensor"] is None:
+        return "exact"
+    return (
+        f"inexact: up to {imported['largest_error']:.2%} of the distance between two codes, in "
+        f"`{imported['tensor']}`"
     )
 
 

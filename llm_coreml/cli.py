@@ -131,6 +131,11 @@ def cli() -> None:
     show_default=True,
     help="xnnpack makes a twin that ExecuTorch's stock runner runs on Linux.",
 )
+@click.option(
+    "--allow-inexact",
+    is_flag=True,
+    help="Take a quantized checkpoint that Core ML cannot hold exactly.",
+)
 @click.option("--force", is_flag=True, help="Export a scheme that the target is known to refuse.")
 @click.option(
     "--cache",

@@ -54,6 +54,7 @@ class ExportConfig:
         context: Positions of the KV cache; None takes the smaller of 2048 and the model's own.
         seq_lengths: Chunk lengths that the program accepts; None takes 1, 8, 64, 512.
         backend: `coreml`, or `xnnpack` for a twin that runs on Linux.
+        allow_inexact: Take a quantized checkpoint whose weights Core ML cannot hold exactly.
         force: Export a scheme that the target is known to refuse.
 
     Raises:
@@ -84,6 +85,7 @@ class ExportConfig:
     context: int | None = None
     seq_lengths: tuple[int, ...] | None = None
     backend: Literal["coreml", "xnnpack"] = "coreml"
+    allow_inexact: bool = False
     force: bool = False
 
     def __post_init__(self) -> None:

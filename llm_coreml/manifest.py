@@ -19,6 +19,7 @@ from llm_coreml.decoder import DecoderSpec
 from llm_coreml.planning import Measured
 from llm_coreml.quantize import QuantizationPlan, Scheme
 from llm_coreml.quantize.hadamard import SEED
+from llm_coreml.quantize.imported import ImportReport
 from llm_coreml.quantize.plan import matrices
 from llm_coreml.quantize.plan_file import plan_json
 from llm_coreml.quantize.rotation import rotations
@@ -67,6 +68,7 @@ def make_manifest(
             "calibration": None if calibration is None else _read("GPTQ", calibration),
             "allocation": None if measured is None else _allocation(measured),
             "plan": plan_json(plan, model.spec, {} if measured is None else measured.losses),
+            "import": _import(model.imported()),
         },
         "program": {
             "file": program.name,
@@ -211,6 +213,10 @@ def _read(method: str, text: CalibrationText) -> dict[str, Any]:
         "windows": len(text.windows),
         "sha256": text.sha256,
     }
+
+
+def _import(report: ImportReport | None) -> dict[str, Any] | None:
+    return None if report is None else asdict(report)
 
 
 def _output(config: ExportConfig, spec: DecoderSpec) -> str:

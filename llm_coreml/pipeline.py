@@ -38,6 +38,7 @@ from llm_coreml.planning import choose_plan, plan_without_weights
 from llm_coreml.progress import Progress, Silent, free_memory
 from llm_coreml.quantize import QuantizationPlan
 from llm_coreml.quantize.cache import WeightCache, default_folder
+from llm_coreml.quantize.imported import ImportReport, refuse_choices
 from llm_coreml.quantize.text import read_content
 from llm_coreml.recipes import bundled_model
 from llm_coreml.reference.execution import Execution
@@ -124,9 +125,9 @@ class _Job:
         chosen = default_folder() if self.cache is True else Path(self.cache)
         yield WeightCache(chosen, self.progress.note)
 
-    def check(self, spec: DecoderSpec) -> None:
+    def check(self, spec: DecoderSpec, quantized: bool) -> None:
         """Refuse settings that cannot work for a model of these sizes."""
-        plan_without_weights(self.config, spec)
+        plan_without_weights(refuse_choices(self.config) if quantized else self.config, spec)
         resolve_shapes(self.config, spec.max_position_embeddings)
 
 
@@ -137,6 +138,7 @@ def _write(job: _Job, model: Model, draft: Path, cache: WeightCache) -> None:
     if config.mixed:
         progress.stage("allocate")
     plan, measured = choose_plan(model, config, draft / TOKENIZER, progress.advance)
+    _tell_of_the_import(job, model.imported())
     _tell_of_the_head(job, model, plan)
     calibration = read_calibration(model, config, draft / TOKENIZER)
     progress.stage("quantize" if calibration is None else "calibrate")
@@ -156,6 +158,14 @@ def _write(job: _Job, model: Model, draft: Path, cache: WeightCache) -> None:
     )
     write_json(draft / MANIFEST, manifest)
     (draft / CARD).write_text(model_card(manifest))
+
+
+def _tell_of_the_import(job: _Job, report: ImportReport | None) -> None:
+    if report is not None:
+        job.progress.note(
+            f"{report.matrices} matrices are taken as the checkpoint quantized them "
+            f"({report.format}): {report.sentence}."
+        )
 
 
 def _tell_of_the_head(job: _Job, model: Model, plan: QuantizationPlan) -> None:

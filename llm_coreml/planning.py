@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm_coreml.build import Model
+from llm_coreml.build import Model, plan_for
 from llm_coreml.config import ExportConfig, resolve_shapes
 from llm_coreml.decoder import DecoderSpec
 from llm_coreml.quantize import QuantizationPlan, make_plan
@@ -77,6 +77,8 @@ def choose_plan(
         LlmCoreMLError: as `plan_without_weights` and `sensitivities` say; or there is no tokenizer
             for the text.
     """
+    if model.imported() is not None:
+        return plan_for(config, model), None
     if not config.mixed:
         return plan_without_weights(config, model.spec), None
     options = mixed_options(config, model.spec)

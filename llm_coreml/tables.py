@@ -67,6 +67,7 @@ def _export_rows(manifest: dict[str, Any], folder: str) -> dict[str, str]:
         **_rotation_row(quantization.get("rotation")),
         **_allocation_row(quantization.get("allocation")),
         **_calibration_row(quantization.get("calibration")),
+        **_import_row(quantization.get("import")),
         "embedding, head": f"{quantization['embedding']['label']}, "
         f"{quantization['lm_head']['label']}{tied}",
         "target": f"{target['backend']}, {target['compute_unit']}, {target['minimum_os']}, "
@@ -98,6 +99,16 @@ def _calibration_row(found: dict[str, Any] | None) -> dict[str, str]:
     return {
         "calibrated": f"by {found['method']} on {found['tokens']:,} tokens of text "
         f"'{found['text']}'"
+    }
+
+
+def _import_row(found: dict[str, Any] | None) -> dict[str, str]:
+    if found is None:
+        return {}
+    error = f", largest error {found['largest_error']:.2%} of a step" if found["tensor"] else ""
+    return {
+        "imported": f"{found['matrices']} matrices from {found['format']}, "
+        f"{found['exactness']}{error}"
     }
 
 

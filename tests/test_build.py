@@ -73,7 +73,8 @@ def test_settings_are_judged_before_weights_are_fetched(
         fetched.extend(allow_patterns)
         return str(folder)
 
-    def accept(spec: DecoderSpec) -> None:
+    def accept(spec: DecoderSpec, quantized: bool) -> None:
+        assert not quantized
         make_plan(config, spec)
         resolve_shapes(config, spec.max_position_embeddings)
 

@@ -267,6 +267,7 @@ def test_export_flags_reach_the_config(
         "context": 96,
         "seq_lengths": (1, 4, 16),
         "backend": "xnnpack",
+        "allow_inexact": True,
         "force": True,
     }
     assert settings.keys() | {"size", "plan"} == ExportConfig().to_json().keys()

@@ -153,6 +153,7 @@ CONFIGS = st.builds(
     seq_lengths=st.none()
     | st.sets(st.integers(2, 4096), max_size=5).map(lambda lengths: (1, *sorted(lengths))),
     backend=st.sampled_from(["coreml", "xnnpack"]),
+    allow_inexact=st.booleans(),
     force=st.booleans(),
 )
 MIXED = st.one_of(

@@ -12,12 +12,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, final
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from llm_coreml.checkpoint.packed import find_formats
 from llm_coreml.checkpoint.tensors import TOKENIZER_FILES, Checkpoint, Source, listing
 from llm_coreml.errors import CheckpointError, OutputError, UnsupportedError, nearest
 
@@ -105,22 +107,7 @@ class FileCheckpoint(Checkpoint):
 
     def save_tokenizer(self, folder: Path) -> dict[str, Path]:
         """Copy the tokenizer's files and generation_config.json into `folder`."""
-        if not {"tokenizer.json", "tokenizer.model", "vocab.json"} & self.tokenizer_files.keys():
-            raise CheckpointError(
-                f"'{self.source.name}' has no tokenizer.json. "
-                "Save the tokenizer beside the weights: tokenizer.save_pretrained(folder)."
-            )
-        written = {name: folder / name for name in self.tokenizer_files}
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            for name, path in self.tokenizer_files.items():
-                shutil.copyfile(path, written[name])
-        except OSError as error:
-            raise OutputError(
-                f"The tokenizer cannot be written to {folder}: {error}. "
-                "Give a folder that can be written."
-            ) from error
-        return written
+        return copy_tokenizer(self.tokenizer_files, folder, self.source.name)
 
     def _entry(self, name: str) -> Entry:
         if name not in self.entries:
@@ -130,12 +117,33 @@ class FileCheckpoint(Checkpoint):
         return self.entries[name]
 
 
+def copy_tokenizer(files: Mapping[str, Path], folder: Path, source: str) -> dict[str, Path]:
+    """Copy the tokenizer's `files` into `folder`; see `Checkpoint.save_tokenizer`."""
+    if not {"tokenizer.json", "tokenizer.model", "vocab.json"} & files.keys():
+        raise CheckpointError(
+            f"'{source}' has no tokenizer.json. "
+            "Save the tokenizer beside the weights: tokenizer.save_pretrained(folder)."
+        )
+    written = {name: folder / name for name in files}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, path in files.items():
+            shutil.copyfile(path, written[name])
+    except OSError as error:
+        raise OutputError(
+            f"The tokenizer cannot be written to {folder}: {error}. "
+            "Give a folder that can be written."
+        ) from error
+    return written
+
+
 def open_folder(folder: Path, source: Source) -> FileCheckpoint:
     """Read the configuration and all safetensors headers of `folder`, and no tensor data.
 
     Raises:
         CheckpointError: A file is absent, damaged, or disagrees with the index.
-        UnsupportedError: The weights are quantized, or the folder holds only an adapter.
+        UnsupportedError: The weights are quantized in an unknown way, or the folder holds only an
+            adapter.
     """
     config = read_config(folder)
     generation = folder / GENERATION_CONFIG
@@ -156,7 +164,7 @@ def open_folder(folder: Path, source: Source) -> FileCheckpoint:
         entries = {name: headers[file][name] for name, file in weight_map.items()}
     return FileCheckpoint(
         config=config,
-        generation_config=_read_json(generation) if generation.is_file() else {},
+        generation_config=read_json(generation) if generation.is_file() else {},
         source=source,
         tokenizer_files={
             name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()
@@ -170,7 +178,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 
     Raises:
         CheckpointError: The file is absent, not a JSON object, or has no `model_type`.
-        UnsupportedError: The weights are quantized, or the folder holds only an adapter.
+        UnsupportedError: The weights are quantized in an unknown way, or the folder holds only an
+            adapter.
     """
     path = folder / CONFIG
     if not path.is_file():
@@ -179,25 +188,19 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder} has no config.json; a checkpoint is a folder with config.json and "
             "safetensors, as model.save_pretrained(folder) writes it."
         )
-    config = _read_json(path)
+    config = read_json(path)
     check_config(config, str(path))
     return config
 
 
 def check_config(config: dict[str, Any], where: str) -> None:
-    """Raise unless `config` names its `model_type` and describes weights that are not quantized."""
+    """Raise unless `config` names its `model_type`, and a known format if it is quantized."""
     if not isinstance(config.get("model_type"), str):
         raise CheckpointError(
             f"{where} has no model_type, so its family is unknown. "
             "Use the config.json that model.save_pretrained(folder) writes."
         )
-    for key in ("quantization_config", "compression_config"):
-        if config.get(key):
-            method = config[key].get("quant_method") if isinstance(config[key], dict) else None
-            raise UnsupportedError(
-                f"{where} has a {key}{f' ({method})' if method else ''}: quantized checkpoints "
-                "cannot be read yet. Give the unquantized checkpoint that it was made from."
-            )
+    find_formats(config, where)
 
 
 def read_weight_map(folder: Path) -> dict[str, str] | None:
@@ -213,7 +216,7 @@ def read_weight_map(folder: Path) -> dict[str, str] | None:
     if not path.is_file():
         _refuse_adapter(folder)
         raise _no_weights(folder)
-    weight_map = _read_json(path).get("weight_map")
+    weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(
             f"{path} has no weight_map from tensor names to files. Download it again."
@@ -290,7 +293,7 @@ def _read_header(path: Path) -> dict[str, Entry]:
     return entries
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in `path`."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))

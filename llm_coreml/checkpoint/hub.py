@@ -1,7 +1,7 @@
 """A checkpoint on the Hugging Face hub: which files to fetch, and what to do when that fails.
 
-The small files come first, so that a quantized or unknown checkpoint is refused before gigabytes
-of weights are fetched; then exactly the weight files that the index names. A repository's pickles
+The small files come first, so that an unknown checkpoint is refused before gigabytes of weights are
+fetched; then exactly the weight files that the index names. A repository's pickles
 and second copies of its weights (`consolidated.safetensors`) are never fetched.
 
     llm-coreml export meta-llama/Llama-3.2-1B --revision main -o llama
@@ -45,7 +45,8 @@ def open_hub(
 
     Raises:
         CheckpointError: It cannot be fetched, or what was fetched is damaged.
-        UnsupportedError: The weights are quantized, or the repository holds only an adapter.
+        UnsupportedError: The weights are quantized in an unknown way, or the repository holds
+            only an adapter.
     """
     folder = _fetch(repo, revision, local_files_only, _SMALL_FILES)
     judge(read_config(folder))

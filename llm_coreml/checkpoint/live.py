@@ -112,6 +112,11 @@ def open_live(model: torch.nn.Module, tokenizer: Any) -> LiveCheckpoint:
         )
     # Through JSON, so that a live config equals the config.json that would be saved.
     settings = json.loads(config.to_json_string(use_diff=False))  # type: ignore[union-attr]
+    if settings.get("quantization_config"):
+        raise UnsupportedError(
+            f"The config of {kind} has a quantization_config: of quantized weights only files are "
+            "read, not live models. Give the folder or the hub id, or an unquantized model."
+        )
     check_config(settings, f"the config of {kind}")
     generation = getattr(model, "generation_config", None)
     tensors, aliases = _untie(model.state_dict())

@@ -19,8 +19,10 @@ from typing import Any
 import torch
 
 from llm_coreml.checkpoint.files import open_folder
+from llm_coreml.checkpoint.gguf import SUFFIX, open_gguf
 from llm_coreml.checkpoint.hub import open_hub
 from llm_coreml.checkpoint.live import open_live
+from llm_coreml.checkpoint.packed import PackedCheckpoint, find_formats
 from llm_coreml.checkpoint.tensors import (
     WEIGHT_DTYPES,
     Checkpoint,
@@ -46,8 +48,8 @@ def open_checkpoint(
     """Open a checkpoint; reads configuration and headers, and no tensor data.
 
     Args:
-        source: A folder, a hub id `org/name`, or a live `transformers` model. A string that is an
-            existing folder is that folder.
+        source: A folder, a `.gguf` file or a folder that holds one, a hub id `org/name`, or a live
+            `transformers` model. A string that is an existing folder is that folder.
         tokenizer: The tokenizer of a live model; files bring their own.
         revision: Branch, tag or commit of a hub id.
         local_files_only: Take a hub id from the local cache, without network.
@@ -55,7 +57,7 @@ def open_checkpoint(
 
     Raises:
         CheckpointError: Nothing is there, it cannot be fetched, or it is damaged.
-        UnsupportedError: The weights are quantized, or are an adapter.
+        UnsupportedError: The weights are quantized in an unknown way, or are an adapter.
         ConfigError: `tokenizer` or `revision` is given for a source that has none.
     """
     live = isinstance(source, torch.nn.Module)
@@ -63,8 +65,8 @@ def open_checkpoint(
         raise ConfigError(
             "tokenizer belongs to a live model; a folder or hub id brings its own. Leave it out."
         )
-    folder = _as_folder(source)
-    is_hub = not live and folder is None
+    folder, file = _as_folder(source), _as_gguf(source)
+    is_hub = not live and folder is None and file is None
     if revision is not None and not is_hub:
         raise ConfigError(
             f"revision '{revision}' belongs to a hub id; a folder or live model has only one. "
@@ -72,10 +74,12 @@ def open_checkpoint(
         )
     if isinstance(source, torch.nn.Module):
         return _judged(open_live(source, tokenizer), judge)
+    if file is not None:
+        return _unpacked(_judged(open_gguf(file, Source("folder", str(source))), judge))
     if folder is not None:
-        return _judged(open_folder(folder, Source("folder", str(source))), judge)
+        return _unpacked(_judged(open_folder(folder, Source("folder", str(source))), judge))
     if isinstance(source, str) and _HUB_ID.fullmatch(source):
-        return open_hub(source, revision, local_files_only, judge)
+        return _unpacked(open_hub(source, revision, local_files_only, judge))
     raise CheckpointError(
         f"{str(source)!r} is neither an existing folder, a hub id (org/name) nor a live model. "
         "Check the path, or write the id in full."
@@ -85,6 +89,17 @@ def open_checkpoint(
 def _judged(checkpoint: Checkpoint, judge: Callable[[dict[str, Any]], None]) -> Checkpoint:
     judge(checkpoint.config)
     return checkpoint
+
+
+def is_quantized(config: dict[str, Any]) -> bool:
+    """Say whether a configuration is that of matrices which are quantized already."""
+    return bool(find_formats(config, "config.json"))
+
+
+def _unpacked(files: Checkpoint) -> Checkpoint:
+    """Return files whose matrices are quantized as a checkpoint of matrices."""
+    formats = find_formats(files.config, "config.json")
+    return PackedCheckpoint(files, formats) if formats else files
 
 
 def check_tensors(
@@ -139,6 +154,23 @@ def check_tensors(
             f"{'; '.join(problems)}. Use config.json and weights of one and the same model, or "
             "download both again."
         )
+
+
+def _as_gguf(source: object) -> Path | None:
+    """Return the GGUF file that `source` is, or that is the only weights in a folder, or None."""
+    if not isinstance(source, (str, Path)):
+        return None
+    path = Path(os.path.expanduser(source))
+    if path.suffix == SUFFIX and path.is_file():
+        return path
+    if not str(source).strip() or not path.is_dir() or any(path.glob("*.safetensors*")):
+        return None
+    files = sorted(path.glob(f"*{SUFFIX}"))
+    if len(files) > 1:
+        raise CheckpointError(
+            f"{path} holds {len(files)} GGUF files; give the path of one, such as {files[0]}."
+        )
+    return files[0] if files else None
 
 
 def _as_folder(source: object) -> Path | None:

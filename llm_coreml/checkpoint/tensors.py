@@ -14,12 +14,14 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, final
 
 import torch
 
+from llm_coreml.checkpoint.matrix import Packed, PackedForm
 from llm_coreml.errors import CheckpointError, ConfigError
 
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -60,7 +62,7 @@ class Checkpoint(abc.ABC):
     """A model's configuration and its tensors, read one at a time by name.
 
     Attributes:
-        config: The parsed config.json; it holds a `model_type` and no `quantization_config`.
+        config: The parsed config.json; it holds a `model_type`.
         generation_config: The parsed generation_config.json, empty when there is none.
         source: Where this checkpoint came from.
         tokenizer_files: The tokenizer's files on disk by name. Empty for a live model, whose
@@ -108,6 +110,18 @@ class Checkpoint(abc.ABC):
             OutputError: The files cannot be written.
         """
 
+    def contents(self, name: str) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the stored tensors that make up `name`, each under its own name."""
+        yield name, self.stored(name)
+
+    def forms(self) -> Mapping[str, PackedForm]:
+        """Return how each quantized matrix is stored, by name. Raises CheckpointError."""
+        return MappingProxyType({})
+
+    def packed(self, name: str) -> Packed | None:
+        """Return a quantized matrix as codes and levels, None for any other tensor."""
+        return None
+
     @final
     def tensor(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """Read one tensor, check that it is finite, and cast it.
@@ -152,12 +166,12 @@ class Checkpoint(abc.ABC):
         """
         digest = hashlib.sha256()
         for name in sorted(self.names() if names is None else names):
-            stored = self.stored(name)
-            digest.update(
-                json.dumps([name, type_name(stored.dtype), list(stored.shape)]).encode() + b"\n"
-            )
-            for _, piece in _pieces(stored):
-                digest.update(piece.view(torch.uint8).numpy().data)
+            for part, stored in self.contents(name):
+                digest.update(
+                    json.dumps([part, type_name(stored.dtype), list(stored.shape)]).encode() + b"\n"
+                )
+                for _, piece in _pieces(stored):
+                    digest.update(piece.view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
 

@@ -26,10 +26,21 @@ class Linear(nn.Linear):
     """A linear layer without weights at first, which may then be stored narrower than it computes.
 
     A 16-bit weight is widened for each call, so a model never stands in fp32 as a whole.
+
+    Attributes:
+        input_order: int32 `[in_features]`, which input each column of the weight belongs to, where
+            columns were sorted by group; None is its own.
     """
+
+    input_order: torch.Tensor | None
 
     def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
         super().__init__(in_features, out_features, bias, device="meta")
+        self.register_buffer("input_order", None, persistent=False)
+
+    def arrange(self, x: torch.Tensor) -> torch.Tensor:
+        """Return `x` `[..., in_features]` in the order of the weight's columns."""
+        return x if self.input_order is None else torch.index_select(x, -1, self.input_order)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return `x @ weight.T + bias` in the dtype of `x`."""
@@ -89,6 +100,7 @@ class Attention(nn.Module):
         """Attend from `x` `[1, S, hidden]` to everything up to each token's own position."""
         spec = self.spec
         heads = (1, -1, spec.num_key_value_heads, spec.head_dim)
+        x = self.q_proj.arrange(x)  # which is that of keys and values, too
         queries = self.q_proj(x).view(1, -1, spec.num_attention_heads, spec.head_dim)
         queries = rotate(queries, chunk.cos, chunk.sin).transpose(1, 2)  # [1, heads, S, head_dim]
         queries = queries.reshape(1, spec.num_key_value_heads, -1, spec.head_dim)
@@ -99,7 +111,7 @@ class Attention(nn.Module):
         attended = attended.reshape(1, spec.num_attention_heads, -1, spec.head_dim)
         width = spec.num_attention_heads * spec.head_dim
         joined = attended.transpose(1, 2).reshape(1, -1, width)
-        return self.o_proj(joined)  # type: ignore[no-any-return]
+        return self.o_proj(self.o_proj.arrange(joined))  # type: ignore[no-any-return]
 
     def _attend(
         self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor
@@ -122,8 +134,10 @@ class MLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map `[1, S, hidden]` to the same shape."""
+        x = self.gate_proj.arrange(x)  # which is that of `up_proj`, too
         gate: torch.Tensor = self.gate_proj(x)
-        return self.down_proj(F.silu(gate) * self.up_proj(x))  # type: ignore[no-any-return]
+        inner = self.down_proj.arrange(F.silu(gate) * self.up_proj(x))
+        return self.down_proj(inner)  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):

@@ -23,6 +23,7 @@ from llm_coreml.families import Family
 from llm_coreml.quantize.apply import quantize_weight
 from llm_coreml.quantize.cache import WeightCache
 from llm_coreml.quantize.calibration import Calibration
+from llm_coreml.quantize.imported import imported_weight, set_input_order
 from llm_coreml.quantize.keys import Keys
 from llm_coreml.quantize.plan import QuantizationPlan
 from llm_coreml.quantize.schemes import Scheme, Unquantized
@@ -102,6 +103,7 @@ class _Filling:
         cache: WeightCache | None,
     ) -> None:
         self._decoder = decoder
+        self._modules = dict(decoder.named_modules())
         self._checkpoint = checkpoint
         self._names = names
         self._plan = plan
@@ -109,24 +111,29 @@ class _Filling:
         self._windows = None if plan is None else windows
         self._cache = cache
         self._keys = Keys(decoder, checkpoint, names, plan, storage, self._windows)
+        self._packed = checkpoint.forms().keys() if plan is not None else frozenset()
         self._calibration: Calibration | None = None
         self._passed = 0  # blocks that the calibration text has passed
 
     def group(self, index: int, members: list[str]) -> Iterator[str]:
         """Set the parameters of a block, or of what is in none (-1), and yield their names."""
         calibrated = self._windows is not None and index >= 0
-        owners = [owner for owner in map(_owner, members) if self._scheme_of(owner)]
+        # What the checkpoint holds quantized costs nothing to read again.
+        made = [name for name in members if self._names[name] not in self._packed]
+        owners = [owner for owner in map(_owner, made) if self._scheme_of(owner)]
         kept = self._cache is not None and (owners or calibrated)
         key = self._keys.block(members, owners, calibrated) if kept else None
         weights = self._cache.load(key) if self._cache and key else None
         for name in members:
             owner, _, attribute = name.rpartition(".")
-            module = self._decoder.get_submodule(owner)
+            module = self._modules[owner]
             if weights is not None and attribute == "weight" and owner in weights:
                 _set(module, weights[owner])
             else:
                 scheme = None if calibrated else self._scheme_of(owner)
-                self._read(module, attribute, self._names[name], scheme)
+                order = self._read(module, attribute, self._names[name], scheme)
+                if attribute == "weight" and _is_matrix(module):
+                    set_input_order(self._modules, owner, order)
             yield name
         if weights is None and calibrated:
             self._calibrate(index)
@@ -140,7 +147,8 @@ class _Filling:
             head.weight = self._decoder.embed_tokens.weight
             return
         scheme = self._scheme_of("lm_head")
-        kept = self._cache is not None and scheme is not None
+        packed = self._names[table] in self._packed
+        kept = self._cache is not None and scheme is not None and not packed
         key = self._keys.block([table], ["lm_head"], calibrated=False) if kept else None
         weights = self._cache.load(key) if self._cache and key else None
         if weights is not None:
@@ -185,24 +193,35 @@ class _Filling:
                 self._read(block.get_submodule(owner), attribute, theirs, None)
         return block
 
-    def _read(self, module: nn.Module, attribute: str, name: str, scheme: Scheme | None) -> None:
-        """Read one parameter from the checkpoint, and quantize it if there is a format for it."""
+    def _read(
+        self, module: nn.Module, attribute: str, name: str, scheme: Scheme | None
+    ) -> torch.Tensor | None:
+        """Read one parameter from the checkpoint, and quantize it if there is a format for it.
+
+        Returns:
+            The order of a matrix's inputs, None if that is their own; see `set_input_order`.
+        """
         if attribute != "weight" or not _is_matrix(module):
             # Computed with in fp32, but with the values that the program holds.
             values = self._checkpoint.tensor(name, self._storage or torch.float32)
             values = values.to(torch.float32)
             setattr(module, attribute, nn.Parameter(values, requires_grad=False))
-            return
+            return None
+        packed = None if scheme is None else self._checkpoint.packed(name)
+        if scheme is not None and packed is not None:
+            _set(module, imported_weight(packed, scheme.bits))
+            return packed.order
         # Read in the program's own precision, which finds values that it cannot hold.
         dtype = self._storage or self._checkpoint.dtype(name)
         _set(module, self._checkpoint.tensor(name, dtype))
         if scheme is None:
-            return
+            return None
         try:
             quantize_weight(module, scheme)
         except UnsupportedError as error:
             where = self._checkpoint.where(name)
             raise UnsupportedError(f"'{name}' in {where}: {error}") from error
+        return None
 
 
 def _is_matrix(module: nn.Module) -> bool:

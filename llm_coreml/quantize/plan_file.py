@@ -31,6 +31,7 @@ from llm_coreml.quantize.schemes import (
     IntGroup,
     Mxfp4,
     Scheme,
+    TableGroup,
     Unquantized,
 )
 
@@ -42,6 +43,7 @@ _BITS: Mapping[type[Scheme], tuple[int, ...]] = MappingProxyType(
         IntGroup: GROUP_BITS,
         IntChannel: INTEGER_BITS,
         Mxfp4: (4,),
+        TableGroup: CODEBOOK_BITS,
         Unquantized: (16, 32),
     }
 )

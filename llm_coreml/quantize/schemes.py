@@ -272,6 +272,31 @@ class Codebook(Scheme):
 
 
 @dataclass(frozen=True)
+class TableGroup(Scheme):
+    """Codes into one table of 2^bits values, one scale per `group_size` inputs; only imported."""
+
+    bits: int = 4
+    group_size: int = 64
+    scale_bits: int = 16
+
+    name = "table-group"
+    traits = ("table-group", SCALED_TABLE)
+    minimum_os = "iOS18"
+
+    @property
+    def label(self) -> str:
+        return f"table {self.bits} bit, scaled groups of {self.group_size}"
+
+    def check(self, tensor: str, shape: tuple[int, int]) -> None:
+        """Any shape fits that was imported."""
+
+    def overhead_bits(self, shape: tuple[int, int]) -> int:
+        scales = shape[0] * (shape[1] // self.group_size)
+        table: int = 2**self.bits
+        return self.scale_bits * (scales + table)
+
+
+@dataclass(frozen=True)
 class Unquantized(Scheme):
     """Weights as they are, in the program's floating-point precision."""
 

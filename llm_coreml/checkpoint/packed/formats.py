@@ -1,0 +1,176 @@
+"""Which format a config.json says its matrices are stored in.
+
+find_formats(config, "config.json")      # () where they are not quantized
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from llm_coreml.checkpoint.packed.awq import AWQ
+from llm_coreml.checkpoint.packed.bitsandbytes import BitsAndBytes
+from llm_coreml.checkpoint.packed.blocks import BLOCKS
+from llm_coreml.checkpoint.packed.compressed import PackedWords, PlainBytes
+from llm_coreml.checkpoint.packed.gptq import GPTQ
+from llm_coreml.checkpoint.packed.hqq import HQQ
+from llm_coreml.checkpoint.packed.mlx import MLX
+from llm_coreml.checkpoint.packed.parts import PackedFormat
+from llm_coreml.checkpoint.packed.torchao import TorchAO
+from llm_coreml.errors import CheckpointError, UnsupportedError
+
+Formats = tuple[PackedFormat, ...]
+
+# Those that make an IntxUnpackedToInt8Tensor, and those that hold others.
+_TORCHAO = {
+    "IntxWeightOnlyConfig",
+    "Int8DynamicActivationIntxWeightConfig",
+    "FqnToConfig",
+    "ModuleFqnToConfig",
+}
+_MLX_BITS = (2, 3, 4, 6, 8)
+_KEYS = ("quantization_config", "compression_config", "quantization")
+
+
+def find_formats(config: Mapping[str, Any], where: str) -> Formats:
+    """Return the formats of a checkpoint's quantized matrices, none if it has none.
+
+    Args:
+        config: The parsed config.json.
+        where: What to call it.
+
+    Raises:
+        CheckpointError: the settings of a known format are missing or senseless.
+        UnsupportedError: the format, or an option of it, cannot be read.
+    """
+    for key in _KEYS:
+        settings = config.get(key)
+        if not settings:
+            continue
+        if not isinstance(settings, Mapping):
+            raise CheckpointError(f"{where} gives {key} = {settings!r}; it must be an object.")
+        method = str(settings.get("quant_method") or _implied(settings)).lower()
+        if method not in _READERS:
+            raise _refusal(where, f"{key} {method or 'without a quant_method'}")
+        return _READERS[method](settings, where)
+    return ()
+
+
+def _implied(settings: Mapping[str, Any]) -> str:
+    """Return the method of settings that name none: MLX gives its two numbers and no name."""
+    return "mlx" if {"bits", "group_size"} <= settings.keys() else ""
+
+
+def _gptq(settings: Mapping[str, Any], where: str) -> Formats:
+    bits = _choice(settings, "bits", (2, 3, 4, 8), where)
+    version = str(settings.get("checkpoint_format") or "gptq")
+    if version not in ("gptq", "gptq_v2"):
+        raise _refusal(where, f"GPTQ weights in the form '{version}'")
+    return (GPTQ(bits, _group_size(settings, where), bias=1 if version == "gptq" else 0),)
+
+
+def _awq(settings: Mapping[str, Any], where: str) -> Formats:
+    _choice(settings, "bits", (4,), where)
+    version = str(settings.get("version") or "gemm").lower()
+    if version != "gemm":
+        raise _refusal(where, f"AWQ weights in the form '{version}'")
+    return (AWQ(_group_size(settings, where)),)
+
+
+def _compressed(settings: Mapping[str, Any], where: str) -> Formats:
+    groups = settings.get("config_groups")
+    if not isinstance(groups, Mapping) or not groups:
+        raise CheckpointError(f"{where} names no config_groups of compressed-tensors.")
+    sparsity = settings.get("sparsity_config")
+    if sparsity and (not isinstance(sparsity, Mapping) or sparsity.get("format") != "dense"):
+        raise _refusal(where, "sparse weights")
+    sizes = set()
+    for group in groups.values():
+        weights = group.get("weights") if isinstance(group, Mapping) else None
+        if not isinstance(weights, Mapping) or weights.get("type", "int") != "int":
+            raise _refusal(where, "compressed-tensors whose weights are not integers")
+        _choice(weights, "num_bits", (4, 8), where)
+        sizes.add(_group_size({"group_size": weights.get("group_size") or -1}, where))
+    return PackedWords(frozenset(sizes)), PlainBytes(frozenset(sizes))
+
+
+def _bitsandbytes(settings: Mapping[str, Any], where: str) -> Formats:
+    if not settings.get("load_in_4bit"):
+        raise _refusal(where, "bitsandbytes weights that are not of 4 bits")
+    return BitsAndBytes("nf4"), BitsAndBytes("fp4")
+
+
+def _mlx(settings: Mapping[str, Any], where: str) -> Formats:
+    mode = settings.get("mode") or "affine"
+    if mode != "affine":
+        raise _refusal(where, f"MLX weights in the mode '{mode}'")
+    numbers = (_choice(settings, "bits", _MLX_BITS, where), _group_size(settings, where))
+    others = {}
+    for module, own in settings.items():
+        if isinstance(own, Mapping):
+            both = {**settings, **own}
+            others[module] = (_choice(both, "bits", _MLX_BITS, where), _group_size(both, where))
+    return (MLX(*numbers, others),)
+
+
+def _hqq(settings: Mapping[str, Any], where: str) -> Formats:
+    return (HQQ(),)
+
+
+def _torchao(settings: Mapping[str, Any], where: str) -> Formats:
+    kinds = {kind for kind in _types(settings.get("quant_type")) if kind.endswith("Config")}
+    if not kinds or not kinds <= _TORCHAO:
+        raise _refusal(where, f"torchao weights of {', '.join(sorted(kinds)) or 'an unnamed kind'}")
+    return (TorchAO(),)
+
+
+def _gguf(settings: Mapping[str, Any], where: str) -> Formats:
+    return tuple(BLOCKS.values())
+
+
+def _types(value: object) -> Iterator[str]:
+    """Yield the types that are named anywhere in torchao's JSON."""
+    if isinstance(value, Mapping):
+        if isinstance(value.get("_type"), str):
+            yield value["_type"]
+        for item in value.values():
+            yield from _types(item)
+
+
+_READERS: dict[str, Callable[[Mapping[str, Any], str], Formats]] = {
+    "gguf": _gguf,
+    "gptq": _gptq,
+    "awq": _awq,
+    "bitsandbytes": _bitsandbytes,
+    "compressed-tensors": _compressed,
+    "hqq": _hqq,
+    "mlx": _mlx,
+    "torchao": _torchao,
+}
+
+
+def _choice(settings: Mapping[str, Any], key: str, known: tuple[int, ...], where: str) -> int:
+    value = settings.get(key)
+    if value not in known or isinstance(value, bool):
+        raise UnsupportedError(
+            f"{where} gives {key} = {value!r} for its quantized weights; "
+            f"{', '.join(map(str, known))} can be read. Give the unquantized checkpoint."
+        )
+    return int(value)
+
+
+def _group_size(settings: Mapping[str, Any], where: str) -> int:
+    value = settings.get("group_size")
+    if isinstance(value, int) and not isinstance(value, bool) and (value == -1 or value > 0):
+        return value
+    raise CheckpointError(
+        f"{where} gives group_size = {value!r} for its quantized weights; it must be a whole "
+        "number of at least 1, or -1. Download the checkpoint again."
+    )
+
+
+def _refusal(where: str, what: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"{where} has {what}, which cannot be read. Read are {', '.join(sorted(_READERS))}; else "
+        "give the unquantized checkpoint that it was made from."
+    )

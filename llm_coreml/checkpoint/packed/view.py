@@ -1,0 +1,165 @@
+"""A checkpoint of quantized matrices, seen as any other: each under the name of its weight.
+
+checkpoint = PackedCheckpoint(files, formats)
+checkpoint.shape("model.layers.0.mlp.up_proj.weight")   # the matrix's own
+checkpoint.packed("model.layers.0.mlp.up_proj.weight")  # None if it is no such
+checkpoint.tensor(name, torch.float32)  # its values, by the format's definition
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, final
+
+import torch
+
+from llm_coreml.checkpoint.matrix import Levels, Packed, PackedForm, fit, values
+from llm_coreml.checkpoint.packed.parts import PackedFormat, Parts
+from llm_coreml.checkpoint.tensors import Checkpoint, Source
+
+_WEIGHT = "weight"
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class PackedCheckpoint(Checkpoint):
+    """Files that hold quantized matrices; see `Checkpoint`.
+
+    Attributes:
+        files: The tensors as they are stored.
+        formats: What the matrices may be stored as; the first that finds all its parts is taken.
+    """
+
+    files: Checkpoint = field(repr=False)
+    formats: tuple[PackedFormat, ...]
+
+    @property
+    def config(self) -> dict[str, Any]:  # type: ignore[override]
+        """Return the parsed config.json."""
+        return self.files.config
+
+    @property
+    def generation_config(self) -> dict[str, Any]:  # type: ignore[override]
+        """Return the parsed generation_config.json."""
+        return self.files.generation_config
+
+    @property
+    def source(self) -> Source:  # type: ignore[override]
+        """Return where the files came from."""
+        return self.files.source
+
+    @property
+    def tokenizer_files(self) -> dict[str, Path]:  # type: ignore[override]
+        """Return the tokenizer's files by name."""
+        return self.files.tokenizer_files
+
+    def names(self) -> frozenset[str]:
+        """Return the names of all tensors, a quantized matrix under that of its weight."""
+        names = set(self.files.names())
+        for weight, (form, parts) in self._matrices.items():
+            names -= {f"{parts.module}.{part}" for part in (*form.suffixes, *form.optional)}
+            if self._is_padding(f"{parts.module}.bias"):
+                names.discard(f"{parts.module}.bias")
+            names.add(weight)
+        return frozenset(names)
+
+    def tied(self) -> dict[str, str]:
+        """Return what the files tie."""
+        return self.files.tied()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of `name`, from headers."""
+        if name not in self._matrices:
+            return self.files.shape(name)
+        form, parts = self._matrices[name]
+        return form.shape(parts)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the type of `name`: a quantized matrix is computed to fp32."""
+        return torch.float32 if name in self._matrices else self.files.dtype(name)
+
+    def where(self, name: str) -> str:
+        """Return the file that holds `name`."""
+        if name not in self._matrices:
+            return self.files.where(name)
+        form, parts = self._matrices[name]
+        return self.files.where(f"{parts.module}.{form.suffixes[0]}")
+
+    def stored(self, name: str) -> torch.Tensor:
+        """Return `name`; a quantized matrix as what its codes stand for, rounded to fp32."""
+        if name not in self._matrices:
+            return self.files.stored(name)
+        form, parts = self._matrices[name]
+        found, order = values(form.codes(parts), form.scales(parts)), form.order(parts)
+        return found if order is None else found[:, torch.argsort(order)]
+
+    def contents(self, name: str) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the stored tensors that make up `name`."""
+        if name not in self._matrices:
+            yield from self.files.contents(name)
+            return
+        form, parts = self._matrices[name]
+        for part in sorted((*form.suffixes, *form.optional)):
+            if part in parts:
+                yield from self.files.contents(f"{parts.module}.{part}")
+
+    def forms(self) -> Mapping[str, PackedForm]:
+        """Return how each quantized matrix is stored; reads all scales at the first call."""
+        return self._forms
+
+    def packed(self, name: str) -> Packed | None:
+        """Return the codes and levels of a quantized matrix, None for any other tensor."""
+        if name not in self._matrices:
+            return None
+        form, parts = self._matrices[name]
+        levels, codes = _levels(form, parts), form.codes(parts)
+        if bool(levels.flat.any()):
+            size = codes.shape[1] // levels.flat.shape[1]
+            codes = codes.masked_fill(levels.flat.repeat_interleave(size, dim=1), 0)
+        return Packed(codes.contiguous(), levels, form.order(parts))
+
+    def save_tokenizer(self, folder: Path) -> dict[str, Path]:
+        """Copy the tokenizer's files into `folder`."""
+        return self.files.save_tokenizer(folder)
+
+    @cached_property
+    def _matrices(self) -> dict[str, tuple[PackedFormat, Parts]]:
+        names = self.files.names()
+        found: dict[str, tuple[PackedFormat, Parts]] = {}
+        for form in self.formats:
+            for name in sorted(names):
+                module, _, suffix = name.rpartition(".")
+                weight = f"{module}.{_WEIGHT}"
+                complete = all(f"{module}.{part}" in names for part in form.suffixes)
+                if suffix == form.suffixes[0] and complete and weight not in found:
+                    found[weight] = (form, Parts(self.files, module))
+        return found
+
+    @cached_property
+    def _forms(self) -> dict[str, PackedForm]:
+        found = {}
+        for name, (form, parts) in self._matrices.items():
+            levels = _levels(form, parts)
+            columns, groups = form.shape(parts)[1], levels.scale.shape[1]
+            table = levels.entries is not None
+            size = columns // groups if groups > 1 or table else None
+            found[name] = PackedForm(
+                form.label, levels.bits, size, levels.kind, levels.error, table
+            )
+        return found
+
+    def _is_padding(self, bias: str) -> bool:
+        """Say whether a bias is one that a packer wrote beside every matrix, of zeros."""
+        if self.config.get("attention_bias") or self.config.get("mlp_bias"):
+            return False
+        return bias in self.files.names() and not bool(self.files.stored(bias).any())
+
+
+def _levels(form: PackedFormat, parts: Parts) -> Levels:
+    try:
+        return fit(form.scales(parts))
+    except ValueError as error:
+        raise parts.error(str(error)) from error

@@ -1,0 +1,249 @@
+"""Quantized checkpoints keep their values, weight by weight, or say by how much they do not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from packers import (
+    FLOATS,
+    Array,
+    Packer,
+    affine,
+    awq,
+    checkpoint,
+    compressed,
+    dealt,
+    gptq,
+    hqq,
+    mlx,
+    nf4,
+    plain_bytes,
+)
+from tiny import llama
+
+from llm_coreml.build import build_decoder, open_model, plan_for
+from llm_coreml.config import ExportConfig
+from llm_coreml.errors import UnsupportedError
+from llm_coreml.pipeline import export
+from llm_coreml.quantize import make_plan
+from llm_coreml.quantize.apply import dense_rows
+from llm_coreml.quantize.schemes import IntGroup
+from llm_coreml.reference.execution import Execution
+from llm_coreml.runtime import ReferenceRunner
+
+CONFIG = ExportConfig(context=32, seq_lengths=(1, 8))
+
+
+def with_method(method: str, **settings: Any) -> dict[str, Any]:
+    return {"quantization_config": {"quant_method": method, **settings}}
+
+
+def groups(bits: int, size: int | None) -> dict[str, Any]:
+    weights = {"num_bits": bits, "type": "int", "group_size": size}
+    return with_method("compressed-tensors", config_groups={"group_0": {"weights": weights}})
+
+
+V1 = with_method("gptq", bits=4, group_size=32)
+V2 = with_method("gptq", bits=4, group_size=32, checkpoint_format="gptq_v2")
+BYTES = with_method("gptq", bits=8, group_size=16)
+
+THREE = with_method("gptq", bits=3, group_size=32)
+TWO = with_method("gptq", bits=2, group_size=32, checkpoint_format="gptq_v2")
+MLX = {"quantization": {"group_size": 32, "bits": 4}}
+HQQ = with_method("hqq", quant_config={}, skip_modules=["lm_head"])
+
+EXACT: dict[str, tuple[dict[str, Any], tuple[Packer, ...]]] = {
+    "gptq-symmetric": (V1, (gptq(4, 32, 1, (8, 8)),)),
+    "gptq-asymmetric": (V1, (gptq(4, 32, 1, (1, 15)),)),
+    "gptq-zero-of-16": (V1, (gptq(4, 32, 1, (1, 16)),)),
+    "gptq-v2": (V2, (gptq(4, 32, 2, (0, 15)),)),
+    "gptq-8-bit": (BYTES, (gptq(8, 16, 1, (128, 128)), gptq(8, 16, 1, (1, 256)))),
+    "gptq-3-bit": (THREE, (gptq(3, 32, 1, (4, 4)), gptq(3, 32, 1, (1, 8)))),
+    "gptq-2-bit": (TWO, (gptq(2, 32, 2, (0, 3)),)),
+    "awq": (with_method("awq", bits=4, group_size=32), (awq(32),)),
+    "compressed-4-bit": (groups(4, 16), (compressed(4, 16, True), compressed(4, 16, False))),
+    "compressed-8-bit": (groups(8, 32), (compressed(8, 32, True), compressed(8, 32, False))),
+    "compressed-bytes": (groups(8, None), (plain_bytes,)),
+    "mlx": (MLX, (mlx(4, 32, whole=True),)),
+    "mlx-6-bit": (
+        {"quantization": {"group_size": 32, "bits": 6}},
+        (mlx(6, 32, whole=True),),
+    ),
+    "hqq": (HQQ, (hqq(4, 32, (4, 12)), hqq(8, 16, (100, 156)))),
+}
+INEXACT: dict[str, tuple[dict[str, Any], tuple[Packer, ...], float]] = {
+    "mlx": (MLX, (mlx(4, 32, whole=False),), 0.005),
+    "mlx-8-bit": ({"quantization": {"group_size": 16, "bits": 8}}, (mlx(8, 16, False),), 0.05),
+    "hqq": (HQQ, (hqq(4, 32, (0, 16)),), 0.002),
+}
+
+
+def decoder_values(folder: Path, config: ExportConfig = CONFIG) -> dict[str, Array]:
+    """Return every matrix of the decoder, by its checkpoint's name."""
+    model = open_model(folder)
+    decoder, _ = build_decoder(model, config, plan_for(config, model))
+    names = model.family.tensor_names(model.spec)
+    found = {}
+    for ours, parameter in decoder.named_parameters():
+        if parameter.ndim == 2 and ours in names:
+            found[names[ours]] = torch.cat(list(dense_rows(parameter))).double().numpy()
+    return found
+
+
+@pytest.mark.parametrize("label", EXACT)
+def test_every_value_is_the_one_that_the_format_defines(label: str, tmp_path: Path) -> None:
+    settings, packers = EXACT[label]
+    folder, meant = checkpoint(tmp_path / "model", settings, *packers)
+    held = decoder_values(folder)
+    model = open_model(folder)
+    assert len(meant) == 7
+    newest = decoder_values(folder, replace(CONFIG, minimum_os="iOS26"))
+    for name, values in meant.items():
+        assert np.array_equal(held[name], values), name
+        assert np.array_equal(newest[name], values), name
+        assert np.array_equal(model.checkpoint.tensor(name, torch.float32).numpy(), values), name
+    report = model.imported()
+    assert report is not None
+    assert (report.exactness, report.largest_error, report.tensor) == ("exact", 0.0, None)
+    assert report.matrices == 7
+
+
+def steps(values: Array, group: int) -> Array:
+    """Return the distance between two codes for each weight; every group has both ends."""
+    grouped = values.reshape(len(values), -1, group)
+    return np.repeat(np.ptp(grouped, axis=2), group, axis=1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "packer"),
+    [(V1, gptq(4, 32, 1, (1, 16), seed=3)), (groups(4, 16), compressed(4, 16, False, seed=4))],
+    ids=["gptq", "compressed"],
+)
+def test_activation_order_is_a_gather_of_the_inputs(
+    settings: dict[str, Any], packer: Packer, tmp_path: Path
+) -> None:
+    folder, meant = checkpoint(tmp_path / "model", settings, packer)
+    model = open_model(folder)
+    for name, values in meant.items():
+        assert np.array_equal(model.checkpoint.tensor(name, torch.float32).numpy(), values), name
+    decoder, _ = build_decoder(model, CONFIG, plan_for(CONFIG, model))
+    gathers = [name for name, _ in decoder.named_buffers() if name.endswith("input_order")]
+    assert len(gathers) == 4, "one for q, k, v; for o; for gate, up; for down"
+    tokens = torch.arange(20).view(1, -1)
+    config = replace(CONFIG, embedding="none", logits="all")
+    decoder, _ = build_decoder(model, config, plan_for(config, model))
+    plain = build_decoder(model, config, make_plan(replace(config, scheme="none"), model.spec))[0]
+    start = torch.zeros(1, dtype=torch.int64)
+    with torch.inference_mode():
+        found, expected = decoder(tokens, start), plain(tokens, start)
+    # Stored in fp16, the plain weights are rounded; the order of inputs would change everything.
+    assert torch.allclose(found, expected, rtol=0, atol=5e-3 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("label", INEXACT)
+def test_the_largest_error_is_told_and_needs_leave(label: str, tmp_path: Path) -> None:
+    settings, packers, most = INEXACT[label]
+    folder, meant = checkpoint(tmp_path / "model", settings, *packers)
+    with pytest.raises(UnsupportedError) as refused:
+        decoder_values(folder)
+    held = decoder_values(folder, replace(CONFIG, allow_inexact=True))
+    bits, group = (8, 16) if "8-bit" in label else (4, 32)
+    errors = {
+        name: float((abs(held[name] - values) / steps(values, group)).max()) * (2**bits - 1)
+        for name, values in meant.items()
+    }
+    worst = max(errors, key=lambda name: errors[name])
+    assert 0 < errors[worst] < most
+    report = open_model(folder).imported()
+    assert report is not None
+    assert report.tensor == worst
+    assert report.largest_error == pytest.approx(errors[worst], rel=1e-3)
+    assert f"'{worst}' is off by up to {report.largest_error:.2%}" in str(refused.value)
+    assert "--allow-inexact" in str(refused.value)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_tables_of_bitsandbytes(nested: bool, tmp_path: Path) -> None:
+    settings = with_method("bitsandbytes", load_in_4bit=True)
+    sizes = {"hidden_size": 64, "intermediate_size": 128}
+    folder, meant = checkpoint(tmp_path / "model", settings, nf4(64, nested), **sizes)
+    stored = open_model(folder).checkpoint
+    with pytest.raises(UnsupportedError, match=r"bitsandbytes weights .*--allow-inexact"):
+        decoder_values(folder)
+    held = decoder_values(folder, replace(CONFIG, allow_inexact=True))
+    gap = float(np.diff(FLOATS).min())
+    errors = {}
+    for name, values in meant.items():
+        assert np.array_equal(
+            stored.tensor(name, torch.float32).numpy(), values.astype(np.float32)
+        ), name
+        blocks = values.reshape(len(values), -1, 64)
+        scale = np.abs(blocks).max(2, keepdims=True)
+        off = np.abs(held[name].reshape(blocks.shape) - blocks) / (scale * gap)
+        errors[name] = float(off.max())
+        assert np.allclose(held[name], values, rtol=2**-10, atol=0), name
+    report = open_model(folder).imported()
+    assert report is not None
+    # The bound counts every entry of the table in every block, and scales where these are not 1.
+    assert 0.5 * max(errors.values()) < report.largest_error < 2**-9 / gap
+
+
+def test_what_torchao_saved(tmp_path: Path) -> None:
+    from torchao.quantization import IntxWeightOnlyConfig
+    from torchao.quantization.granularity import PerGroup
+    from torchao.quantization.quant_primitives import MappingType
+    from transformers import TorchAoConfig
+
+    model = llama(vocab_size=96, intermediate_size=96).half()
+    kind = IntxWeightOnlyConfig(torch.int4, PerGroup(32), mapping_type=MappingType.ASYMMETRIC)
+    model.save_pretrained(tmp_path / "plain")
+    quantized = type(model).from_pretrained(
+        tmp_path / "plain", quantization_config=TorchAoConfig(kind), dtype=torch.float16
+    )
+    quantized.save_pretrained(tmp_path / "model")
+    held = decoder_values(tmp_path / "model")
+    for name, weight in quantized.state_dict().items():
+        if "_proj" in name:
+            parts = (weight.qdata, weight.scale, weight.zero_point)
+            assert np.array_equal(held[name], affine(*(part.numpy() for part in parts))), name
+
+
+def test_the_program_holds_every_kind_of_zero_point_and_its_order(tmp_path: Path) -> None:
+    kinds = [gptq(4, 32, 1, zeros, seed=3) for zeros in ((8, 8), (1, 15), (1, 16))]
+    folder, meant = checkpoint(tmp_path / "model", V1, *kinds)
+    bundle = export(folder, output=tmp_path / "bundle", config=CONFIG)
+    runner = ReferenceRunner(bundle.folder / "model.pte", Execution(mode="fp32"))
+    held = [value.numpy() for _, value in runner.constants() if isinstance(value, torch.Tensor)]
+    for name, values in meant.items():
+        index = dealt(3, values.shape[1], 32)
+        ordered = values[:, np.argsort(index, kind="stable")]
+        assert any(np.array_equal(ordered, matrix) for matrix in held), name
+    told = bundle.manifest["quantization"]
+    assert told["import"] == {
+        "format": "GPTQ",
+        "matrices": 7,
+        "exactness": "exact",
+        "largest_error": 0.0,
+        "tensor": None,
+    }
+    assert told["linear"]["bits"] == 4 and told["embedding"]["bits"] == 8
+    card = (bundle.folder / "README.md").read_text(encoding="utf-8")
+    assert "7 matrices as the checkpoint quantized them, GPTQ, exact" in card
+
+
+@pytest.mark.parametrize(
+    ("system", "bits"), [("iOS18", {2: 4, 3: 4, 6: 8}), ("iOS26", {2: 2, 3: 3, 6: 6})]
+)
+def test_few_bits_are_held_as_such_where_core_ml_can(
+    system: str, bits: dict[int, int], tmp_path: Path
+) -> None:
+    config = replace(CONFIG, minimum_os=system)
+    for stored, held in bits.items():
+        settings = {"quantization": {"group_size": 32, "bits": stored}}
+        folder, _ = checkpoint(tmp_path / str(stored), settings, mlx(stored, 32, whole=True))
+        assert plan_for(config, open_model(folder)).linear == IntGroup(held, 32)

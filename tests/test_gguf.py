@@ -1,0 +1,225 @@
+"""GGUF files, written by llama.cpp's own package, and files that are damaged."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Kind
+from gguf import quants
+from tiny import llama, save
+
+from llm_coreml.build import build_decoder, open_model, plan_for
+from llm_coreml.checkpoint import open_checkpoint
+from llm_coreml.checkpoint.packed import PackedCheckpoint
+from llm_coreml.config import ExportConfig
+from llm_coreml.errors import CheckpointError, UnsupportedError
+from llm_coreml.quantize.apply import dense_rows
+
+Array = np.ndarray[Any, Any]
+HEADS, KEY_HEADS = 4, 2
+NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "model.layers.0.input_layernorm": "blk.0.attn_norm",
+    "model.layers.0.post_attention_layernorm": "blk.0.ffn_norm",
+    "model.layers.0.self_attn.q_proj": "blk.0.attn_q",
+    "model.layers.0.self_attn.k_proj": "blk.0.attn_k",
+    "model.layers.0.self_attn.v_proj": "blk.0.attn_v",
+    "model.layers.0.self_attn.o_proj": "blk.0.attn_output",
+    "model.layers.0.mlp.gate_proj": "blk.0.ffn_gate",
+    "model.layers.0.mlp.up_proj": "blk.0.ffn_up",
+    "model.layers.0.mlp.down_proj": "blk.0.ffn_down",
+}
+# Where each block of a K format has fp16 numbers, which random bytes must not fill.
+HALVES = {Kind.IQ4_NL: (0,), Kind.Q4_K: (0, 2), Kind.Q5_K: (0, 2), Kind.Q6_K: (208,)}
+
+
+def blocks(kind: Kind, weight: Array) -> Array:
+    """Return rows of blocks: the package's rounding, or random blocks where it has none."""
+    if kind not in HALVES:
+        return quants.quantize(weight, kind)
+    elements, size = gguf.GGML_QUANT_SIZES[kind]
+    rng = np.random.default_rng(1)
+    found = rng.integers(0, 256, (len(weight), weight.shape[1] // elements, size), np.uint8)
+    for start in HALVES[kind]:
+        numbers = rng.uniform(1e-4, 2e-4, (*found.shape[:2], 1)).astype(np.float16)
+        found[:, :, start : start + 2] = numbers.view(np.uint8)
+    return found.reshape(len(weight), -1)
+
+
+def reordered(rows: Array, heads: int) -> Array:
+    """Put the rows of q or k as llama.cpp has them: the halves of each head interleaved."""
+    halves = rows.reshape(heads, 2, -1, rows.shape[1])
+    return halves.swapaxes(1, 2).reshape(rows.shape)
+
+
+def write(folder: Path, kinds: dict[str, Kind], architecture: str = "llama") -> dict[str, Array]:
+    """Write config.json and model.gguf; return the values of matrices by `transformers` names.
+
+    Args:
+        folder: Where.
+        kinds: The type of each matrix by the end of its name; others become F16.
+        architecture: What the file says it holds.
+    """
+    model = llama(hidden_size=256, intermediate_size=256, vocab_size=64)
+    with torch.no_grad():
+        model.model.layers[0].mlp.gate_proj.weight[3, 32:64] = 0
+    save(model, folder)
+    (folder / "model.safetensors").unlink()
+    writer = gguf.GGUFWriter(folder / "model.gguf", architecture)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KEY_HEADS)
+    writer.add_array("tokenizer.ggml.tokens", ["<s>", "</s>", "a"])
+    writer.add_array("tokenizer.ggml.scores", [0.0, 1.0, 2.0])
+    meant = {}
+    for name, tensor in model.state_dict().items():
+        module = name.removesuffix(".weight")
+        values = tensor.numpy()
+        if values.ndim == 1:
+            writer.add_tensor(f"{NAMES[module]}.weight", values)
+            continue
+        kind = kinds.get(module.rpartition(".")[2], Kind.F16)
+        rows = values.astype(np.float16) if kind == Kind.F16 else blocks(kind, values)
+        meant[name] = rows if kind == Kind.F16 else quants.dequantize(rows, kind)
+        if module.endswith(("q_proj", "k_proj")):
+            rows = reordered(rows, HEADS if module.endswith("q_proj") else KEY_HEADS)
+        raw = None if kind == Kind.F16 else kind
+        writer.add_tensor(f"{NAMES[module]}.weight", rows, raw_dtype=raw)
+    writer.add_tensor("rope_freqs.weight", np.ones(32, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return meant
+
+
+def decoder_values(path: Path, **settings: Any) -> dict[str, Array]:
+    config = ExportConfig(context=32, embedding="none", **settings)
+    model = open_model(str(path))
+    decoder, _ = build_decoder(model, config, plan_for(config, model))
+    names = model.family.tensor_names(model.spec)
+    return {
+        names[ours]: torch.cat(list(dense_rows(parameter))).numpy()
+        for ours, parameter in decoder.named_parameters()
+        if parameter.ndim == 2
+    }
+
+
+def test_exact_formats_keep_every_value(tmp_path: Path) -> None:
+    kinds = {
+        "q_proj": Kind.Q4_0,
+        "k_proj": Kind.Q8_0,
+        "gate_proj": Kind.MXFP4,
+        "up_proj": Kind.IQ4_NL,
+        "lm_head": Kind.Q8_0,
+    }
+    meant = write(tmp_path, kinds)
+    for path in (tmp_path, tmp_path / "model.gguf"):
+        held = decoder_values(path)
+        assert held.keys() == meant.keys()
+        for name, values in meant.items():
+            assert np.array_equal(held[name], values), name
+    report = open_model(tmp_path).imported()
+    assert report is not None
+    assert report.format == "GGUF IQ4_NL, GGUF MXFP4, GGUF Q4_0, GGUF Q8_0"
+    assert report.matrices == 5
+    assert report.exactness == "exact"
+
+
+def test_inexact_formats_need_leave_and_tell_their_error(tmp_path: Path) -> None:
+    kinds = {
+        "q_proj": Kind.Q4_1,
+        "k_proj": Kind.Q4_K,
+        "v_proj": Kind.Q6_K,
+        "up_proj": Kind.Q4_K,
+        "down_proj": Kind.Q5_K,
+        "lm_head": Kind.Q6_K,
+    }
+    meant = write(tmp_path, kinds)
+    with pytest.raises(UnsupportedError, match=r"GGUF Q4_1, .*is off by up to .*--allow-inexact"):
+        decoder_values(tmp_path)
+    held = decoder_values(tmp_path, allow_inexact=True)
+    report = open_model(tmp_path).imported()
+    assert report is not None and report.matrices == 6
+    stored = open_checkpoint(tmp_path)
+    for name, values in meant.items():
+        assert np.array_equal(stored.tensor(name, torch.float32).numpy(), values), name
+        # Random blocks have minimums far from their codes, and zero points are fp16 numbers.
+        far = np.abs(held[name] - values).max() / np.abs(values).max()
+        assert far < 2**-10, name
+
+
+def test_a_part_with_no_scale_but_a_minimum_keeps_its_value(tmp_path: Path) -> None:
+    meant = write(tmp_path, {"v_proj": Kind.Q4_K})
+    name = "model.layers.0.self_attn.v_proj.weight"
+    checkpoint = open_checkpoint(tmp_path)
+    assert isinstance(checkpoint, PackedCheckpoint)
+    octets = checkpoint.files.stored(name.replace("weight", "Q4_K"))
+    octets[:, 4] &= 0xC0  # the scale of the first 32 weights of each block
+    values = checkpoint.tensor(name, torch.float32)
+    assert float(values[:, :32].abs().min()) > 0
+    assert not np.array_equal(values.numpy(), meant[name])
+    packed = checkpoint.packed(name)
+    assert packed is not None and packed.levels.zero_point is not None
+    scale, zero = (part[:, :1] for part in (packed.levels.scale, packed.levels.zero_point))
+    held = scale * (packed.codes[:, :32] - zero)
+    assert torch.allclose(held, values[:, :32], rtol=2**-10)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-5000])
+
+
+def cut_header(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def patch(start: int, layout: str, value: int) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        octets = bytearray(path.read_bytes())
+        struct.pack_into(layout, octets, start, value)
+        path.write_bytes(octets)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (cut, r"ends after \d+ bytes, before the end of"),
+        (cut_header, r"ends after 100 bytes, inside its header"),
+        (patch(0, "<I", 0), r"does not begin with GGUF"),
+        (patch(4, "<I", 9), r"of version 9, and 2 and 3 are read"),
+        (patch(8, "<Q", 2**63), r"is no whole GGUF file"),
+        (patch(16, "<Q", 2**63), r"is no whole GGUF file"),
+        (patch(24, "<Q", 2**62), r"inside its header"),
+    ],
+)
+def test_damaged_files(tmp_path: Path, damage: Callable[[Path], None], message: str) -> None:
+    write(tmp_path, {"q_proj": Kind.Q4_0})
+    damage(tmp_path / "model.gguf")
+    with pytest.raises(CheckpointError, match=message):
+        open_model(tmp_path)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    write(tmp_path / "a", {}, architecture="qwen2")
+    with pytest.raises(UnsupportedError, match="architecture 'qwen2'; of GGUF files only 'llama'"):
+        open_model(tmp_path / "a")
+    write(tmp_path / "b", {"q_proj": Kind.Q5_0})
+    with pytest.raises(UnsupportedError, match=r"blk.0.attn_q.weight.*type 6 of GGUF; Q4_0"):
+        open_model(tmp_path / "b")
+    (tmp_path / "b" / "other.gguf").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="holds 2 GGUF files; give the path of one"):
+        open_model(tmp_path / "b")
+    (tmp_path / "b" / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"has no config.json"):
+        open_model(tmp_path / "b" / "model.gguf")
