@@ -145,7 +145,10 @@ def fit(affine: Affine) -> Levels:
 def _fit_table(affine: Affine, entries: torch.Tensor) -> Levels:
     """Find the fp16 numbers nearest to `scale * entries[code]`."""
     scale, held = _halves(affine.scale, "scale"), _halves(entries, "table's value")
-    gap = torch.diff(entries.unique()).min()
+    gaps = torch.diff(entries.sort().values)
+    if not bool((gaps > 0).any()):
+        raise ValueError("its table has one value only")
+    gap = gaps[gaps > 0].min()
     error = 0.0
     for entry, value in zip(entries.tolist(), held.tolist(), strict=True):
         off = (scale * value - affine.scale * entry).abs()
