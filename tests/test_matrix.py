@@ -66,6 +66,16 @@ def test_numbers_beyond_fp16_are_refused(scale: float, offset: float, message: s
         fit(Affine(4, one(scale), one(offset)))
 
 
+def test_tables_are_off_by_shares_of_their_smallest_gap() -> None:
+    entries = torch.tensor([-0.3, 0.0, 0.1, 1.0], dtype=torch.float64)
+    levels = fit(Affine(2, one(-0.7), one(0), entries=entries))
+    held = np.float16(-0.7).astype(float) * np.float16(entries.numpy()).astype(float)
+    furthest = np.abs(held + 0.7 * entries.numpy()).max()
+    assert levels.error == pytest.approx(float(furthest) / (0.7 * 0.1), rel=1e-9)
+    with pytest.raises(ValueError, match="its table has one value only"):
+        fit(Affine(2, one(1), one(0), entries=torch.zeros(4, dtype=torch.float64)))
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
 def test_unpacking_reads_the_stream_from_the_lowest_bit(bits: int) -> None:
     octets = np.random.default_rng(0).integers(0, 256, (3, 12), dtype=np.uint8)
