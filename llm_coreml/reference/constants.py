@@ -83,16 +83,19 @@ class Expression:
     @cached_property
     def sliceable(self) -> bool:
         """Whether rows can be computed from rows of the operands."""
-        shapes = [fixed_shape(_type(source), self.label) for source in self.operands.values()]
+        shapes = {
+            name: fixed_shape(_type(source), self.label) for name, source in self.operands.items()
+        }
         total = fixed_shape(self.type, self.label)
         rank = len(total)
+        # One row of indices into vectors along the rows is several rows, of which none is its own.
+        vectors = rank > 0 and self.plain.get("vector_axis", 1) % rank == 0
         return (
             set(self.operands) <= set(self.spec.rows)
             and rank > 0
-            # A vector table along the rows gives several rows per index.
-            and self.plain.get("vector_axis", 1) % rank != 0
+            and not (vectors and shapes.get("indices", (1,))[0] == 1)
             and "shape" not in self.plain
-            and all(shape and shape[0] and total[0] % shape[0] == 0 for shape in shapes)
+            and all(shape and shape[0] and total[0] % shape[0] == 0 for shape in shapes.values())
         )
 
     def unit(self) -> int:

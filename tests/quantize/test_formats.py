@@ -149,9 +149,9 @@ MAKERS: dict[str, Maker] = {
     "layers.1.mlp.down_proj": codebook(Codebook(6, None, columns=48)),
     "layers.2.self_attn.q_proj": codebook(Codebook(4, 16, columns=32)),
     "layers.2.self_attn.k_proj": codebook(Codebook(3, 8, columns=16, vector=2)),
-    "layers.2.self_attn.v_proj": codebook(Codebook(2, None, vector=4)),
+    "layers.2.self_attn.v_proj": group(2, 32),
     "layers.2.self_attn.o_proj": codebook(Codebook(4, 16, row_scale=True)),
-    "layers.2.mlp.gate_proj": group(2, 32),
+    "layers.2.mlp.gate_proj": codebook(Codebook(2, None, vector=4)),
     "layers.2.mlp.up_proj": group(3, 32, "int"),
     "layers.2.mlp.down_proj": group(6, 16, "float"),
     "embed_tokens": microscaled,
@@ -259,12 +259,9 @@ def test_weights_that_stay_packed_are_expanded_row_by_row(
     monkeypatch.setattr("llm_coreml.reference.constants._SMALL", 0)
     monkeypatch.setattr("llm_coreml.reference.constants._SLICE", 1000)
     packed = ReferenceRunner(lowered.path, Execution(mode="fp32", memory_budget=0))
-    # Vectors along the rows are no rows of their codes, and are always expanded.
-    vectors = sum(
-        isinstance(m.scheme, Codebook) and m.scheme.vector > 1 for m in lowered.made.values()
-    )
     kept = [value for _, value in packed.constants() if isinstance(value, PackedWeight)]
-    assert sum(value.rows > 1 for value in kept) >= len(lowered.made) - vectors
+    assert sum(len(value.shape) == 2 for value in kept) >= len(lowered.made)
+    assert sum(len(list(value.slices())) > 1 for value in kept) >= len(lowered.made)
     assert check_weights(packed.constants(), lowered.decoder) > len(lowered.made)
     for token in (0, 95, 33):
         torch.testing.assert_close(packed.step([token]), whole.step([token]), rtol=1e-5, atol=1e-5)
@@ -285,7 +282,7 @@ DOCUMENTED = {
     "--scheme codebook --codebook-rows 16 --codebook-columns 64": "layers.2.self_attn.q_proj",
     "--scheme codebook --bits 3 --codebook-vector 2": "layers.2.self_attn.k_proj",
     "--scheme codebook --codebook-scale": "layers.2.self_attn.o_proj",
-    "--scheme int2-group": "layers.2.mlp.gate_proj",
+    "--scheme int2-group": "layers.2.self_attn.v_proj",
     "--scheme int3-group --zero-point int": "layers.2.mlp.up_proj",
     "--scheme int6-group --group-size 16 --zero-point float": "layers.2.mlp.down_proj",
     "--scheme mxfp4": "embed_tokens",

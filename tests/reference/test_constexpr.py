@@ -21,7 +21,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_coreml.errors import ArtifactError
-from llm_coreml.reference.ops import constexpr
+from llm_coreml.reference import constants
+from llm_coreml.reference.mil import Constant, TensorType
+from llm_coreml.reference.numerics import numerics
+from llm_coreml.reference.ops import OPS, constexpr
 
 RNG = np.random.default_rng(2)
 
@@ -179,6 +182,35 @@ def test_rows_of_the_parameters_give_rows_of_the_result(rows: int) -> None:
         torch.testing.assert_close(actual, whole[block], rtol=0, atol=0)
         actual = constexpr.constexpr_lut_to_dense(indices[block], table[part], 1)
         torch.testing.assert_close(actual, looked_up[block], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 12])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_vectors_along_the_rows_are_expanded_in_slices(
+    rows: int, groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "_SMALL", 0)
+    monkeypatch.setattr(constants, "_SLICE", 1)
+    groups = min(rows, groups)
+    indices = RNG.integers(0, 8, (rows, 6)).astype(np.uint8)
+    table = RNG.standard_normal((groups, 1, 8, 4)).astype(np.float32)
+    expression = constants.Expression(
+        "a table",
+        OPS["constexpr_lut_to_dense"],
+        {
+            "indices": Constant(TensorType("uint8", indices.shape), indices),
+            "lut": Constant(TensorType("fp32", table.shape), table),
+        },
+        {"vector_axis": 0},
+        TensorType("fp32", (4 * rows, 6)),
+    )
+    expected = lut.decompress(indices, table, 0)
+    actual = constants.expanded(expression, numerics("fp32"), wide=True)
+    np.testing.assert_array_equal(actual.numpy(), expected)
+    packed = constants.PackedWeight(expression, numerics("fp32"), torch.device("cpu"), True)
+    assert len(list(packed.slices())) == (rows if groups == 1 else groups)
+    taken = packed.take(torch.tensor([3, 0, 4 * rows - 1]))
+    np.testing.assert_array_equal(taken.numpy(), expected[[3, 0, -1]])
 
 
 _PEAK = """
