@@ -1,11 +1,14 @@
-"""What calibration wins back of what rounding to nearest loses, on the bundled model.
+"""What calibration and tuning win back of what plain rounding loses, on a small model.
 
-Each format is made once by rounding to nearest and once for every segment of the calibration text,
-at the same bytes, and read on the held-out text in PyTorch. "recovered" is the share of the loss
-that calibration undoes: of the divergence from the unquantized blocks, and of the perplexity.
-With --artifacts every calibrated format is also exported, which verifies the file.
+Every format is made by torchao, by this package without data, and, for each of several segments of
+the calibration text, calibrated, and calibrated and tuned; all at the same bytes. They are read in
+PyTorch on held-out text. "recovered" is the share of the loss of torchao's rounding that is undone:
+of the perplexity, and of the divergence from the unquantized blocks. With --artifacts every format
+is also exported as it was calibrated on the bundled text, and the file is measured instead.
 
-    python benchmarks/calibration.py --formats int4-group-32,codebook-3 --tokens 7000
+    python benchmarks/calibration.py --formats int4-group-32,codebook-3 --tokens 14000 --tune 200
+    python scripts/train_demo_model.py --output other --seed 1 --steps 200 --decay-steps 60
+    python benchmarks/calibration.py --model other
 """
 
 from __future__ import annotations
@@ -20,68 +23,110 @@ from pathlib import Path
 import torch
 from llm_coreml.eval.quality import measure_quality
 from llm_coreml.eval.results import Quality
-from llm_coreml.eval.text import cut, read_text
+from llm_coreml.eval.text import cut
 from llm_coreml.recipes import bundled_model
+from torchao.prototype.quantization.codebook_coreml import CodebookWeightOnlyConfig
+from torchao.quantization import IntxWeightOnlyConfig, quantize_
+from torchao.quantization.granularity import PerAxis, PerGroup
 
 import llm_coreml
-from llm_coreml.build import Model, build_decoder, open_model
+from llm_coreml.build import Model, build_decoder, open_model, plan_for, tune_decoder
 from llm_coreml.config import ExportConfig
-from llm_coreml.quantize import make_plan
-from llm_coreml.quantize.text import BUNDLED_TEXT, CalibrationText, read_content, tokenize
+from llm_coreml.decoder import Decoder
+from llm_coreml.quantize.text import CalibrationText, tokenize
 from llm_coreml.runtime import EagerRunner, Runner
 from llm_coreml.tokenizer import Tokenizer
 
-TOKENIZER = bundled_model() / "tokenizer.json"
+CONTEXT = 512
 FORMATS = {
     **{f"int4-group-{n}": {"scheme": "int4-group", "group_size": n} for n in (16, 32, 64)},
+    "int4-group-64-float": {"scheme": "int4-group", "group_size": 64, "zero_point": "float"},
     "int4-channel": {"scheme": "int4-channel"},
     **{f"codebook-{bits}": {"scheme": "codebook", "bits": bits} for bits in (4, 3, 2)},
 }
+# The format of as many bytes that a loss is held against, where torchao has not the same.
+BASELINES = {"int4-group-64-float": "int4-group-32"}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One format on the held-out text: rounded to nearest, and calibrated on each segment."""
+    """One format on the held-out text; a quality for each segment where there is a text."""
 
     name: str
+    plain: Quality
     rounded: Quality
     calibrated: tuple[Quality, ...]
+    tuned: tuple[Quality, ...]
 
 
-def segments(tokens: int, count: int) -> Iterator[CalibrationText]:
+def segments(folder: Path, tokens: int, count: int) -> Iterator[CalibrationText]:
     """Yield `count` texts of `tokens` tokens, evenly spread over the calibration text."""
-    content = read_content(BUNDLED_TEXT)
-    tokenizer = Tokenizer(TOKENIZER)
+    content = (folder / "calibration.txt").read_text(encoding="utf-8")
+    tokenizer = Tokenizer(folder / "tokenizer.json")
     found = tokenizer.encode(content)
     for index in range(count):
         start = (len(found) - tokens) * index // max(1, count - 1)
         piece = tokenizer.decode(found[start:])
-        yield tokenize(f"segment {index}", piece, TOKENIZER, tokens, context=1024)
+        yield tokenize(f"segment {index}", piece, folder / "tokenizer.json", tokens, CONTEXT)
 
 
-def decoder_runner(model: Model, config: ExportConfig, text: CalibrationText | None) -> Runner:
-    """Return a model that is quantized as `config` says, calibrated if there is a text."""
-    config = replace(config, calibrate=None if text is None else text.name)
-    plan = make_plan(config, model.spec)
-    return EagerRunner(build_decoder(model, config, plan, calibration=text)[0], "eager")
+def made(model: Model, config: ExportConfig, text: CalibrationText | None) -> Runner:
+    """Return a model quantized as `config` says, calibrated and tuned if there is a text."""
+    config = replace(config, context=CONTEXT, calibrate=None if text is None else text.name)
+    config = replace(config, tune=config.tune if text else 0)
+    decoder, _ = build_decoder(model, config, plan_for(config, model), calibration=text)
+    tune_decoder(model, config, decoder, text)
+    return EagerRunner(decoder, "eager")
+
+
+def by_torchao(model: Model, name: str) -> Runner:
+    """Return a model whose blocks torchao has quantized, with scales and tables as fp16 numbers."""
+    config = ExportConfig(scheme="none", context=CONTEXT)
+    decoder: Decoder = build_decoder(model, config, plan_for(config, model))[0]
+    chosen = FORMATS[BASELINES.get(name, name)]
+    if chosen["scheme"] == "codebook":
+        quantizer = CodebookWeightOnlyConfig(getattr(torch, f"uint{chosen['bits']}"), [16, -1])
+    else:
+        size = chosen.get("group_size")
+        granularity = PerGroup(size) if size else PerAxis(0)
+        quantizer = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=granularity)
+    quantize_(decoder.layers.float(), quantizer)
+    for parameter in decoder.layers.parameters():
+        values = getattr(parameter, "scale", getattr(parameter, "codebook", None))
+        if values is not None:
+            values.copy_(values.half().float())
+    return EagerRunner(decoder, "eager")
 
 
 def measure(
-    formats: list[str], texts: list[CalibrationText], limit: int
+    folder: Path, formats: list[str], texts: list[CalibrationText], steps: int, limit: int
 ) -> tuple[Quality, list[Row]]:
     """Measure the formats; divergences are from the model with unquantized blocks."""
-    model = open_model("llama")
-    tokenizer = Tokenizer(TOKENIZER)
-    windows = cut(tokenizer.encode(read_text(None)[1]), 1024, tokenizer.bos_id, limit)
-    runners = {"original": decoder_runner(model, ExportConfig(scheme="none"), None)}
+    model = open_model("llama" if folder == bundled_model() else folder)
+    tokenizer = Tokenizer(folder / "tokenizer.json")
+    content = (folder / "heldout.txt").read_text(encoding="utf-8")
+    windows = cut(tokenizer.encode(content), CONTEXT, tokenizer.bos_id, limit)
+    runners = {"original": made(model, ExportConfig(scheme="none"), None)}
     for name in formats:
         config = ExportConfig(**FORMATS[name])
-        runners[name] = decoder_runner(model, config, None)
+        runners[name] = by_torchao(model, name)
+        runners[f"{name} rounded"] = made(model, config, None)
         for text in texts:
-            runners[f"{name} {text.name}"] = decoder_runner(model, config, text)
+            runners[f"{name} {text.name}"] = made(model, config, text)
+            if steps:
+                runners[f"{name} {text.name} tuned"] = made(
+                    model, replace(config, tune=steps), text
+                )
+        print(f"made {name}", flush=True)
     found = {row.name: row for row in measure_quality(runners, windows)}
     rows = [
-        Row(name, found[name], tuple(found[f"{name} {text.name}"] for text in texts))
+        Row(
+            name,
+            found[name],
+            found[f"{name} rounded"],
+            tuple(found[f"{name} {text.name}"] for text in texts),
+            tuple(found[f"{name} {text.name} tuned"] for text in texts if steps),
+        )
         for name in formats
     ]
     return found["original"], rows
@@ -98,40 +143,53 @@ def table(original: Quality, rows: list[Row]) -> str:
     lines = [
         f"unquantized blocks: perplexity {original.perplexity:.3f}",
         "",
-        "| format | rounded: ppl | KL | calibrated: ppl | KL | ppl recovered | KL recovered |",
-        "|---|--:|--:|--:|--:|--:|--:|",
+        "| format | method | perplexity | recovered | mean KL | recovered |",
+        "|---|---|--:|--:|--:|--:|",
     ]
     for row in rows:
-        loss = row.rounded.perplexity - original.perplexity
-        divergence = row.rounded.mean_kl or 0.0
-        perplexities = [quality.perplexity for quality in row.calibrated]
-        divergences = [quality.mean_kl or 0.0 for quality in row.calibrated]
-        cells = (
-            row.name,
-            f"{row.rounded.perplexity:.3f}",
-            f"{divergence:.4f}",
-            spread(perplexities, ".3f"),
-            spread(divergences, ".4f"),
-            spread([(row.rounded.perplexity - value) / loss for value in perplexities], ".0%"),
-            spread([1 - value / divergence for value in divergences], ".0%"),
-        )
-        lines.append(f"| {' | '.join(cells)} |")
+        methods = {
+            "torchao": (row.plain,),
+            "rounded": (row.rounded,),
+            "calibrated": row.calibrated,
+            "tuned": row.tuned,
+        }
+        loss = row.plain.perplexity - original.perplexity
+        divergence = row.plain.mean_kl or 0.0
+        for method, qualities in methods.items():
+            if qualities:
+                perplexities = [quality.perplexity for quality in qualities]
+                divergences = [quality.mean_kl or 0.0 for quality in qualities]
+                won = [(row.plain.perplexity - value) / loss for value in perplexities]
+                cells = (
+                    row.name,
+                    method,
+                    spread(perplexities, ".3f"),
+                    spread(won, ".0%"),
+                    spread(divergences, ".4f"),
+                    spread([1 - value / divergence for value in divergences], ".0%"),
+                )
+                lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def export_all(formats: list[str], tokens: int) -> None:
-    """Export every format, calibrated, and say what verification found."""
+def export_all(formats: list[str], tokens: int, steps: int, limit: int) -> None:
+    """Export every format as calibrated on the bundled text, and measure the file."""
     for name in formats:
         config = ExportConfig(
-            **FORMATS[name], calibrate="bundled", calibration_tokens=tokens, seq_lengths=(1, 64)
+            **FORMATS[name],
+            calibrate="bundled",
+            calibration_tokens=tokens,
+            tune=steps,
+            context=CONTEXT,
+            seq_lengths=(1, CONTEXT),
         )
         with tempfile.TemporaryDirectory() as folder:
             bundle = llm_coreml.export("llama", output=Path(folder) / "out", config=config)
-            checked = bundle.manifest["verification"]
+            found = llm_coreml.evaluate(bundle.folder, tokens=limit, artifact_only=False)
             print(
-                f"{name}: {bundle.manifest['program']['bytes']:,} bytes, "
-                f"{checked['conversion']['weights']} weights bit by bit, mean KL "
-                f"{checked['mean_kl']:.1e} ({checked['runtime']})",
+                f"{name}: {bundle.manifest['program']['bytes']:,} bytes, perplexity "
+                f"{found.artifact.perplexity:.3f}, mean KL {found.artifact.mean_kl:.4f} "
+                f"({found.artifact.runtime})",
                 flush=True,
             )
 
@@ -139,18 +197,23 @@ def export_all(formats: list[str], tokens: int) -> None:
 def main() -> None:
     """Measure what the arguments ask for."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "--model", type=Path, default=bundled_model(), help="as train_demo_model.py writes it"
+    )
     parser.add_argument("--formats", default=",".join(FORMATS), help="separated by commas")
-    parser.add_argument("--tokens", type=int, default=7000, help="of each segment")
+    parser.add_argument("--tokens", type=int, default=14_000, help="of each segment")
     parser.add_argument("--segments", type=int, default=3)
-    parser.add_argument("--heldout", type=int, default=39_098, help="tokens to score")
-    parser.add_argument("--artifacts", action="store_true", help="export each format, too")
+    parser.add_argument("--tune", type=int, default=200, help="steps; 0 leaves tuning out")
+    parser.add_argument("--heldout", type=int, default=39_000, help="tokens to score")
+    parser.add_argument("--artifacts", action="store_true", help="export and measure, instead")
     given = parser.parse_args()
     torch.set_num_threads(1)
     formats = given.formats.split(",")
-    texts = list(segments(given.tokens, given.segments))
-    print(table(*measure(formats, texts, given.heldout)), flush=True)
     if given.artifacts:
-        export_all(formats, given.tokens)
+        export_all(formats, given.tokens, given.tune, given.heldout)
+        return
+    texts = list(segments(given.model, given.tokens, given.segments))
+    print(table(*measure(given.model, formats, texts, given.tune, given.heldout)), flush=True)
 
 
 if __name__ == "__main__":

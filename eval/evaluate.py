@@ -22,6 +22,7 @@ from llm_coreml.build import (
     build_original,
     open_model,
     read_calibration,
+    tune_decoder,
 )
 from llm_coreml.bundle import (
     RESULTS,
@@ -141,6 +142,7 @@ def _originals(
         return dict(runners)
     plan = plan_of(bundle.manifest["quantization"], config, opened.spec)
     decoder, _ = build_decoder(opened, config, plan, calibration=calibration)
+    tune_decoder(opened, config, decoder, calibration)
     return {**runners, "quantized": EagerRunner(decoder, "PyTorch eager fp32")}
 
 

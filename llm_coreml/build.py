@@ -29,6 +29,7 @@ from llm_coreml.quantize.imported import (
 )
 from llm_coreml.quantize.rotation import rotated
 from llm_coreml.quantize.text import CalibrationText, read_content, tokenize
+from llm_coreml.quantize.tune import Tuning, tune
 from llm_coreml.recipes import BUNDLED, BUNDLED_RECIPE, load_recipe, recipe_names
 from llm_coreml.targets import get_target
 
@@ -192,6 +193,32 @@ def build_decoder(
     windows = None if calibration is None else calibration.windows
     fill(decoder, checkpoint, model.family, plan, storage, on_progress, windows, cache)
     return decoder.eval(), shapes
+
+
+def tune_decoder(
+    model: Model,
+    config: ExportConfig,
+    decoder: Decoder,
+    calibration: CalibrationText | None,
+    on_progress: Callable[[float], None] = lambda _: None,
+) -> Tuning | None:
+    """Tune a decoder that `build_decoder` calibrated, if `config` asks for it; see `tune`.
+
+    Args:
+        model: The original, which is held beside it.
+        config: Settings.
+        decoder: Changed in place.
+        calibration: The text that it was calibrated on.
+        on_progress: Called with the share done, 0 to 1.
+
+    Raises:
+        CheckpointError: the divergence is not finite.
+        UnsupportedError: a linear layer is not quantized.
+    """
+    if not config.tune or calibration is None:
+        return None
+    teacher = build_original(model, decoder.context)
+    return tune(decoder, teacher, calibration.windows, config.tune, on_progress)
 
 
 def read_calibration(model: Model, config: ExportConfig, tokenizer: Path) -> CalibrationText | None:

@@ -84,7 +84,17 @@ def _choice(calibration: dict[str, Any] | None, imported: dict[str, Any] | None)
         return "rounded to nearest"
     return (
         f"calibrated by {calibration['method']} on {calibration['tokens']:,} tokens of "
-        f"{calibration['text']}"
+        f"{calibration['text']}{tuned(calibration.get('tuning'))}"
+    )
+
+
+def tuned(tuning: dict[str, Any] | None) -> str:
+    """Return what a manifest says of tuning, as the rest of a sentence."""
+    if tuning is None:
+        return ""
+    return (
+        f", then tuned in {tuning['steps']:,} steps: KL divergence on it {tuning['kl_before']:.1e} "
+        f"-> {tuning['kl_after']:.1e}"
     )
 
 

@@ -104,6 +104,13 @@ def cli() -> None:
     help="Tokens of the text to read.",
 )
 @click.option(
+    "--tune",
+    type=int,
+    default=0,
+    metavar="STEPS",
+    help="Then tune scales, tables and norms on it; holds the whole model.  [default: 0]",
+)
+@click.option(
     "--target", default="gpu", show_default=True, help="Compute unit: gpu, ane, cpu or all."
 )
 @click.option("--minimum-os", default="iOS18", show_default=True, help="Oldest system to run on.")

@@ -47,6 +47,8 @@ class ExportConfig:
         calibrate: Text on which the linear layers are calibrated: `bundled` or a UTF-8 file; None
             rounds to nearest.
         calibration_tokens: Tokens of that text to read.
+        tune: Steps in which scales, tables and norms are tuned on that text, for the logits'
+            divergence from the original; 0 leaves them as calibrated.
         target: Compute unit, see `targets.TARGETS`.
         minimum_os: Oldest system that must run the artifact.
         compute_precision: Precision of activations.
@@ -78,6 +80,7 @@ class ExportConfig:
     rotate: Rotate = "none"
     calibrate: str | None = None
     calibration_tokens: int = DEFAULT_CALIBRATION_TOKENS
+    tune: int = 0
     target: str = "gpu"
     minimum_os: str = "iOS18"
     compute_precision: Literal["fp16", "fp32"] = "fp16"
@@ -108,6 +111,11 @@ class ExportConfig:
             raise ConfigError(
                 f"--calibration-tokens is {self.calibration_tokens}; it must be at least 1, and "
                 "some thousands to be of use."
+            )
+        if self.tune < 0 or (self.tune and self.calibrate is None):
+            raise ConfigError(
+                f"--tune is {self.tune}; it must be a number of steps, some hundreds, and needs a "
+                "text to read: --calibrate."
             )
         if self.context is not None:
             _check_context(self.context)

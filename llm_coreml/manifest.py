@@ -24,6 +24,7 @@ from llm_coreml.quantize.plan import matrices
 from llm_coreml.quantize.plan_file import plan_json
 from llm_coreml.quantize.rotation import rotations
 from llm_coreml.quantize.text import CalibrationText
+from llm_coreml.quantize.tune import Tuning
 from llm_coreml.targets import get_target, opset_of
 from llm_coreml.verify import Verification
 
@@ -38,6 +39,7 @@ def make_manifest(
     plan: QuantizationPlan,
     measured: Measured | None,
     calibration: CalibrationText | None,
+    tuning: Tuning | None,
     shapes: Shapes,
     program: Path,
     methods: dict[str, int | bool | list[int]],
@@ -51,6 +53,7 @@ def make_manifest(
         plan: Schemes of the matrices.
         measured: What mixed formats were chosen by.
         calibration: The text that the linear layers were calibrated on, if any.
+        tuning: What tuning on that text did, if it was asked for.
         shapes: Context and lengths.
         program: The `.pte`.
         methods: Its constant methods.
@@ -65,7 +68,7 @@ def make_manifest(
         "quantization": {
             **_quantization(plan, model.spec, config.backend == "xnnpack"),
             "rotation": _rotation(config, model.spec),
-            "calibration": None if calibration is None else _read("GPTQ", calibration),
+            "calibration": None if calibration is None else _calibration(calibration, tuning),
             "allocation": None if measured is None else _allocation(measured),
             "plan": plan_json(plan, model.spec, {} if measured is None else measured.losses),
             "import": _import(model.imported()),
@@ -198,6 +201,13 @@ def _rotation(config: ExportConfig, spec: DecoderSpec) -> dict[str, Any] | None:
     for space, rotation in found.items():
         described[space] = {"size": rotation.size, "factors": rotation.label}
     return described
+
+
+def _calibration(text: CalibrationText, tuning: Tuning | None) -> dict[str, Any]:
+    described = None
+    if tuning is not None:
+        described = {"steps": tuning.steps, "kl_before": tuning.before, "kl_after": tuning.after}
+    return {**_read("GPTQ", text), "tuning": described}
 
 
 def _allocation(measured: Measured) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from llm_coreml.build import Model, build_decoder, open_model, read_calibration
+from llm_coreml.build import Model, build_decoder, open_model, read_calibration, tune_decoder
 from llm_coreml.bundle import (
     CARD,
     MANIFEST,
@@ -143,6 +143,9 @@ def _write(job: _Job, model: Model, draft: Path, cache: WeightCache) -> None:
     calibration = read_calibration(model, config, draft / TOKENIZER)
     progress.stage("quantize" if calibration is None else "calibrate")
     decoder, shapes = build_decoder(model, config, plan, progress.advance, calibration, cache)
+    if config.tune:
+        progress.stage("tune")
+    tuning = tune_decoder(model, config, decoder, calibration, progress.advance)
     methods = constant_methods(model.spec, shapes, bos_id, eos_ids)
     free_memory()
     progress.stage("lower")
@@ -154,7 +157,7 @@ def _write(job: _Job, model: Model, draft: Path, cache: WeightCache) -> None:
     cache.drop_pages()
     verification = _verify(job, shapes, decoder, program, cache)
     manifest = make_manifest(
-        model, config, plan, measured, calibration, shapes, program, methods, verification
+        model, config, plan, measured, calibration, tuning, shapes, program, methods, verification
     )
     write_json(draft / MANIFEST, manifest)
     (draft / CARD).write_text(model_card(manifest))

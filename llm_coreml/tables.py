@@ -9,7 +9,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from llm_coreml.card import rotated_spaces
+from llm_coreml.card import rotated_spaces, tuned
 from llm_coreml.eval.difference import Comparison
 from llm_coreml.eval.inspection import Inspection
 from llm_coreml.eval.results import Evaluation, Quality
@@ -98,7 +98,7 @@ def _calibration_row(found: dict[str, Any] | None) -> dict[str, str]:
         return {}
     return {
         "calibrated": f"by {found['method']} on {found['tokens']:,} tokens of text "
-        f"'{found['text']}'"
+        f"'{found['text']}'{tuned(found.get('tuning'))}"
     }
 
 

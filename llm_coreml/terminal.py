@@ -31,6 +31,7 @@ _LABELS = {
     "allocate": "measuring what each format costs",
     "quantize": "reading and quantizing weights",
     "calibrate": "reading and calibrating weights",
+    "tune": "tuning scales and tables",
     "lower": "lowering to an ExecuTorch program",
     "verify": "verifying the artifact",
     "score": "scoring text",

@@ -246,6 +246,7 @@ def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_argument("--seed", type=int, default=Recipe.seed, help="of weights and split")
     parser.add_argument("--steps", type=int, default=Recipe.steps)
     parser.add_argument("--decay-steps", type=int, default=Recipe.decay_steps)
     parser.add_argument("--resume", action="store_true", help="continue a stopped run")
@@ -258,7 +259,7 @@ def main() -> None:
     arguments = parse_arguments()
     output: Path = arguments.output
     output.mkdir(parents=True, exist_ok=True)
-    recipe = Recipe(steps=arguments.steps, decay_steps=arguments.decay_steps)
+    recipe = Recipe(steps=arguments.steps, decay_steps=arguments.decay_steps, seed=arguments.seed)
     torch.set_num_threads(recipe.threads)
     corpus: Corpus = build_corpus(recipe.seed)
     tokenizer = train_tokenizer((d.text for d in corpus.train), recipe.vocabulary)

@@ -25,7 +25,6 @@ from llm_coreml.quantize.kmeans import kmeans
 from llm_coreml.quantize.lookup import LookupTensor, look_up
 from llm_coreml.quantize.mxfp4 import mxfp4
 from llm_coreml.quantize.schemes import (
-    INTEGER_BITS,
     Codebook,
     IntChannel,
     IntGroup,
@@ -39,6 +38,8 @@ from llm_coreml.quantize.vectors import kmeans_vectors
 # Weights quantized at a time: torchao holds several fp32 copies of what it is given. The rows of
 # integer formats do not depend on each other.
 _PIECE = 1 << 24
+# A search passes over its weights many times: they should fit a core's cache.
+_SEARCHED = 1 << 19
 
 
 def quantize_weight(module: nn.Module, scheme: Scheme) -> None:
@@ -105,7 +106,7 @@ def _row_scale(weight: torch.Tensor) -> torch.Tensor:
 
 @quantized.register
 def _(scheme: Mxfp4, weight: torch.Tensor) -> torch.Tensor:
-    found = [mxfp4(piece) for piece in _pieces(weight)]
+    found = [mxfp4(piece) for piece in _pieces(weight, _PIECE)]
     codes, exponents = (torch.cat(parts) for parts in zip(*found, strict=True))
     return mxfp4_tensor(codes, exponents)
 
@@ -118,8 +119,8 @@ def _(scheme: Unquantized, weight: torch.Tensor) -> torch.Tensor:
 def _integers(
     weight: torch.Tensor, scheme: IntGroup | IntChannel, group_size: int, granularity: Any
 ) -> torch.Tensor:
-    pieces = _pieces(weight)
-    if scheme.zero_point != "none" or scheme.bits not in INTEGER_BITS:
+    if scheme.zero_point != "none" or scheme.bits < 8:
+        pieces = _pieces(weight, _SEARCHED)
         found = (integers(piece, scheme.bits, group_size, scheme.zero_point) for piece in pieces)
         all_codes, scales, zeros = zip(*found, strict=True)
         zero_point = None if scheme.zero_point == "none" else torch.cat(zeros)
@@ -127,13 +128,14 @@ def _integers(
     config = IntxWeightOnlyConfig(
         weight_dtype=getattr(torch, f"int{scheme.bits}"), granularity=granularity
     )
-    made: list[Any] = [_by_torchao(piece, config) for piece in pieces]
+    # With so many steps a search for a better scale finds next to nothing.
+    made: list[Any] = [_by_torchao(piece, config) for piece in _pieces(weight, _PIECE)]
     codes, scale = (torch.cat([getattr(p, n) for p in made]) for n in ("qdata", "scale"))
     return integer_tensor(codes, scale, None, scheme.bits)
 
 
-def _pieces(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return torch.split(weight, max(1, _PIECE // weight.shape[1]))
+def _pieces(weight: torch.Tensor, elements: int) -> tuple[torch.Tensor, ...]:
+    return torch.split(weight, max(1, elements // weight.shape[1]))
 
 
 def _by_torchao(piece: torch.Tensor, config: AOBaseConfig) -> torch.Tensor:

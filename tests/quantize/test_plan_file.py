@@ -117,7 +117,7 @@ def scheme_of_down(**changes: Any) -> Callable[[dict[str, Any]], None]:
         (
             scheme_of_down(type="Codebok"),
             "no scheme 'Codebok'; the schemes are Codebook, IntGroup, "
-            "IntChannel, Unquantized. Did you mean 'Codebook'?",
+            "IntChannel, Mxfp4, TableGroup, Unquantized. Did you mean 'Codebook'?",
         ),
         (scheme_of_down(type=["Codebook"]), "there is no scheme ['Codebook']; the schemes are"),
         (scheme_of_down(type="Scheme"), "there is no scheme 'Scheme'; the schemes are"),
