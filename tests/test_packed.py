@@ -242,6 +242,10 @@ def test_settings_that_cannot_be_read(settings: Any, message: str, tmp_path: Pat
         ({"bits": 4}, "--bits 4 chooses codes, but the checkpoint's linear layers are quantized"),
         ({"scheme": "codebook"}, "--scheme codebook chooses codes"),
         ({"calibrate": "bundled"}, "--calibrate bundled chooses codes"),
+        ({"bits": 3.5}, "--bits 3.5 chooses codes"),
+        ({"size": 1 << 20}, "--size 1048576 chooses codes"),
+        ({"plan": "manifest.json"}, "--plan manifest.json chooses codes"),
+        ({"rotate": "both"}, "--rotate both changes weights"),
     ],
 )
 def test_codes_are_not_chosen_twice(settings: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -231,7 +231,11 @@ def test_the_program_holds_every_kind_of_zero_point_and_its_order(tmp_path: Path
         "largest_error": 0.0,
         "tensor": None,
     }
-    assert told["linear"]["bits"] == 4 and told["embedding"]["bits"] == 8
+    schemes = {name: entry["scheme"] for name, entry in told["plan"]["matrices"].items()}
+    layers = [scheme for name, scheme in schemes.items() if name.startswith("layers.")]
+    assert {(scheme["bits"], scheme["group_size"]) for scheme in layers} == {(4, 32)}
+    assert {scheme["zero_point"] for scheme in layers} == {"none", "int", "float"}
+    assert told["embedding"]["bits"] == 8
     card = (bundle.folder / "README.md").read_text(encoding="utf-8")
     assert "7 matrices as the checkpoint quantized them, GPTQ, exact" in card
 
