@@ -32,7 +32,7 @@ from llm_coreml.decoder import Decoder, DecoderSpec
 from llm_coreml.errors import CheckpointError
 from llm_coreml.lower.program import constant_methods
 from llm_coreml.manifest import make_manifest
-from llm_coreml.progress import Progress, Silent, free_memory
+from llm_coreml.progress import Progress, Silent, free_memory, trim_memory
 from llm_coreml.quantize import QuantizationPlan, make_plan
 from llm_coreml.quantize.cache import WeightCache, default_folder
 from llm_coreml.quantize.text import read_content
@@ -215,6 +215,7 @@ def _verify(
 ) -> Verification:
     def advance(share: float) -> None:
         cache.drop_pages()  # the decoder has been read, and is only compared with
+        trim_memory()
         job.progress.advance(share)
 
     text, tokens = _verification_text(program.parent, decoder)
@@ -231,6 +232,7 @@ def _verify(
             lambda share: advance(_CONVERSION * share),
         )
         begun = _CONVERSION
+        free_memory()
     execution = Execution(memory_budget=_EXPANDED)
     artifact = program_runner(program, job.config.backend, shapes.seq_lengths, execution)
     return verify(
