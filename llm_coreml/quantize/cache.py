@@ -231,4 +231,4 @@ def _plain(header: dict[str, Any], types: dict[str, Any]) -> bytes:
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return tensor.reshape(-1).view(torch.uint8).numpy().data

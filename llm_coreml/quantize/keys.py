@@ -60,6 +60,6 @@ class Keys:
     def _begin(self) -> str:
         """Return what the text is when it meets the first block, and how blocks compute."""
         table = self.block(["embed_tokens.weight"], ["embed_tokens"], calibrated=False)
-        attention = self._decoder.layers[0].self_attn.form
+        (attention,) = {block.self_attn.form for block in self._decoder.layers}
         decoder = repr((self._decoder.spec, attention))
         return make_key(table=table, decoder=decoder, text=repr(self._windows))
