@@ -252,6 +252,7 @@ def _verify(
 ) -> Verification:
     def advance(share: float) -> None:
         cache.drop_pages()  # the decoder has been read, and is only compared with
+        trim_memory()
         job.progress.advance(share)
 
     text, tokens = _verification_text(program.parent, decoder)
@@ -268,6 +269,7 @@ def _verify(
             lambda share: advance(_CONVERSION * share),
         )
         begun = _CONVERSION
+        free_memory()
     execution = Execution(memory_budget=_EXPANDED)
     artifact = program_runner(program, job.config.backend, shapes.seq_lengths, execution)
     return verify(

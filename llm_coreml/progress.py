@@ -22,8 +22,13 @@ def peak_memory() -> int:
 
 
 def free_memory() -> None:
-    """Give the system back what is not in use: the C library keeps freed pieces of tensors."""
+    """Free what only refers to itself, and give the system back what is not in use."""
     gc.collect()
+    trim_memory()
+
+
+def trim_memory() -> None:
+    """Give the system back what the C library keeps of freed tensors."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)  # glibc alone has it
 

@@ -46,5 +46,6 @@ def _values(context: Any, node: Any, expected: list[int]) -> list[Any]:
 
 
 def _as(codes: np.ndarray[Any, Any], name: str) -> np.ndarray[Any, Any]:
-    """Return the same bytes, said to be of MIL's type `name`."""
-    return codes.view(types.nptype_from_builtin(types.string_to_builtin(name)))
+    """Return codes, the same memory where they are bytes already, said to be of MIL's type."""
+    narrow = codes if codes.dtype.itemsize == 1 else codes.astype(np.uint8)
+    return narrow.view(types.nptype_from_builtin(types.string_to_builtin(name)))

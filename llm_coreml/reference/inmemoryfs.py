@@ -134,10 +134,10 @@ def pieces(files: Mapping[str, bytes | memoryview]) -> list[bytes | memoryview]:
     total = sum(memoryview(content).nbytes for content in files.values())
     alignment = _PAGE if total > _LARGE else 1
     nodes: list[dict[str, Any]] = []
-    parts: list[bytes | memoryview] = []
-    _append(tree, "lowered_module", alignment, nodes, parts, 0)
+    contents: list[bytes | memoryview] = []
+    _append(tree, "lowered_module", alignment, nodes, contents, 0)
     index = json.dumps({"nodes": nodes}, separators=(",", ":"), ensure_ascii=False).encode()
-    return [*parts, index[::-1]]
+    return [*contents, index[::-1]]
 
 
 def _append(
