@@ -35,7 +35,7 @@ from llm_coreml.errors import CheckpointError, UnsupportedError
 from llm_coreml.lower.program import constant_methods
 from llm_coreml.manifest import make_manifest
 from llm_coreml.planning import choose_plan, plan_without_weights
-from llm_coreml.progress import Progress, Silent, free_memory
+from llm_coreml.progress import Progress, Silent, free_memory, trim_memory
 from llm_coreml.quantize import QuantizationPlan
 from llm_coreml.quantize.cache import WeightCache, default_folder
 from llm_coreml.quantize.imported import ImportReport, refuse_choices
