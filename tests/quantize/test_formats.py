@@ -184,8 +184,7 @@ def lowered(tmp_path_factory: pytest.TempPathFactory) -> Lowered:
         made[name] = maker(random, (rows, columns))
         module.weight = nn.Parameter(made[name].weight, requires_grad=False)
     path = tmp_path_factory.mktemp("formats") / "model.pte"
-    with path.open("wb") as file:
-        lower_coreml(decoder, config, shapes, methods).write_to_file(file)
+    lower_coreml(decoder, config, shapes, methods, path)
     return Lowered(path, decoder, made)
 
 
