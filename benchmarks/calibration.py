@@ -14,6 +14,7 @@ is also exported as it was calibrated on the bundled text, and the file is measu
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 import tempfile
 from collections.abc import Iterator
@@ -30,11 +31,12 @@ from torchao.quantization import IntxWeightOnlyConfig, quantize_
 from torchao.quantization.granularity import PerAxis, PerGroup
 
 import llm_coreml
-from llm_coreml.build import Model, build_decoder, open_model, plan_for, tune_decoder
+from llm_coreml.build import Model, build_decoder, open_model, plan_for
 from llm_coreml.config import ExportConfig
 from llm_coreml.decoder import Decoder
 from llm_coreml.quantize.text import CalibrationText, tokenize
-from llm_coreml.runtime import EagerRunner, Runner
+from llm_coreml.quantize.tune import tune
+from llm_coreml.runtime import EagerRunner
 from llm_coreml.tokenizer import Tokenizer
 
 CONTEXT = 512
@@ -70,21 +72,15 @@ def segments(folder: Path, tokens: int, count: int) -> Iterator[CalibrationText]
         yield tokenize(f"segment {index}", piece, folder / "tokenizer.json", tokens, CONTEXT)
 
 
-def made(
-    model: Model, config: ExportConfig, text: CalibrationText | None = None, steps: int = 0
-) -> Runner:
-    """Return a model quantized as `config` says, calibrated and tuned if there is a text."""
-    source = None if text is None else text.name
-    config = replace(config, context=CONTEXT, calibrate=source, tune=steps)
-    decoder, _ = build_decoder(model, config, plan_for(config, model), calibration=text)
-    tune_decoder(model, config, decoder, text)
-    return EagerRunner(decoder, "eager")
+def made(model: Model, config: ExportConfig, text: CalibrationText | None = None) -> Decoder:
+    """Return a model quantized as `config` says, calibrated if there is a text."""
+    config = replace(config, context=CONTEXT, calibrate=None if text is None else text.name)
+    return build_decoder(model, config, plan_for(config, model), calibration=text)[0]
 
 
-def by_torchao(model: Model, name: str) -> Runner:
+def by_torchao(model: Model, name: str) -> Decoder:
     """Return a model whose blocks torchao has quantized, with scales and tables as fp16 numbers."""
-    config = ExportConfig(scheme="none", context=CONTEXT)
-    decoder: Decoder = build_decoder(model, config, plan_for(config, model))[0]
+    decoder = made(model, ExportConfig(scheme="none"))
     chosen = FORMATS[BASELINES.get(name, name)]
     if chosen["scheme"] == "codebook":
         quantizer = CodebookWeightOnlyConfig(getattr(torch, f"uint{chosen['bits']}"), [16, -1])
@@ -97,7 +93,7 @@ def by_torchao(model: Model, name: str) -> Runner:
         values = getattr(parameter, "scale", getattr(parameter, "codebook", None))
         if values is not None:
             values.copy_(values.half().float())
-    return EagerRunner(decoder, "eager")
+    return decoder
 
 
 def measure(
@@ -108,16 +104,21 @@ def measure(
     tokenizer = Tokenizer(folder / "tokenizer.json")
     content = (folder / "heldout.txt").read_text(encoding="utf-8")
     windows = cut(tokenizer.encode(content), CONTEXT, tokenizer.bos_id, limit)
-    runners = {"original": made(model, ExportConfig(scheme="none"))}
+    original = made(model, ExportConfig(scheme="none"))
+    decoders = {"original": original}
     for name in formats:
         config = ExportConfig(**FORMATS[name])
-        runners[name] = by_torchao(model, name)
-        runners[f"{name} rounded"] = made(model, config)
+        decoders[name] = by_torchao(model, name)
+        decoders[f"{name} rounded"] = made(model, config)
         for text in texts:
-            runners[f"{name} {text.name}"] = made(model, config, text)
+            calibrated = made(model, config, text)
+            decoders[f"{name} {text.name}"] = calibrated
             if steps:
-                runners[f"{name} {text.name} tuned"] = made(model, config, text, steps)
+                tuned = copy.deepcopy(calibrated)
+                tune(tuned, original, text.windows, steps)
+                decoders[f"{name} {text.name} tuned"] = tuned
         print(f"made {name}", flush=True)
+    runners = {name: EagerRunner(decoder, "eager") for name, decoder in decoders.items()}
     found = {row.name: row for row in measure_quality(runners, windows)}
     rows = [
         Row(

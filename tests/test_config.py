@@ -42,6 +42,11 @@ from llm_coreml.targets import MINIMUM_OS, TARGETS, opset_of
             {"bits": 5},
             "--bits is 5; Core ML holds weights of 1, 2, 3, 4, 6, 8 and 16 bits.",
         ),
+        (
+            {"tune": 50},
+            "--tune is 50; it must be a number of steps, some hundreds, and needs a text to read: "
+            "--calibrate.",
+        ),
         ({"logits": "first"}, "logits is 'first'; it must be last or all."),
         ({"compute_precision": "bf16"}, "compute_precision is 'bf16'; it must be fp16 or fp32."),
         ({"backend": "mps"}, "backend is 'mps'; it must be coreml or xnnpack."),

@@ -186,7 +186,7 @@ def export(
 ) -> Any:
     def command(text: Path, output: Path) -> Run:
         words = ("export", checkpoint, "-o", output, *SHAPES, "--calibrate", text)
-        return in_process(capfd, monkeypatch, *words, "--calibration-tokens", "200")
+        return in_process(capfd, monkeypatch, *words, "--calibration-tokens", "200", "--tune", "4")
 
     return command
 
@@ -200,7 +200,7 @@ def test_a_calibrated_export_is_verified_recorded_and_the_same_every_time(
     for output in (first, second):
         done = export(text, output)
         assert done.code == 0, done.err
-        assert "by GPTQ on 200 tokens of text 'mine.txt'" in done.out
+        assert "by GPTQ on 200 tokens of text 'mine.txt', then tuned in 4 steps" in done.out
     assert (first / "model.pte").read_bytes() == (second / "model.pte").read_bytes()
     assert (first / "manifest.json").read_bytes() == (second / "manifest.json").read_bytes()
     assert (first / "model.pte").read_bytes() != (bundle / "model.pte").read_bytes()
@@ -210,11 +210,15 @@ def test_a_calibrated_export_is_verified_recorded_and_the_same_every_time(
     assert manifest["program"]["bytes"] == pytest.approx(plain["program"]["bytes"], rel=1e-3)
     recorded = manifest["quantization"]["calibration"]
     assert recorded["method"] == "GPTQ" and recorded["tokens"] == 200
+    tuning = recorded["tuning"]
+    assert tuning["steps"] == 4 and 0 < tuning["kl_after"] <= tuning["kl_before"]
     assert plain["quantization"]["calibration"] is None
     flags = manifest["rebuild"]
     assert flags[flags.index("--calibrate") + 1] == str(text)
     assert flags[flags.index("--calibration-tokens") + 1] == "200"
-    assert "calibrated by GPTQ on 200 tokens of mine.txt" in (first / "README.md").read_text()
+    assert flags[flags.index("--tune") + 1] == "4"
+    card = (first / "README.md").read_text()
+    assert "calibrated by GPTQ on 200 tokens of mine.txt, then tuned in 4 steps" in card
     assert "rounded to nearest" in (bundle / "README.md").read_text()
     evaluation_knows_the_quantized_model_while_it_knows_the_text(first, text)
 
