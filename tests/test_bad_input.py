@@ -232,7 +232,7 @@ def test_revision_of_a_folder(refuse: Command, model: Path) -> None:
         (("--group-size", "0"), 2, ("0",)),
         (("--scheme", "codebook", "--codebook-rows", "0"), 2, ("0",)),
         (("--scheme", "int4-grup"), 2, ("'int4-grup'", "Did you mean 'int4-group'?")),
-        (("--embedding", "int8"), 2, ("--embedding int8", "Did you mean 'int8-channel'?")),
+        (("--embedding", "int8"), 2, ("--embedding int8", "Did you mean 'int8-group'?")),
         (("--bits", "5"), 2, ("--bits is 5", "1, 2, 3, 4, 6, 8 and 16")),
         (("--bits", "four"), 2, ("'four'",)),
         (("--target", "npu"), 2, ("'npu'", "gpu, ane, cpu, all")),

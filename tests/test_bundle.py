@@ -50,6 +50,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         make_plan(config, model.spec),
         None,
         None,
+        None,
         resolve_shapes(config, model.spec.max_position_embeddings),
         program,
         {"get_max_seq_len": 8},

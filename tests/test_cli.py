@@ -260,6 +260,7 @@ def test_export_flags_reach_the_config(
         "rotate": "both",
         "calibrate": "text.txt",
         "calibration_tokens": 512,
+        "tune": 20,
         "target": "ane",
         "minimum_os": "macOS26",
         "compute_precision": "fp32",

@@ -151,12 +151,12 @@ def test_a_change_far_below_the_bound_of_fp16_is_noticed_without_rounding(
     quantized: Callable[[str], Artifact], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     artifact = quantized("int4-channel")
-    whole = Decoder.head
+    whole = EagerRunner._head
 
-    def almost(self: Decoder, x: torch.Tensor) -> torch.Tensor:
+    def almost(self: EagerRunner, x: torch.Tensor) -> torch.Tensor:
         return whole(self, x) * (1 + MAX_RELATIVE_ERROR / 100)
 
-    monkeypatch.setattr(Decoder, "head", almost)
+    monkeypatch.setattr(EagerRunner, "_head", almost)
     with pytest.raises(
         VerificationError, match=r"is not the model: .* for token \d+ after position"
     ):
