@@ -1,4 +1,4 @@
-"""The Core ML lowering of torch ops that coremltools or ExecuTorch lack, or lower otherwise.
+"""The Core ML lowering of torch ops that coremltools or ExecuTorch lack.
 
 Importing the module registers them with coremltools; the partitioner then accepts them.
 """
@@ -9,14 +9,9 @@ from typing import Any
 
 import numpy as np
 from coremltools.converters.mil import Builder as mb
-from coremltools.converters.mil._deployment_compatibility import AvailableTarget
-from coremltools.converters.mil.frontend._utils import is_current_opset_version_compatible_with
 from coremltools.converters.mil.frontend.torch.ops import _get_inputs
 from coremltools.converters.mil.frontend.torch.torch_op_registry import register_torch_op
 from coremltools.converters.mil.mil import types
-
-# Registers lowerings of its own when it is imported, which must not come after ours.
-from executorch.backends.apple.coreml.compiler import torch_ops
 
 _NAMES = ["llm_coreml::kv_write", "llm_coreml.kv_write"]
 
@@ -42,29 +37,6 @@ def kv_write(context: Any, node: Any) -> None:
     written = mb.coreml_update_state(state=state, value=narrowed)
     context.name_to_source_state[node.name] = state
     context.add(mb.cast(x=written, dtype="fp32", name=node.name))
-
-
-@register_torch_op(
-    torch_alias=["torchao::dequantize_affine", "torchao.dequantize_affine"], override=True
-)  # type: ignore[untyped-decorator]
-def dequantize_affine(context: Any, node: Any) -> None:
-    """Lower as ExecuTorch does, but keep int8 codes that happen to fit int4 as int8.
-
-    coremltools would narrow them, and then fail on integer offsets that do not fit.
-    """
-    inputs = _get_inputs(context, node, min_expected=7)
-    codes, scale, zero_point = inputs[0].val, inputs[2].val, inputs[3].val
-    eight = int(inputs[5].val) == -128 and int(inputs[6].val) == 127
-    narrow = eight and codes.min() >= -8 and codes.max() <= 7
-    if not narrow or not is_current_opset_version_compatible_with(AvailableTarget.iOS18):
-        torch_ops.dequantize_affine(context, node)
-        return
-    shape = (codes.shape[0], scale.size // codes.shape[0])
-    offset = {"offset": zero_point.reshape(shape)} if np.any(zero_point) else {}
-    weight = mb.constexpr_blockwise_shift_scale(
-        data=codes, scale=scale.reshape(shape), name=node.name, **offset
-    )
-    context.add(weight, node.name)
 
 
 _LOOK_UPS = ["llm_coreml::expand_codebook", "llm_coreml.expand_codebook"]

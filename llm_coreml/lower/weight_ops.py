@@ -10,9 +10,14 @@ from typing import Any
 
 import numpy as np
 from coremltools.converters.mil import Builder as mb
+from coremltools.converters.mil._deployment_compatibility import AvailableTarget
+from coremltools.converters.mil.frontend._utils import is_current_opset_version_compatible_with
 from coremltools.converters.mil.frontend.torch.ops import _get_inputs
 from coremltools.converters.mil.frontend.torch.torch_op_registry import register_torch_op
 from coremltools.converters.mil.mil import types
+
+# Registers lowerings of its own when it is imported, which must not come after ours.
+from executorch.backends.apple.coreml.compiler import torch_ops
 
 _AFFINE = ["torchao::dequantize_affine", "torchao.dequantize_affine"]
 _CODEBOOK = ["quant::dequantize_codebook", "quant.dequantize_codebook"]
@@ -21,7 +26,14 @@ _INTEGERS = {(-8, 7): "int4", (-128, 127): "int8"}
 
 @register_torch_op(torch_alias=_AFFINE, override=True)  # type: ignore[untyped-decorator]
 def dequantize_affine(context: Any, node: Any) -> None:
-    """Lower int8 codes `[out, in]` with scales and offsets of groups of inputs."""
+    """Lower int8 codes `[out, in]` with scales and offsets of groups of inputs.
+
+    Codes of int8 stay so if they happen to fit int4; coremltools would narrow them, and then fail
+    on integer offsets that do not fit.
+    """
+    if not is_current_opset_version_compatible_with(AvailableTarget.iOS18):
+        torch_ops.dequantize_affine(context, node)  # which knows the operation that there is
+        return
     codes, _, scale, offset, _, low, high, *_ = _values(context, node, [7, 8])
     rows = len(codes)
     scale = scale.reshape(rows, -1)
