@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 from torch.func import vjp
 
+from llm_coreml.errors import UnsupportedError
 from llm_coreml.quantize.adjustable import Adjustable, Values, adjustable
 
 _STEPS = 8
@@ -37,7 +38,10 @@ def refit(weight: torch.Tensor, target: torch.Tensor, hessian: torch.Tensor) -> 
     parts = len(free.values[0])
     before = _errors(free.dense(free.values), target, hessian, parts)
     found = _least_squares(free, target, hessian)
-    stored = adjustable(free.rebuilt(found))  # judged as fp16 holds them
+    try:
+        stored = adjustable(free.rebuilt(found))  # judged as fp16 holds them
+    except UnsupportedError:
+        return weight
     better = _errors(stored.dense(stored.values), target, hessian, parts) < before
     kept = tuple(
         torch.where(better.view(-1, *[1] * (new.dim() - 1)), new, old)

@@ -22,7 +22,7 @@ from torch.func import functional_call
 from llm_coreml.decoder import Decoder
 from llm_coreml.decoder.cache import CacheView
 from llm_coreml.decoder.norm import RMSNorm
-from llm_coreml.errors import CheckpointError
+from llm_coreml.errors import CheckpointError, UnsupportedError
 from llm_coreml.quantize.adjustable import Adjustable, Values, adjustable
 from llm_coreml.quantize.apply import dense_rows
 
@@ -174,11 +174,22 @@ def tune(
         optimizer.zero_grad()
         schedule.step()
         on_progress((step + 1) / steps)
-    after = _divergence(student, teacher, windows)
+    after = _stored_divergence(student, decoder, teacher, windows)
     if not after < before:  # not a number either
         student.values, after = untuned, before
-    student.store()
+        student.store()
     return Tuning(steps, before, after)
+
+
+def _stored_divergence(
+    student: _Student, decoder: Decoder, teacher: Decoder, windows: Sequence[Sequence[int]]
+) -> float:
+    """Store what was found, and return how far that is; a float zero point is rounded once more."""
+    try:
+        student.store()
+    except UnsupportedError:
+        return math.inf  # fp16 cannot hold it
+    return _divergence(_Student(decoder), teacher, windows)
 
 
 def _rate(step: int, steps: int) -> float:

@@ -119,3 +119,10 @@ def test_columns_without_inputs_do_no_harm() -> None:
 def test_a_weight_without_codes_is_refused() -> None:
     with pytest.raises(UnsupportedError, match="no scales and no tables"):
         adjustable(torch.ones(2, 2))
+
+
+@pytest.mark.parametrize("scheme", [IntGroup(4, 16), Codebook(2, 4)], ids=["scales", "tables"])
+def test_what_fp16_cannot_hold_is_not_taken(scheme: Scheme) -> None:
+    weight, hessian = problem(5)
+    start = quantized(scheme, weight)
+    assert refit(start, 1e7 * weight, hessian) is start

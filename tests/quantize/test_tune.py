@@ -57,6 +57,16 @@ def divergence(decoder: Decoder, teacher: Decoder, windows: list[list[int]]) -> 
     return float(torch.cat(found).mean())
 
 
+def test_what_fp16_cannot_hold_is_not_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llm_coreml.quantize.tune._RATE", 1e9)
+    decoder, teacher = build(folder, CONFIGS["int4-channel"]), original(folder)
+    before = [torch.cat(list(dense_rows(p))) for p in decoder.parameters()]
+    tuning = tune(decoder, teacher, TEXT, 3)
+    assert tuning.after == tuning.before
+    after = [torch.cat(list(dense_rows(p))) for p in decoder.parameters()]
+    assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_tuning_brings_the_logits_closer_and_keeps_the_codes(folder: Path, name: str) -> None:
     decoder, teacher = build(folder, CONFIGS[name]), original(folder)
