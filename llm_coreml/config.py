@@ -15,6 +15,16 @@ DEFAULT_SEQ_LENGTHS = (1, 8, 64, 512)
 DEFAULT_CONTEXT = 2048
 DEFAULT_CODEBOOK_ROWS = 16
 DEFAULT_CALIBRATION_TOKENS = 16384
+# Chosen by a plan, for every matrix.
+_FORMAT_FLAGS = (
+    "group_size",
+    "zero_point",
+    "codebook_rows",
+    "codebook_columns",
+    "codebook_vector",
+    "codebook_scale",
+    "embedding",
+)
 Rotate = Literal["none", "residual", "heads", "both"]
 WHOLE_BITS = (1, 2, 3, 4, 6, 8, 16)
 # State dimensions that are no multiple of 32 are refused by the Neural Engine compiler
@@ -140,7 +150,10 @@ class ExportConfig:
             decided = f"--bits {self.bits}"
         if decided == "--plan":
             others |= {"--size": self.size, "--lm-head": self.lm_head}
-            others["--embedding"] = None if self.embedding == "int8-channel" else self.embedding
+            for field in fields(self):
+                value = getattr(self, field.name)
+                if field.name in _FORMAT_FLAGS and value != field.default:
+                    others["--" + field.name.replace("_", "-")] = value
         for flag, value in others.items():
             if decided is not None and value is not None:
                 raise ConfigError(f"{decided} decides what {flag} {value} would; drop one of them.")

@@ -573,6 +573,11 @@ def test_results_that_cannot_be_written(refuse: Command, own_bundle: Path, text_
         (None, (), ("'c.txt' cannot be read", "'bundled'")),
         (b"\xff\xfe", (), ("'c.txt' cannot be read", "utf-8")),
         (TEXT.encode(), ("--calibration-tokens", "0"), ("--calibration-tokens is 0", "at least")),
+        (
+            TEXT.encode(),
+            ("--scheme", "codebook", "--codebook-vector", "2"),
+            ("--calibrate cannot choose the codes of 'codebook 4 bit for 2 rows", "drop it"),
+        ),
         (TEXT.encode(), ("--tune", "-3"), ("--tune is -3", "number of steps")),
         (TEXT.encode(), ("--scheme", "none"), ("--calibrate chooses codes", "drop it")),
     ],

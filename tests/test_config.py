@@ -43,6 +43,10 @@ from llm_coreml.targets import MINIMUM_OS, TARGETS, opset_of
             "--bits is 5; Core ML holds weights of 1, 2, 3, 4, 6, 8 and 16 bits.",
         ),
         (
+            {"plan": "p.json", "group_size": 64},
+            "--plan decides what --group-size 64 would; drop one of them.",
+        ),
+        (
             {"tune": 50},
             "--tune is 50; it must be a number of steps, some hundreds, and needs a text to read: "
             "--calibrate.",

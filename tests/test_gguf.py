@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -223,3 +224,15 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "b" / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"has no config.json"):
         open_model(tmp_path / "b" / "model.gguf")
+
+
+def test_heads_that_config_json_counts_otherwise(tmp_path: Path) -> None:
+    write(tmp_path, {})
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    config["num_attention_heads"] //= 2
+    config["num_key_value_heads"] //= 2
+    config["head_dim"] *= 2
+    path.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"orders the rows of .* heads, and config.json"):
+        decoder_values(tmp_path / "model.gguf", scheme="none")

@@ -58,6 +58,7 @@ def test_zero_points_are_integers_where_they_can_be(zero: float, kind: str) -> N
         (1e6, 0.0, r"a scale is 1e\+06"),
         (0.0, float("inf"), "a scale is inf"),
         (0.5, float("nan"), "a zero point is nan"),
+        (1e-9, float("nan"), "a zero point is nan"),
         (1e-6, 1.0, "a zero point is -"),
     ],
 )

@@ -165,16 +165,23 @@ class GGUFCheckpoint(Checkpoint):
     def _heads(self, name: str) -> int | None:
         """Return how many heads the rows of `name` are to be put in order for, None for most."""
         metadata, key = self.header.metadata, "llama.attention.head_count"
+        wanted = self.config.get("num_attention_heads")
         if ".q_proj." in name:
             heads = metadata.get(key)
         elif ".k_proj." in name:
             heads = metadata.get(f"{key}_kv", metadata.get(key))
+            wanted = self.config.get("num_key_value_heads", wanted)
         else:
             return None
         if not isinstance(heads, int) or heads < 1:
             raise CheckpointError(
                 f"{self.path} gives {key} = {heads!r}; it must be a number of heads. Download the "
                 "file again."
+            )
+        if heads != wanted:
+            raise CheckpointError(
+                f"{self.path} orders the rows of '{name}' for {heads} heads, and config.json gives "
+                f"{wanted}; put the config.json of this model beside the file."
             )
         return heads
 

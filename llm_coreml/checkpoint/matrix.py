@@ -127,7 +127,7 @@ def fit(affine: Affine) -> Levels:
     flat = (scale == 0) & (offset != 0)
     slope = torch.where(flat, offset, scale)
     stored = _halves(slope, "scale")
-    zero = torch.where(stored == 0, 0.0, -offset / stored)
+    zero = torch.where((stored == 0) & offset.isfinite(), 0.0, -offset / stored)
     whole = bool((zero == zero.round()).all() and (zero >= -half).all() and (zero < half).all())
     if not whole:
         zero = _halves(zero, "zero point")

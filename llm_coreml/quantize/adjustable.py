@@ -22,6 +22,8 @@ from llm_coreml.errors import UnsupportedError
 from llm_coreml.quantize.lookup import LookupTensor, look_up
 from llm_coreml.quantize.tensors import codebook_tensor, integer_tensor, lookup_tensor
 
+# Up to here fp16 tells integers apart.
+_LARGEST_ZERO_POINT = 2048
 Values = tuple[torch.Tensor, ...]
 
 
@@ -60,7 +62,7 @@ def _(weight: IntxUnpackedToInt8Tensor) -> Adjustable:
         return Adjustable(
             (scale, scale * zero_point),
             lambda v: (v[0].unsqueeze(2) * grouped - v[1].unsqueeze(2)).view(codes.shape),
-            lambda v: integer_tensor(codes, v[0], v[1] / v[0], bits),
+            lambda v: _with_zero_points(codes, v[0], v[1], bits),
         )
     offset = None if not bool(zero_point.any()) else zero_point
     grouped = grouped - zero_point.to(torch.float32).unsqueeze(2)
@@ -69,6 +71,17 @@ def _(weight: IntxUnpackedToInt8Tensor) -> Adjustable:
         lambda v: (v[0].unsqueeze(2) * grouped).view(codes.shape),
         lambda v: integer_tensor(codes, v[0], offset, bits),
     )
+
+
+def _with_zero_points(
+    codes: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, bits: int
+) -> torch.Tensor:
+    """Return `scale * codes - shift`, with scales that leave zero points where fp16 is exact."""
+    least = (shift.abs() / _LARGEST_ZERO_POINT).clamp(
+        min=torch.finfo(torch.float16).smallest_normal
+    )
+    scale = torch.where(scale.abs() < least, torch.copysign(least, scale), scale)
+    return integer_tensor(codes, scale, shift / scale, bits)
 
 
 @adjustable.register

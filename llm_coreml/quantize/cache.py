@@ -19,6 +19,7 @@ import importlib.metadata
 import json
 import mmap
 import os
+import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -31,6 +32,8 @@ from llm_coreml.quantize.stored import from_parts, to_parts
 
 _VARIABLE = "LLM_COREML_CACHE"
 _SUFFIX = ".safetensors"
+_ENTRY = re.compile(r"[0-9a-f]{64}\.safetensors")
+_DRAFT = re.compile(r"\.[0-9a-f]{64}\.[0-9]+")
 # What the weights of an entry are computed by.
 _SOURCES = ("checkpoint", "decoder", "quantize")
 _PACKAGES = ("llm-coreml", "torch", "torchao")
@@ -95,7 +98,7 @@ class WeightCache:
         try:
             weights = self._open(path, check=True)
             os.utime(path)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
             self._note(f"'{path}' in the cache is damaged ({error}); its weights are made anew.")
             return None
         return weights
@@ -112,7 +115,7 @@ class WeightCache:
         if not self._writable:
             return dict(weights)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             with draft.open("wb") as file:
                 _write(file, weights)
             draft.replace(path)
@@ -143,10 +146,12 @@ class WeightCache:
 
     def _tidy(self, largest: int) -> None:
         """Remove drafts of exports that were killed, and what has not been used for longest."""
-        for draft in self.folder.glob(".*"):
-            if time.time() - draft.stat().st_mtime > _DAY:
+        # Nobody else's files: the folder may be one that holds others, too.
+        paths = list(self.folder.iterdir())
+        for draft in paths:
+            if _DRAFT.fullmatch(draft.name) and time.time() - draft.stat().st_mtime > _DAY:
                 draft.unlink()
-        found = [(path.stat(), path) for path in self.folder.glob(f"*{_SUFFIX}")]
+        found = [(path.stat(), path) for path in paths if _ENTRY.fullmatch(path.name)]
         total = sum(stat.st_size for stat, _ in found)
         for stat, path in sorted(found, key=lambda item: item[0].st_mtime):
             if total <= largest:

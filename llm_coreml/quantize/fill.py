@@ -123,7 +123,7 @@ class _Filling:
         owners = [owner for owner in map(_owner, made) if self._scheme_of(owner)]
         kept = self._cache is not None and (owners or calibrated)
         key = self._keys.block(members, owners, calibrated) if kept else None
-        weights = self._cache.load(key) if self._cache and key else None
+        weights = self._load(key, owners)
         for name in members:
             owner, _, attribute = name.rpartition(".")
             module = self._modules[owner]
@@ -150,7 +150,7 @@ class _Filling:
         packed = self._names[table] in self._packed
         kept = self._cache is not None and scheme is not None and not packed
         key = self._keys.block([table], ["lm_head"], calibrated=False) if kept else None
-        weights = self._cache.load(key) if self._cache and key else None
+        weights = self._load(key, ["lm_head"])
         if weights is not None:
             _set(head, weights["lm_head"])
             return
@@ -164,6 +164,14 @@ class _Filling:
             return None
         scheme = self._plan.scheme_of(owner)
         return None if isinstance(scheme, Unquantized) else scheme
+
+    def _load(self, key: str | None, owners: list[str]) -> dict[str, torch.Tensor] | None:
+        """Return the kept weights of modules, None if there are none, or those of others."""
+        found = self._cache.load(key) if self._cache and key else None
+        shapes = {owner: self._modules[owner].get_parameter("weight").shape for owner in owners}
+        if found is None or {owner: weight.shape for owner, weight in found.items()} != shapes:
+            return None
+        return found
 
     def _keep(self, key: str, owners: list[str]) -> None:
         """Store the weights of modules, and hold them from then on as the cache does."""

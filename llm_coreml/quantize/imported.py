@@ -139,7 +139,8 @@ def with_imports(
     if spec.tie_word_embeddings and "embed_tokens" in schemes:
         lm_head = embedding
     for name, flag in (("embed_tokens", "embedding"), ("lm_head", "lm_head")):
-        _refuse_table(config, flag, held.get(name))
+        shared = "embed_tokens" if spec.tie_word_embeddings else name
+        _refuse_table(config, flag, held.get(name, held.get(shared)))
     tied = spec.tie_word_embeddings and embedding == lm_head
     return QuantizationPlan(
         linear,

@@ -50,6 +50,7 @@ class Keys:
         assert self._plan is not None
         facts = {
             "tensors": self._checkpoint.sha256([self._names[name] for name in members]),
+            "names": repr([(name, self._names[name]) for name in members]),
             "schemes": repr([(owner, self._plan.scheme_of(owner)) for owner in owners]),
             "storage": str(self._storage),
         }

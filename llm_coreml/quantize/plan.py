@@ -97,6 +97,12 @@ def make_plan(
             "--calibrate chooses codes, and unquantized linear layers have none; drop it, or give "
             "--bits 1 to 8."
         )
+    for scheme in schemes:
+        if config.calibrate is not None and not scheme.calibrated:
+            raise ConfigError(
+                f"--calibrate cannot choose the codes of '{scheme.label}'; drop it, or give "
+                "integers, or a codebook without --codebook-vector and --codebook-scale."
+            )
     flag = "--scheme" if chosen is None else "--plan"
     for scheme in sorted(schemes, key=lambda scheme: scheme.label):
         _check_target(config, flag, scheme)

@@ -95,7 +95,14 @@ def read_plan(path: Path, config: ExportConfig, spec: DecoderSpec) -> dict[str, 
     if isinstance(content, dict) and isinstance(content.get("quantization"), dict):
         content = content["quantization"].get("plan")
     try:
-        return parse_plan(content, config, spec)
+        schemes = parse_plan(content, config, spec)
+        for name, scheme in schemes.items():
+            if isinstance(scheme, TableGroup):
+                raise ConfigError(
+                    f"{name} has a table that only a quantized checkpoint holds; give the plan of "
+                    "an export that chose its formats."
+                )
+        return schemes
     except ConfigError as error:
         raise ConfigError(f"--plan '{path}': {error}") from None
 

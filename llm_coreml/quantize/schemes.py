@@ -62,6 +62,11 @@ class Scheme(ABC):
         """Oldest system whose Core ML runs the format, by its name among deployment targets."""
         return "iOS18"
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether calibration can choose its codes."""
+        return True
+
     @abstractmethod
     def check(self, tensor: str, shape: tuple[int, int]) -> None:
         """Refuse a matrix that the format cannot hold.
@@ -176,6 +181,10 @@ class Mxfp4(Scheme):
     minimum_os = _SCALED_INT8_TABLE
 
     @property
+    def calibrated(self) -> bool:
+        return False
+
+    @property
     def label(self) -> str:
         return f"mxfp4 group {MXFP4_GROUP}"
 
@@ -224,6 +233,10 @@ class Codebook(Scheme):
             )
 
     name = "codebook"
+
+    @property
+    def calibrated(self) -> bool:
+        return self.vector == 1 and not self.row_scale
 
     @property
     def traits(self) -> tuple[str, ...]:
@@ -284,11 +297,23 @@ class TableGroup(Scheme):
     minimum_os = "iOS18"
 
     @property
+    def calibrated(self) -> bool:
+        return False
+
+    @property
     def label(self) -> str:
         return f"table {self.bits} bit, scaled groups of {self.group_size}"
 
+    def __post_init__(self) -> None:
+        if self.group_size < 1:
+            raise ConfigError(f"a group of a table is {self.group_size}; it must be at least 1.")
+
     def check(self, tensor: str, shape: tuple[int, int]) -> None:
-        """Any shape fits that was imported."""
+        if shape[1] % self.group_size:
+            raise UnsupportedError(
+                f"{tensor} has {shape[1]} inputs, which groups of {self.group_size} do not divide; "
+                "use another scheme."
+            )
 
     def overhead_bits(self, shape: tuple[int, int]) -> int:
         scales = shape[0] * (shape[1] // self.group_size)
@@ -304,6 +329,10 @@ class Unquantized(Scheme):
 
     name = "none"
     minimum_os = "iOS15"
+
+    @property
+    def calibrated(self) -> bool:
+        return False
 
     @property
     def label(self) -> str:

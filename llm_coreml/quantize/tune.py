@@ -117,16 +117,27 @@ class _Student:
             found.setdefault(owner, {})[inner] = weight
         return found
 
-    def store(self) -> None:
-        """Give the decoder the values as they are now."""
-        for name, values in self.values.items():
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Return what the decoder holds, as it holds it."""
+        found = ((name, self._decoder.get_submodule(name)) for name in self.values)
+        return {name: module.get_parameter("weight") for name, module in found}
+
+    def put(self, weights: dict[str, torch.Tensor]) -> None:
+        """Give the decoder weights by the names of their modules."""
+        for name, weight in weights.items():
             module = self._decoder.get_submodule(name)
+            module.weight = nn.Parameter(weight.detach(), requires_grad=False)
+
+    def store(self) -> None:
+        """Give the decoder the values as they are now. Raises UnsupportedError beyond fp16."""
+        made = {}
+        for name, values in self.values.items():
             changed = tuple(value.detach() for value in values)
             if name in self._linear:
-                weight = self._linear[name].rebuilt(changed)
+                made[name] = self._linear[name].rebuilt(changed)
             else:
-                weight = changed[0].to(torch.float16).to(torch.float32)
-            module.weight = nn.Parameter(weight, requires_grad=False)
+                made[name] = changed[0].to(torch.float16).to(torch.float32)
+        self.put(made)
 
 
 def tune(
@@ -157,10 +168,10 @@ def tune(
             "The divergence on the calibration text is not finite, so there is nothing to tune by; "
             "the checkpoint overflows, or is damaged. Export without --tune."
         )
-    untuned = student.values
+    weights = student.weights()
     student.values = {
         name: tuple(value.clone().requires_grad_() for value in values)
-        for name, values in untuned.items()
+        for name, values in student.values.items()
     }
     changing = [value for values in student.values.values() for value in values]
     optimizer = torch.optim.Adam(
@@ -176,8 +187,8 @@ def tune(
         on_progress((step + 1) / steps)
     after = _stored_divergence(student, decoder, teacher, windows)
     if not after < before:  # not a number either
-        student.values, after = untuned, before
-        student.store()
+        student.put(weights)
+        after = before
     return Tuning(steps, before, after)
 
 

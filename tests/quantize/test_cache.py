@@ -226,6 +226,18 @@ def test_a_damaged_entry_is_made_anew(
     assert made.new() == 0
 
 
+def test_an_entry_of_other_weights_is_not_used(
+    folder: Path, tmp_path: Path, made: Quantized
+) -> None:
+    first, _ = build(folder, tmp_path / "kept", CALIBRATED)
+    table, *blocks = sorted(entries(tmp_path / "kept"), key=lambda path: path.stat().st_size)
+    for path in blocks:
+        path.write_bytes(table.read_bytes())
+    made.new()
+    assert build(folder, tmp_path / "kept", CALIBRATED)[0] == first
+    assert made.new() > 0
+
+
 def test_a_folder_that_cannot_be_made_is_told_of_once(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     contents, notes = build(folder, tmp_path / "file" / "kept")
@@ -248,21 +260,18 @@ def test_a_full_disk_is_told_of_and_leaves_no_draft(folder: Path, tmp_path: Path
 
 
 def test_old_entries_and_drafts_make_room(tmp_path: Path) -> None:
-    for age, name in enumerate(["new", "old", "oldest"]):
-        path = tmp_path / f"{name}.safetensors"
-        path.write_bytes(bytes(100))
-        os.utime(path, (time.time() - 100 * age,) * 2)
-    for name, days in ((".fresh.1", 0), (".stale.2", 2)):
-        (tmp_path / name).write_bytes(b"half")
+    new, old, oldest = (f"{letter * 64}.safetensors" for letter in "abc")
+    fresh, stale = (f".{letter * 64}.{number}" for letter, number in (("d", 1), ("e", 2)))
+    # The folder may be one that holds other things.
+    others = ["mine.txt", ".bashrc", "model-00001.safetensors", ".git"]
+    for age, name in enumerate([new, old, oldest]):
+        (tmp_path / name).write_bytes(bytes(100))
+        os.utime(tmp_path / name, (time.time() - 100 * age,) * 2)
+    for name, days in ((fresh, 0), (stale, 2), *((other, 9) for other in others)):
+        (tmp_path / name).write_bytes(bytes(400))
         os.utime(tmp_path / name, (time.time() - days * 24 * 3600,) * 2)
-    (tmp_path / "mine.txt").write_text("left alone")
     WeightCache(tmp_path, print, largest=250)
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "new.safetensors",
-        "old.safetensors",
-        ".fresh.1",
-        "mine.txt",
-    }
+    assert {path.name for path in tmp_path.iterdir()} == {new, old, fresh, *others}
 
 
 @pytest.mark.parametrize(

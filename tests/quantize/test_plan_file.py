@@ -226,3 +226,17 @@ def test_a_plan_fits_other_models_of_the_same_sizes_only() -> None:
         parse_plan(good(), CONFIG, replace(SPEC, vocab_size=1001))
     with pytest.raises(ConfigError, match=r"no matrix 'layers\.1\.\S+'; the plan is another"):
         parse_plan(good(), CONFIG, replace(SPEC, num_hidden_layers=1))
+
+
+def test_tables_of_an_import_are_not_for_others(tmp_path: Path) -> None:
+    plan = good()
+    scheme = {"type": "TableGroup", "bits": 4, "group_size": 32, "scale_bits": 16}
+    plan["matrices"][DOWN]["scheme"] = scheme
+    assert parse_plan(plan, CONFIG, SPEC)[DOWN].bits == 4
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(plan))
+    with pytest.raises(ConfigError, match="only a quantized checkpoint holds"):
+        read_plan(path, CONFIG, SPEC)
+    scheme["group_size"] = 0
+    with pytest.raises(ConfigError, match="it must be at least 1"):
+        parse_plan(plan, CONFIG, SPEC)
