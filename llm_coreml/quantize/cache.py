@@ -54,7 +54,7 @@ def default_folder() -> Path:
     return (Path(home) if home else Path.home() / ".cache") / "llm-coreml"
 
 
-def make_key(**facts: str) -> str:
+def make_key(facts: Mapping[str, str]) -> str:
     """Return the key of weights that follow from `facts` and from the code as it is now."""
     text = json.dumps({"code": _code(), **facts}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

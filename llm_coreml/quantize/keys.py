@@ -55,8 +55,8 @@ class Keys:
             "storage": str(self._storage),
         }
         if not calibrated:
-            return make_key(**facts)
-        self._before = make_key(**facts, before=self._before or self._begin())
+            return make_key(facts)
+        self._before = make_key({**facts, "before": self._before or self._begin()})
         return self._before
 
     def _begin(self) -> str:
@@ -65,4 +65,4 @@ class Keys:
         attention = self._decoder.layers[0].get_submodule("self_attn")
         assert isinstance(attention, Attention)
         decoder = repr((self._decoder.spec, attention.form))
-        return make_key(table=table, decoder=decoder, text=repr(self._windows))
+        return make_key({"table": table, "decoder": decoder, "text": repr(self._windows)})
