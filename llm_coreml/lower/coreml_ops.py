@@ -37,24 +37,3 @@ def kv_write(context: Any, node: Any) -> None:
     written = mb.coreml_update_state(state=state, value=narrowed)
     context.name_to_source_state[node.name] = state
     context.add(mb.cast(x=written, dtype="fp32", name=node.name))
-
-
-_LOOK_UPS = ["llm_coreml::expand_codebook", "llm_coreml.expand_codebook"]
-
-
-@register_torch_op(torch_alias=_LOOK_UPS, override=True)  # type: ignore[untyped-decorator]
-def expand_codebook(context: Any, node: Any) -> None:
-    """Lower to a table look-up, and a scaling of what it gives where there are scales."""
-    inputs = _get_inputs(context, node, expected=5)
-    codes, tables, scale, zero_point, bits = (value and value.val for value in inputs)
-    indices = codes.astype(types.nptype_from_builtin(types.string_to_builtin(f"uint{bits}")))
-    vectors = {"vector_axis": np.int32(0)} if tables.shape[3] > 1 else {}
-    if scale is None:
-        weight = mb.constexpr_lut_to_dense(indices=indices, lut=tables, name=node.name, **vectors)
-    else:
-        looked_up = mb.constexpr_lut_to_dense(indices=indices, lut=tables, **vectors)
-        offset = {} if zero_point is None else {"offset": zero_point}
-        weight = mb.constexpr_blockwise_shift_scale(
-            data=looked_up, scale=scale, name=node.name, **offset
-        )
-    context.add(weight, node.name)

@@ -21,6 +21,7 @@ from executorch.backends.apple.coreml.compiler import torch_ops
 
 _AFFINE = ["torchao::dequantize_affine", "torchao.dequantize_affine"]
 _CODEBOOK = ["quant::dequantize_codebook", "quant.dequantize_codebook"]
+_LOOK_UPS = ["llm_coreml::expand_codebook", "llm_coreml.expand_codebook"]
 _INTEGERS = {(-8, 7): "int4", (-128, 127): "int8"}
 
 
@@ -51,6 +52,23 @@ def dequantize_codebook(context: Any, node: Any) -> None:
     codes, tables, bits, *_ = _values(context, node, [4, 5])
     indices = _as(codes, f"uint{int(bits)}")
     context.add(mb.constexpr_lut_to_dense(indices=indices, lut=tables, name=node.name), node.name)
+
+
+@register_torch_op(torch_alias=_LOOK_UPS, override=True)  # type: ignore[untyped-decorator]
+def expand_codebook(context: Any, node: Any) -> None:
+    """Lower to a table look-up, and a scaling of what it gives where there are scales."""
+    codes, tables, scale, zero_point, bits = _values(context, node, [5])
+    indices = _as(codes, f"uint{int(bits)}")
+    vectors = {"vector_axis": np.int32(0)} if tables.shape[3] > 1 else {}
+    if scale is None:
+        weight = mb.constexpr_lut_to_dense(indices=indices, lut=tables, name=node.name, **vectors)
+    else:
+        looked_up = mb.constexpr_lut_to_dense(indices=indices, lut=tables, **vectors)
+        offset = {} if zero_point is None else {"offset": zero_point}
+        weight = mb.constexpr_blockwise_shift_scale(
+            data=looked_up, scale=scale, name=node.name, **offset
+        )
+    context.add(weight, node.name)
 
 
 def _values(context: Any, node: Any, expected: list[int]) -> list[Any]:
