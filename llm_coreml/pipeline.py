@@ -102,7 +102,7 @@ def export(
         read_content(job.config.calibrate)  # what is wrong with it is told before work is done
     job.progress.stage("open")
     opened = open_model(model, tokenizer, revision, local_files_only, accept=job.check)
-    with new_bundle(Path(output), overwrite) as draft, job.open_cache() as kept:
+    with new_bundle(Path(output), overwrite) as draft, job.open_cache() as kept, kept.paged_out():
         _write(job, opened, draft, kept)
     return open_bundle(Path(output))
 
@@ -154,8 +154,7 @@ def _write(job: _Job, model: Model, draft: Path, cache: WeightCache) -> None:
     _check_size(config, program)
     free_memory()
     progress.stage("verify")
-    cache.drop_pages()
-    verification = _verify(job, shapes, decoder, program, cache)
+    verification = _verify(job, shapes, decoder, program)
     manifest = make_manifest(
         model, config, plan, measured, calibration, tuning, shapes, program, methods, verification
     )
@@ -247,11 +246,8 @@ def _check_size(config: ExportConfig, program: Path) -> None:
         )
 
 
-def _verify(
-    job: _Job, shapes: Shapes, decoder: Decoder, program: Path, cache: WeightCache
-) -> Verification:
+def _verify(job: _Job, shapes: Shapes, decoder: Decoder, program: Path) -> Verification:
     def advance(share: float) -> None:
-        cache.drop_pages()  # the decoder has been read, and is only compared with
         trim_memory()
         job.progress.advance(share)
 

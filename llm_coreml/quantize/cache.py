@@ -20,8 +20,9 @@ import json
 import mmap
 import os
 import re
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -41,6 +42,8 @@ _NAMES = {torch.int8: "I8", torch.uint8: "U8", torch.float16: "F16", torch.float
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 _MAX_HEADER = 1 << 24
 _PIECE = 1 << 22
+# Seconds between two looks at what is in memory.
+_INTERVAL = 0.2
 _DAY = 24 * 3600
 # Of what earlier exports left, the least recently used goes beyond this.
 _LARGEST = 50 * 10**9
@@ -131,10 +134,28 @@ class WeightCache:
             with contextlib.suppress(OSError):
                 draft.unlink(missing_ok=True)
 
-    def drop_pages(self) -> None:
-        """Take what was loaded or stored out of this process's memory, until it is used again."""
-        for pages in self._maps:
-            pages.madvise(mmap.MADV_DONTNEED)
+    @contextlib.contextmanager
+    def paged_out(self) -> Iterator[None]:
+        """While the context lasts, take what was loaded or stored out of memory after each use.
+
+        The system keeps pages of files in memory as long as there is room, in this process's
+        account. What they hold is read again when it is needed, most often from the system's own
+        copy.
+        """
+        ended = threading.Event()
+
+        def drop() -> None:
+            while not ended.wait(_INTERVAL):
+                for pages in list(self._maps):
+                    pages.madvise(mmap.MADV_DONTNEED)
+
+        thread = threading.Thread(target=drop, name="page-out", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
 
     def _open(self, path: Path, *, check: bool) -> dict[str, torch.Tensor]:
         pages, weights = _read(path, check=check)

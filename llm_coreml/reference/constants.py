@@ -29,7 +29,7 @@ from llm_coreml.reference.numerics import Numerics
 from llm_coreml.reference.ops import Spec
 
 # Elements that one slice of a large constant has about.
-_SLICE = 1 << 22
+_SLICE = 1 << 20
 # Smaller constants are always expanded: keeping them packed saves nothing.
 _SMALL = 1 << 16
 # The first element of a slice of packed rows must begin a byte.

@@ -133,19 +133,22 @@ def unpack_elements(data: memoryview | bytes, row: DType, count: int) -> np.ndar
         piece = packed[start * row.bits // 8 : (start + _CHUNK) * row.bits // 8]
         elements = split(piece, row.bits)[: count - start]
         if row.signed:
-            # An arithmetic shift down from the top of the byte copies the sign.
-            elements = (elements << (8 - row.bits)).view(np.int8) >> (8 - row.bits)
-        result[start : start + _CHUNK] = elements
+            # Turned over and taken off again, the top bit counts as a negative number.
+            elements = (elements ^ (1 << row.bits - 1)) - np.uint8(1 << row.bits - 1)
+        result[start : start + _CHUNK] = elements.view(row.array)
     return result
 
 
 def _split_bytes(packed: np.ndarray, bits: int) -> np.ndarray:
+    """Unpack 1, 2 or 4 bits: each byte is spread over a word, in halves of halves."""
     per_byte = 8 // bits
-    result = np.empty((packed.size, per_byte), np.uint8)
-    for place in range(per_byte):
-        np.right_shift(packed, place * bits, out=result[:, place])
-    result &= (1 << bits) - 1
-    return result.reshape(-1)
+    words = packed.astype(f"<u{per_byte}")
+    part, apart = 8, 8 * per_byte
+    while part > bits:
+        part, apart = part // 2, apart // 2
+        words |= words << words.dtype.type(apart - part)
+        words &= words.dtype.type(sum((1 << part) - 1 << at for at in range(0, 8 * per_byte, apart)))
+    return words.view(np.uint8)
 
 
 def _split_groups(packed: np.ndarray, bits: int) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -336,13 +337,34 @@ def test_a_killed_export_goes_on_to_the_same_weights(
     assert resumed == build(folder, None, CALIBRATED)[0]
 
 
-def test_dropped_pages_are_read_again(folder: Path, tmp_path: Path) -> None:
+def in_memory(folder: Path) -> int:
+    """Return the bytes of files in `folder` that this process has in memory."""
+    found, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            inside = str(folder) in line
+        elif inside and line.startswith("Rss:"):
+            found += 1024 * int(line.split()[1])
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_what_is_not_in_use_leaves_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "_INTERVAL", 1e-3)
     kept = WeightCache(tmp_path / "kept", print)
-    weight = apply.quantized(IntGroup(4, 32, 16), torch.randn(64, 96))
-    held = kept.store("key", {"name": weight})["name"]
-    for _ in range(2):
-        assert torch.equal(held.dequantize(), weight.dequantize())
-        kept.drop_pages()
-    (found,) = kept.load("key").items()  # type: ignore[union-attr]
+    weight = apply.quantized(IntGroup(4, 32, 16), torch.randn(512, 1024))
+    held = kept.store("0" * 64, {"name": weight})["name"]
+    assert torch.equal(held.dequantize(), weight.dequantize())
+    assert in_memory(kept.folder) > weight.qdata.nbytes  # type: ignore[attr-defined]
+    with kept.paged_out():
+        for _ in range(20):
+            assert torch.equal(held.dequantize(), weight.dequantize())
+        deadline = time.monotonic() + 30
+        while in_memory(kept.folder) and time.monotonic() < deadline:
+            time.sleep(1e-3)
+        assert not in_memory(kept.folder)
+    (found,) = kept.load("0" * 64).items()  # type: ignore[union-attr]
     assert found[0] == "name" and torch.equal(found[1].dequantize(), weight.dequantize())
     assert torch.equal(load_file(entries(kept.folder)[0])["name/qdata"], weight.qdata)  # type: ignore[attr-defined]

@@ -45,7 +45,8 @@ def constexpr_blockwise_shift_scale(
         if offset.shape != scale.shape:
             raise ArtifactError(f"has offsets {list(offset.shape)} and scales {list(scale.shape)}")
         values -= offset.to(torch.float32).reshape(spread)
-    values *= scale.reshape(spread)
+    # Of one type with the values, the scales take a third of the time.
+    values *= scale.to(torch.float32).reshape(spread)
     return values.reshape(data.shape)
 
 
