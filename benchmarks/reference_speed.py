@@ -66,8 +66,8 @@ def prepare(model: str, folder: Path) -> tuple[Path, Path]:
         original, arguments = _ROOT / "llm_coreml" / "demo", ["llama"]
     else:
         original = folder / "hf"
-        script = str(_ROOT / "benchmarks" / "export_1b_widths.py")
-        _call([sys.executable, script, "--child", "make-model", str(folder), "4"])
+        script = str(_ROOT / "benchmarks" / "random_llama.py")
+        _call([sys.executable, script, str(folder), "1b", "4", "hf"])
         arguments = [str(original)]
     output = folder / model
     command = [sys.executable, "-m", "llm_coreml.cli", "export", *arguments]

@@ -19,6 +19,7 @@ import click
 from llm_coreml.errors import LlmCoreMLError
 from llm_coreml.looking import diff_command, inspect_command, run_command
 from llm_coreml.options import DEVICE, FORMAT, MODE, TEXT, VERBOSE, memory, print_json
+from llm_coreml.progress import keep_one_heap
 
 
 def _lengths(value: str) -> tuple[int, ...]:
@@ -349,6 +350,7 @@ for command in (diff_command, inspect_command, run_command):
 
 def main() -> None:
     """Run the command line and exit with its code."""
+    keep_one_heap()
     try:
         code = cli.main(standalone_mode=False) or 0
     except click.ClickException as error:

@@ -14,6 +14,8 @@ import resource
 import sys
 from typing import Protocol
 
+_M_ARENA_MAX = -8  # of glibc's malloc.h
+
 
 def peak_memory() -> int:
     """Return the most bytes of memory that this process has had resident, mapped files included."""
@@ -31,6 +33,16 @@ def trim_memory() -> None:
     """Give the system back what the C library keeps of freed tensors."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)  # glibc alone has it
+
+
+def keep_one_heap() -> None:
+    """Have all threads of this process allocate from one heap; for programs, not for libraries.
+
+    The C library gives threads heaps of their own, and each keeps gaps where large tensors were.
+    It must be called before there are threads.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)  # glibc alone has it
 
 
 class Progress(Protocol):

@@ -52,8 +52,7 @@ def integers(
     bottom, top, largest = grouped.amin(2), grouped.amax(2), grouped.abs().amax(2)
     if kind == "int":
         bottom, top = bottom.clamp(max=0), top.clamp(min=0)
-    counts = torch.ones(weight.shape[1]) if importance is None else importance
-    counts = counts.view(1, -1, group_size)
+    counts = None if importance is None else importance.view(1, -1, group_size)
     full, sign = (top - bottom) / (high - low), torch.ones_like(top)
     if kind == "none":
         # The one code more below zero serves the side that reaches further.
@@ -66,31 +65,38 @@ def integers(
         scale = (torch.maximum(full * share, floor) * sign).to(torch.float16).to(torch.float32)
         shrunk = (bottom + top) / 2 - share * (top - bottom) / 2
         zero = _zero_points(shrunk / scale, low, high, kind)
-        stored = _codes(grouped, scale, zero, low, high).sub_(zero.unsqueeze(2))
-        error = stored.mul_(scale.unsqueeze(2)).sub_(grouped).square_().mul_(counts).sum(2)
+        stored = _codes(grouped, scale, zero, low, high)
+        if zero is not None:
+            stored.sub_(zero.unsqueeze(2))
+        error = stored.mul_(scale.unsqueeze(2)).sub_(grouped).square_()
+        error = (error if counts is None else error.mul_(counts)).sum(2)
         better = error < best
-        best = torch.where(better, error, best)
-        kept, shift = torch.where(better, scale, kept), torch.where(better, zero, shift)
+        best, kept = torch.where(better, error, best), torch.where(better, scale, kept)
+        shift = shift if zero is None else torch.where(better, zero, shift)
     if not bool(torch.isfinite(best).all()):
         raise UnsupportedError(
             f"a weight is {float(largest.max()):g}, whose scale fp16 cannot hold; use another "
             "scheme, or scale the weights."
         )
-    codes = _codes(grouped, kept, shift, low, high).to(torch.int8).reshape(weight.shape)
-    if kind == "none":
+    moved = None if kind == "none" else shift
+    codes = _codes(grouped, kept, moved, low, high).to(torch.int8).reshape(weight.shape)
+    if moved is None:
         return codes, kept, None
     return codes, kept, shift.to(torch.int8) if kind == "int" else shift
 
 
-def _zero_points(bottom: torch.Tensor, low: int, high: int, kind: ZeroPoint) -> torch.Tensor:
+def _zero_points(bottom: torch.Tensor, low: int, high: int, kind: ZeroPoint) -> torch.Tensor | None:
     """Return the zero points that give the `bottom` of a range, in scales, the lowest code."""
     if kind == "none":
-        return torch.zeros_like(bottom)
+        return None
     zero = low - bottom
     return zero.round_().clamp_(low, high) if kind == "int" else zero.half().float()
 
 
 def _codes(
-    grouped: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, low: int, high: int
+    grouped: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, low: int, high: int
 ) -> torch.Tensor:
-    return (grouped / scale.unsqueeze(2) + zero.unsqueeze(2)).round_().clamp_(low, high)
+    codes = grouped / scale.unsqueeze(2)
+    if zero is not None:
+        codes += zero.unsqueeze(2)
+    return codes.round_().clamp_(low, high)

@@ -147,7 +147,9 @@ def _split_bytes(packed: np.ndarray, bits: int) -> np.ndarray:
     while part > bits:
         part, apart = part // 2, apart // 2
         words |= words << words.dtype.type(apart - part)
-        words &= words.dtype.type(sum((1 << part) - 1 << at for at in range(0, 8 * per_byte, apart)))
+        words &= words.dtype.type(
+            sum((1 << part) - 1 << at for at in range(0, 8 * per_byte, apart))
+        )
     return words.view(np.uint8)
 
 

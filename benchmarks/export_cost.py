@@ -1,13 +1,14 @@
 """Time, memory and size of an export, ours against ExecuTorch's own Core ML Llama script.
 
-The model has the widths and the vocabulary of Llama-3.2-1B (tied, llama3 RoPE, bf16), random
-weights and as many layers as asked for. It is written once as a Hugging Face folder for us and,
-with the same weights, as Meta's checkpoint for the peer. Every export runs in a process of its own;
-the cases alternate, so that a change in the machine's load meets all of them.
+The model has the widths and the vocabulary of Llama-3.2-1B (tied, llama3 RoPE, bf16) or of
+Llama-3.1-8B, random weights and as many layers as asked for. It is written once as a Hugging Face
+folder for us and, with the same weights, as Meta's checkpoint for the peer. Every export runs in a
+process of its own; the cases alternate, so that a change in the machine's load meets all of them.
 
-    python benchmarks/export_1b_widths.py --layers 2 --repeats 3
-    python benchmarks/export_1b_widths.py --layers 16 --cases ours-b4w,peer-b4w
-    python benchmarks/export_1b_widths.py --cases ours-c4w,peer-c4w --format json
+    python benchmarks/export_cost.py --layers 2 --repeats 3
+    python benchmarks/export_cost.py --cases ours-b4w,peer-b4w
+    python benchmarks/export_cost.py --cases ours-b4w-calibrated
+    python benchmarks/export_cost.py --model 8b --cases ours-b4w-short
 """
 
 from __future__ import annotations
@@ -21,28 +22,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    import torch
+from typing import Any
 
 # Nothing heavy is imported here: on Linux a new process inherits its parent's peak memory.
 
 _PEER = "executorch.examples.apple.coreml.llama.export_static_llm_coreml"
-_HIDDEN, _INNER, _HEADS, _KV_HEADS, _HEAD_DIM, _VOCAB = 2048, 8192, 32, 8, 64, 128256
-_LINEARS = {  # ours -> Meta's, rows, columns
-    "self_attn.q_proj": ("attention.wq", _HEADS * _HEAD_DIM, _HIDDEN),
-    "self_attn.k_proj": ("attention.wk", _KV_HEADS * _HEAD_DIM, _HIDDEN),
-    "self_attn.v_proj": ("attention.wv", _KV_HEADS * _HEAD_DIM, _HIDDEN),
-    "self_attn.o_proj": ("attention.wo", _HIDDEN, _HEADS * _HEAD_DIM),
-    "mlp.gate_proj": ("feed_forward.w1", _INNER, _HIDDEN),
-    "mlp.up_proj": ("feed_forward.w3", _INNER, _HIDDEN),
-    "mlp.down_proj": ("feed_forward.w2", _HIDDEN, _INNER),
-}
-_NORMS = {"input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm"}
+_MAKER = Path(__file__).with_name("random_llama.py")
+_LAYERS = {"1b": 16, "8b": 32}
 
 
 @dataclass(frozen=True)
@@ -52,7 +40,7 @@ class Case:
     Attributes:
         formats: Weight formats of the linear layers, the token table and the head.
         settings: Arguments of `export` for us, of the script for the peer.
-        peer: The case that its figures are divided by; None for the peer itself.
+        peer: The case that its figures are divided by, if there is one.
     """
 
     formats: str
@@ -60,10 +48,16 @@ class Case:
     peer: str | None = None
 
 
+_SHORT = {"target": "gpu", "seq_lengths": [1, 64], "context": 256}
+_TEXT = {"calibrate": "bundled", "calibration_tokens": 16384}
 _C4W = {"scheme": "int4-channel", "target": "ane"}
 CASES = {
     "ours-b4w": Case("int4 group 32; int8 table, tied", {"target": "gpu"}, "peer-b4w"),
     "peer-b4w": Case("int4 group 32; int8 table, int4 head", {"--linear_quantize": "b4w"}),
+    "ours-b4w-calibrated": Case(
+        "int4 group 32, calibrated; int8 table, tied", {"target": "gpu", **_TEXT}
+    ),
+    "ours-b4w-short": Case("int4 group 32; int8 table and head; lengths 1 and 64", _SHORT),
     "ours-c4w": Case("int4 channel; int8 table, tied", _C4W, "peer-c4w"),
     "ours-c4w-untied": Case(
         "int4 channel; int8 table, int4 head", {**_C4W, "lm_head": "int4-channel"}, "peer-c4w"
@@ -85,6 +79,7 @@ class Measurement:
         unverified_peak_bytes: The same up to there.
         file_bytes: Size of the `.pte`.
         stages: Seconds of each stage of ours.
+        peaks: Peak resident memory at the end of each stage, in bytes.
         verification: Its figures, out of the manifest.
     """
 
@@ -96,6 +91,7 @@ class Measurement:
     unverified_peak_bytes: int
     file_bytes: int
     stages: dict[str, float] = field(default_factory=dict)
+    peaks: dict[str, int] = field(default_factory=dict)
     verification: dict[str, Any] = field(default_factory=dict)
 
 
@@ -112,12 +108,11 @@ _FIGURES = {
 
 def main() -> None:
     if sys.argv[1:2] == ["--child"]:
-        child, *arguments = sys.argv[2:]
-        children: dict[str, Callable[..., None]] = {"make-model": make_model, "export": export_ours}
-        children[child](*arguments)
+        export_ours(*sys.argv[2:])
         return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--layers", type=int, default=2, help="layers of the model (2)")
+    parser.add_argument("--model", choices=tuple(_LAYERS), default="1b", help="its widths (1b)")
+    parser.add_argument("--layers", type=int, help="layers (as the real model has)")
     parser.add_argument("--repeats", type=int, default=1, help="exports per case (1)")
     parser.add_argument("--context", type=int, default=1024, help="positions of the cache (1024)")
     parser.add_argument("--cases", default=",".join(CASES), help="which, separated by commas (all)")
@@ -125,11 +120,13 @@ def main() -> None:
     options = parser.parse_args()
     chosen = options.cases.split(",")
     unknown = [name for name in chosen if name not in CASES]
-    if unknown or options.layers < 1 or options.repeats < 1:
+    layers = _LAYERS[options.model] if options.layers is None else options.layers
+    if unknown or layers < 1 or options.repeats < 1:
         parser.error(f"--cases takes {', '.join(CASES)}; --layers and --repeats take 1 or more")
-    with tempfile.TemporaryDirectory(prefix="export-1b-widths-") as name:
+    with tempfile.TemporaryDirectory(prefix="export-cost-") as name:
         folder = Path(name)
-        _run([sys.executable, __file__, "--child", "make-model", name, str(options.layers)], folder)
+        kinds = "hf,meta" if any(case.startswith("peer") for case in chosen) else "hf"
+        _run([sys.executable, str(_MAKER), name, options.model, str(layers), kinds], folder)
         runs: dict[str, list[Measurement]] = {case: [] for case in chosen}
         for _ in range(options.repeats):
             for case in chosen:
@@ -147,20 +144,20 @@ def measure(name: str, folder: Path, context: int) -> Measurement:
     case = CASES[name]
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         program, notes = Path(scratch, "model.pte"), Path(scratch, "notes.json")
-        if case.peer is None:
+        if name.startswith("peer"):
             command = [sys.executable, "-m", _PEER, "--output", str(program)]
             command += ["--checkpoint", str(folder / "meta" / "consolidated.00.pth")]
             command += ["--params", str(folder / "meta" / "params.json")]
             command += ["--max_context_len", str(context)]
             command += [word for setting in case.settings.items() for word in setting]
         else:
-            settings = json.dumps({**case.settings, "context": context})
-            command = [sys.executable, __file__, "--child", "export", str(folder / "hf"), scratch]
-            command += [settings]
+            settings = json.dumps({"context": context, **case.settings})
+            model = folder / ("hf-text" if "calibrate" in case.settings else "hf")
+            command = [sys.executable, __file__, "--child", str(model), scratch, settings]
         started = time.time()
         seconds, cpu, peak = _run(command, folder)
         size = program.stat().st_size
-        if case.peer is None:
+        if name.startswith("peer"):
             return Measurement(seconds, cpu, seconds, cpu, peak, peak, size)
         told = json.loads(notes.read_text())
     begun = told["begun"]
@@ -176,6 +173,7 @@ def measure(name: str, folder: Path, context: int) -> Measurement:
         told["peak_before_verify"],
         size,
         stages,
+        told["peaks"],
         told["verification"],
     )
 
@@ -215,7 +213,10 @@ def median(runs: list[Measurement]) -> Measurement:
     stages = {
         stage: statistics.median(run.stages[stage] for run in runs) for stage in runs[0].stages
     }
-    return Measurement(**figures, stages=stages, verification=runs[-1].verification)
+    peaks = {
+        stage: int(statistics.median(run.peaks[stage] for run in runs)) for stage in runs[0].peaks
+    }
+    return Measurement(**figures, stages=stages, peaks=peaks, verification=runs[-1].verification)
 
 
 def ratios(medians: dict[str, Measurement]) -> dict[str, dict[str, float]]:
@@ -223,7 +224,7 @@ def ratios(medians: dict[str, Measurement]) -> dict[str, dict[str, float]]:
     found = {}
     for name, ours in medians.items():
         peer = CASES[name].peer
-        if peer in medians:
+        if peer is not None and peer in medians:
             theirs = medians[peer]
             found[name] = {key: getattr(ours, key) / getattr(theirs, key) for key in _FIGURES}
     return found
@@ -232,7 +233,8 @@ def ratios(medians: dict[str, Measurement]) -> dict[str, dict[str, float]]:
 def as_json(options: argparse.Namespace, medians: dict[str, Measurement]) -> dict[str, Any]:
     """Return everything measured as JSON values."""
     return {
-        "layers": options.layers,
+        "model": options.model,
+        "layers": options.layers or _LAYERS[options.model],
         "context": options.context,
         "repeats": options.repeats,
         "cpus": os.cpu_count(),
@@ -260,7 +262,10 @@ def print_table(medians: dict[str, Measurement]) -> None:
     print()
     for name, result in medians.items():
         if result.stages:
-            stages = ", ".join(f"{stage} {value:.1f}" for stage, value in result.stages.items())
+            stages = ", ".join(
+                f"{stage} {value:.1f} (peak {result.peaks[stage] / 1e6:.0f} MB)"
+                for stage, value in result.stages.items()
+            )
             checked = result.verification
             print(
                 f"- {name}: seconds: {stages}. Verified {checked['tokens']} tokens, "
@@ -278,17 +283,22 @@ def export_ours(model: str, scratch: str, settings: str) -> None:
 
     from llm_coreml.config import ExportConfig
     from llm_coreml.pipeline import export
+    from llm_coreml.progress import keep_one_heap
+
+    keep_one_heap()  # as the command line does
 
     begun: dict[str, float] = {}
-    before_verify: dict[str, float] = {}
+    peaks: dict[str, int] = {}
+    cpu: dict[str, float] = {}
+
+    def measure() -> int:
+        return _in_bytes(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
     class Clock:
         def stage(self, name: str) -> None:
+            peaks[next(reversed(begun), "imports")] = measure()
             begun[name] = time.time()
-            if name == "verify":
-                usage = resource.getrusage(resource.RUSAGE_SELF)
-                before_verify["peak_before_verify"] = _in_bytes(usage.ru_maxrss)
-                before_verify["cpu_before_verify"] = usage.ru_utime + usage.ru_stime
+            cpu[name] = time.process_time()
 
         def advance(self, share: float) -> None:
             pass
@@ -296,97 +306,22 @@ def export_ours(model: str, scratch: str, settings: str) -> None:
         def note(self, text: str) -> None:
             print(text)
 
-    config = ExportConfig(bits=4, **json.loads(settings))
+    given = json.loads(settings)
+    given["seq_lengths"] = tuple(given["seq_lengths"]) if "seq_lengths" in given else None
+    config = ExportConfig(bits=4, **given)
     folder = Path(scratch)
     bundle = export(
         model, output=folder / "bundle", config=config, cache=folder / "cache", progress=Clock()
     )
     bundle.program.rename(folder / "model.pte")
-    notes = {"begun": begun, "verification": bundle.manifest["verification"], **before_verify}
+    notes = {
+        "begun": begun,
+        "peaks": {**peaks, next(reversed(begun)): measure()},
+        "peak_before_verify": peaks[list(begun)[-2]],
+        "cpu_before_verify": cpu["verify"],
+        "verification": bundle.manifest["verification"],
+    }
     (folder / "notes.json").write_text(json.dumps(notes))
-
-
-def make_model(folder: str, layers: str) -> None:
-    """Write the model as `hf/` and, with the same weights, as `meta/`."""
-    import torch
-    from safetensors.torch import save_file
-
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator).mul_(0.02).to(torch.bfloat16)
-
-    table, norm = draw(_VOCAB, _HIDDEN), torch.ones(_HIDDEN, dtype=torch.bfloat16)
-    ours = {"model.embed_tokens.weight": table, "model.norm.weight": norm}
-    # Meta writes the tied head out.
-    theirs = {"tok_embeddings.weight": table, "output.weight": table, "norm.weight": norm}
-    for layer in range(int(layers)):
-        for name, (metas, rows, columns) in _LINEARS.items():
-            weight = draw(rows, columns)
-            ours[f"model.layers.{layer}.{name}.weight"] = weight
-            theirs[f"layers.{layer}.{metas}.weight"] = _in_metas_order(name, weight)
-        for name, metas in _NORMS.items():
-            ours[f"model.layers.{layer}.{name}.weight"] = norm.clone()
-            theirs[f"layers.{layer}.{metas}.weight"] = norm.clone()
-    for kind in ("hf", "meta"):
-        Path(folder, kind).mkdir()
-    save_file(ours, Path(folder, "hf", "model.safetensors"), metadata={"format": "pt"})
-    torch.save(theirs, Path(folder, "meta", "consolidated.00.pth"))
-    Path(folder, "hf", "config.json").write_text(json.dumps(_hf_config(int(layers))))
-    Path(folder, "meta", "params.json").write_text(json.dumps(_metas_params(int(layers))))
-
-
-def _in_metas_order(name: str, weight: torch.Tensor) -> torch.Tensor:
-    """Interleave the two halves of each head, as Meta's RoPE wants queries and keys."""
-    if name not in ("self_attn.q_proj", "self_attn.k_proj"):
-        return weight
-    halves = weight.view(-1, 2, _HEAD_DIM // 2, _HIDDEN)
-    return halves.transpose(1, 2).reshape(weight.shape)
-
-
-def _hf_config(layers: int) -> dict[str, Any]:
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_act": "silu",
-        "hidden_size": _HIDDEN,
-        "intermediate_size": _INNER,
-        "num_hidden_layers": layers,
-        "num_attention_heads": _HEADS,
-        "num_key_value_heads": _KV_HEADS,
-        "head_dim": _HEAD_DIM,
-        "vocab_size": _VOCAB,
-        "max_position_embeddings": 131072,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 500000.0,
-        "rope_scaling": {
-            "rope_type": "llama3",
-            "factor": 32.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        },
-        "tie_word_embeddings": True,
-        "torch_dtype": "bfloat16",
-        "bos_token_id": 128000,
-        "eos_token_id": 128001,
-    }
-
-
-def _metas_params(layers: int) -> dict[str, Any]:
-    return {
-        "dim": _HIDDEN,
-        "ffn_dim_multiplier": 1.5,
-        "multiple_of": 256,
-        "n_heads": _HEADS,
-        "n_kv_heads": _KV_HEADS,
-        "n_layers": layers,
-        "norm_eps": 1e-5,
-        "rope_theta": 500000.0,
-        "use_scaled_rope": True,
-        "rope_scale_factor": 32,
-        "vocab_size": _VOCAB,
-    }
 
 
 if __name__ == "__main__":

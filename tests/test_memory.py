@@ -1,0 +1,32 @@
+"""What keeps the memory of a process small."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+# Prints the C library's own account of its heaps, after a thread has allocated.
+_HEAPS = """
+import ctypes, sys, threading
+from llm_coreml.progress import keep_one_heap
+if "one" in sys.argv:
+    keep_one_heap()
+c = ctypes.CDLL(None)
+c.malloc.restype = ctypes.c_void_p
+thread = threading.Thread(target=lambda: c.malloc(10_000))
+thread.start(); thread.join()
+c.stdout_ = ctypes.c_void_p.in_dll(c, "stdout")
+c.malloc_info(0, c.stdout_)
+c.fflush(None)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other libraries have one heap")
+@pytest.mark.parametrize(("argument", "one"), [("one", True), ("usual", False)])
+def test_threads_share_the_heap(argument: str, one: bool) -> None:
+    command = [sys.executable, "-c", _HEAPS, argument]
+    told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert (told.count("<heap nr=") == 1) == one
