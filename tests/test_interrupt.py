@@ -6,10 +6,11 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
-from exported import SHAPES, command, files_of
+from exported import SHAPES, TEXT, command, files_of, in_process
 
 MESSAGE = "Interrupted; nothing was written.\n"
 
@@ -88,3 +89,37 @@ def test_eval(bundle: Path, tmp_path: Path, label: str) -> None:
     check(told)
     assert files_of(own) == before
     assert files_of(tmp_path / "temporary") == set()
+
+
+def test_a_killed_export_is_resumed_to_the_same_bytes(
+    checkpoint: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    text, kept = tmp_path / "text.txt", tmp_path / "kept"
+    text.write_text(TEXT)
+    calibrate = ("--bits", "3", "--calibrate", text, "--calibration-tokens", "64")
+    words = ("export", checkpoint, *SHAPES, *calibrate, "--cache", kept)
+    killed = subprocess.Popen(
+        command(*words, "-o", tmp_path / "out"),
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    deadline = time.monotonic() + 120
+    while len(list(kept.glob("*.safetensors"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    killed.kill()
+    killed.communicate()
+    before = {path: path.stat().st_ino for path in kept.glob("*.safetensors")}
+    assert len(before) >= 2 and not (tmp_path / "out").exists()
+
+    def export(name: str, *further: str | Path) -> dict[str, bytes]:
+        output = tmp_path / name
+        done = in_process(capfd, monkeypatch, *words[:-2], *further, "-o", output)
+        assert done.code == 0, done.err
+        return {path.name: path.read_bytes() for path in output.iterdir()}
+
+    assert export("resumed", "--cache", kept) == export("fresh", "--no-cache")
+    after = {path: path.stat().st_ino for path in before}
+    assert after == before, "what was kept is used, not made again"
