@@ -183,6 +183,25 @@ def hqq(bits: int, group: int, zeros: tuple[float, float], whole: bool = False) 
     return pack
 
 
+def mxfp4(mlx: bool) -> Packer:
+    """Return a packer of OCP's MXFP4 as MLX or as compressed-tensors lays it out."""
+
+    def pack(rng: np.random.Generator, rows: int, columns: int) -> tuple[Tensors, Array]:
+        codes = rng.integers(0, 16, (rows, columns))
+        exponents = rng.integers(115, 126, (rows, columns // 32))
+        codes[0, :32], exponents[0, 0] = 8 * (codes[0, :32] & 1), 0  # zeros of either sign
+        sign, power, fraction = codes >> 3, codes >> 1 & 3, codes & 1
+        size = np.where(power == 0, fraction / 2, (1 + fraction / 2) * 2.0 ** (power - 1))
+        scale = 2.0 ** (exponents.astype(np.float64) - 127)
+        values = np.where(sign == 1, -size, size) * np.repeat(scale, 32, axis=1)
+        packed, scales = words(codes, 4), torch.from_numpy(exponents.astype(np.uint8))
+        if mlx:
+            return {"weight": packed.view(torch.uint32), "scales": scales}, values
+        return {"weight_packed": packed.view(torch.uint8), "weight_scale": scales}, values
+
+    return pack
+
+
 # Arbitrary, increasing, and no fp16 numbers, as those of NF4 are none.
 FLOATS = np.sort(np.random.default_rng(4).uniform(-1, 1, 16)).astype(np.float32)
 

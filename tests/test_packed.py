@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from packers import awq, checkpoint, compressed, gptq, hqq, mlx, nf4
+from packers import awq, checkpoint, compressed, gptq, hqq, mlx, mxfp4, nf4
 from safetensors.torch import load_file, save_file
 
 from llm_coreml.build import build_decoder, open_model, plan_for
@@ -180,6 +180,13 @@ BAD: list[tuple[dict[str, Any], Any, Change, type[LlmCoreMLError], str]] = [
         r"weight.nested_absmax is \[2\], not \[1\]",
     ),
     (MLX, mlx(4, 32, True), put("biases", lambda t: t[:, :1]), CheckpointError, r"biases is"),
+    (
+        {"quantization": {"bits": 4, "group_size": 32, "mode": "mxfp4"}},
+        mxfp4(True),
+        put("scales", lambda t: t + 50),
+        CheckpointError,
+        r"a scale is .*, which fp16 cannot hold",
+    ),
 ]
 
 
@@ -225,7 +232,19 @@ def test_damage_is_told_by_the_matrix(
             {"quant_method": "fp8"},
             "has quantization_config fp8, which cannot be read. Read are awq",
         ),
-        ({"bits": 4, "group_size": 32, "mode": "mxfp4"}, "MLX weights in the mode 'mxfp4'"),
+        ({"bits": 4, "group_size": 32, "mode": "nvfp4"}, "MLX weights in the mode 'nvfp4'"),
+        (
+            {"bits": 4, "group_size": 32, "mode": "mxfp4", "lm_head": {"bits": 8}},
+            "MLX weights in the mode 'mxfp4'",
+        ),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "format": "nvfp4-pack-quantized",
+                "config_groups": {"group_0": {"weights": {"num_bits": 4, "type": "float"}}},
+            },
+            "weights are not integers or MXFP4",
+        ),
         (["gptq"], "must be an object"),
     ],
 )

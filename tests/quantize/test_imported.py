@@ -21,6 +21,7 @@ from packers import (
     gptq,
     hqq,
     mlx,
+    mxfp4,
     nf4,
     plain_bytes,
 )
@@ -55,6 +56,11 @@ BYTES = with_method("gptq", bits=8, group_size=16)
 THREE = with_method("gptq", bits=3, group_size=32)
 TWO = with_method("gptq", bits=2, group_size=32, checkpoint_format="gptq_v2")
 MLX = {"quantization": {"group_size": 32, "bits": 4}}
+MXFP4 = with_method(
+    "compressed-tensors",
+    format="mxfp4-pack-quantized",
+    config_groups={"group_0": {"weights": {"num_bits": 4, "type": "float", "group_size": 32}}},
+)
 HQQ = with_method("hqq", quant_config={}, skip_modules=["lm_head"])
 
 EXACT: dict[str, tuple[dict[str, Any], tuple[Packer, ...]]] = {
@@ -75,6 +81,8 @@ EXACT: dict[str, tuple[dict[str, Any], tuple[Packer, ...]]] = {
         (mlx(6, 32, whole=True),),
     ),
     "hqq": (HQQ, (hqq(4, 32, (4, 12)), hqq(8, 16, (100, 156)))),
+    "mlx-mxfp4": ({"quantization": {**MLX["quantization"], "mode": "mxfp4"}}, (mxfp4(True),)),
+    "compressed-mxfp4": (MXFP4, (mxfp4(False),)),
 }
 INEXACT: dict[str, tuple[dict[str, Any], tuple[Packer, ...], float]] = {
     "mlx": (MLX, (mlx(4, 32, whole=False),), 0.005),

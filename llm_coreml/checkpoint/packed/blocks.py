@@ -3,7 +3,7 @@
 A block of 32 codes has one fp16 scale `d`, and a minimum `m` in the formats `_1`. A block of 256 in
 the formats `_K` has 6 bit scales, and minimums, of its parts, which fp16 numbers `d` and `dmin`
 scale in turn; their products have more digits than fp16, so these imports are inexact. IQ4_NL and
-MXFP4 have tables of their own, the latter with powers of two for scales.
+MXFP4 have tables of their own.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import final
 import torch
 
 from llm_coreml.checkpoint.matrix import Affine
+from llm_coreml.checkpoint.packed.mxfp4 import ENTRIES, halved_scales
 from llm_coreml.checkpoint.packed.parts import PackedFormat, Parts
 
 
@@ -129,10 +130,7 @@ def _q6_k_codes(blocks: torch.Tensor) -> torch.Tensor:
 
 
 def _mxfp4_scales(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return half of the powers of two, since entries are doubled; zero for blocks of zeros."""
-    exponents = blocks[:, :1].to(torch.int32) - 128
-    scale = torch.ldexp(torch.ones_like(exponents, dtype=torch.float64), exponents)
-    scale[(_nibbles(blocks[:, 1:], 16) & 7 == 0).all(1)] = 0
+    scale = halved_scales(blocks[:, :1], _nibbles(blocks[:, 1:], 16))
     return scale, torch.zeros_like(scale)
 
 
@@ -181,7 +179,7 @@ MXFP4 = Blocks(
     (0, 15),
     _mxfp4_scales,
     lambda b: _nibbles(b[:, 1:], 16).view(torch.int8),
-    (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12),
+    ENTRIES,
 )
 
 # The numbers that files give their types.

@@ -15,6 +15,7 @@ from llm_coreml.checkpoint.packed.compressed import PackedWords, PlainBytes
 from llm_coreml.checkpoint.packed.gptq import GPTQ
 from llm_coreml.checkpoint.packed.hqq import HQQ
 from llm_coreml.checkpoint.packed.mlx import MLX
+from llm_coreml.checkpoint.packed.mxfp4 import COMPRESSED_MXFP4, MLX_MXFP4
 from llm_coreml.checkpoint.packed.parts import PackedFormat
 from llm_coreml.checkpoint.packed.torchao import TorchAO
 from llm_coreml.errors import CheckpointError, UnsupportedError
@@ -84,14 +85,20 @@ def _compressed(settings: Mapping[str, Any], where: str) -> Formats:
     sparsity = settings.get("sparsity_config")
     if sparsity and (not isinstance(sparsity, Mapping) or sparsity.get("format") != "dense"):
         raise _refusal(where, "sparse weights")
-    sizes = set()
+    sizes, floats = set(), False
     for group in groups.values():
         weights = group.get("weights") if isinstance(group, Mapping) else None
-        if not isinstance(weights, Mapping) or weights.get("type", "int") != "int":
-            raise _refusal(where, "compressed-tensors whose weights are not integers")
+        kind = weights.get("type", "int") if isinstance(weights, Mapping) else None
+        form = group.get("format") or settings.get("format") if isinstance(group, Mapping) else None
+        if kind == "float" and form == "mxfp4-pack-quantized":
+            floats = True
+            continue
+        if not isinstance(weights, Mapping) or kind != "int":
+            raise _refusal(where, "compressed-tensors whose weights are not integers or MXFP4")
         _choice(weights, "num_bits", (4, 8), where)
         sizes.add(_group_size({"group_size": weights.get("group_size") or -1}, where))
-    return PackedWords(frozenset(sizes)), PlainBytes(frozenset(sizes))
+    packed = (PackedWords(frozenset(sizes)), PlainBytes(frozenset(sizes)))
+    return (*packed, COMPRESSED_MXFP4) if floats else packed
 
 
 def _bitsandbytes(settings: Mapping[str, Any], where: str) -> Formats:
@@ -102,6 +109,8 @@ def _bitsandbytes(settings: Mapping[str, Any], where: str) -> Formats:
 
 def _mlx(settings: Mapping[str, Any], where: str) -> Formats:
     mode = settings.get("mode") or "affine"
+    if mode == "mxfp4" and not any(isinstance(own, Mapping) for own in settings.values()):
+        return (MLX_MXFP4,)
     if mode != "affine":
         raise _refusal(where, f"MLX weights in the mode '{mode}'")
     numbers = (_choice(settings, "bits", _MLX_BITS, where), _group_size(settings, where))
