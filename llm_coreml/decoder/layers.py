@@ -102,15 +102,15 @@ class Attention(nn.Module):
         heads = (1, -1, spec.num_key_value_heads, spec.head_dim)
         x = self.q_proj.arrange(x)  # which is that of keys and values, too
         queries = self.q_proj(x).view(1, -1, spec.num_attention_heads, spec.head_dim)
-        queries = rotate(queries, chunk.cos, chunk.sin).transpose(1, 2)  # [1, heads, S, head_dim]
+        queries = _heads_first(rotate(queries, chunk.cos, chunk.sin))  # [1, heads, S, head_dim]
         queries = queries.reshape(1, spec.num_key_value_heads, -1, spec.head_dim)
-        keys = rotate(self.k_proj(x).view(heads), chunk.cos, chunk.sin).transpose(1, 2)
-        values = self.v_proj(x).view(heads).transpose(1, 2)
+        keys = _heads_first(rotate(self.k_proj(x).view(heads), chunk.cos, chunk.sin))
+        values = _heads_first(self.v_proj(x).view(heads))
         keys, values = chunk.cache.update(self.layer, keys, values, chunk.start_pos)
         attended = self._attend(queries, keys, values, chunk.mask)
         attended = attended.reshape(1, spec.num_attention_heads, -1, spec.head_dim)
         width = spec.num_attention_heads * spec.head_dim
-        joined = attended.transpose(1, 2).reshape(1, -1, width)
+        joined = _heads_first(attended).reshape(1, -1, width)
         return self.o_proj(self.o_proj.arrange(joined))  # type: ignore[no-any-return]
 
     def _attend(
@@ -118,8 +118,13 @@ class Attention(nn.Module):
     ) -> torch.Tensor:
         if self.form == "fused":
             return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
-        scores = (queries * self.scale) @ keys.transpose(2, 3)
+        scores = (queries * self.scale) @ keys.permute(0, 1, 3, 2)
         return torch.softmax(scores + mask, dim=-1) @ values
+
+
+def _heads_first(x: torch.Tensor) -> torch.Tensor:
+    """Exchange positions and heads, by the operator that a lowering need not take apart."""
+    return x.permute(0, 2, 1, 3)
 
 
 class MLP(nn.Module):

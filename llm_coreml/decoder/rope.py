@@ -64,5 +64,6 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
         cos: Cosines of the S positions, `[S, 1, head_dim / 2]`.
         sin: Sines, same shape.
     """
-    first, second = x.chunk(2, dim=-1)
+    half = x.shape[-1] // 2
+    first, second = x.split([half, half], dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

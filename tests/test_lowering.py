@@ -1,0 +1,49 @@
+"""What keeps lowering quick."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+
+import pytest
+from tiny import llama
+
+from llm_coreml.build import build_decoder, open_model, plan_for
+from llm_coreml.config import ExportConfig
+
+
+@pytest.mark.parametrize("target", ["gpu", "ane"])
+def test_the_traced_program_has_nothing_to_decompose(target: str) -> None:
+    """Or else ExecuTorch traces it once more, which takes a fifth of the lowering's time."""
+    from executorch.exir.tracer import _default_decomposition_table
+
+    from llm_coreml.lower.partition import WholeMethodPartitioner
+    from llm_coreml.lower.program import trace
+
+    scheme = "int4-channel" if target == "ane" else "int4-group"
+    config = ExportConfig(target=target, scheme=scheme, context=64, seq_lengths=(1, 8))
+    model = open_model(llama(vocab_size=96, intermediate_size=96))
+    decoder, shapes = build_decoder(model, config, plan_for(config, model))
+    exported = trace(decoder, shapes).run_decompositions({})
+    table = _default_decomposition_table()
+    kept, _ = WholeMethodPartitioner("", []).ops_to_not_decompose(exported)
+    called = {node.target for node in exported.graph.nodes if node.op == "call_function"}
+    assert "aten.linear.default" in map(str, called)
+    assert not called & (table.keys() - set(kept))
+
+
+def test_garbage_is_collected_again_after_a_lowering_that_failed(tmp_path: Path) -> None:
+    from llm_coreml.lower.coreml import lower_coreml
+
+    model = open_model(llama(vocab_size=96, intermediate_size=96))
+    config = ExportConfig(context=64, seq_lengths=(1, 8))
+    decoder, shapes = build_decoder(model, config, plan_for(config, model))
+    seen = []
+    with pytest.raises(ZeroDivisionError):
+
+        def fail(share: float) -> None:
+            seen.append(gc.isenabled())
+            raise ZeroDivisionError
+
+        lower_coreml(decoder, config, shapes, {}, tmp_path / "model.pte", fail)
+    assert seen == [False] and gc.isenabled()
