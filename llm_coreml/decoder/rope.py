@@ -65,5 +65,5 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
         sin: Sines, same shape.
     """
     half = x.shape[-1] // 2
-    first, second = x.split([half, half], dim=-1)
+    first, second = x.split_with_sizes([half, half], dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

@@ -71,6 +71,14 @@ def from_parts(kind: dict[str, Any], part: Callable[[str], torch.Tensor]) -> tor
     return made
 
 
+def moved(weight: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a tensor, quantized or not, on `device`; torchao's own cannot all be moved."""
+    if not any(isinstance(weight, cls) for cls, *_ in _TYPES.values()):
+        return weight.to(device)
+    kind, parts = to_parts(weight)
+    return from_parts(kind, lambda name: parts[name].to(device))
+
+
 def _to_json(value: Any) -> Any:
     if isinstance(value, torch.dtype):
         return {"dtype": str(value).removeprefix("torch.")}

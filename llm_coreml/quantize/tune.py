@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,10 +21,12 @@ from torch.func import functional_call
 
 from llm_coreml.decoder import Decoder
 from llm_coreml.decoder.cache import CacheView
+from llm_coreml.decoder.layers import Chunk
 from llm_coreml.decoder.norm import RMSNorm
 from llm_coreml.errors import CheckpointError, UnsupportedError
 from llm_coreml.quantize.adjustable import Adjustable, Values, adjustable
 from llm_coreml.quantize.apply import dense_rows
+from llm_coreml.quantize.stored import moved
 
 # Adam's step in shares of the mean size of what it changes.
 _RATE = 1e-3
@@ -78,43 +80,60 @@ class Tuning:
 
 
 class _Student:
-    """A decoder whose weights are functions of the values that may change."""
+    """A decoder whose weights are functions of the values that may change.
 
-    def __init__(self, decoder: Decoder) -> None:
+    Args:
+        decoder: Stays where it is, on the CPU.
+        device: Where all of it is computed but the look-up in the token table.
+    """
+
+    def __init__(self, decoder: Decoder, device: torch.device) -> None:
         self._decoder = decoder
+        self._device = device
         self._linear: dict[str, Adjustable] = {}
         self.values: dict[str, Values] = {}
         for name, module in decoder.named_modules():
             if isinstance(module, nn.Linear) and module is not decoder.lm_head:
-                self._linear[name] = adjustable(module.weight.detach())
+                self._linear[name] = adjustable(moved(module.weight.detach(), device))
                 self.values[name] = tuple(value.clone() for value in self._linear[name].values)
             elif isinstance(module, RMSNorm):
-                self.values[name] = (module.weight.detach().clone(),)
+                self.values[name] = (module.weight.detach().to(device, copy=True),)
         head = decoder.lm_head.weight.detach()
-        self._head = torch.cat(list(dense_rows(head)))
+        self._head = torch.cat([rows.to(device) for rows in dense_rows(head)])
+        owners = [f"layers.{index}" for index in range(len(decoder.layers))]
+        self._buffers = {
+            owner: {n: b.to(device) for n, b in decoder.get_submodule(owner).named_buffers()}
+            for owner in (*owners, "norm")
+        }
 
     def logits(self, window: Sequence[int]) -> torch.Tensor:
         """Return what the decoder makes of a text, fp32 `[tokens, vocab]`."""
         decoder, weights = self._decoder, self._weights()
         tokens = torch.tensor([list(window)])
         chunk = decoder.chunk(len(window), torch.zeros(1, dtype=torch.int64))
-        chunk = replace(chunk, mask=chunk.mask[..., : len(window)], cache=_Memoryless())
-        x = decoder.embed_tokens(tokens)
+        chunk = Chunk(
+            chunk.cos.to(self._device),
+            chunk.sin.to(self._device),
+            chunk.mask[..., : len(window)].to(self._device),
+            _Memoryless(),
+            chunk.start_pos.to(self._device),
+        )
+        x = decoder.embed_tokens(tokens).to(self._device)
         for index, block in enumerate(decoder.layers):
             x = functional_call(block, weights[f"layers.{index}"], (x, chunk))
         x = functional_call(decoder.norm, weights["norm"], (x,))
-        logits: torch.Tensor = x[0] @ self._head.T
+        logits: torch.Tensor = x.squeeze(0) @ self._head.T
         return logits
 
     def _weights(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Return the parameters of each block, and of the last norm, by their names in it."""
-        found: dict[str, dict[str, torch.Tensor]] = {}
+        """Return the tensors of each block, and of the last norm, by their names in it."""
+        found = {owner: buffers.copy() for owner, buffers in self._buffers.items()}
         for name, values in self.values.items():
             stored = tuple(_rounded(value) for value in values)
             weight = self._linear[name].dense(stored) if name in self._linear else stored[0]
             owner = ".".join(name.split(".")[:2])
             inner = f"{name[len(owner) :]}.weight".lstrip(".")
-            found.setdefault(owner, {})[inner] = weight
+            found[owner][inner] = weight
         return found
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -126,7 +145,8 @@ class _Student:
         """Give the decoder weights by the names of their modules."""
         for name, weight in weights.items():
             module = self._decoder.get_submodule(name)
-            module.weight = nn.Parameter(weight.detach(), requires_grad=False)
+            weight = moved(weight.detach(), torch.device("cpu"))
+            module.weight = nn.Parameter(weight, requires_grad=False)
 
     def store(self) -> None:
         """Give the decoder the values as they are now. Raises UnsupportedError beyond fp16."""
@@ -151,8 +171,9 @@ def tune(
 
     Args:
         decoder: Quantized; its token table and head stay as they are. It is held in fp32 as a
-            whole, with gradients: about 16 bytes per weight.
-        teacher: The original.
+            whole, with gradients: about 16 bytes per weight, on a GPU that torch knows as `cuda`
+            if there is one.
+        teacher: The original, which is moved there while it is needed.
         windows: Tokens of a text; each fits both caches.
         steps: Windows to learn from, which are read again and again in a fixed random order.
         on_progress: Called with the share done, 0 to 1.
@@ -161,7 +182,23 @@ def tune(
         CheckpointError: the divergence is not finite.
         UnsupportedError: a linear layer is not quantized.
     """
-    student = _Student(decoder)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    student, home = _Student(decoder, device), teacher.positions.device
+    teacher.to(device)
+    try:
+        return _tuned(student, decoder, teacher, windows, steps, on_progress)
+    finally:
+        teacher.to(home)
+
+
+def _tuned(
+    student: _Student,
+    decoder: Decoder,
+    teacher: Decoder,
+    windows: Sequence[Sequence[int]],
+    steps: int,
+    on_progress: Callable[[float], None],
+) -> Tuning:
     before = _divergence(student, teacher, windows)
     if not math.isfinite(before):
         raise CheckpointError(
@@ -200,7 +237,7 @@ def _stored_divergence(
         student.store()
     except UnsupportedError:
         return math.inf  # fp16 cannot hold it
-    return _divergence(_Student(decoder), teacher, windows)
+    return _divergence(_Student(decoder, teacher.positions.device), teacher, windows)
 
 
 def _rate(step: int, steps: int) -> float:
@@ -219,7 +256,9 @@ def _order(windows: Sequence[Sequence[int]], steps: int) -> Iterator[Sequence[in
 def _loss(student: _Student, teacher: Decoder, window: Sequence[int]) -> torch.Tensor:
     """Return KL(teacher || student) of each token of a window, nats."""
     with torch.no_grad():
-        hidden = teacher.hidden(torch.tensor([list(window)]), torch.zeros(1, dtype=torch.int64))
+        place = teacher.positions.device
+        tokens, start_pos = torch.tensor([list(window)]), torch.zeros(1, dtype=torch.int64)
+        hidden = teacher.hidden(tokens.to(place), start_pos.to(place))
         wanted = torch.log_softmax(teacher.head(hidden)[0], dim=-1)
     found = torch.log_softmax(student.logits(window), dim=-1)
     return (wanted.exp() * (wanted - found)).sum(-1)

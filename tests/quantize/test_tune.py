@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import llama, save, tokens_for
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llm_coreml.build import build_decoder, open_model
 from llm_coreml.config import ExportConfig
@@ -16,7 +17,7 @@ from llm_coreml.errors import CheckpointError
 from llm_coreml.fidelity import kl_divergence
 from llm_coreml.quantize import make_plan
 from llm_coreml.quantize.apply import dense_rows
-from llm_coreml.quantize.tune import Tuning, tune
+from llm_coreml.quantize.tune import Tuning, _Student, tune
 
 SIZES: dict[str, Any] = {"num_hidden_layers": 2, "intermediate_size": 96}
 TEXT = [tokens_for(97, 32, seed) for seed in range(24)]
@@ -114,6 +115,19 @@ def test_what_does_not_help_is_not_kept(folder: Path, monkeypatch: pytest.Monkey
     tuning = tune(decoder, teacher, TEXT, 5)
     assert isinstance(tuning, Tuning) and tuning.after == tuning.before
     assert divergence(decoder, teacher, TEXT) == pytest.approx(before, rel=1e-9)
+
+
+def test_all_that_is_learned_by_is_on_the_device(folder: Path) -> None:
+    """On tensors without contents, which may be said to be on a GPU, and refuse to be mixed.
+
+    Tables are left out: without a GPU torch cannot index such tensors.
+    """
+    decoder, device = build(folder, CONFIGS["int4-zero"]), torch.device("cuda", 0)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        student = _Student(decoder, device)
+        logits = student.logits(TEXT[0])
+    assert logits.device == device and tuple(logits.shape) == (32, 97)
+    assert {value.device for values in student.values.values() for value in values} == {device}
 
 
 def test_a_decoder_that_overflows_is_refused(folder: Path) -> None:
