@@ -104,7 +104,7 @@ def calibrated(
     Args:
         weights: fp32 `[out, in]`, by name.
         scheme_of: The format of each.
-        moments: Of the inputs, and of all the outputs if it is of outputs.
+        moments: Of the inputs; the Hessian is factored in place.
 
     Yields:
         Each name with the quantized matrix.

@@ -38,18 +38,22 @@ class Hessian(NamedTuple):
 
     @classmethod
     def of(cls, moment: torch.Tensor) -> Hessian:
-        """Damp `moment` `[n, n]`, the mean outer product of inputs, until it can be factored.
+        """Damp a mean outer product of inputs with themselves until it can be factored.
+
+        Args:
+            moment: `[n, n]`; the factor takes its place in memory.
 
         Raises:
             CheckpointError: no damping is enough.
         """
-        diagonal = moment.diagonal()
+        diagonal = moment.diagonal().clone()
         order = torch.argsort(diagonal, descending=True, stable=True).flip(0)
         ordered, damping = moment[order.unsqueeze(1), order], DAMPING
+        lower, failed = moment.T, torch.empty((), dtype=torch.int32)
         for _ in range(_TRIES):
             damped = _damped(diagonal, damping)
             ordered.diagonal().copy_(damped[order])
-            lower, failed = torch.linalg.cholesky_ex(ordered)
+            torch.linalg.cholesky_ex(ordered, out=(lower, failed))
             if not failed:
                 return cls(damped, order, lower)
             damping *= 10
@@ -60,8 +64,17 @@ class Hessian(NamedTuple):
 
     def solve(self, rows: torch.Tensor) -> torch.Tensor:
         """Return `rows` `[any, n]` times the inverse."""
-        found = torch.empty_like(rows)
-        found[:, self.order] = torch.cholesky_solve(rows[:, self.order].T, self.lower).T
+        rooted = rows[:, self.order]
+        for start, stop in self._strips():
+            part, corner = rooted[:, start:stop], self.lower[start:stop, start:stop]
+            part -= rooted[:, :start] @ self.lower[start:stop, :start].T
+            part.copy_(torch.linalg.solve_triangular(corner.T, part, upper=True, left=False))
+        for start, stop in reversed(list(self._strips())):
+            part, corner = rooted[:, start:stop], self.lower[start:stop, start:stop]
+            part -= rooted[:, stop:] @ self.lower[stop:, start:stop]
+            part.copy_(torch.linalg.solve_triangular(corner, part, upper=False, left=False))
+        found = torch.empty_like(rooted)
+        found[:, self.order] = rooted
         return found
 
     def root(self, rows: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ from llm_coreml.quantize.hessian import Hessian
 
 _STEPS = 8
 # Share of the error that a step has to take away for another to follow.
-_ENOUGH = 0.01
+_ENOUGH = 0.002
 # Keeps parts without any error, or any input, from dividing by zero.
 _TINY = 1e-30
 

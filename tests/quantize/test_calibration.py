@@ -66,7 +66,8 @@ def test_each_layer_is_calibrated_on_what_the_quantized_ones_before_it_give(
     found: list[Moments] = []
 
     def recorded(weights: Any, scheme_of: Any, moments: Moments) -> Any:
-        found.append(moments)
+        hessian, drift, of_outputs = moments
+        found.append(Moments(hessian.clone(), drift, of_outputs))
         return calibrate(weights, scheme_of, moments)
 
     monkeypatch.setattr("llm_coreml.quantize.calibration.calibrated", recorded)

@@ -49,7 +49,7 @@ def hessian_of(inputs: torch.Tensor) -> torch.Tensor:
 
 
 def factored(moment: torch.Tensor) -> Hessian:
-    return Hessian.of(moment)
+    return Hessian.of(moment.clone())
 
 
 def flat_grid(scheme: Scheme, weight: torch.Tensor) -> Grid:

@@ -76,7 +76,7 @@ def test_the_fit_is_that_of_the_normal_equations(scheme: Scheme) -> None:
     hessian = damped(moment)
     begun = adjustable(quantized(scheme, weight))
     start = begun.rebuilt(tuple(1.3 * value for value in begun.values))
-    found = refit(start, weight, Hessian.of(moment))
+    found = refit(start, weight, Hessian.of(moment.clone()))
     free = adjustable(start)
     # Every value's column of the least-squares problem, by changing it alone.
     sizes = [value.numel() for value in free.values]
@@ -108,7 +108,7 @@ def test_no_part_gets_worse(scheme: Scheme) -> None:
     start = quantized(scheme, weight)
     target = dense(start).clone()
     target[4:] = weight[4:]
-    found = refit(start, target, Hessian.of(moment))
+    found = refit(start, target, Hessian.of(moment.clone()))
     parts = len(adjustable(start).values[0])
     before, after = (
         (((dense(w) - target).double() @ hessian.double()) * (dense(w) - target)).view(parts, -1)
