@@ -98,6 +98,10 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor, chunk: Chunk) -> torch.Tensor:
         """Attend from `x` `[1, S, hidden]` to everything up to each token's own position."""
+        return self.o_proj(self.o_proj.arrange(self.joined(x, chunk)))  # type: ignore[no-any-return]
+
+    def joined(self, x: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+        """Return what the heads give, side by side: `[1, S, heads * head_dim]`."""
         spec = self.spec
         heads = (1, -1, spec.num_key_value_heads, spec.head_dim)
         x = self.q_proj.arrange(x)  # which is that of keys and values, too
@@ -110,8 +114,7 @@ class Attention(nn.Module):
         attended = self._attend(queries, keys, values, chunk.mask)
         attended = attended.reshape(1, spec.num_attention_heads, -1, spec.head_dim)
         width = spec.num_attention_heads * spec.head_dim
-        joined = _heads_first(attended).reshape(1, -1, width)
-        return self.o_proj(self.o_proj.arrange(joined))  # type: ignore[no-any-return]
+        return _heads_first(attended).reshape(1, -1, width)
 
     def _attend(
         self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor
@@ -139,10 +142,13 @@ class MLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map `[1, S, hidden]` to the same shape."""
+        return self.down_proj(self.down_proj.arrange(self.inner(x)))  # type: ignore[no-any-return]
+
+    def inner(self, x: torch.Tensor) -> torch.Tensor:
+        """Return `silu(gate(x)) * up(x)`, `[1, S, intermediate]`."""
         x = self.gate_proj.arrange(x)  # which is that of `up_proj`, too
         gate: torch.Tensor = self.gate_proj(x)
-        inner = self.down_proj.arrange(F.silu(gate) * self.up_proj(x))
-        return self.down_proj(inner)  # type: ignore[no-any-return]
+        return F.silu(gate) * self.up_proj(x)  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):

@@ -11,47 +11,21 @@ earlier blocks is known, and can be made up for (as in GPTAQ, arXiv:2504.02692).
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from llm_coreml.decoder import Decoder
 from llm_coreml.errors import CheckpointError, UnsupportedError
-from llm_coreml.quantize.gptq import damped, gptq
+from llm_coreml.quantize.gptq import gptq
 from llm_coreml.quantize.grids import grid_of
+from llm_coreml.quantize.hessian import Hessian
+from llm_coreml.quantize.moments import Moments, Sums
+from llm_coreml.quantize.passage import SHARED_INPUTS, Passage, Texts, chunks, widened
 from llm_coreml.quantize.refit import refit
 from llm_coreml.quantize.schemes import Scheme
-
-# Linear layers that get the same inputs, in the order in which a block computes them: each sees
-# what the quantized ones before it give.
-SHARED_INPUTS = (
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    ("self_attn.o_proj",),
-    ("mlp.gate_proj", "mlp.up_proj"),
-    ("mlp.down_proj",),
-)
-
-
-class _Collected(Exception):
-    """The layer whose inputs are wanted has got them; the rest of the block is not computed."""
-
-    def __init__(self, inputs: torch.Tensor) -> None:
-        self.inputs = inputs
-
-
-class Moments(NamedTuple):
-    """What a layer's inputs are like, fp64 `[in_features, in_features]`, means over tokens.
-
-    Attributes:
-        hessian: Outer products of the inputs with themselves.
-        drift: Outer products with the inputs of how far the unquantized model's are from them.
-    """
-
-    hessian: torch.Tensor
-    drift: torch.Tensor
 
 
 class Calibration:
@@ -64,9 +38,10 @@ class Calibration:
 
     def __init__(self, decoder: Decoder, windows: Sequence[Sequence[int]]) -> None:
         self._decoder = decoder
+        self._chunk_of = chunks(decoder)
         with torch.inference_mode():
-            self._states = [decoder.embed_tokens(torch.tensor([list(w)])) for w in windows]
-        self._originals = list(self._states)
+            states = [decoder.embed_tokens(torch.tensor([list(w)])) for w in windows]
+        self._texts = Texts(states, list(states))
 
     def quantize(self, index: int, scheme_of: Callable[[str], Scheme]) -> None:
         """Replace the weights of the linear layers of a block, and let the text pass it.
@@ -80,78 +55,80 @@ class Calibration:
             UnsupportedError: the format cannot hold a value.
         """
         block = self._decoder.layers[index]
-        original = copy.deepcopy(block)
+        passage = Passage(block, self._texts, self._chunk_of)
         for names in SHARED_INPUTS:
-            moments = self._moments(block, original, names[0])
-            if not all(bool(torch.isfinite(moment).all()) for moment in moments):
-                raise CheckpointError(
-                    f"layers.{index}.{names[0]} gets inf or NaN when the model reads the "
-                    "calibration text; the checkpoint overflows, or is damaged. Download or save "
-                    "it again, or export without --calibrate."
-                )
-            for name in names:
-                full = f"layers.{index}.{name}"
-                try:
-                    calibrate_weight(block.get_submodule(name), scheme_of(full), moments)
-                except (CheckpointError, UnsupportedError) as error:
-                    raise type(error)(f"{full}: {error}") from error
-        self.advance(block, original)
+            owners = {f"layers.{index}.{name}": name for name in names}
+            weights = {owner: passage.weight(name) for owner, name in owners.items()}
+            moments = _moments(passage, weights)
+            for owner, weight in calibrated(weights, scheme_of, moments):
+                passage.replace(owners[owner], weight)
+                linear = block.get_submodule(owners[owner])
+                linear.weight = nn.Parameter(weight, requires_grad=False)
+        self._texts = passage.end()
 
     def advance(self, block: nn.Module, original: nn.Module) -> None:
         """Let the text pass a block, quantized and as it was."""
-        self._states = [self._forward(block, states) for states in self._states]
-        self._originals = [self._forward(original, states) for states in self._originals]
+        states, originals = self._texts
+        self._texts = Texts(self._passed(block, states), self._passed(original, originals))
 
-    def _moments(self, block: nn.Module, original: nn.Module, name: str) -> Moments:
-        """Return what the text makes of the inputs of a linear layer of a block."""
-        linear = block.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        size, count = linear.in_features, 0
-        hessian, drift = torch.zeros(2, size, size, dtype=torch.float64)
-        for states, others in zip(self._states, self._originals, strict=True):
-            inputs = self._inputs(block, name, states)
-            away = self._inputs(original, name, others) - inputs
-            hessian += inputs.T @ inputs
-            drift += away.T @ inputs
-            count += len(inputs)
-        return Moments(hessian / count, drift / count)
-
-    def _inputs(self, block: nn.Module, name: str, states: torch.Tensor) -> torch.Tensor:
-        """Return what a layer gets when its block gets `states`: fp64 `[tokens, in_features]`."""
-
-        def collect(_: nn.Module, inputs: tuple[torch.Tensor]) -> None:
-            raise _Collected(inputs[0][0].to(torch.float64))
-
-        handle = block.get_submodule(name).register_forward_pre_hook(collect)
-        try:
-            self._forward(block, states)
-        except _Collected as collected:
-            return collected.inputs
-        finally:
-            handle.remove()
-        raise AssertionError(f"the block has no use for {name}")
-
-    def _forward(self, block: nn.Module, states: torch.Tensor) -> torch.Tensor:
+    def _passed(self, block: nn.Module, states: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        dense = widened(block)
         with torch.inference_mode():
-            chunk = self._decoder.chunk(states.shape[1], torch.zeros(1, dtype=torch.int64))
-            result: torch.Tensor = block(states, chunk)
-        return result
+            return [dense(x, self._chunk_of(x.shape[1])) for x in states]
 
 
-def calibrate_weight(linear: nn.Module, scheme: Scheme, moments: Moments) -> None:
-    """Replace `linear.weight` `[out, in]` by its form quantized for such inputs.
+def _moments(passage: Passage, weights: Mapping[str, torch.Tensor]) -> Moments:
+    """Return what the text makes of the inputs of layers, whose weights are `weights`."""
+    sums = Sums(torch.cat(list(weights.values())))
+    for inputs, others in passage.windows():
+        sums.add(inputs, others)
+    moments = sums.means()
+    if not moments.finite():
+        raise CheckpointError(
+            f"{next(iter(weights))} gets inf or NaN when the model reads the calibration text; "
+            "the checkpoint overflows, or is damaged. Download or save it again, or export "
+            "without --calibrate."
+        )
+    return moments
 
-    What it is to come close to is not what the weight makes of these inputs, but what it would make
+
+def calibrated(
+    weights: Mapping[str, torch.Tensor], scheme_of: Callable[[str], Scheme], moments: Moments
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Quantize matrices for the inputs that they share.
+
+    What a matrix is to come close to is not what it makes of these inputs, but what it would make
     of the unquantized model's, as far as a linear guess from these tells them. So later layers make
     up for earlier ones.
+
+    Args:
+        weights: fp32 `[out, in]`, by name.
+        scheme_of: The format of each.
+        moments: Of the inputs; the Hessian is factored in place.
+
+    Yields:
+        Each name with the quantized matrix.
+
+    Raises:
+        CheckpointError: the inputs do not tell the columns apart.
+        UnsupportedError: the format cannot hold a value.
     """
-    weight = linear.get_parameter("weight").detach().to(torch.float64)
-    mean = moments.hessian.diagonal().mean() or 1.0  # of a size that fp32 holds
-    hessian = moments.hessian / mean
-    guess = weight @ (moments.drift / mean)
-    target = (weight + torch.linalg.solve(damped(hessian), guess, left=False)).to(torch.float32)
-    importance = damped(hessian).diagonal().to(torch.float32)
-    grid = grid_of(scheme, target, importance)
-    quantized = grid.tensor(gptq(target, hessian, grid))
-    fitted = refit(quantized, target, damped(hessian).to(torch.float32))
-    linear.weight = nn.Parameter(fitted, requires_grad=False)
+    with _named(next(iter(weights))):
+        hessian = Hessian.of(moments.hessian)
+    guess, parts = hessian.solve(moments.drift), [len(weight) for weight in weights.values()]
+    guesses = guess.split(parts) if moments.of_outputs else [guess] * len(parts)
+    for (name, weight), moved in zip(weights.items(), guesses, strict=True):
+        with _named(name):
+            target = weight + (moved if moments.of_outputs else weight @ moved)
+            grid = grid_of(scheme_of(name), target, hessian.diagonal)
+            found = refit(grid.tensor(gptq(target, hessian, grid)), target, hessian)
+        yield name, found
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Say of an error which layer it is about."""
+    try:
+        yield
+    except (CheckpointError, UnsupportedError) as error:
+        raise type(error)(f"{name}: {error}") from error

@@ -21,6 +21,10 @@ from llm_coreml.quantize.kmeans import kmeans
 from llm_coreml.quantize.schemes import Codebook, IntChannel, IntGroup, Scheme
 from llm_coreml.quantize.tensors import codebook_tensor, integer_tensor
 
+# Weights whose scales are searched at a time: a search passes over them again and again, so they
+# should fit a core's cache.
+_SEARCHED = 1 << 19
+
 
 class Grid(ABC):
     """The values that each element of one matrix `[rows, columns]` can be stored as."""
@@ -156,6 +160,9 @@ def _(scheme: Codebook, weight: torch.Tensor, importance: torch.Tensor) -> Grid:
 def _integer_grid(
     scheme: IntGroup | IntChannel, weight: torch.Tensor, importance: torch.Tensor, group_size: int
 ) -> Grid:
-    counts = importance.to(torch.float32)
-    _, scale, zero_point = integers(weight, scheme.bits, group_size, scheme.zero_point, counts)
-    return IntegerGrid(scale.to(weight.dtype), zero_point, scheme.bits, group_size)
+    counts, bits, kind = importance.to(torch.float32), scheme.bits, scheme.zero_point
+    pieces = torch.split(weight, max(1, _SEARCHED // weight.shape[1]))
+    found = [integers(piece, bits, group_size, kind, counts)[1:] for piece in pieces]
+    scales, zeros = zip(*found, strict=True)
+    zero_point = None if kind == "none" else torch.cat(zeros)
+    return IntegerGrid(torch.cat(scales).to(weight.dtype), zero_point, bits, group_size)

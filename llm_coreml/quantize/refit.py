@@ -4,7 +4,7 @@
 
 With the codes fixed, the squared error of the products is a quadratic function of scales and table
 entries. Conjugate gradients (Hestenes and Stiefel, 1952) find its least value, for all rows or
-tables at once, with one product with the Hessian for each step.
+tables at once, with one product with the Hessian for each step, or with its root for the last.
 """
 
 from __future__ import annotations
@@ -16,33 +16,34 @@ from torch.func import vjp
 
 from llm_coreml.errors import UnsupportedError
 from llm_coreml.quantize.adjustable import Adjustable, Values, adjustable
+from llm_coreml.quantize.hessian import Hessian
 
 _STEPS = 8
+# Share of the error that a step has to take away for another to follow.
+_ENOUGH = 0.002
 # Keeps parts without any error, or any input, from dividing by zero.
 _TINY = 1e-30
 
 
-def refit(weight: torch.Tensor, target: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
+def refit(weight: torch.Tensor, target: torch.Tensor, hessian: Hessian) -> torch.Tensor:
     """Return `weight` with the same codes and other scales or tables.
 
     Args:
         weight: Quantized, `[rows, columns]`.
         target: What it is to come close to, fp32 `[rows, columns]`.
-        hessian: fp32 `[columns, columns]`: mean outer product of the inputs, positive definite.
+        hessian: fp32, of the columns.
 
     Returns:
         The parts of it whose products with the inputs are no further from those of `target` than
         `weight`'s own, with the values changed; the other parts as they were.
     """
     free = adjustable(weight)
-    parts = len(free.values[0])
-    before = _errors(free.dense(free.values), target, hessian, parts)
-    found = _least_squares(free, target, hessian)
+    found, before = _least_squares(free, target, hessian)
     try:
         stored = adjustable(free.rebuilt(found))  # judged as fp16 holds them
     except UnsupportedError:
         return weight
-    better = _errors(stored.dense(stored.values), target, hessian, parts) < before
+    better = _squares(hessian.root(target - stored.dense(stored.values)), free) < before
     kept = tuple(
         torch.where(better.view(-1, *[1] * (new.dim() - 1)), new, old)
         for new, old in zip(found, free.values, strict=True)
@@ -50,35 +51,39 @@ def refit(weight: torch.Tensor, target: torch.Tensor, hessian: torch.Tensor) -> 
     return free.rebuilt(kept)
 
 
-def _errors(
-    dense: torch.Tensor, target: torch.Tensor, hessian: torch.Tensor, parts: int
-) -> torch.Tensor:
-    away = dense - target
-    return ((away @ hessian) * away).view(parts, -1).sum(1)
-
-
-def _least_squares(free: Adjustable, target: torch.Tensor, hessian: torch.Tensor) -> Values:
-    """Return the values near those of `free` with the least error in the products."""
+def _least_squares(
+    free: Adjustable, target: torch.Tensor, hessian: Hessian
+) -> tuple[Values, torch.Tensor]:
+    """Return values with about the least error in the products, and the parts' errors before."""
     at_zero = free.dense(tuple(torch.zeros_like(value) for value in free.values))
     dense, pull, *_ = vjp(free.dense, free.values)
 
     def image(values: Values) -> torch.Tensor:
         return free.dense(values) - at_zero
 
-    inverse = tuple(1 / size for size in _curvatures(free, image, pull, hessian.diagonal()))
-    residual: Values = pull((target - dense) @ hessian)[0]
+    inverse = tuple(1 / size for size in _curvatures(free, image, pull, hessian.diagonal))
+    away = hessian.root(target - dense)
+    before = _squares(away, free)
+    residual: Values = pull(hessian.back(away))[0]
     direction = _product(residual, inverse)
     norm = _dot(residual, direction)
     found = free.values
     for _ in range(_STEPS):
-        curved: Values = pull(image(direction) @ hessian)[0]
-        length = norm / _dot(direction, curved).clamp(min=_TINY)
+        moved = hessian.root(image(direction))
+        length = norm / _squares(moved, free).clamp(min=_TINY)
         found = _plus(found, length, direction)
-        residual = _plus(residual, -length, curved)
+        if float((length * norm).sum()) < _ENOUGH * float(before.sum()):
+            break
+        residual = _plus(residual, -length, pull(hessian.back(moved))[0])
         scaled = _product(residual, inverse)
         previous, norm = norm, _dot(residual, scaled)
         direction = _plus(scaled, norm / previous.clamp(min=_TINY), direction)
-    return found
+    return found, before
+
+
+def _squares(outputs: torch.Tensor, free: Adjustable) -> torch.Tensor:
+    """Return the sum of squares of each part, `[parts]`."""
+    return outputs.square().view(len(free.values[0]), -1).sum(1)
 
 
 def _curvatures(

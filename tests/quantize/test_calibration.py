@@ -16,11 +16,15 @@ from llm_coreml.build import build_decoder, open_model
 from llm_coreml.bundle import open_bundle
 from llm_coreml.config import ExportConfig
 from llm_coreml.decoder import Decoder
+from llm_coreml.decoder.layers import Linear
+from llm_coreml.errors import CheckpointError, UnsupportedError
 from llm_coreml.progress import Silent
 from llm_coreml.quantize import make_plan
 from llm_coreml.quantize.apply import dense_rows
-from llm_coreml.quantize.calibration import SHARED_INPUTS, Moments, calibrate_weight
-from llm_coreml.quantize.schemes import IntChannel, Scheme
+from llm_coreml.quantize.calibration import calibrated as calibrate
+from llm_coreml.quantize.moments import Moments
+from llm_coreml.quantize.passage import SHARED_INPUTS
+from llm_coreml.quantize.schemes import IntChannel, Unquantized
 from llm_coreml.quantize.text import CalibrationText, common_passage, read_content, tokenize
 
 SIZES: dict[str, Any] = {"num_hidden_layers": 3, "intermediate_size": 96}
@@ -61,42 +65,77 @@ def test_each_layer_is_calibrated_on_what_the_quantized_ones_before_it_give(
 ) -> None:
     found: list[Moments] = []
 
-    def recorded(linear: torch.nn.Module, scheme: Scheme, moments: Moments) -> None:
-        found.append(moments)
-        calibrate_weight(linear, scheme, moments)
+    def recorded(weights: Any, scheme_of: Any, moments: Moments) -> Any:
+        hessian, drift, of_outputs = moments
+        found.append(Moments(hessian.clone(), drift, of_outputs))
+        return calibrate(weights, scheme_of, moments)
 
-    monkeypatch.setattr("llm_coreml.quantize.calibration.calibrate_weight", recorded)
+    monkeypatch.setattr("llm_coreml.quantize.calibration.calibrated", recorded)
     calibrated, judge = build(folder, CALIBRATED), build(folder, UNQUANTIZED)
     original = build(folder, UNQUANTIZED)
     # From the first layer on, the judge takes over what is quantized, and nothing else.
     for index in range(3):
         for names in SHARED_INPUTS:
-            inputs = inputs_of(judge, f"layers.{index}.{names[0]}")
-            away = inputs_of(original, f"layers.{index}.{names[0]}") - inputs
-            for name in names:
-                hessian, drift = found.pop(0)
-                for ours, theirs in ((hessian, inputs), (drift, away)):
-                    expected = theirs.T @ inputs / len(inputs)
-                    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
-                layer = calibrated.get_submodule(f"layers.{index}.{name}")
-                judge.get_submodule(f"layers.{index}.{name}").weight = layer.weight
+            layers = [f"layers.{index}.{name}" for name in names]
+            inputs = inputs_of(judge, layers[0])
+            away = inputs_of(original, layers[0]) - inputs
+            hessian, drift, of_outputs = found.pop(0)
+            weight = original.get_parameter(f"{layers[0]}.weight").double()
+            moved = away @ weight.T if of_outputs else away
+            for ours, theirs in ((hessian, inputs), (drift, moved)):
+                expected = (theirs.T @ inputs / inputs.square().sum(0).mean()).float()
+                torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+            for name in layers:
+                judge.get_submodule(name).weight = calibrated.get_submodule(name).weight
             # Nothing has been quantized before the first of all, and something before the others.
             assert bool(away.any()) == (index > 0 or names != SHARED_INPUTS[0])
     assert found == []
 
 
-def test_a_layer_makes_up_for_what_happened_before_it() -> None:
+def test_every_layer_computes_every_window_once_and_once_as_it_was(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, int]] = []
+    forward = Linear.forward
+
+    def counted(linear: Linear, x: torch.Tensor) -> torch.Tensor:
+        seen.append((linear.out_features, linear.in_features))
+        return forward(linear, x)
+
+    monkeypatch.setattr(Linear, "forward", counted)
+    decoder = build(folder, CALIBRATED)
+    shapes = [
+        (module.out_features, module.in_features)
+        for name, module in decoder.layers.named_modules()
+        if isinstance(module, Linear)
+    ]
+    assert sorted(seen) == sorted(2 * len(WINDOWS) * shapes)
+
+
+@pytest.mark.parametrize("of_outputs", [False, True])
+def test_a_layer_makes_up_for_what_happened_before_it(of_outputs: bool) -> None:
     generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(400, 32, generator=generator, dtype=torch.float64)
-    change = 0.1 * torch.randn(32, 32, generator=generator, dtype=torch.float64)
-    wanted = inputs + inputs @ change
+    inputs = torch.randn(400, 32, generator=generator)
+    wanted = inputs + 0.1 * inputs @ torch.randn(32, 32, generator=generator)
+    weight = torch.randn(16, 32, generator=generator)
     hessian, drift = (other.T @ inputs / 400 for other in (inputs, wanted - inputs))
-    linear = torch.nn.Linear(32, 16, bias=False)
-    weight = linear.weight.detach().double()
-    calibrate_weight(linear, IntChannel(8), Moments(hessian, drift))
-    outputs = inputs @ linear.weight.dequantize().double().T
-    left = (outputs - wanted @ weight.T).square().sum()
+    moments = Moments(hessian, weight @ drift if of_outputs else drift, of_outputs)
+    ((name, found),) = calibrate({"layer": weight}, lambda _: IntChannel(8), moments)
+    assert name == "layer"
+    left = (inputs @ found.dequantize().T - wanted @ weight.T).square().sum()
     assert left < 0.02 * (inputs @ weight.T - wanted @ weight.T).square().sum()
+
+
+def test_an_error_says_which_layer_it_is_about() -> None:
+    weights = {name: torch.randn(8, 32) for name in ("first", "second")}
+    moments = Moments(torch.eye(32), torch.zeros(32, 32), False)
+    found = calibrate(weights, {"first": IntChannel(8), "second": Unquantized()}.get, moments)
+    assert next(found)[0] == "first"
+    with pytest.raises(UnsupportedError, match=r"^second: 'none' has no codes"):
+        next(found)
+    hopeless = Moments(-torch.eye(32), torch.zeros(32, 32), False)
+    with pytest.raises(CheckpointError, match=r"^first: the inputs"):
+        next(calibrate(weights, lambda _: IntChannel(8), hopeless))
 
 
 def test_layers_with_shared_inputs_get_the_same() -> None:

@@ -8,8 +8,9 @@ import torch
 
 from llm_coreml.errors import CheckpointError, UnsupportedError
 from llm_coreml.quantize.apply import quantized
-from llm_coreml.quantize.gptq import DAMPING, gptq
+from llm_coreml.quantize.gptq import gptq
 from llm_coreml.quantize.grids import CodebookGrid, Grid, IntegerGrid, grid_of
+from llm_coreml.quantize.hessian import DAMPING, Hessian
 from llm_coreml.quantize.schemes import Codebook, IntChannel, IntGroup, Scheme, Unquantized
 
 SCHEMES: dict[str, Scheme] = {
@@ -45,6 +46,10 @@ def problem(
 
 def hessian_of(inputs: torch.Tensor) -> torch.Tensor:
     return inputs.T @ inputs / len(inputs)
+
+
+def factored(moment: torch.Tensor) -> Hessian:
+    return Hessian.of(moment.clone())
 
 
 def flat_grid(scheme: Scheme, weight: torch.Tensor) -> Grid:
@@ -98,7 +103,7 @@ def output_error(weight: torch.Tensor, dense: torch.Tensor, inputs: torch.Tensor
 def test_codes_are_those_of_the_textbook(scheme: Scheme) -> None:
     weight, inputs = problem(seed=0)
     grid, hessian = flat_grid(scheme, weight), hessian_of(inputs)
-    found = stored(grid, gptq(weight, hessian, grid)).numpy()
+    found = stored(grid, gptq(weight, factored(hessian), grid)).numpy()
     np.testing.assert_allclose(found, surgeon(weight, hessian, grid), rtol=1e-9, atol=1e-12)
 
 
@@ -108,7 +113,7 @@ def test_products_keep_their_values_better_than_rounded_to_nearest(scheme: Schem
         weight, inputs = problem(seed)
         hessian = hessian_of(inputs)
         grid = grid_of(scheme, weight, hessian.diagonal())
-        found = grid.tensor(gptq(weight, hessian, grid)).dequantize()
+        found = grid.tensor(gptq(weight, factored(hessian), grid)).dequantize()
         rounded = quantized(scheme, weight.float()).dequantize()
         shares.append(output_error(weight, found, inputs) / output_error(weight, rounded, inputs))
     assert max(shares) < 1
@@ -118,7 +123,7 @@ def test_products_keep_their_values_better_than_rounded_to_nearest(scheme: Schem
 def test_inputs_that_say_nothing_leave_rounding_to_nearest(scheme: Scheme) -> None:
     weight, _ = problem(seed=1)
     grid = flat_grid(scheme, weight)
-    codes = gptq(weight, torch.eye(COLUMNS, dtype=torch.float64), grid)
+    codes = gptq(weight, factored(torch.eye(COLUMNS, dtype=torch.float64)), grid)
     for column in range(COLUMNS):
         assert torch.equal(codes[:, column], grid.nearest(column, weight[:, column]).to(codes))
 
@@ -128,7 +133,7 @@ def test_columns_that_no_input_reaches_are_rounded_to_nearest(scheme: Scheme) ->
     dead = torch.tensor([0, 17, COLUMNS - 1])
     inputs[:, dead] = 0
     grid = flat_grid(scheme, weight)
-    codes = gptq(weight, hessian_of(inputs), grid)
+    codes = gptq(weight, factored(hessian_of(inputs)), grid)
     for column in dead.tolist():
         assert torch.equal(codes[:, column], grid.nearest(column, weight[:, column]).to(codes))
     others = [column for column in range(COLUMNS) if column not in dead]
@@ -141,7 +146,7 @@ def test_columns_that_no_input_reaches_are_rounded_to_nearest(scheme: Scheme) ->
 def test_inputs_of_zero_only_are_rounded_to_nearest() -> None:
     weight, _ = problem(seed=2)
     grid = flat_grid(IntGroup(4, 8), weight)
-    codes = gptq(weight, torch.zeros(COLUMNS, COLUMNS, dtype=torch.float64), grid)
+    codes = gptq(weight, factored(torch.zeros(COLUMNS, COLUMNS, dtype=torch.float64)), grid)
     assert torch.equal(codes[:, 5], grid.nearest(5, weight[:, 5]))
 
 
@@ -149,7 +154,7 @@ def test_fewer_inputs_than_columns_are_enough() -> None:
     weight, inputs = problem(seed=3)
     inputs = inputs[:10]
     grid, hessian = flat_grid(IntGroup(4, 8), weight), hessian_of(inputs)
-    found = stored(grid, gptq(weight, hessian, grid))
+    found = stored(grid, gptq(weight, factored(hessian), grid))
     rounded = quantized(IntGroup(4, 8), weight.float()).dequantize()
     assert output_error(weight, found, inputs) < 0.5 * output_error(weight, rounded, inputs)
 
@@ -162,23 +167,51 @@ def test_damping_grows_until_the_hessian_can_be_factored() -> None:
     values[0] = -0.05 * float(hessian.diagonal().mean())
     broken = vectors @ torch.diag(values) @ vectors.T
     grid = flat_grid(IntGroup(4, 8), weight)
-    found = stored(grid, gptq(weight, broken, grid))
+    found = stored(grid, gptq(weight, factored(broken), grid))
     rounded = quantized(IntGroup(4, 8), weight.float()).dequantize()
     assert output_error(weight, found, inputs) < output_error(weight, rounded, inputs)
 
 
 def test_a_hessian_beyond_repair_is_refused() -> None:
-    weight, _ = problem(seed=4)
-    hopeless = -torch.eye(COLUMNS, dtype=torch.float64)
     with pytest.raises(CheckpointError, match="give another text"):
-        gptq(weight, hopeless, flat_grid(IntGroup(4, 8), weight))
+        Hessian.of(-torch.eye(COLUMNS))
+
+
+def test_the_factor_solves_and_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llm_coreml.quantize.hessian._STRIP", 64)
+    weight, inputs = problem(seed=6)
+    inputs[:, 3] = 0
+    wanted = hessian_of(inputs)
+    mean = wanted.diagonal().mean()
+    wanted += DAMPING * mean * torch.eye(COLUMNS, dtype=torch.float64)
+    wanted[3, 3] = mean  # no input says anything of it
+    hessian = factored(hessian_of(inputs))
+    torch.testing.assert_close(hessian.diagonal, wanted.diagonal(), rtol=1e-12, atol=0)
+    found = hessian.solve(weight).numpy()
+    np.testing.assert_allclose(found, weight.numpy() @ np.linalg.inv(wanted.numpy()), rtol=1e-9)
+    product = hessian.back(hessian.root(weight))
+    torch.testing.assert_close(product, weight @ wanted, rtol=1e-9, atol=1e-9)
+    narrow = factored(hessian_of(inputs).float()).solve(weight.float())
+    away = (narrow.double() - hessian.solve(weight)).norm() / hessian.solve(weight).norm()
+    assert float(away) < 1e-4
+
+
+def test_single_precision_chooses_nearly_the_same_codes(scheme: Scheme) -> None:
+    weight, inputs = problem(seed=7)
+    grid, hessian = flat_grid(scheme, weight), hessian_of(inputs)
+    narrow_grid = flat_grid(scheme, weight.float())
+    found = stored(grid, gptq(weight, factored(hessian), grid))
+    codes = gptq(weight.float(), factored(hessian.float()), narrow_grid)
+    narrow = stored(narrow_grid, codes)
+    wide_error = output_error(weight, found, inputs)
+    assert output_error(weight, narrow, inputs) == pytest.approx(wide_error, rel=0.02)
 
 
 def test_a_grid_holds_what_the_artifact_holds(scheme: Scheme) -> None:
     weight, inputs = problem(seed=5)
     weight[:, :8] = 0
     grid = grid_of(scheme, weight.float(), hessian_of(inputs).diagonal().float())
-    codes = gptq(weight.float(), hessian_of(inputs), grid)
+    codes = gptq(weight.float(), factored(hessian_of(inputs).float()), grid)
     tensor = grid.tensor(codes)
     assert type(tensor) is type(quantized(scheme, weight.float()))
     assert torch.equal(tensor.dequantize(), stored(grid, codes))

@@ -8,6 +8,7 @@ import torch
 from llm_coreml.errors import UnsupportedError
 from llm_coreml.quantize.adjustable import adjustable
 from llm_coreml.quantize.apply import dense_rows, quantized
+from llm_coreml.quantize.hessian import DAMPING, Hessian
 from llm_coreml.quantize.refit import refit
 from llm_coreml.quantize.schemes import Codebook, IntChannel, IntGroup, Mxfp4, Scheme
 
@@ -32,11 +33,16 @@ def scheme(request: pytest.FixtureRequest) -> Scheme:
 
 
 def problem(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a matrix and the Hessian of correlated inputs."""
+    """Return a matrix and the mean outer product of correlated inputs."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(8, 64, generator=generator) + 0.2
     inputs = torch.randn(400, 64, generator=generator) @ torch.randn(64, 64, generator=generator)
     return weight, inputs.T @ inputs / 400 / 64
+
+
+def damped(moment: torch.Tensor) -> torch.Tensor:
+    """Return what a fit goes by."""
+    return moment + DAMPING * moment.diagonal().mean() * torch.eye(len(moment))
 
 
 def dense(weight: torch.Tensor) -> torch.Tensor:
@@ -66,10 +72,11 @@ def test_other_values_are_what_the_rebuilt_weight_holds(scheme: Scheme) -> None:
 
 
 def test_the_fit_is_that_of_the_normal_equations(scheme: Scheme) -> None:
-    weight, hessian = problem(2)
+    weight, moment = problem(2)
+    hessian = damped(moment)
     begun = adjustable(quantized(scheme, weight))
     start = begun.rebuilt(tuple(1.3 * value for value in begun.values))
-    found = refit(start, weight, hessian)
+    found = refit(start, weight, Hessian.of(moment.clone()))
     free = adjustable(start)
     # Every value's column of the least-squares problem, by changing it alone.
     sizes = [value.numel() for value in free.values]
@@ -95,12 +102,13 @@ def test_the_fit_is_that_of_the_normal_equations(scheme: Scheme) -> None:
 
 
 def test_no_part_gets_worse(scheme: Scheme) -> None:
-    weight, hessian = problem(3)
+    weight, moment = problem(3)
+    hessian = damped(moment)
     # What is perfect already: rounding to fp16 could only harm it.
     start = quantized(scheme, weight)
     target = dense(start).clone()
     target[4:] = weight[4:]
-    found = refit(start, target, hessian)
+    found = refit(start, target, Hessian.of(moment.clone()))
     parts = len(adjustable(start).values[0])
     before, after = (
         (((dense(w) - target).double() @ hessian.double()) * (dense(w) - target)).view(parts, -1)
@@ -112,7 +120,7 @@ def test_no_part_gets_worse(scheme: Scheme) -> None:
 def test_columns_without_inputs_do_no_harm() -> None:
     weight, hessian = problem(4)
     hessian[:16] = hessian[:, :16] = 0
-    found = refit(quantized(IntGroup(4, 16), weight), weight, hessian)
+    found = refit(quantized(IntGroup(4, 16), weight), weight, Hessian.of(hessian))
     assert bool(torch.isfinite(dense(found)).all())
 
 
@@ -125,4 +133,4 @@ def test_a_weight_without_codes_is_refused() -> None:
 def test_what_fp16_cannot_hold_is_not_taken(scheme: Scheme) -> None:
     weight, hessian = problem(5)
     start = quantized(scheme, weight)
-    assert refit(start, 1e7 * weight, hessian) is start
+    assert refit(start, 1e7 * weight, Hessian.of(hessian)) is start
