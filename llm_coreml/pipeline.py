@@ -49,7 +49,7 @@ from llm_coreml.verify import Reading, Verification, verify, verify_conversion
 # Share of a verification's time.
 _CONVERSION = 0.6
 # Bytes that weights may take expanded while a program is verified; others are expanded at each use.
-_EXPANDED = 1 << 28
+_EXPANDED = 1 << 26
 
 
 def export(
