@@ -121,24 +121,31 @@ def measure(
     content = (folder / "heldout.txt").read_text(encoding="utf-8")
     windows = cut(tokenizer.encode(content), CONTEXT, tokenizer.bos_id, limit)
     original = unquantized(model)
+
+    def read(name: str, **decoders: Decoder) -> list[Quality]:
+        decoders = {"original": original, **decoders}
+        runners = {label: EagerRunner(decoder, "eager") for label, decoder in decoders.items()}
+        found = measure_quality(runners, windows)
+        figures = (f"{row.name} {row.perplexity:.3f} ({row.mean_kl or 0:.5f})" for row in found)
+        print(f"{name}: {', '.join(figures)}", flush=True)
+        return list(found)
+
     for name in formats:
         config = ExportConfig(**FORMATS[name])
-        like = ExportConfig(**FORMATS[BASELINES.get(name, name)])
-        decoders = {
-            "original": original,
-            "torchao": by_torchao(model, linear_scheme(like)),
-            "rounded": made(model, config),
-        }
+        like = linear_scheme(ExportConfig(**FORMATS[BASELINES.get(name, name)]))
+        before, plain, rounded = read(
+            name, torchao=by_torchao(model, like), rounded=made(model, config)
+        )
+        calibrated, tuned = [], []
         for text in texts:
-            decoders[text.name] = made(model, config, text)
+            decoders = {"calibrated": made(model, config, text)}
             if steps:
-                decoders[f"{text.name} tuned"] = tuned = copy.deepcopy(decoders[text.name])
-                tune(tuned, original, text.windows, steps)
-        runners = {label: EagerRunner(decoder, "eager") for label, decoder in decoders.items()}
-        found = {row.name: row for row in measure_quality(runners, windows)}
-        calibrated = tuple(found[text.name] for text in texts)
-        tunes = tuple(found[f"{text.name} tuned"] for text in texts if steps)
-        yield found["original"], Row(name, found["torchao"], found["rounded"], calibrated, tunes)
+                decoders["tuned"] = copy.deepcopy(decoders["calibrated"])
+                tune(decoders["tuned"], original, text.windows, steps)
+            found = read(f"{name}, {text.name}", **decoders)[1:]
+            calibrated.append(found[0])
+            tuned += found[1:]
+        yield before, Row(name, plain, rounded, tuple(calibrated), tuple(tuned))
 
 
 def spread(values: list[float], form: str) -> str:
@@ -214,11 +221,12 @@ def main() -> None:
         export_all(formats, given.tokens, given.tune, given.heldout)
         return
     texts = list(segments(given.model, given.tokens, given.segments))
+    found = list(measure(given.model, formats, texts, given.tune, given.heldout))
+    print(f"\nunquantized blocks: perplexity {found[0][0].perplexity:.3f}\n")
     print("| format | method | perplexity | recovered | mean KL | recovered |")
-    print("|---|---|--:|--:|--:|--:|", flush=True)
-    for original, row in measure(given.model, formats, texts, given.tune, given.heldout):
-        print("\n".join(lines(original, row)), flush=True)
-    print(f"\nunquantized blocks: perplexity {original.perplexity:.3f}")
+    print("|---|---|--:|--:|--:|--:|")
+    for original, row in found:
+        print("\n".join(lines(original, row)))
 
 
 if __name__ == "__main__":
