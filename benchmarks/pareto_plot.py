@@ -122,10 +122,11 @@ def short(name: str) -> str:
 
 def legend(axis: Any, points: Sequence[Point]) -> None:
     """Explain colours and shapes."""
-    seen = {point.family for point in points}
+    seen = {name for point in points for name in (point.family, point.method)}
     handles = [
         Line2D([], [], marker="o", linestyle="", color=colour, label=method)
         for method, colour in COLOURS.items()
+        if method in seen
     ]
     handles += [
         Line2D([], [], marker=marker, linestyle="", color="#555555", label=name)
