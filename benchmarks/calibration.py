@@ -19,6 +19,7 @@ import statistics
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -29,11 +30,14 @@ from llm_coreml.recipes import bundled_model
 from torchao.prototype.quantization.codebook_coreml import CodebookWeightOnlyConfig
 from torchao.quantization import IntxWeightOnlyConfig, quantize_
 from torchao.quantization.granularity import PerAxis, PerGroup
+from torchao.quantization.quant_primitives import MappingType
 
 import llm_coreml
 from llm_coreml.build import Model, build_decoder, open_model, plan_for
 from llm_coreml.config import ExportConfig
 from llm_coreml.decoder import Decoder
+from llm_coreml.quantize.plan import linear_scheme
+from llm_coreml.quantize.schemes import Codebook, IntChannel, IntGroup, Scheme
 from llm_coreml.quantize.text import CalibrationText, tokenize
 from llm_coreml.quantize.tune import tune
 from llm_coreml.runtime import EagerRunner
@@ -66,8 +70,11 @@ def segments(folder: Path, tokens: int, count: int) -> Iterator[CalibrationText]
     content = (folder / "calibration.txt").read_text(encoding="utf-8")
     tokenizer = Tokenizer(folder / "tokenizer.json")
     found = tokenizer.encode(content)
-    for index in range(count):
-        start = (len(found) - tokens) * index // max(1, count - 1)
+    starts = [(len(found) - tokens) * index // max(1, count - 1) for index in range(count)]
+    apart = all(after - before >= tokens for before, after in pairwise(starts))
+    relation = "nothing in common" if apart else "parts in common"
+    print(f"{count} segments of {tokens:,} of {len(found):,} tokens, with {relation}", flush=True)
+    for index, start in enumerate(starts):
         piece = tokenizer.decode(found[start:])
         yield tokenize(f"segment {index}", piece, folder / "tokenizer.json", tokens, CONTEXT)
 
@@ -78,16 +85,25 @@ def made(model: Model, config: ExportConfig, text: CalibrationText | None = None
     return build_decoder(model, config, plan_for(config, model), calibration=text)[0]
 
 
-def by_torchao(model: Model, name: str) -> Decoder:
+def unquantized(model: Model) -> Decoder:
+    """Return a model whose blocks are as they were, and whose token table is quantized."""
+    return made(model, ExportConfig(scheme="none"))
+
+
+def by_torchao(model: Model, scheme: Scheme) -> Decoder:
     """Return a model whose blocks torchao has quantized, with scales and tables as fp16 numbers."""
-    decoder = made(model, ExportConfig(scheme="none"))
-    chosen = FORMATS[BASELINES.get(name, name)]
-    if chosen["scheme"] == "codebook":
-        quantizer = CodebookWeightOnlyConfig(getattr(torch, f"uint{chosen['bits']}"), [16, -1])
+    decoder = unquantized(model)
+    if isinstance(scheme, Codebook):
+        block = [scheme.rows or -1, scheme.columns or -1]
+        quantizer = CodebookWeightOnlyConfig(getattr(torch, f"uint{scheme.bits}"), block)
     else:
-        size = chosen.get("group_size")
-        granularity = PerGroup(size) if size else PerAxis(0)
-        quantizer = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=granularity)
+        assert isinstance(scheme, (IntGroup, IntChannel))
+        symmetric = scheme.zero_point == "none"
+        quantizer = IntxWeightOnlyConfig(
+            weight_dtype=getattr(torch, f"int{scheme.bits}"),
+            granularity=PerGroup(scheme.group_size) if isinstance(scheme, IntGroup) else PerAxis(0),
+            mapping_type=MappingType.SYMMETRIC if symmetric else MappingType.ASYMMETRIC,
+        )
     quantize_(decoder.layers.float(), quantizer)
     for parameter in decoder.layers.parameters():
         values = getattr(parameter, "scale", getattr(parameter, "codebook", None))
@@ -98,79 +114,70 @@ def by_torchao(model: Model, name: str) -> Decoder:
 
 def measure(
     folder: Path, formats: list[str], texts: list[CalibrationText], steps: int, limit: int
-) -> tuple[Quality, list[Row]]:
-    """Measure the formats; divergences are from the model with unquantized blocks."""
+) -> Iterator[tuple[Quality, Row]]:
+    """Yield what is measured of each format, and beside it of the model with unquantized blocks."""
     model = open_model("llama" if folder == bundled_model() else folder)
     tokenizer = Tokenizer(folder / "tokenizer.json")
     content = (folder / "heldout.txt").read_text(encoding="utf-8")
     windows = cut(tokenizer.encode(content), CONTEXT, tokenizer.bos_id, limit)
-    original = made(model, ExportConfig(scheme="none"))
-    decoders = {"original": original}
+    original = unquantized(model)
+
+    def read(name: str, **decoders: Decoder) -> list[Quality]:
+        decoders = {"original": original, **decoders}
+        runners = {label: EagerRunner(decoder, "eager") for label, decoder in decoders.items()}
+        found = measure_quality(runners, windows)
+        figures = (f"{row.name} {row.perplexity:.3f} ({row.mean_kl or 0:.5f})" for row in found)
+        print(f"{name}: {', '.join(figures)}", flush=True)
+        return list(found)
+
     for name in formats:
         config = ExportConfig(**FORMATS[name])
-        decoders[name] = by_torchao(model, name)
-        decoders[f"{name} rounded"] = made(model, config)
-        for text in texts:
-            calibrated = made(model, config, text)
-            decoders[f"{name} {text.name}"] = calibrated
-            if steps:
-                tuned = copy.deepcopy(calibrated)
-                tune(tuned, original, text.windows, steps)
-                decoders[f"{name} {text.name} tuned"] = tuned
-        print(f"made {name}", flush=True)
-    runners = {name: EagerRunner(decoder, "eager") for name, decoder in decoders.items()}
-    found = {row.name: row for row in measure_quality(runners, windows)}
-    rows = [
-        Row(
-            name,
-            found[name],
-            found[f"{name} rounded"],
-            tuple(found[f"{name} {text.name}"] for text in texts),
-            tuple(found[f"{name} {text.name} tuned"] for text in texts if steps),
+        like = linear_scheme(ExportConfig(**FORMATS[BASELINES.get(name, name)]))
+        before, plain, rounded = read(
+            name, torchao=by_torchao(model, like), rounded=made(model, config)
         )
-        for name in formats
-    ]
-    return found["original"], rows
+        calibrated, tuned = [], []
+        for text in texts:
+            decoders = {"calibrated": made(model, config, text)}
+            if steps:
+                decoders["tuned"] = copy.deepcopy(decoders["calibrated"])
+                tune(decoders["tuned"], original, text.windows, steps)
+            found = read(f"{name}, {text.name}", **decoders)[1:]
+            calibrated.append(found[0])
+            tuned += found[1:]
+        yield before, Row(name, plain, rounded, tuple(calibrated), tuple(tuned))
 
 
 def spread(values: list[float], form: str) -> str:
-    """Return mean and standard deviation."""
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):{form}} +- {deviation:{form}}"
+    """Return mean and standard deviation, if there are several."""
+    mean = f"{statistics.mean(values):{form}}"
+    return mean if len(values) == 1 else f"{mean} +- {statistics.stdev(values):{form}}"
 
 
-def table(original: Quality, rows: list[Row]) -> str:
-    """Return the rows as Markdown."""
-    lines = [
-        f"unquantized blocks: perplexity {original.perplexity:.3f}",
-        "",
-        "| format | method | perplexity | recovered | mean KL | recovered |",
-        "|---|---|--:|--:|--:|--:|",
-    ]
-    for row in rows:
-        methods = {
-            "torchao": (row.plain,),
-            "rounded": (row.rounded,),
-            "calibrated": row.calibrated,
-            "tuned": row.tuned,
-        }
-        loss = row.plain.perplexity - original.perplexity
-        divergence = row.plain.mean_kl or 0.0
-        for method, qualities in methods.items():
-            if qualities:
-                perplexities = [quality.perplexity for quality in qualities]
-                divergences = [quality.mean_kl or 0.0 for quality in qualities]
-                won = [(row.plain.perplexity - value) / loss for value in perplexities]
-                cells = (
-                    row.name,
-                    method,
-                    spread(perplexities, ".3f"),
-                    spread(won, ".0%"),
-                    spread(divergences, ".4f"),
-                    spread([1 - value / divergence for value in divergences], ".0%"),
-                )
-                lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+def lines(original: Quality, row: Row) -> Iterator[str]:
+    """Yield the lines of a row as Markdown."""
+    methods = {
+        "torchao": (row.plain,),
+        "rounded": (row.rounded,),
+        "calibrated": row.calibrated,
+        "tuned": row.tuned,
+    }
+    loss = row.plain.perplexity - original.perplexity
+    divergence = row.plain.mean_kl or 0.0
+    for method, qualities in methods.items():
+        if qualities:
+            perplexities = [quality.perplexity for quality in qualities]
+            divergences = [quality.mean_kl or 0.0 for quality in qualities]
+            won = [(row.plain.perplexity - value) / loss for value in perplexities]
+            cells = (
+                row.name,
+                method,
+                spread(perplexities, ".3f"),
+                spread(won, ".0%"),
+                spread(divergences, ".4f"),
+                spread([1 - value / divergence for value in divergences], ".0%"),
+            )
+            yield f"| {' | '.join(cells)} |"
 
 
 def export_all(formats: list[str], tokens: int, steps: int, limit: int) -> None:
@@ -214,7 +221,12 @@ def main() -> None:
         export_all(formats, given.tokens, given.tune, given.heldout)
         return
     texts = list(segments(given.model, given.tokens, given.segments))
-    print(table(*measure(given.model, formats, texts, given.tune, given.heldout)), flush=True)
+    found = list(measure(given.model, formats, texts, given.tune, given.heldout))
+    print(f"\nunquantized blocks: perplexity {found[0][0].perplexity:.3f}\n")
+    print("| format | method | perplexity | recovered | mean KL | recovered |")
+    print("|---|---|--:|--:|--:|--:|")
+    for original, row in found:
+        print("\n".join(lines(original, row)))
 
 
 if __name__ == "__main__":

@@ -76,8 +76,11 @@ version gives other text and so slightly other figures.
 The Python language reference (`pydoc_data.topics`) and the docstrings of the standard
 library, copyright the Python Software Foundation, under the
 [PSF License Version 2](https://docs.python.org/3/license.html). `heldout.txt` and
-`calibration.txt` are excerpts of that text: whole documents each, none of them in both and none
-trained on. The checkpoint was chosen on the second, which quantization is calibrated on.
+`calibration.txt` are excerpts of that text, whole documents each, none of them in both. The
+model was not trained on the first. Quantization is calibrated on the second: its first
+{validation_tokens:,} tokens are the validation text, which was not trained on either, but which the
+checkpoint was chosen on; the rest, some documents drawn by the seed, is text that the model was
+trained on. Figures on `calibration.txt` are therefore no measure of the model.
 """
 
 

@@ -29,6 +29,8 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 CONTEXT = 1024
+# Enough for three texts of 64,000 tokens that have nothing in common.
+CALIBRATION_BYTES = 720_000
 STATE_FILE = "training_state.pt"
 
 
@@ -105,6 +107,16 @@ def add_dropout(model: LlamaForCausalLM, probability: float) -> None:
 def joined(documents: Sequence[Document]) -> str:
     """Return documents as one plain text, the form in which perplexity is measured."""
     return "\n\n".join(document.text for document in documents) + "\n"
+
+
+def calibration_documents(corpus: Corpus, seed: int) -> list[Document]:
+    """Return what quantization may look at: what was not trained on first, then some that was."""
+    chosen = list(corpus.validation)
+    for document in random.Random(seed).sample(corpus.train, len(corpus.train)):
+        if size(chosen) >= CALIBRATION_BYTES:
+            break
+        chosen.append(document)
+    return chosen
 
 
 def epoch_windows(documents: Sequence[list[int]], seed: int) -> Tensor:
@@ -265,8 +277,8 @@ def main() -> None:
     tokenizer = train_tokenizer((d.text for d in corpus.train), recipe.vocabulary)
     save_tokenizer(tokenizer, output, CONTEXT)
     (output / "heldout.txt").write_text(joined(corpus.heldout), encoding="utf-8")
-    # Neither trained on nor reported on: what quantization may look at.
-    (output / "calibration.txt").write_text(joined(corpus.validation), encoding="utf-8")
+    calibration = joined(calibration_documents(corpus, recipe.seed))
+    (output / "calibration.txt").write_text(calibration, encoding="utf-8")
     train_ids = [encode(tokenizer, document.text) for document in corpus.train]
     validation = encode(tokenizer, joined(corpus.validation))
     print(f"{size(corpus.train)} bytes, {sum(map(len, train_ids))} tokens to train on", flush=True)

@@ -4,9 +4,10 @@
     text = tokenize("bundled", content, tokenizer, tokens=4096, context=2048)
     text.windows, text.sha256
 
-The bundled text is documentation of Python that the bundled model was not trained on and that is no
-part of the held-out text, on which exports are measured. Nor may another text share a passage with
-that: figures on what a model was fitted to say little.
+The bundled text is documentation of Python that is no part of the held-out text, on which exports
+are measured. The bundled model was not trained on its first 21,000 tokens, and was on the rest. Nor
+may another text share a passage with the held-out one: figures on what a model was fitted to say
+little.
 """
 
 from __future__ import annotations

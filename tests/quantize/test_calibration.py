@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +28,14 @@ from llm_coreml.quantize.moments import Moments
 from llm_coreml.quantize.passage import SHARED_INPUTS
 from llm_coreml.quantize.schemes import IntChannel, Unquantized
 from llm_coreml.quantize.text import CalibrationText, common_passage, read_content, tokenize
+from llm_coreml.tokenizer import Tokenizer
 
 SIZES: dict[str, Any] = {"num_hidden_layers": 3, "intermediate_size": 96}
 LENGTHS = (*[32] * 16, 9)  # several times as many tokens as a layer has inputs
 WINDOWS = tuple(tuple(tokens_for(97, count, seed)) for seed, count in enumerate(LENGTHS))
 CALIBRATION = CalibrationText("drawn", sum(LENGTHS), WINDOWS)
 UNQUANTIZED = ExportConfig(scheme="none", context=32)
+VALIDATION_SHA256 = "e821ae911a3e1bf1af7bc4dc98c2b59e5aebea28020c085c6a7b1a0d5d740247"
 CALIBRATED = ExportConfig(scheme="int4-group", calibrate="drawn", context=32)
 
 
@@ -192,6 +196,17 @@ def test_the_bundled_text_shares_no_passage_with_the_held_out_one() -> None:
     assert common_passage(calibration, heldout[60_000:61_000] + calibration[5_000:6_000])
 
 
+def test_the_bundled_text_is_three_long_ones_and_begins_with_what_was_not_trained_on() -> None:
+    content = read_content("bundled")
+    tokenizer = Tokenizer(bundled_model() / "tokenizer.json")
+    found = tokenizer.encode(content)
+    assert len(found) >= 3 * 64_000
+    beginning = content.encode()[:75_742]
+    assert hashlib.sha256(beginning).hexdigest() == VALIDATION_SHA256
+    record = json.loads((bundled_model() / "training.json").read_text())
+    assert len(tokenizer.encode(beginning.decode())) == record["validation_tokens"]
+
+
 def test_windows_are_the_text_in_order(checkpoint: Path) -> None:
     found = tokenize("x/some.txt", TEXT, checkpoint / "tokenizer.json", 100, context=32)
     assert found.name == "some.txt" and found.tokens == 100
@@ -200,8 +215,6 @@ def test_windows_are_the_text_in_order(checkpoint: Path) -> None:
     assert sum(map(len, found.windows)) == 100 + 4
     other = tokenize("x/some.txt", TEXT, checkpoint / "tokenizer.json", 99, context=32)
     assert other.sha256 != found.sha256
-    from llm_coreml.tokenizer import Tokenizer
-
     tokens = Tokenizer(checkpoint / "tokenizer.json").encode(TEXT)
     assert [token for window in found.windows for token in window[1:]] == tokens[:100]
 
