@@ -36,11 +36,14 @@ class Adjustable:
             consecutive rows, that have nothing to do with each other.
         dense: Values -> fp32 `[rows, columns]`, linear and differentiable.
         rebuilt: Values -> the quantized matrix, for which they become fp16 numbers.
+        factors: What each scale is multiplied by, fp32 `[rows, groups, group_size]`, where nothing
+            but scales of groups within a row may change; else None.
     """
 
     values: Values
     dense: Callable[[Values], torch.Tensor]
     rebuilt: Callable[[Values], torch.Tensor]
+    factors: torch.Tensor | None = None
 
 
 @singledispatch
@@ -70,6 +73,7 @@ def _(weight: IntxUnpackedToInt8Tensor) -> Adjustable:
         (scale,),
         lambda v: (v[0].unsqueeze(2) * grouped).view(codes.shape),
         lambda v: integer_tensor(codes, v[0], offset, bits),
+        grouped,
     )
 
 

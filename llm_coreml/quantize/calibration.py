@@ -104,7 +104,7 @@ def calibrated(
     Args:
         weights: fp32 `[out, in]`, by name.
         scheme_of: The format of each.
-        moments: Of the inputs; the Hessian is factored in place.
+        moments: Of the inputs; the Hessian is damped in place.
 
     Yields:
         Each name with the quantized matrix.
@@ -116,11 +116,11 @@ def calibrated(
     with _named(next(iter(weights))):
         hessian = Hessian.of(moments.hessian)
     guess, parts = hessian.solve(moments.drift), [len(weight) for weight in weights.values()]
-    guesses = guess.split(parts) if moments.of_outputs else [guess] * len(parts)
+    guesses = torch.split(guess, parts) if moments.of_outputs else [guess] * len(parts)
     for (name, weight), moved in zip(weights.items(), guesses, strict=True):
         with _named(name):
             target = weight + (moved if moments.of_outputs else weight @ moved)
-            grid = grid_of(scheme_of(name), target, hessian.diagonal)
+            grid = grid_of(scheme_of(name), target, hessian.matrix.diagonal().clone())
             found = refit(grid.tensor(gptq(target, hessian, grid)), target, hessian)
         yield name, found
 

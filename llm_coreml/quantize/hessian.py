@@ -27,12 +27,12 @@ class Hessian(NamedTuple):
     """A positive definite matrix of `n` rows, fp32 or fp64, as a product `R R^T`.
 
     Attributes:
-        diagonal: `[n]`.
+        matrix: `[n, n]`.
         order: int64 `[n]`, the columns by rising diagonal.
         lower: `[n, n]`, R with its rows in that order, a lower triangle.
     """
 
-    diagonal: torch.Tensor
+    matrix: torch.Tensor
     order: torch.Tensor
     lower: torch.Tensor
 
@@ -41,21 +41,20 @@ class Hessian(NamedTuple):
         """Damp a mean outer product of inputs with themselves until it can be factored.
 
         Args:
-            moment: `[n, n]`; the factor takes its place in memory.
+            moment: `[n, n]`, which is overwritten.
 
         Raises:
             CheckpointError: no damping is enough.
         """
-        diagonal = moment.diagonal().clone()
+        diagonal, damping = moment.diagonal().clone(), DAMPING
         order = torch.argsort(diagonal, descending=True, stable=True).flip(0)
-        ordered, damping = moment[order.unsqueeze(1), order], DAMPING
-        lower, failed = moment.T, torch.empty((), dtype=torch.int32)
+        failed = torch.empty((), dtype=torch.int32)
         for _ in range(_TRIES):
-            damped = _damped(diagonal, damping)
-            ordered.diagonal().copy_(damped[order])
-            torch.linalg.cholesky_ex(ordered, out=(lower, failed))
+            moment.diagonal().copy_(_damped(diagonal, damping))
+            lower = moment[order.unsqueeze(1), order].T
+            torch.linalg.cholesky_ex(lower, out=(lower, failed))  # in its place
             if not failed:
-                return cls(damped, order, lower)
+                return cls(moment, order, lower)
             damping *= 10
         raise CheckpointError(
             "the inputs that it gets cannot be told apart by numbers of any precision; give "

@@ -58,6 +58,7 @@ class Passage:
 
     def __init__(self, block: nn.Module, texts: Texts, chunk_of: Callable[[int], Chunk]) -> None:
         original = widened(block)
+        assert isinstance(original, Block)
         # The same weights, each of which may be replaced by another.
         self._block = copy.deepcopy(original, {id(w): w for w in original.parameters()})
         self._ours, self._theirs = (
@@ -132,7 +133,7 @@ def chunks(decoder: Decoder) -> Callable[[int], Chunk]:
     return chunk_of
 
 
-def widened(block: nn.Module) -> Block:
+def widened(block: nn.Module) -> nn.Module:
     """Return a block of the same values whose weights are fp32; such weights are shared."""
     weights = {
         id(weight): nn.Parameter(torch.cat(list(dense_rows(weight))), requires_grad=False)

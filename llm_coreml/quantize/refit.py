@@ -3,8 +3,9 @@
     weight = refit(weight, target, hessian)
 
 With the codes fixed, the squared error of the products is a quadratic function of scales and table
-entries. Conjugate gradients (Hestenes and Stiefel, 1952) find its least value, for all rows or
-tables at once, with one product with the Hessian for each step, or with its root for the last.
+entries. Where a row has nothing but scales, its normal equations are few, and solved. Elsewhere
+conjugate gradients (Hestenes and Stiefel, 1952) find the least value, for all rows or tables at
+once, with one product with the Hessian for each step.
 """
 
 from __future__ import annotations
@@ -21,6 +22,10 @@ from llm_coreml.quantize.hessian import Hessian
 _STEPS = 8
 # Share of the error that a step has to take away for another to follow.
 _ENOUGH = 0.002
+# Rows whose equations are set up at a time: their products should fit a core's cache.
+_ROWS = 64
+# Keeps scales apart that codes, rounded as they are, hardly tell apart; shares of the diagonal.
+_RIDGE = 1e-6
 # Keeps parts without any error, or any input, from dividing by zero.
 _TINY = 1e-30
 
@@ -38,7 +43,8 @@ def refit(weight: torch.Tensor, target: torch.Tensor, hessian: Hessian) -> torch
         `weight`'s own, with the values changed; the other parts as they were.
     """
     free = adjustable(weight)
-    found, before = _least_squares(free, target, hessian)
+    fit = _least_squares if free.factors is None else _best_scales
+    found, before = fit(free, target, hessian)
     try:
         stored = adjustable(free.rebuilt(found))  # judged as fp16 holds them
     except UnsupportedError:
@@ -51,6 +57,38 @@ def refit(weight: torch.Tensor, target: torch.Tensor, hessian: Hessian) -> torch
     return free.rebuilt(kept)
 
 
+def _best_scales(
+    free: Adjustable, target: torch.Tensor, hessian: Hessian
+) -> tuple[Values, torch.Tensor]:
+    """Return the scales with the least error in the products, and the parts' errors before."""
+    assert free.factors is not None
+    (scales,) = free.values
+    away = hessian.root(target - free.dense(free.values))
+    pulls = (hessian.back(away).view_as(free.factors) * free.factors).sum(2)
+    found = scales.clone()
+    for start in range(0, len(scales), _ROWS):
+        rows = slice(start, start + _ROWS)
+        grams = _grams(free.factors[rows], hessian.matrix)
+        diagonals = grams.diagonal(dim1=1, dim2=2)
+        diagonals += _RIDGE * diagonals.mean(1, keepdim=True) + _TINY
+        lower, failed = torch.linalg.cholesky_ex(grams)
+        change = torch.cholesky_solve(pulls[rows].unsqueeze(2), lower).squeeze(2)
+        found[rows] += torch.where((failed == 0).unsqueeze(1), change, 0.0)
+    return (found,), _squares(away, free)
+
+
+def _grams(factors: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
+    """Return for each row the products between its groups, a lower triangle `[groups, groups]`."""
+    rows, groups, size = factors.shape
+    grams = factors.new_zeros(rows, groups, groups)
+    for group in range(groups):
+        start = group * size
+        moved = factors[:, group] @ hessian[start : start + size, start:]
+        products = moved.view(rows, -1, size).mul_(factors[:, group:])
+        grams[:, group:, group] = products.sum(2)
+    return grams
+
+
 def _least_squares(
     free: Adjustable, target: torch.Tensor, hessian: Hessian
 ) -> tuple[Values, torch.Tensor]:
@@ -61,7 +99,9 @@ def _least_squares(
     def image(values: Values) -> torch.Tensor:
         return free.dense(values) - at_zero
 
-    inverse = tuple(1 / size for size in _curvatures(free, image, pull, hessian.diagonal))
+    inverse = tuple(
+        1 / size for size in _curvatures(free, image, pull, hessian.matrix.diagonal().clone())
+    )
     away = hessian.root(target - dense)
     before = _squares(away, free)
     residual: Values = pull(hessian.back(away))[0]

@@ -46,7 +46,7 @@ class Quantized:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0
-        for module, name in ((apply, "quantized"), (calibration, "calibrate_weight")):
+        for module, name in ((apply, "quantized"), (calibration, "gptq")):
             monkeypatch.setattr(module, name, self._counting(getattr(module, name)))
 
     def _counting(self, function: Callable[..., Any]) -> Callable[..., Any]:
