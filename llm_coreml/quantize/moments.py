@@ -52,10 +52,14 @@ class Sums:
         # Whether outputs are so few that it takes less to sum their products than the inputs'.
         self._few = 2 * rows < columns
         self._hessian = torch.zeros(columns, columns)
+        self._largest: torch.Tensor | None = None
         self._drift = torch.zeros(rows if self._few else columns, columns)
 
     def add(self, inputs: torch.Tensor, others: torch.Tensor) -> None:
         """Add what the layers get, and get in the unquantized model, fp32 `[tokens, in]` each."""
+        if self._largest is None:  # in whose units squares neither overflow nor vanish
+            self._largest = inputs.abs().max() if inputs.any() else torch.ones(())
+        inputs, others = inputs / self._largest, others / self._largest
         for start in range(0, inputs.shape[1], _STRIP):
             strip = slice(start, start + _STRIP)
             self._hessian[strip, start:].addmm_(inputs[:, strip].T, inputs[:, start:])
