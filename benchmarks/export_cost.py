@@ -123,6 +123,8 @@ def main() -> None:
     layers = _LAYERS[options.model] if options.layers is None else options.layers
     if unknown or layers < 1 or options.repeats < 1:
         parser.error(f"--cases takes {', '.join(CASES)}; --layers and --repeats take 1 or more")
+    if options.model != "1b" and any(name.startswith("peer") for name in chosen):
+        parser.error("the peer needs a copy of all weights in fp32: it is compared at --model 1b")
     with tempfile.TemporaryDirectory(prefix="export-cost-") as name:
         folder = Path(name)
         kinds = "hf,meta" if any(case.startswith("peer") for case in chosen) else "hf"
@@ -235,10 +237,12 @@ def as_json(options: argparse.Namespace, medians: dict[str, Measurement]) -> dic
     return {
         "model": options.model,
         "layers": options.layers or _LAYERS[options.model],
-        "context": options.context,
         "repeats": options.repeats,
         "cpus": os.cpu_count(),
-        "cases": {name: asdict(result) for name, result in medians.items()},
+        "cases": {
+            name: {"context": options.context, **CASES[name].settings, **asdict(result)}
+            for name, result in medians.items()
+        },
         "ratios": ratios(medians),
     }
 

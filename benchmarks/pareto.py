@@ -135,6 +135,9 @@ def made(model: Model, wanted: Format, method: str, text: CalibrationText, steps
     name = None if calibration is None else calibration.name
     config = replace(wanted.config, context=CONTEXT, calibrate=name)
     decoder, _ = build_decoder(model, config, wanted.plan, calibration=calibration)
+    # Zero points are for the token table too; here blocks are compared.
+    same = unquantized(model)
+    decoder.embed_tokens, decoder.lm_head = same.embed_tokens, same.lm_head
     if method == "tuned":
         tune(decoder, unquantized(model), text.windows, steps)
     return decoder

@@ -235,7 +235,7 @@ def test_damage_is_told_by_the_matrix(
         ({"bits": 4, "group_size": 32, "mode": "nvfp4"}, "MLX weights in the mode 'nvfp4'"),
         (
             {"bits": 4, "group_size": 32, "mode": "mxfp4", "lm_head": {"bits": 8}},
-            "MLX weights in the mode 'mxfp4'",
+            "of mode 'mxfp4' with other settings for modules",
         ),
         (
             {

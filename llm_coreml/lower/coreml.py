@@ -49,6 +49,8 @@ def lower_coreml(
 ) -> None:
     """Write the program; identical inputs give identical bytes.
 
+    Python collects no garbage in this process until it is done.
+
     Args:
         decoder: Quantized decoder.
         config: Target, OS and precision.

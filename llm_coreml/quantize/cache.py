@@ -145,9 +145,10 @@ class WeightCache:
         ended = threading.Event()
 
         def drop() -> None:
-            while not ended.wait(_INTERVAL):
-                for pages in list(self._maps):
-                    pages.madvise(mmap.MADV_DONTNEED)
+            with contextlib.suppress(OSError, ValueError):  # a system without it keeps its pages
+                while not ended.wait(_INTERVAL):
+                    for pages in list(self._maps):
+                        pages.madvise(mmap.MADV_DONTNEED)
 
         thread = threading.Thread(target=drop, name="page-out", daemon=True)
         thread.start()

@@ -49,10 +49,21 @@ def integers(
     """
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     grouped = weight.to(torch.float32).reshape(len(weight), -1, group_size)
+    counts = None if importance is None else importance.view(1, -1, group_size)
+    kept, shift = _search(grouped, low, high, kind, counts)
+    codes = _codes(grouped, kept, shift, low, high).to(torch.int8).reshape(weight.shape)
+    if shift is None:
+        return codes, kept, None
+    return codes, kept, shift.to(torch.int8) if kind == "int" else shift
+
+
+def _search(
+    grouped: torch.Tensor, low: int, high: int, kind: ZeroPoint, counts: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the scales and zero points of groups, fp32 `[rows, groups, group_size]`."""
     bottom, top, largest = grouped.amin(2), grouped.amax(2), grouped.abs().amax(2)
     if kind == "int":
         bottom, top = bottom.clamp(max=0), top.clamp(min=0)
-    counts = None if importance is None else importance.view(1, -1, group_size)
     full, sign = (top - bottom) / (high - low), torch.ones_like(top)
     if kind == "none":
         # The one code more below zero serves the side that reaches further.
@@ -78,11 +89,7 @@ def integers(
             f"a weight is {float(largest.max()):g}, whose scale fp16 cannot hold; use another "
             "scheme, or scale the weights."
         )
-    moved = None if kind == "none" else shift
-    codes = _codes(grouped, kept, moved, low, high).to(torch.int8).reshape(weight.shape)
-    if moved is None:
-        return codes, kept, None
-    return codes, kept, shift.to(torch.int8) if kind == "int" else shift
+    return kept, None if kind == "none" else shift
 
 
 def _zero_points(bottom: torch.Tensor, low: int, high: int, kind: ZeroPoint) -> torch.Tensor | None:

@@ -7,8 +7,8 @@
         passage.replace(names[0], weight)                  # before the text goes on
     texts = passage.end()
 
-What a layer gives is computed once its weight has been replaced, and only once. Beside the text
-goes what it would be without any quantized weight, so that the error made so far is known.
+What a layer gives is computed once its weight has been replaced. Beside the text goes what it would
+be without any quantized weight, so that the error made so far is known.
 """
 
 from __future__ import annotations
@@ -62,8 +62,10 @@ class Passage:
         # The same weights, each of which may be replaced by another.
         self._block = copy.deepcopy(original, {id(w): w for w in original.parameters()})
         self._ours, self._theirs = (
-            [_halts(form, states.pop(0), chunk_of) for _ in range(len(states))]
-            for form, states in zip((self._block, original), texts, strict=True)
+            [_halts(form, states.pop(0), chunk_of, again) for _ in range(len(states))]
+            for form, states, again in zip(
+                (self._block, original), texts, (True, False), strict=True
+            )
         )
         self._left = len(SHARED_INPUTS)
         self._originals: list[torch.Tensor] = []
@@ -98,9 +100,12 @@ class Passage:
 
 @torch.inference_mode()
 def _halts(
-    block: Block, x: torch.Tensor, chunk_of: Callable[[int], Chunk]
+    block: Block, x: torch.Tensor, chunk_of: Callable[[int], Chunk], again: bool
 ) -> Iterator[torch.Tensor]:
-    """Yield the inputs of each set of layers, and at last the block's output."""
+    """Yield the inputs of each set of layers, and at last the block's output.
+
+    With `again` the widest inputs are not kept, and computed twice: a text stays halted there.
+    """
     inputs = block.input_layernorm(x)
     yield inputs
     inputs = block.self_attn.joined(inputs, chunk_of(x.shape[1]))
@@ -108,8 +113,11 @@ def _halts(
     x = x + block.self_attn.o_proj(inputs)
     inputs = block.post_attention_layernorm(x)
     yield inputs
+    if again:
+        yield block.mlp.inner(inputs)
     inputs = block.mlp.inner(inputs)
-    yield inputs
+    if not again:
+        yield inputs
     x = x + block.mlp.down_proj(inputs)
     del inputs  # the next window needs the space
     yield x

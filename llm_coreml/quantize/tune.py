@@ -181,13 +181,19 @@ def tune(
 
     Raises:
         CheckpointError: the divergence is not finite.
-        UnsupportedError: a linear layer is not quantized.
+        UnsupportedError: a linear layer is not quantized, or a GPU has too little memory.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    student, home = _Student(decoder, device), teacher.positions.device
-    teacher.to(device)
+    home = teacher.positions.device
     try:
+        student = _Student(decoder, device)
+        teacher.to(device)
         return _tuned(student, decoder, teacher, windows, steps, on_progress)
+    except torch.OutOfMemoryError as error:
+        raise UnsupportedError(
+            "Tuning does not fit the GPU's memory; set CUDA_VISIBLE_DEVICES to nothing to tune on "
+            "the CPU, or export without --tune."
+        ) from error
     finally:
         teacher.to(home)
 

@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -368,3 +369,10 @@ def test_what_is_not_in_use_leaves_the_memory(
     (found,) = kept.load("0" * 64).items()  # type: ignore[union-attr]
     assert found[0] == "name" and torch.equal(found[1].dequantize(), weight.dequantize())
     assert torch.equal(load_file(entries(kept.folder)[0])["name/qdata"], weight.qdata)  # type: ignore[attr-defined]
+
+
+def test_pages_are_no_longer_dropped_after_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), WeightCache(tmp_path, print).paged_out():
+        assert "page-out" in {thread.name for thread in threading.enumerate()}
+        raise ZeroDivisionError
+    assert "page-out" not in {thread.name for thread in threading.enumerate()}

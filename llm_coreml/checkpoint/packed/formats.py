@@ -109,7 +109,9 @@ def _bitsandbytes(settings: Mapping[str, Any], where: str) -> Formats:
 
 def _mlx(settings: Mapping[str, Any], where: str) -> Formats:
     mode = settings.get("mode") or "affine"
-    if mode == "mxfp4" and not any(isinstance(own, Mapping) for own in settings.values()):
+    if mode == "mxfp4":
+        if any(isinstance(own, Mapping) for own in settings.values()):
+            raise _refusal(where, "MLX weights of mode 'mxfp4' with other settings for modules")
         return (MLX_MXFP4,)
     if mode != "affine":
         raise _refusal(where, f"MLX weights in the mode '{mode}'")
