@@ -122,7 +122,7 @@ def measure(
     windows = cut(tokenizer.encode(content), CONTEXT, tokenizer.bos_id, limit)
     original = unquantized(model)
 
-    def read(name: str, **decoders: Decoder) -> list[Quality]:
+    def read(name: str, decoders: dict[str, Decoder]) -> list[Quality]:
         decoders = {"original": original, **decoders}
         runners = {label: EagerRunner(decoder, "eager") for label, decoder in decoders.items()}
         found = measure_quality(runners, windows)
@@ -133,16 +133,15 @@ def measure(
     for name in formats:
         config = ExportConfig(**FORMATS[name])
         like = linear_scheme(ExportConfig(**FORMATS[BASELINES.get(name, name)]))
-        before, plain, rounded = read(
-            name, torchao=by_torchao(model, like), rounded=made(model, config)
-        )
+        plainly = {"torchao": by_torchao(model, like), "rounded": made(model, config)}
+        before, plain, rounded = read(name, plainly)
         calibrated, tuned = [], []
         for text in texts:
             decoders = {"calibrated": made(model, config, text)}
             if steps:
                 decoders["tuned"] = copy.deepcopy(decoders["calibrated"])
                 tune(decoders["tuned"], original, text.windows, steps)
-            found = read(f"{name}, {text.name}", **decoders)[1:]
+            found = read(f"{name}, {text.name}", decoders)[1:]
             calibrated.append(found[0])
             tuned += found[1:]
         yield before, Row(name, plain, rounded, tuple(calibrated), tuple(tuned))
