@@ -32,7 +32,7 @@ from safetensors import safe_open
 from torchao.prototype.quantization.codebook_coreml import CodebookWeightOnlyConfig
 from torchao.quantization import quantize_
 
-from llm_coreml.quantize.kmeans import kmeans
+from llm_coreml.quantize.formats.kmeans import kmeans
 
 try:
     import kmeans1d

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from llm_coreml.eval.results import Latency
 
-from llm_coreml.runtime import Runner
+from llm_coreml.runtime.runner import Runner
 
 _RUNS = 5
 _ENOUGH_SECONDS = 10.0

@@ -14,11 +14,12 @@ from functools import partial
 import torch
 
 from llm_coreml.errors import ConfigError
-from llm_coreml.reference.alignment import Trace, Traced, align
-from llm_coreml.reference.lockstep import Lockstep
-from llm_coreml.reference.parting import Parting
-from llm_coreml.reference.watch import Watch
-from llm_coreml.runtime import ReferenceRunner, split_lengths
+from llm_coreml.reference.observe.alignment import Trace, Traced, align
+from llm_coreml.reference.observe.divergence import Parting
+from llm_coreml.reference.observe.lockstep import Lockstep
+from llm_coreml.reference.observe.watch import Watch
+from llm_coreml.runtime.reference import ReferenceRunner
+from llm_coreml.runtime.runner import split_lengths
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,7 @@ import torch
 from llm_coreml.eval.results import Quality
 
 from llm_coreml.fidelity import kl_divergence, negative_log_likelihood
-from llm_coreml.runtime import Runner
+from llm_coreml.runtime.runner import Runner
 
 
 def measure_quality(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from llm_coreml.bundle import PROGRAM, RESULTS, Bundle
-from llm_coreml.reference.inmemoryfs import unpack
-from llm_coreml.reference.pte import read_delegates
+from llm_coreml.artifact.inmemoryfs import unpack
+from llm_coreml.artifact.pte import read_delegates
+from llm_coreml.bundle.folder import PROGRAM, RESULTS, Bundle
 
 
 def measure_bytes(bundle: Bundle) -> dict[str, int]:

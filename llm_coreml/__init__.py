@@ -15,21 +15,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from llm_coreml.bundle.language_model import LanguageModel, load
     from llm_coreml.config import ExportConfig
     from llm_coreml.errors import LlmCoreMLError
     from llm_coreml.eval.evaluate import evaluate
     from llm_coreml.eval.results import Evaluation
-    from llm_coreml.language_model import LanguageModel, load
     from llm_coreml.pipeline import export
 
 _HOMES = {
     "Evaluation": "llm_coreml.eval.results",
     "ExportConfig": "llm_coreml.config",
-    "LanguageModel": "llm_coreml.language_model",
+    "LanguageModel": "llm_coreml.bundle.language_model",
     "LlmCoreMLError": "llm_coreml.errors",
     "evaluate": "llm_coreml.eval.evaluate",
     "export": "llm_coreml.pipeline",
-    "load": "llm_coreml.language_model",
+    "load": "llm_coreml.bundle.language_model",
 }
 
 __all__ = [

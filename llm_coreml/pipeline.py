@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from llm_coreml.build import Model, build_decoder, open_model, read_calibration, tune_decoder
-from llm_coreml.bundle import (
+from llm_coreml.bundle.card import model_card
+from llm_coreml.bundle.folder import (
     CARD,
     MANIFEST,
     PROGRAM,
@@ -28,23 +28,25 @@ from llm_coreml.bundle import (
     open_bundle,
     write_json,
 )
-from llm_coreml.card import model_card
+from llm_coreml.bundle.manifest import make_manifest
 from llm_coreml.config import ExportConfig, Shapes, resolve_shapes
 from llm_coreml.decoder import Decoder, DecoderSpec
 from llm_coreml.errors import CheckpointError, UnsupportedError
 from llm_coreml.lower.program import constant_methods
-from llm_coreml.manifest import make_manifest
-from llm_coreml.planning import choose_plan, plan_without_weights
+from llm_coreml.model import Model, build_decoder, open_model, read_calibration, tune_decoder
 from llm_coreml.progress import Progress, Silent, free_memory, trim_memory
 from llm_coreml.quantize import QuantizationPlan
 from llm_coreml.quantize.cache import WeightCache, default_folder
-from llm_coreml.quantize.imported import ImportReport, refuse_choices
-from llm_coreml.quantize.text import read_content
+from llm_coreml.quantize.calibrate.text import read_content
+from llm_coreml.quantize.plan.choose import choose_plan, plan_without_weights
+from llm_coreml.quantize.plan.imported import ImportReport, refuse_choices
 from llm_coreml.recipes import bundled_model
-from llm_coreml.reference.execution import Execution
-from llm_coreml.runtime import EagerRunner, ReferenceRunner, program_runner
+from llm_coreml.reference.program.execution import Execution
+from llm_coreml.runtime.eager import EagerRunner
+from llm_coreml.runtime.opening import program_runner
+from llm_coreml.runtime.reference import ReferenceRunner
 from llm_coreml.tokenizer import Tokenizer, convert, special_ids
-from llm_coreml.verify import Reading, Verification, verify, verify_conversion
+from llm_coreml.verify.logits import Reading, Verification, verify, verify_conversion
 
 # Share of a verification's time.
 _CONVERSION = 0.6

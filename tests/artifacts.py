@@ -11,20 +11,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from llm_coreml.build import build_decoder, open_model
+from llm_coreml.artifact import pte
+from llm_coreml.artifact.dtypes import DTYPES, to_tensor
+from llm_coreml.artifact.inmemoryfs import unpack
+from llm_coreml.artifact.mil import Constant, Function, Operation, TensorType
+from llm_coreml.artifact.milproto import parse
 from llm_coreml.config import ExportConfig, Shapes
 from llm_coreml.decoder import Decoder, DecoderSpec
+from llm_coreml.model import build_decoder, open_model
 from llm_coreml.quantize import QuantizationPlan, make_plan
-from llm_coreml.reference import pte
-from llm_coreml.reference.dtypes import DTYPES, to_tensor
-from llm_coreml.reference.inmemoryfs import unpack
-from llm_coreml.reference.mil import Constant, Function, Operation, TensorType
-from llm_coreml.reference.milproto import parse
 from llm_coreml.reference.ops.constexpr import (
     constexpr_blockwise_shift_scale,
     constexpr_lut_to_dense,
 )
-from llm_coreml.runtime import ReferenceRunner, Runner
+from llm_coreml.runtime.reference import ReferenceRunner
+from llm_coreml.runtime.runner import Runner
 
 UNQUANTIZED: dict[str, Any] = {"scheme": "none", "embedding": "none"}
 PROJECTIONS = (

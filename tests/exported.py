@@ -54,7 +54,7 @@ def in_process(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: str | Path
 ) -> Run:
     """Run `llm-coreml` in this process, which has its libraries loaded already."""
-    from llm_coreml.cli import main
+    from llm_coreml.cli.main import main
 
     capfd.readouterr()
     monkeypatch.setattr(sys, "argv", ["llm-coreml", *map(str, words)])

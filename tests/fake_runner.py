@@ -6,7 +6,7 @@ from typing import final
 
 import torch
 
-from llm_coreml.runtime import Runner
+from llm_coreml.runtime.runner import Runner
 
 
 @final

@@ -23,9 +23,11 @@ from tiny import llama
 
 from llm_coreml.config import ExportConfig
 from llm_coreml.errors import ArtifactError, ConfigError, VerificationError
-from llm_coreml.reference.execution import Execution
-from llm_coreml.runtime import EagerRunner, ReferenceRunner, Runner
-from llm_coreml.verify import Reading, verify, verify_conversion
+from llm_coreml.reference.program.execution import Execution
+from llm_coreml.runtime.eager import EagerRunner
+from llm_coreml.runtime.reference import ReferenceRunner
+from llm_coreml.runtime.runner import Runner
+from llm_coreml.verify.logits import Reading, verify, verify_conversion
 
 CONTEXT, VOCABULARY, LENGTHS = 32, 64, (1, 4, 8)
 # Logits of one program, computed twice, are equal; a millionth is far below any rounding of fp16.

@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from llm_coreml.reference import pte
-from llm_coreml.reference.inmemoryfs import pack, unpack
+from llm_coreml.artifact import pte
+from llm_coreml.artifact.inmemoryfs import pack, unpack
 
 Apply = Callable[[Any, bytearray], None]
 _METADATA = struct.Struct("<IIQQQ")

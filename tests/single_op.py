@@ -20,12 +20,12 @@ from coremltools.converters.mil.mil import Builder as mb
 from coremltools.converters.mil.mil import Function as Building
 from coremltools.converters.mil.mil import types
 
-from llm_coreml.reference import mil
-from llm_coreml.reference.compiler import compile_function
-from llm_coreml.reference.dtypes import DTYPES, to_tensor
-from llm_coreml.reference.execution import Execution
+from llm_coreml.artifact import mil
+from llm_coreml.artifact.dtypes import DTYPES, to_tensor
 from llm_coreml.reference.ops import OPS
-from llm_coreml.reference.steps import run_all
+from llm_coreml.reference.program.compiler import compile_function
+from llm_coreml.reference.program.execution import Execution
+from llm_coreml.reference.program.steps import run_all
 
 IOS18 = ct.target.iOS18
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from exported import TEXT, make_model, make_tokenizer, manifest_of
-from llm_coreml.eval.text import cut
+from llm_coreml.eval.heldout import cut
 from tiny import expected_logits
 
 import llm_coreml

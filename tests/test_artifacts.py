@@ -28,11 +28,12 @@ from artifacts import (
 )
 from tiny import BASE, expected_logits, llama, mistral, random_split, save, tokens_for
 
+from llm_coreml.artifact.mil import StateType, TensorType
 from llm_coreml.config import ExportConfig
-from llm_coreml.decoder.cache import CacheView
+from llm_coreml.decoder.states import CacheView
 from llm_coreml.pipeline import export
-from llm_coreml.reference.mil import StateType, TensorType
-from llm_coreml.runtime import EagerRunner, split_lengths
+from llm_coreml.runtime.eager import EagerRunner
+from llm_coreml.runtime.runner import split_lengths
 
 BOUND = 2e-2
 # fp32 activations and weights; what the fp16 states round is rounded in the eager decoder too.
@@ -332,7 +333,7 @@ def test_a_live_model_gives_the_program_of_its_folder(
     config = ExportConfig(bits=2, scheme="codebook", embedding="int8-channel", seq_lengths=(1, 8))
     live = export(model, output=tmp_path / "live", context=32, config=config)
     assert live.program.read_bytes() == (here / "model.pte").read_bytes()
-    from llm_coreml.bundle import open_bundle
+    from llm_coreml.bundle.folder import open_bundle
 
     differing = {
         key for key, value in open_bundle(here).manifest.items() if live.manifest[key] != value

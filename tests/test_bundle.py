@@ -16,8 +16,8 @@ import jsonschema
 import pytest
 from tiny import llama
 
-from llm_coreml.build import open_model
-from llm_coreml.bundle import (
+from llm_coreml.bundle.card import model_card
+from llm_coreml.bundle.folder import (
     MANIFEST,
     PROGRAM,
     check_output,
@@ -26,13 +26,13 @@ from llm_coreml.bundle import (
     open_bundle,
     write_json,
 )
-from llm_coreml.card import model_card
+from llm_coreml.bundle.manifest import file_sha256, make_manifest
 from llm_coreml.config import ExportConfig, resolve_shapes
 from llm_coreml.errors import ArtifactError, ConfigError, OutputError
-from llm_coreml.manifest import file_sha256, make_manifest
+from llm_coreml.model import open_model
 from llm_coreml.pipeline import export
 from llm_coreml.quantize import make_plan
-from llm_coreml.verify import Conversion, Verification
+from llm_coreml.verify.logits import Conversion, Verification
 
 CONVERSION = Conversion(21, 60, 2e-7, 3e-5)
 
@@ -307,7 +307,7 @@ def test_an_export_refuses_its_output_before_it_opens_the_model(bundle: Path) ->
 _FILL = """
 import sys
 from pathlib import Path
-from llm_coreml.bundle import new_bundle, write_json
+from llm_coreml.bundle.folder import new_bundle, write_json
 from llm_coreml.errors import OutputError
 
 way, output, cap = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])

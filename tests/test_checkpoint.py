@@ -20,9 +20,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from llm_coreml.checkpoint import Checkpoint, Source, check_tensors, open_checkpoint
+from llm_coreml.checkpoint import checkpoint as checkpoint_module
 from llm_coreml.checkpoint import files as checkpoint_files
-from llm_coreml.checkpoint import tensors as checkpoint_tensors
-from llm_coreml.checkpoint.tensors import WEIGHT_DTYPES
+from llm_coreml.checkpoint.checkpoint import WEIGHT_DTYPES
 from llm_coreml.errors import (
     CheckpointError,
     ConfigError,
@@ -141,7 +141,7 @@ def test_shards_are_several_files(saved: Path) -> None:
 def test_cast_is_the_one_of_torch(
     one: Path, monkeypatch: pytest.MonkeyPatch, stored: torch.dtype, wanted: torch.dtype
 ) -> None:
-    monkeypatch.setattr(checkpoint_tensors, "_CHUNK", 7)
+    monkeypatch.setattr(checkpoint_module, "_CHUNK", 7)
     value = torch.randn(5, 3, 4).to(stored)
     save_file({"a": value, "scalar": value[0, 0, 0].clone(), "none": value[:0].clone()},
               one / "model.safetensors")  # fmt: skip
@@ -204,7 +204,7 @@ def test_unknown_name_and_type(saved: Path, models_by_tie: dict[bool, Any]) -> N
 def test_value_that_is_not_finite(
     one: Path, monkeypatch: pytest.MonkeyPatch, bad: float, wanted: torch.dtype
 ) -> None:
-    monkeypatch.setattr(checkpoint_tensors, "_CHUNK", 5)
+    monkeypatch.setattr(checkpoint_module, "_CHUNK", 5)
     value = torch.ones(4, 6)
     value[2, 3] = value[3, 1] = bad
     edit_weights(one, bad=value)
@@ -222,9 +222,9 @@ def test_one_bad_value_is_seen_wherever_it_is(dtype: torch.dtype, bad: float) ->
     for size in (1, 7, 64, 1031):
         for at in range(0, size, 1 if size < 100 else 31):
             value = torch.randn(size).to(dtype)
-            assert checkpoint_tensors._all_finite(value)
+            assert checkpoint_module._all_finite(value)
             value[at] = bad
-            assert not checkpoint_tensors._all_finite(value)
+            assert not checkpoint_module._all_finite(value)
 
 
 def test_overflow_of_float16(one: Path) -> None:
@@ -266,7 +266,7 @@ def test_hash_is_of_the_content(
     saved: Path, one: Path, monkeypatch: pytest.MonkeyPatch, models_by_tie: dict[bool, Any]
 ) -> None:
     whole = open_checkpoint(saved / "one").sha256()
-    monkeypatch.setattr(checkpoint_tensors, "_CHUNK", 11)
+    monkeypatch.setattr(checkpoint_module, "_CHUNK", 11)
     assert len(whole) == 64
     assert open_checkpoint(saved / "shards").sha256() == whole
     assert open_checkpoint(models_by_tie[True]).sha256() == whole

@@ -15,9 +15,9 @@ import pytest
 from exported import CHATTER, SHAPES, Run, command, files_of, in_process, manifest_of, run
 from llm_coreml.recipes import recipe_names
 
-from llm_coreml.cli import cli
+from llm_coreml.cli.main import cli
 from llm_coreml.config import ExportConfig
-from llm_coreml.quantize.schemes import SCHEMES
+from llm_coreml.quantize.formats.schemes import SCHEMES
 from llm_coreml.targets import TARGETS
 
 COMMANDS = ("diff", "eval", "export", "generate", "inspect", "ls", "run", "show")
@@ -42,7 +42,7 @@ def test_help_imports_nothing_heavy(words: tuple[str, ...]) -> None:
     script = f"""
 import sys
 sys.argv = ["llm-coreml", *{words!r}, "--help"]
-from llm_coreml.cli import main
+from llm_coreml.cli.main import main
 try:
     main()
 except SystemExit as ended:
@@ -163,7 +163,7 @@ class FakeExport:
         self.given: dict[str, Any] = {}
 
     def __call__(self, model: str, **given: Any) -> Any:
-        from llm_coreml.bundle import open_bundle
+        from llm_coreml.bundle.folder import open_bundle
 
         given["progress"].stage("open")
         self.given = {"model": model, **given}

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llm_coreml.bundle.manifest import rebuild_command
 from llm_coreml.checkpoint import Source
 from llm_coreml.config import ExportConfig, Shapes, resolve_shapes
 from llm_coreml.errors import ConfigError, LlmCoreMLError, UnsupportedError
-from llm_coreml.manifest import rebuild_command
 from llm_coreml.targets import MINIMUM_OS, TARGETS, opset_of
 
 

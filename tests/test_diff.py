@@ -21,10 +21,10 @@ from tiny import tokens_for
 
 from llm_coreml.errors import ArtifactError, ConfigError
 from llm_coreml.reference import CoreMLProgram
-from llm_coreml.reference.alignment import Trace, Traced, align
-from llm_coreml.reference.lockstep import Lockstep
-from llm_coreml.reference.parting import Parting, relative_error
-from llm_coreml.reference.watch import Watch
+from llm_coreml.reference.observe.alignment import Trace, Traced, align
+from llm_coreml.reference.observe.divergence import Parting, relative_error
+from llm_coreml.reference.observe.lockstep import Lockstep
+from llm_coreml.reference.observe.watch import Watch
 
 half = np.float16
 Given = dict[str, torch.Tensor]

@@ -16,12 +16,12 @@ from gguf import GGMLQuantizationType as Kind
 from gguf import quants
 from tiny import llama, save
 
-from llm_coreml.build import build_decoder, open_model, plan_for
 from llm_coreml.checkpoint import open_checkpoint
 from llm_coreml.checkpoint.packed import PackedCheckpoint
 from llm_coreml.config import ExportConfig
 from llm_coreml.errors import CheckpointError, UnsupportedError
-from llm_coreml.quantize.apply import dense_rows
+from llm_coreml.model import build_decoder, open_model, plan_for
+from llm_coreml.quantize.formats.round import dense_rows
 
 Array = np.ndarray[Any, Any]
 HEADS, KEY_HEADS = 4, 2

@@ -16,10 +16,10 @@ from handmade import HALF, INT, program, tensor
 from llm_coreml.eval.inspection import Difference, Inspection, Result, inspect_numerics
 from rich.console import Console
 
-from llm_coreml.options import MODES
-from llm_coreml.reference.numerics import MODES as KNOWN_MODES
-from llm_coreml.reference.watch import Observed, Watch
-from llm_coreml.tables import inspection_table
+from llm_coreml.cli.options import MODES
+from llm_coreml.cli.tables import inspection_table
+from llm_coreml.reference.observe.watch import Observed, Watch
+from llm_coreml.reference.program.numerics import MODES as KNOWN_MODES
 
 half = np.float16
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from tiny import llama
 
-from llm_coreml.build import build_decoder, open_model, plan_for
 from llm_coreml.config import ExportConfig
+from llm_coreml.model import build_decoder, open_model, plan_for
 
 
 @pytest.mark.parametrize("target", ["gpu", "ane"])

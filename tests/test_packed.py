@@ -13,11 +13,11 @@ import torch
 from packers import awq, checkpoint, compressed, gptq, hqq, mlx, mxfp4, nf4
 from safetensors.torch import load_file, save_file
 
-from llm_coreml.build import build_decoder, open_model, plan_for
 from llm_coreml.config import ExportConfig
 from llm_coreml.errors import CheckpointError, ConfigError, LlmCoreMLError, UnsupportedError
+from llm_coreml.model import build_decoder, open_model, plan_for
 from llm_coreml.pipeline import export
-from llm_coreml.quantize.schemes import Unquantized
+from llm_coreml.quantize.formats.schemes import Unquantized
 
 CONFIG = ExportConfig(context=32)
 UP = "model.layers.0.mlp.up_proj"

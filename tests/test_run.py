@@ -21,7 +21,7 @@ from exported import Run, in_process
 from handmade import HALF, INT, package, tensor
 from safetensors.torch import load_file, save_file
 
-from llm_coreml.tensor_files import write_tensors
+from llm_coreml.runtime.tensor_files import write_tensors
 
 half = np.float16
 Command = Callable[..., Run]
@@ -230,7 +230,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, kind: str) -> None:
 def test_amounts_of_memory(word: str, size: int) -> None:
     import click
 
-    from llm_coreml.options import memory
+    from llm_coreml.cli.options import memory
 
     context, parameter = click.Context(click.Command("x")), click.Option(["--x"])
     assert memory(context, parameter, word) == size

@@ -11,10 +11,12 @@ from fake_runner import FakeRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_coreml.bundle import open_bundle
+from llm_coreml.bundle.folder import open_bundle
 from llm_coreml.errors import ConfigError
-from llm_coreml.runtime import ReferenceRunner, open_runner, split_lengths
-from llm_coreml.sampling import Sampler
+from llm_coreml.runtime.opening import open_runner
+from llm_coreml.runtime.reference import ReferenceRunner
+from llm_coreml.runtime.runner import split_lengths
+from llm_coreml.runtime.sampling import Sampler
 
 VOCAB = 11
 # After token t the likeliest is t + 1.

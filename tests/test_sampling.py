@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_coreml.errors import ConfigError
-from llm_coreml.sampling import Sampler
+from llm_coreml.runtime.sampling import Sampler
 
 # Probabilities 0.5, 0.3, 0.15 and 0.05, the likeliest not first.
 PROBABILITIES = (0.3, 0.5, 0.05, 0.15)

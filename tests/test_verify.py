@@ -13,9 +13,11 @@ from tiny import tokens_for
 
 from llm_coreml.decoder import Decoder
 from llm_coreml.errors import VerificationError
-from llm_coreml.reference.execution import Execution
-from llm_coreml.runtime import EagerRunner, ReferenceRunner, Runner
-from llm_coreml.verify import (
+from llm_coreml.reference.program.execution import Execution
+from llm_coreml.runtime.eager import EagerRunner
+from llm_coreml.runtime.reference import ReferenceRunner
+from llm_coreml.runtime.runner import Runner
+from llm_coreml.verify.logits import (
     MAX_RELATIVE_ERROR,
     Conversion,
     Reading,

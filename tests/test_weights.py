@@ -12,15 +12,15 @@ from artifacts import UNQUANTIZED, Artifact, lower
 from tiny import llama
 from torchao.utils import TorchAOBaseTensor
 
+from llm_coreml.artifact.mil import Constant, TensorType
 from llm_coreml.config import ExportConfig
 from llm_coreml.errors import VerificationError
-from llm_coreml.quantize.apply import dense_rows
-from llm_coreml.reference.constants import PackedWeight
-from llm_coreml.reference.execution import Execution
-from llm_coreml.reference.mil import Constant, TensorType
-from llm_coreml.reference.numerics import numerics
-from llm_coreml.runtime import ReferenceRunner
-from llm_coreml.weights import check_weights
+from llm_coreml.quantize.formats.round import dense_rows
+from llm_coreml.reference.program.constants import PackedWeight
+from llm_coreml.reference.program.execution import Execution
+from llm_coreml.reference.program.numerics import numerics
+from llm_coreml.runtime.reference import ReferenceRunner
+from llm_coreml.verify.weights import check_weights
 
 Constants = list[tuple[str, torch.Tensor | PackedWeight]]
 

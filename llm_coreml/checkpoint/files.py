@@ -19,8 +19,8 @@ from typing import Any, final
 import torch
 from safetensors import SafetensorError, safe_open
 
+from llm_coreml.checkpoint.checkpoint import TOKENIZER_FILES, Checkpoint, Source, listing
 from llm_coreml.checkpoint.packed import find_formats
-from llm_coreml.checkpoint.tensors import TOKENIZER_FILES, Checkpoint, Source, listing
 from llm_coreml.errors import CheckpointError, OutputError, UnsupportedError, nearest
 
 CONFIG = "config.json"

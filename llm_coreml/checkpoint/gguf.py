@@ -19,6 +19,7 @@ from typing import Any, final
 import numpy as np
 import torch
 
+from llm_coreml.checkpoint.checkpoint import TOKENIZER_FILES, Checkpoint, Source
 from llm_coreml.checkpoint.files import (
     GENERATION_CONFIG,
     copy_tokenizer,
@@ -27,7 +28,6 @@ from llm_coreml.checkpoint.files import (
 )
 from llm_coreml.checkpoint.gguf_header import Header, Octets, TensorInfo, read_header
 from llm_coreml.checkpoint.packed.blocks import BLOCKS
-from llm_coreml.checkpoint.tensors import TOKENIZER_FILES, Checkpoint, Source
 from llm_coreml.errors import CheckpointError, UnsupportedError, nearest
 
 SUFFIX = ".gguf"

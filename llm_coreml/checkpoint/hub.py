@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from llm_coreml.checkpoint.checkpoint import TOKENIZER_FILES, Source
 from llm_coreml.checkpoint.files import (
     ADAPTER_CONFIG,
     CONFIG,
@@ -23,7 +24,6 @@ from llm_coreml.checkpoint.files import (
     read_config,
     read_weight_map,
 )
-from llm_coreml.checkpoint.tensors import TOKENIZER_FILES, Source
 from llm_coreml.errors import CheckpointError
 
 _SMALL_FILES = (CONFIG, ADAPTER_CONFIG, INDEX, *TOKENIZER_FILES)

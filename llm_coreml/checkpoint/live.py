@@ -15,8 +15,8 @@ from typing import Any, final
 
 import torch
 
+from llm_coreml.checkpoint.checkpoint import TOKENIZER_FILES, Checkpoint, Source
 from llm_coreml.checkpoint.files import GENERATION_CONFIG, check_config
-from llm_coreml.checkpoint.tensors import TOKENIZER_FILES, Checkpoint, Source
 from llm_coreml.errors import CheckpointError, OutputError, UnsupportedError, nearest
 
 _WHERE = "the live model"

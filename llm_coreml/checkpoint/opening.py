@@ -18,18 +18,18 @@ from typing import Any
 
 import torch
 
-from llm_coreml.checkpoint.files import open_folder
-from llm_coreml.checkpoint.gguf import SUFFIX, open_gguf
-from llm_coreml.checkpoint.hub import open_hub
-from llm_coreml.checkpoint.live import open_live
-from llm_coreml.checkpoint.packed import PackedCheckpoint, find_formats
-from llm_coreml.checkpoint.tensors import (
+from llm_coreml.checkpoint.checkpoint import (
     WEIGHT_DTYPES,
     Checkpoint,
     Source,
     listing,
     type_name,
 )
+from llm_coreml.checkpoint.files import open_folder
+from llm_coreml.checkpoint.gguf import SUFFIX, open_gguf
+from llm_coreml.checkpoint.hub import open_hub
+from llm_coreml.checkpoint.live import open_live
+from llm_coreml.checkpoint.packed import PackedCheckpoint, find_formats
 from llm_coreml.errors import CheckpointError, ConfigError
 
 __all__ = ["Checkpoint", "Source", "check_tensors", "open_checkpoint"]

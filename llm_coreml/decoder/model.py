@@ -14,27 +14,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from llm_coreml.decoder.cache import KVCache
-from llm_coreml.decoder.layers import AttentionForm, Block, Chunk, Linear
+from llm_coreml.decoder.attention import AttentionForm
+from llm_coreml.decoder.block import Block
+from llm_coreml.decoder.chunk import Chunk
+from llm_coreml.decoder.linear import Embedding, Linear
 from llm_coreml.decoder.norm import RMSNorm
 from llm_coreml.decoder.rope import rope_tables
 from llm_coreml.decoder.spec import DecoderSpec
+from llm_coreml.decoder.states import KVCache
 
 LogitsForm = Literal["last", "all"]
 
 # Far below any score, far inside fp16: exp() of it is zero, and no -inf meets the hardware.
 _MASKED = -4.0e4
-
-
-class Embedding(nn.Embedding):
-    """A token table without weights at first, which may be stored narrower than it computes."""
-
-    def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
-        super().__init__(num_embeddings, embedding_dim, device="meta")
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return the rows of int `tokens` `[1, S]` as float32 `[1, S, hidden]`."""
-        return F.embedding(tokens, self.weight).to(torch.float32)
 
 
 class Decoder(nn.Module):

@@ -13,8 +13,8 @@ import uuid
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from llm_coreml.reference.inmemoryfs import pieces
-from llm_coreml.reference.mapped import map_folder
+from llm_coreml.artifact.inmemoryfs import pieces
+from llm_coreml.artifact.mapped import map_folder
 
 _PACKAGE = "model.mlpackage"
 _MODEL = f"{_PACKAGE}/Data/com.apple.CoreML/model.mlmodel"

@@ -29,7 +29,7 @@ from typing import Any, BinaryIO
 import torch
 
 import llm_coreml
-from llm_coreml.quantize.stored import from_parts, to_parts
+from llm_coreml.quantize.formats.serialize import from_parts, to_parts
 
 _VARIABLE = "LLM_COREML_CACHE"
 _SUFFIX = ".safetensors"

@@ -20,13 +20,13 @@ from llm_coreml.checkpoint import Checkpoint, check_tensors
 from llm_coreml.decoder import Decoder
 from llm_coreml.errors import UnsupportedError
 from llm_coreml.families import Family
-from llm_coreml.quantize.apply import quantize_weight
 from llm_coreml.quantize.cache import WeightCache
-from llm_coreml.quantize.calibration import Calibration
-from llm_coreml.quantize.imported import imported_weight, set_input_order
+from llm_coreml.quantize.calibrate.calibration import Calibration
+from llm_coreml.quantize.formats.round import quantize_weight
+from llm_coreml.quantize.formats.schemes import Scheme, Unquantized
 from llm_coreml.quantize.keys import Keys
-from llm_coreml.quantize.plan import QuantizationPlan
-from llm_coreml.quantize.schemes import Scheme, Unquantized
+from llm_coreml.quantize.plan.imported import imported_weight, set_input_order
+from llm_coreml.quantize.plan.plan import QuantizationPlan
 
 
 def check_checkpoint(decoder: Decoder, checkpoint: Checkpoint, family: Family) -> dict[str, str]:

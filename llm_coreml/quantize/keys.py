@@ -14,9 +14,9 @@ import torch
 
 from llm_coreml.checkpoint import Checkpoint
 from llm_coreml.decoder import Decoder
-from llm_coreml.decoder.layers import Attention
+from llm_coreml.decoder.attention import Attention
 from llm_coreml.quantize.cache import make_key
-from llm_coreml.quantize.plan import QuantizationPlan
+from llm_coreml.quantize.plan.plan import QuantizationPlan
 
 
 class Keys:

@@ -5,14 +5,14 @@
     forward = load_method("model.pte")
     logits = forward(tokens, start_pos)
 
-`load` gives the Core ML program alone, `load_method` the whole method as a runner calls it, and
-`load_methods` all of a file's. The file formats are in `pte`, `inmemoryfs`, `weights` and
-`milproto`, which are useful without a call.
+What comes in are parsed files of `artifact`; what leaves are tensors. `program` compiles and runs
+one function of a model, with the operations of `ops`; `method` runs the kernels and delegates of a
+method; `observe` watches a run, and holds two against each other.
 """
 
-from llm_coreml.reference.execution import Execution
-from llm_coreml.reference.method import LoadedMethod, load_method, load_methods
-from llm_coreml.reference.packages import load
-from llm_coreml.reference.runtime import CoreMLProgram
+from llm_coreml.reference.load import load, load_method, load_methods
+from llm_coreml.reference.method.method import LoadedMethod
+from llm_coreml.reference.program.execution import Execution
+from llm_coreml.reference.program.program import CoreMLProgram
 
 __all__ = ["CoreMLProgram", "Execution", "LoadedMethod", "load", "load_method", "load_methods"]

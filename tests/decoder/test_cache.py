@@ -6,9 +6,9 @@ import pytest
 import torch
 from tiny import llama, tokens_for
 
-from llm_coreml.build import build_original, open_model
 from llm_coreml.decoder import Decoder
-from llm_coreml.decoder.cache import KVCache, kv_write
+from llm_coreml.decoder.states import KVCache, kv_write
+from llm_coreml.model import build_original, open_model
 
 
 @pytest.fixture(scope="module")

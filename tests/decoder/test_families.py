@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from tiny import llama, mistral, save
 
-from llm_coreml.build import build_original, open_model
 from llm_coreml.decoder.spec import RopeSpec
 from llm_coreml.errors import CheckpointError, UnsupportedError
 from llm_coreml.families import find_family, known_model_types
+from llm_coreml.model import build_original, open_model
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",

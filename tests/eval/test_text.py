@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from llm_coreml.eval.text import cut, read_text
+from llm_coreml.eval.heldout import cut, read_text
 
 from llm_coreml.errors import ConfigError
 

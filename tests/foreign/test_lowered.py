@@ -18,9 +18,9 @@ from foreign.samples import made, uniform
 from torch import nn
 from torch.nn import functional as F
 
+from llm_coreml.artifact.pte import read
 from llm_coreml.errors import ArtifactError
 from llm_coreml.reference import LoadedMethod, load_method
-from llm_coreml.reference.pte import read
 
 # torch.export says so of its own recurrent layers.
 pytestmark = pytest.mark.filterwarnings("ignore:The tensor attributes .* were assigned during")

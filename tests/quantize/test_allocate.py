@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_coreml.quantize.allocate import Option, allocate
+from llm_coreml.quantize.plan.allocate import Option, allocate
 
 Items = list[list[Option]]
 ITEMS = st.lists(

@@ -14,20 +14,25 @@ from llm_coreml.recipes import bundled_model
 from tiny import llama, save, tokens_for
 
 import llm_coreml
-from llm_coreml.build import build_decoder, open_model
-from llm_coreml.bundle import open_bundle
+from llm_coreml.bundle.folder import open_bundle
 from llm_coreml.config import ExportConfig
 from llm_coreml.decoder import Decoder
-from llm_coreml.decoder.layers import Linear
+from llm_coreml.decoder.linear import Linear
 from llm_coreml.errors import CheckpointError, UnsupportedError
+from llm_coreml.model import build_decoder, open_model
 from llm_coreml.progress import Silent
 from llm_coreml.quantize import make_plan
-from llm_coreml.quantize.apply import dense_rows
-from llm_coreml.quantize.calibration import calibrated as calibrate
-from llm_coreml.quantize.moments import Moments
-from llm_coreml.quantize.passage import SHARED_INPUTS
-from llm_coreml.quantize.schemes import IntChannel, Unquantized
-from llm_coreml.quantize.text import CalibrationText, common_passage, read_content, tokenize
+from llm_coreml.quantize.calibrate.calibration import calibrated as calibrate
+from llm_coreml.quantize.calibrate.moments import Moments
+from llm_coreml.quantize.calibrate.stream import SHARED_INPUTS
+from llm_coreml.quantize.calibrate.text import (
+    CalibrationText,
+    common_passage,
+    read_content,
+    tokenize,
+)
+from llm_coreml.quantize.formats.round import dense_rows
+from llm_coreml.quantize.formats.schemes import IntChannel, Unquantized
 from llm_coreml.tokenizer import Tokenizer
 
 SIZES: dict[str, Any] = {"num_hidden_layers": 3, "intermediate_size": 96}
@@ -74,7 +79,7 @@ def test_each_layer_is_calibrated_on_what_the_quantized_ones_before_it_give(
         found.append(Moments(hessian.clone(), drift, of_outputs))
         return calibrate(weights, scheme_of, moments)
 
-    monkeypatch.setattr("llm_coreml.quantize.calibration.calibrated", recorded)
+    monkeypatch.setattr("llm_coreml.quantize.calibrate.calibration.calibrated", recorded)
     calibrated, judge = build(folder, CALIBRATED), build(folder, UNQUANTIZED)
     original = build(folder, UNQUANTIZED)
     # From the first layer on, the judge takes over what is quantized, and nothing else.

@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import llama, save
 
-from llm_coreml.build import build_decoder, build_original, open_model
 from llm_coreml.checkpoint import Checkpoint
 from llm_coreml.config import ExportConfig
 from llm_coreml.errors import CheckpointError, UnsupportedError
+from llm_coreml.model import build_decoder, build_original, open_model
 from llm_coreml.quantize import make_plan
-from llm_coreml.quantize.apply import quantize_weight
-from llm_coreml.quantize.schemes import Codebook, IntChannel, IntGroup, Scheme
+from llm_coreml.quantize.formats.round import quantize_weight
+from llm_coreml.quantize.formats.schemes import Codebook, IntChannel, IntGroup, Scheme
 
 CONFIG = ExportConfig(context=32)
 

@@ -13,21 +13,33 @@ from artifacts import UNQUANTIZED, constant_operations, matrices, matrix_names
 from tiny import llama
 from torch import nn
 
-from llm_coreml.build import build_decoder, open_model
-from llm_coreml.cli import export_command
+from llm_coreml.cli.main import export_command
 from llm_coreml.config import ExportConfig
 from llm_coreml.decoder import Decoder
 from llm_coreml.errors import UnsupportedError
+from llm_coreml.model import build_decoder, open_model
 from llm_coreml.quantize import SCHEMES, make_plan
-from llm_coreml.quantize.apply import dense_rows
-from llm_coreml.quantize.plan import linear_scheme
-from llm_coreml.quantize.schemes import Codebook, IntChannel, IntGroup, Mxfp4, Scheme, ZeroPoint
-from llm_coreml.quantize.tensors import codebook_tensor, integer_tensor, lookup_tensor, mxfp4_tensor
-from llm_coreml.reference.constants import PackedWeight
-from llm_coreml.reference.execution import Execution
-from llm_coreml.runtime import ReferenceRunner
+from llm_coreml.quantize.formats.round import dense_rows
+from llm_coreml.quantize.formats.schemes import (
+    Codebook,
+    IntChannel,
+    IntGroup,
+    Mxfp4,
+    Scheme,
+    ZeroPoint,
+)
+from llm_coreml.quantize.formats.tensors import (
+    codebook_tensor,
+    integer_tensor,
+    lookup_tensor,
+    mxfp4_tensor,
+)
+from llm_coreml.quantize.plan.plan import linear_scheme
+from llm_coreml.reference.program.constants import PackedWeight
+from llm_coreml.reference.program.execution import Execution
+from llm_coreml.runtime.reference import ReferenceRunner
 from llm_coreml.targets import TARGETS
-from llm_coreml.weights import check_weights
+from llm_coreml.verify.weights import check_weights
 
 Shape = tuple[int, int]
 
@@ -255,8 +267,8 @@ def test_weights_that_stay_packed_are_expanded_row_by_row(
     lowered: Lowered, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = ReferenceRunner(lowered.path, Execution(mode="fp32"))
-    monkeypatch.setattr("llm_coreml.reference.constants._SMALL", 0)
-    monkeypatch.setattr("llm_coreml.reference.constants._SLICE", 1000)
+    monkeypatch.setattr("llm_coreml.reference.program.constants._SMALL", 0)
+    monkeypatch.setattr("llm_coreml.reference.program.constants._SLICE", 1000)
     packed = ReferenceRunner(lowered.path, Execution(mode="fp32", memory_budget=0))
     kept = [value for _, value in packed.constants() if isinstance(value, PackedWeight)]
     assert sum(len(value.shape) == 2 for value in kept) >= len(lowered.made)

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from llm_coreml.errors import CheckpointError, UnsupportedError
-from llm_coreml.quantize.apply import quantized
-from llm_coreml.quantize.gptq import gptq
-from llm_coreml.quantize.grids import CodebookGrid, Grid, IntegerGrid, grid_of
-from llm_coreml.quantize.hessian import DAMPING, Hessian
-from llm_coreml.quantize.schemes import Codebook, IntChannel, IntGroup, Scheme, Unquantized
+from llm_coreml.quantize.calibrate.gptq import gptq
+from llm_coreml.quantize.calibrate.hessian import DAMPING, Hessian
+from llm_coreml.quantize.formats.grids import CodebookGrid, Grid, IntegerGrid, grid_of
+from llm_coreml.quantize.formats.round import quantized
+from llm_coreml.quantize.formats.schemes import Codebook, IntChannel, IntGroup, Scheme, Unquantized
 
 SCHEMES: dict[str, Scheme] = {
     "int4-group": IntGroup(4, 8),
@@ -178,7 +178,7 @@ def test_a_hessian_beyond_repair_is_refused() -> None:
 
 
 def test_the_factor_solves_and_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llm_coreml.quantize.hessian._STRIP", 64)
+    monkeypatch.setattr("llm_coreml.quantize.calibrate.hessian._STRIP", 64)
     weight, inputs = problem(seed=6)
     inputs[:, 3] = 0
     wanted = hessian_of(inputs)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_coreml.errors import UnsupportedError
-from llm_coreml.quantize.kmeans import kmeans
+from llm_coreml.quantize.formats.kmeans import kmeans
 
 SORTED, BINNED = 1500, 20000  # numbers of values that take the one way and the other
 

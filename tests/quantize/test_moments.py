@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llm_coreml.quantize import moments
-from llm_coreml.quantize.hessian import DAMPING
-from llm_coreml.quantize.moments import Moments, Sums
+from llm_coreml.quantize.calibrate import moments
+from llm_coreml.quantize.calibrate.hessian import DAMPING
+from llm_coreml.quantize.calibrate.moments import Moments, Sums
 
 
 def summed(

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
+from llm_coreml.bundle.manifest import bits_per_weight
 from llm_coreml.config import ExportConfig
 from llm_coreml.decoder import DecoderSpec
 from llm_coreml.errors import ConfigError, LlmCoreMLError, UnsupportedError
-from llm_coreml.manifest import bits_per_weight
 from llm_coreml.quantize import SCHEMES, Scheme, make_plan
-from llm_coreml.quantize.plan import linear_scheme
-from llm_coreml.quantize.schemes import Codebook, IntChannel, IntGroup, Mxfp4, Unquantized
+from llm_coreml.quantize.formats.schemes import Codebook, IntChannel, IntGroup, Mxfp4, Unquantized
+from llm_coreml.quantize.plan.plan import linear_scheme
 
 SPEC = DecoderSpec(
     model_type="llama",

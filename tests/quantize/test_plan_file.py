@@ -16,9 +16,7 @@ from llm_coreml.config import ExportConfig
 from llm_coreml.decoder import DecoderSpec
 from llm_coreml.errors import ConfigError, UnsupportedError
 from llm_coreml.quantize import QuantizationPlan, make_plan
-from llm_coreml.quantize.plan import matrices
-from llm_coreml.quantize.plan_file import parse_plan, plan_json, read_plan
-from llm_coreml.quantize.schemes import (
+from llm_coreml.quantize.formats.schemes import (
     CODEBOOK_BITS,
     Codebook,
     IntChannel,
@@ -26,6 +24,8 @@ from llm_coreml.quantize.schemes import (
     Scheme,
     Unquantized,
 )
+from llm_coreml.quantize.plan.plan import matrices
+from llm_coreml.quantize.plan.plan_file import parse_plan, plan_json, read_plan
 
 SPEC = DecoderSpec(
     model_type="llama",
@@ -177,7 +177,7 @@ def test_files_that_are_absent_or_endless_are_refused(
         read_plan(tmp_path / "absent", CONFIG, SPEC)
     with pytest.raises(ConfigError, match="cannot be read: "):
         read_plan(tmp_path, CONFIG, SPEC)
-    monkeypatch.setattr("llm_coreml.quantize.plan_file._LARGEST_FILE", 1 << 10)
+    monkeypatch.setattr("llm_coreml.quantize.plan.plan_file._LARGEST_FILE", 1 << 10)
     (tmp_path / "long.json").write_text(json.dumps(good()))
     with pytest.raises(ConfigError, match="cannot be read: it is larger than"):
         read_plan(tmp_path / "long.json", CONFIG, SPEC)

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from llm_coreml.errors import UnsupportedError
-from llm_coreml.quantize.apply import quantized
-from llm_coreml.quantize.grids import grid_of
-from llm_coreml.quantize.integers import integers
-from llm_coreml.quantize.mxfp4 import mxfp4
-from llm_coreml.quantize.schemes import Codebook, IntChannel, IntGroup, Mxfp4, Scheme
-from llm_coreml.quantize.tensors import integer_tensor, lookup_tensor
-from llm_coreml.quantize.vectors import kmeans_vectors
+from llm_coreml.quantize.formats.grids import grid_of
+from llm_coreml.quantize.formats.integers import integers
+from llm_coreml.quantize.formats.mxfp4 import mxfp4
+from llm_coreml.quantize.formats.round import quantized
+from llm_coreml.quantize.formats.schemes import Codebook, IntChannel, IntGroup, Mxfp4, Scheme
+from llm_coreml.quantize.formats.tensors import integer_tensor, lookup_tensor
+from llm_coreml.quantize.formats.vectors import kmeans_vectors
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from llm_coreml.errors import UnsupportedError
-from llm_coreml.quantize.adjustable import adjustable
-from llm_coreml.quantize.apply import dense_rows, quantized
-from llm_coreml.quantize.hessian import DAMPING, Hessian
-from llm_coreml.quantize.refit import refit
-from llm_coreml.quantize.schemes import Codebook, IntChannel, IntGroup, Mxfp4, Scheme
+from llm_coreml.quantize.calibrate.hessian import DAMPING, Hessian
+from llm_coreml.quantize.calibrate.refit import refit
+from llm_coreml.quantize.formats.adjustable import adjustable
+from llm_coreml.quantize.formats.round import dense_rows, quantized
+from llm_coreml.quantize.formats.schemes import Codebook, IntChannel, IntGroup, Mxfp4, Scheme
 
 SCHEMES: dict[str, Scheme] = {
     "int4-group": IntGroup(4, 16),

@@ -14,16 +14,16 @@ from safetensors.torch import load_file, save_file
 from tiny import expected_logits, llama, mistral, save, tokens_for
 
 import llm_coreml
-from llm_coreml.build import build_decoder, open_model
-from llm_coreml.bundle import manifest_schema, open_bundle
+from llm_coreml.bundle.folder import manifest_schema, open_bundle
 from llm_coreml.config import ExportConfig
 from llm_coreml.decoder import Decoder
 from llm_coreml.errors import CheckpointError, ConfigError, UnsupportedError
 from llm_coreml.fidelity import kl_divergence
+from llm_coreml.model import build_decoder, open_model
 from llm_coreml.quantize import make_plan
-from llm_coreml.quantize.hadamard import Rotation, paley
-from llm_coreml.quantize.rotation import RotatedCheckpoint, rotated, rotations
-from llm_coreml.quantize.text import CalibrationText
+from llm_coreml.quantize.calibrate.text import CalibrationText
+from llm_coreml.quantize.rotate.hadamard import Rotation, paley
+from llm_coreml.quantize.rotate.rotation import RotatedCheckpoint, rotated, rotations
 
 EXACT: dict[str, Any] = {"scheme": "none", "embedding": "none", "compute_precision": "fp32"}
 START = torch.tensor([0])

@@ -11,14 +11,14 @@ import torch
 from tiny import llama, tokens_for
 from torch import nn
 
-from llm_coreml.build import Model, build_original, open_model
 from llm_coreml.decoder import Decoder
 from llm_coreml.errors import CheckpointError
 from llm_coreml.fidelity import kl_divergence
-from llm_coreml.quantize.apply import dense_rows, quantized
-from llm_coreml.quantize.plan import matrices
-from llm_coreml.quantize.schemes import Codebook, IntChannel, IntGroup, Scheme
-from llm_coreml.quantize.sensitivity import Losses, sensitivities
+from llm_coreml.model import Model, build_original, open_model
+from llm_coreml.quantize.formats.round import dense_rows, quantized
+from llm_coreml.quantize.formats.schemes import Codebook, IntChannel, IntGroup, Scheme
+from llm_coreml.quantize.plan.plan import matrices
+from llm_coreml.quantize.plan.sensitivity import Losses, sensitivities
 
 WINDOWS = [tokens_for(97, 32, seed) for seed in range(20)]
 
@@ -114,7 +114,7 @@ def test_no_block_is_held_twice(monkeypatch: pytest.MonkeyPatch) -> None:
         return quantized(scheme, weight)
 
     monkeypatch.setattr(Decoder, "__init__", kept)
-    monkeypatch.setattr("llm_coreml.quantize.sensitivity.quantized", counted)
+    monkeypatch.setattr("llm_coreml.quantize.plan.sensitivity.quantized", counted)
     losses_of(model, WINDOWS[:1])
     held_on = [n for n, p in held[-1].named_parameters() if p.ndim == 2 and not p.is_meta]
     assert held_on == ["embed_tokens.weight", "lm_head.weight"]

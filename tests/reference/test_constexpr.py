@@ -20,11 +20,11 @@ from coremltools.optimize._utils import pack_elements_into_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llm_coreml.artifact.mil import Constant, TensorType
 from llm_coreml.errors import ArtifactError
-from llm_coreml.reference import constants
-from llm_coreml.reference.mil import Constant, TensorType
-from llm_coreml.reference.numerics import numerics
 from llm_coreml.reference.ops import OPS, constexpr
+from llm_coreml.reference.program import constants
+from llm_coreml.reference.program.numerics import numerics
 
 RNG = np.random.default_rng(2)
 

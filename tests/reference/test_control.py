@@ -12,7 +12,8 @@ from coremltools.converters.mil.mil import Builder as mb
 from coremltools.converters.mil.mil import types
 
 from llm_coreml.errors import ArtifactError
-from llm_coreml.reference import control, load
+from llm_coreml.reference import load
+from llm_coreml.reference.program import control
 
 X = {"x": mb.placeholder(shape=(3,)), "n": mb.placeholder(shape=(1,), dtype=types.int32)}
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import coremltools as ct
 
+from llm_coreml.artifact.coremlproto import model_class
 from llm_coreml.reference import load_method
-from llm_coreml.reference.coremlproto import model_class
 
 FIRST = """
 import sys
 from llm_coreml.reference import load_method
-from llm_coreml.reference.coremlproto import model_class
+from llm_coreml.artifact.coremlproto import model_class
 load_method(sys.argv[1])
 assert not [name for name in sys.modules if name.split(".")[0] == "coremltools"]
 """

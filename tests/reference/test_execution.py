@@ -15,11 +15,11 @@ from coremltools.converters.mil.mil import Builder as mb
 from coremltools.converters.mil.mil import get_new_symbol, types
 from coremltools.proto import Model_pb2
 
+from llm_coreml.artifact.packages import model_of_folder
 from llm_coreml.errors import ArtifactError, ConfigError
 from llm_coreml.reference import CoreMLProgram, Execution, load
-from llm_coreml.reference.constants import PackedWeight, expanded, rows, unit, whole
-from llm_coreml.reference.numerics import numerics
-from llm_coreml.reference.packages import _folder
+from llm_coreml.reference.program.constants import PackedWeight, expanded, rows, unit, whole
+from llm_coreml.reference.program.numerics import numerics
 
 ROWS, WIDTH = 640, 128
 RNG = np.random.default_rng(3)
@@ -194,7 +194,7 @@ def test_plans_follow_the_shapes(lengths_path: Path) -> None:
 
 
 def test_plans_are_few(lengths_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llm_coreml.reference.runtime._MOST_PLANS", 1)
+    monkeypatch.setattr("llm_coreml.reference.program.program._MOST_PLANS", 1)
     program = load(lengths_path)
     check_lengths(program)
     assert len(program._plans) == 1
@@ -264,7 +264,7 @@ def test_only_the_unrounded_mode_is_fused(mlp_path: Path) -> None:
 def test_state_takes_a_constant_that_is_kept_wide_or_packed(
     harness: Any, tmp_path: Path, budget: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llm_coreml.reference.compiler._LARGE", 0)
+    monkeypatch.setattr("llm_coreml.reference.program.compiler._LARGE", 0)
     path = tmp_path / "model.mlpackage"
     inputs = {
         "x": mb.placeholder(shape=(1, WIDTH)),
@@ -395,7 +395,7 @@ def test_inputs_by_name_and_by_mapping(mlp_path: Path) -> None:
 
 def test_functions_share_their_weights(large_path: Path) -> None:
     """What a pool has expanded once is the same tensor in every program that uses the pool."""
-    model, pool = _folder(large_path), Execution().pool()
+    model, pool = model_of_folder(large_path), Execution().pool()
     first, second = CoreMLProgram(model, pool=pool), CoreMLProgram(model, pool=pool)
 
     def addresses(program: CoreMLProgram) -> set[int]:

@@ -23,10 +23,11 @@ from coremltools.proto import Model_pb2
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llm_coreml.contents import contents
+from llm_coreml.artifact import pte
+from llm_coreml.artifact.inmemoryfs import pack, unpack
 from llm_coreml.errors import LlmCoreMLError
-from llm_coreml.reference import load_method, pte
-from llm_coreml.reference.inmemoryfs import pack, unpack
+from llm_coreml.inspect.contents import contents
+from llm_coreml.reference import load_method
 
 EXAMPLES = int(os.environ.get("LLM_COREML_FUZZ_EXAMPLES", "0"))
 NUMBERS = (0, 1, 2, 3, 7, 63, 255, 1 << 15, (1 << 31) - 1, 1 << 31, (1 << 63) - 1, (1 << 64) - 1)

@@ -13,11 +13,13 @@ import pytest
 import torch
 from executorch.exir import ExecutorchBackendConfig, to_edge_transform_and_lower
 
+from llm_coreml.artifact import flatbuffer, pte
+from llm_coreml.artifact.method_plan import Instruction, Method, TensorSpec
+from llm_coreml.artifact.packages import Packages
 from llm_coreml.errors import ArtifactError
-from llm_coreml.reference import flatbuffer, load_method, pte
-from llm_coreml.reference.method import LoadedMethod
-from llm_coreml.reference.packages import Packages
-from llm_coreml.reference.plan import Instruction, Method, TensorSpec
+from llm_coreml.reference import load_method
+from llm_coreml.reference.method.method import LoadedMethod
+from llm_coreml.reference.program.execution import Execution
 
 HUGE = 1 << 62
 MODEL = "model.mlpackage/Data/com.apple.CoreML/model.mlmodel"
@@ -116,7 +118,7 @@ def test_data_in_another_file_is_refused(tmp_path: Path) -> None:
     path.write_bytes(made.buffer)
     container = pte.read(path)
     with pytest.raises(ArtifactError, match=r"'.*weight' from a \.ptd file.*one file"):
-        LoadedMethod(container.methods["forward"], Packages(container), {})
+        LoadedMethod(container.methods["forward"], Packages(container), Execution().pool(), {})
 
 
 @pytest.mark.parametrize("kind", ["folder", "pipe", "device", "empty"])
@@ -139,7 +141,7 @@ def test_what_is_no_file(kind: str, tmp_path: Path) -> None:
 def changed(path: Path, change: Callable[[Method], Method]) -> Callable[[], LoadedMethod]:
     container = pte.read(path)
     method = change(container.methods["forward"])
-    return lambda: LoadedMethod(method, Packages(container), {})
+    return lambda: LoadedMethod(method, Packages(container), Execution().pool(), {})
 
 
 def with_value(number: int, **changes: Any) -> Callable[[Method], Method]:

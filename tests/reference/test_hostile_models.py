@@ -18,11 +18,12 @@ from coremltools.converters.mil.mil import Builder as mb
 from coremltools.converters.mil.mil import types
 from coremltools.proto import Model_pb2
 
+from llm_coreml.artifact import limits, pte
+from llm_coreml.artifact.inmemoryfs import pack, unpack
+from llm_coreml.artifact.method_plan import Delegate
+from llm_coreml.artifact.packages import BACKEND, Packages
 from llm_coreml.errors import ArtifactError
-from llm_coreml.reference import limits, load, load_method, pte
-from llm_coreml.reference.inmemoryfs import pack, unpack
-from llm_coreml.reference.packages import BACKEND, Packages
-from llm_coreml.reference.plan import Delegate
+from llm_coreml.reference import load, load_method
 
 HUGE = 1 << 62
 MODEL = "model.mlpackage/Data/com.apple.CoreML/model.mlmodel"

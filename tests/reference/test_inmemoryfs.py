@@ -10,8 +10,8 @@ from executorch.backends.apple.coreml import executorchcoreml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llm_coreml.artifact.inmemoryfs import pack, unpack
 from llm_coreml.errors import ArtifactError
-from llm_coreml.reference.inmemoryfs import pack, unpack
 
 FILES = {
     "metadata.json": b"{}",

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from llm_coreml.reference import pte
-from llm_coreml.reference.inmemoryfs import unpack
+from llm_coreml.artifact import pte
+from llm_coreml.artifact.inmemoryfs import unpack
 
 SIZE = (1 << 30) + (1 << 26)
 PAGE = 16384
@@ -19,8 +19,9 @@ PAGE = 16384
 RUN = """
 import resource, sys, time
 import torch
-from llm_coreml.reference import load_method, pte
-from llm_coreml.reference.inmemoryfs import unpack
+from llm_coreml.reference import load_method
+from llm_coreml.artifact import pte
+from llm_coreml.artifact.inmemoryfs import unpack
 
 load_method(sys.argv[1])
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024

@@ -20,12 +20,14 @@ from executorch.exir import ExecutorchBackendConfig, to_edge_transform_and_lower
 from executorch.exir.passes.init_mutable_pass import InitializedMutableBufferPass
 from executorch.runtime import Runtime
 
-from llm_coreml.contents import contents
+from llm_coreml.artifact import milproto, packages, pte
+from llm_coreml.artifact.packages import Packages
 from llm_coreml.errors import ArtifactError
-from llm_coreml.reference import load, load_method, load_methods, milproto, packages, pte
-from llm_coreml.reference.kernels import IN_PLACE, KERNELS, OPERATORS
-from llm_coreml.reference.method import LoadedMethod
-from llm_coreml.reference.packages import Packages
+from llm_coreml.inspect.contents import contents
+from llm_coreml.reference import load, load_method, load_methods
+from llm_coreml.reference.method.kernels import IN_PLACE, KERNELS, OPERATORS
+from llm_coreml.reference.method.method import LoadedMethod
+from llm_coreml.reference.program.execution import Execution
 
 
 def partitioner(*skip: str, sharing: bool = False, states: bool = True) -> CoreMLPartitioner:
@@ -50,7 +52,7 @@ def export(module: torch.nn.Module, *arguments: torch.Tensor, **settings: Any) -
 
 def without_delegates(path: Path) -> LoadedMethod:
     container = pte.read(path)
-    return LoadedMethod(container.methods["forward"], Packages(container), {})
+    return LoadedMethod(container.methods["forward"], Packages(container), Execution().pool(), {})
 
 
 def assert_as_executorch(

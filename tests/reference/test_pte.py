@@ -10,8 +10,9 @@ from executorch.exir._serialize._program import deserialize_pte_binary
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from llm_coreml.artifact import pte
 from llm_coreml.errors import ArtifactError
-from llm_coreml.reference import load, load_method, pte
+from llm_coreml.reference import load, load_method
 
 
 def test_agrees_with_executorch(sample_pte: Path) -> None:

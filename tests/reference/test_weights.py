@@ -12,10 +12,10 @@ from coremltools.optimize._utils import pack_elements_into_bits
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llm_coreml.artifact import weight_file as weights
+from llm_coreml.artifact.dtypes import DTYPES
+from llm_coreml.artifact.weight_file import WeightFile, unpack_elements
 from llm_coreml.errors import ArtifactError
-from llm_coreml.reference import weights
-from llm_coreml.reference.dtypes import DTYPES
-from llm_coreml.reference.weights import WeightFile, unpack_elements
 
 RANGES = {
     "int8": (-128, 127), "uint8": (0, 255), "int16": (-(2**15), 2**15 - 1),

@@ -15,7 +15,7 @@ from typing import final
 import torch
 
 from llm_coreml.checkpoint.matrix import Affine
-from llm_coreml.checkpoint.packed.mxfp4 import ENTRIES, halved_scales
+from llm_coreml.checkpoint.packed.mxfp4_format import ENTRIES, halved_scales
 from llm_coreml.checkpoint.packed.parts import PackedFormat, Parts
 
 

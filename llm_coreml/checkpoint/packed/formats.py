@@ -8,16 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from llm_coreml.checkpoint.packed.awq import AWQ
-from llm_coreml.checkpoint.packed.bitsandbytes import BitsAndBytes
+from llm_coreml.checkpoint.packed.awq_format import AWQ
+from llm_coreml.checkpoint.packed.bitsandbytes_format import BitsAndBytes
 from llm_coreml.checkpoint.packed.blocks import BLOCKS
-from llm_coreml.checkpoint.packed.compressed import PackedWords, PlainBytes
-from llm_coreml.checkpoint.packed.gptq import GPTQ
-from llm_coreml.checkpoint.packed.hqq import HQQ
-from llm_coreml.checkpoint.packed.mlx import MLX
-from llm_coreml.checkpoint.packed.mxfp4 import COMPRESSED_MXFP4, MLX_MXFP4
+from llm_coreml.checkpoint.packed.compressed_format import PackedWords, PlainBytes
+from llm_coreml.checkpoint.packed.gptq_format import GPTQ
+from llm_coreml.checkpoint.packed.hqq_format import HQQ
+from llm_coreml.checkpoint.packed.mlx_format import MLX
+from llm_coreml.checkpoint.packed.mxfp4_format import COMPRESSED_MXFP4, MLX_MXFP4
 from llm_coreml.checkpoint.packed.parts import PackedFormat
-from llm_coreml.checkpoint.packed.torchao import TorchAO
+from llm_coreml.checkpoint.packed.torchao_format import TorchAO
 from llm_coreml.errors import CheckpointError, UnsupportedError
 
 Formats = tuple[PackedFormat, ...]

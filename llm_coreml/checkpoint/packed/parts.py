@@ -13,8 +13,8 @@ from typing import final
 
 import torch
 
+from llm_coreml.checkpoint.checkpoint import WEIGHT_DTYPES, Checkpoint, type_name
 from llm_coreml.checkpoint.matrix import Affine
-from llm_coreml.checkpoint.tensors import WEIGHT_DTYPES, Checkpoint, type_name
 from llm_coreml.errors import CheckpointError
 
 

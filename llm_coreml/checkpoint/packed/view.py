@@ -16,9 +16,9 @@ from typing import Any, final
 
 import torch
 
+from llm_coreml.checkpoint.checkpoint import Checkpoint, Source
 from llm_coreml.checkpoint.matrix import Levels, Packed, PackedForm, fit, values
 from llm_coreml.checkpoint.packed.parts import PackedFormat, Parts
-from llm_coreml.checkpoint.tensors import Checkpoint, Source
 
 _WEIGHT = "weight"
 

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 import torch
 
+from llm_coreml.artifact.dtypes import DTYPES
+from llm_coreml.artifact.weight_file import unpack_elements
 from llm_coreml.errors import ArtifactError
-from llm_coreml.reference.dtypes import DTYPES
 from llm_coreml.reference.ops.registry import Tensor, named_by, op, same
-from llm_coreml.reference.weights import unpack_elements
 
 # Elements per step of a table look-up: their places take four bytes each.
 _CHUNK = 1 << 18

@@ -11,8 +11,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from llm_coreml.artifact.dtypes import DTYPES, storage
 from llm_coreml.errors import ArtifactError
-from llm_coreml.reference.dtypes import DTYPES, storage
 from llm_coreml.reference.ops.registry import Tensor, fixed, floats, named_by, op, same
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from llm_coreml.artifact.dtypes import storage
 from llm_coreml.errors import ArtifactError
-from llm_coreml.reference.dtypes import storage
 from llm_coreml.reference.ops.elementwise import to_integer
 from llm_coreml.reference.ops.registry import Tensor, fixed, named_by, op, same
 

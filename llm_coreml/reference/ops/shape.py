@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from llm_coreml.artifact.dtypes import DTYPES, storage
+from llm_coreml.artifact.limits import beyond
 from llm_coreml.errors import ArtifactError
-from llm_coreml.reference.dtypes import DTYPES, storage
-from llm_coreml.reference.limits import beyond
 from llm_coreml.reference.ops.registry import (
     Ints,
     Number,

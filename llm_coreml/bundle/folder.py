@@ -1,0 +1,277 @@
+"""The folder that an export writes: program, manifest, tokenizer, model card.
+
+An export writes into the hidden folder that `new_bundle(Path("out"), overwrite=False)` gives. It is
+renamed to `out` when the block ends well, and removed when it does not. Everybody else reads:
+
+    open_bundle(Path("out")).manifest["verification"]
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import importlib.resources
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+
+from llm_coreml.checkpoint.checkpoint import TOKENIZER_FILES
+from llm_coreml.errors import ArtifactError, OutputError
+
+PROGRAM = "model.pte"
+MANIFEST = "manifest.json"
+RESULTS = "results.json"
+CARD = "README.md"
+TOKENIZER = "tokenizer.json"
+MANIFEST_VERSION = 1
+# Less than this is a full disk to whoever writes weights.
+_FULL_DISK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An export on disk.
+
+    Attributes:
+        folder: Where it is.
+        manifest: The parsed and validated `manifest.json`.
+    """
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    @property
+    def program(self) -> Path:
+        """The `.pte`."""
+        return self.folder / PROGRAM
+
+    @property
+    def tokenizer(self) -> Path:
+        """The `tokenizer.json`; a model exported without a tokenizer has none."""
+        return self.folder / TOKENIZER
+
+
+def open_bundle(folder: Path) -> Bundle:
+    """Read a bundle's manifest and check that its program is there.
+
+    Args:
+        folder: The bundle, or the program in it.
+
+    Raises:
+        ArtifactError: no such folder, no program, or a manifest that is damaged or of a later
+            version.
+    """
+    if folder.is_file() and folder.name == PROGRAM:
+        folder = folder.parent
+    if not folder.is_dir():
+        raise ArtifactError(
+            f"'{folder}' is no bundle; give the folder that an export wrote or its {PROGRAM}."
+        )
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+    except FileNotFoundError:
+        raise ArtifactError(
+            f"'{folder}' holds no {MANIFEST}; give the folder that an export wrote."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ArtifactError(
+            f"'{folder / MANIFEST}' cannot be read: {error}. Export again."
+        ) from None
+    version = manifest.get("version") if isinstance(manifest, dict) else None
+    if version != MANIFEST_VERSION:
+        raise ArtifactError(
+            f"'{folder / MANIFEST}' has version {version!r}; this release reads version "
+            f"{MANIFEST_VERSION}. Export again, or use the release that wrote it."
+        )
+    try:
+        jsonschema.validate(manifest, manifest_schema())
+    except jsonschema.ValidationError as error:
+        raise ArtifactError(
+            f"'{folder / MANIFEST}' is damaged at {error.json_path}: {error.message}. Export again."
+        ) from None
+    if not (folder / PROGRAM).is_file():
+        raise ArtifactError(f"'{folder}' holds no {PROGRAM}; export again.")
+    return Bundle(folder, manifest)
+
+
+def manifest_schema() -> dict[str, Any]:
+    """Return the JSON schema of `manifest.json` that ships in the package."""
+    text = (
+        importlib.resources.files("llm_coreml.bundle").joinpath("manifest.schema.json").read_text()
+    )
+    schema: dict[str, Any] = json.loads(text)
+    return schema
+
+
+def check_program(bundle: Bundle) -> None:
+    """Hold the program against the hash in the manifest.
+
+    Raises:
+        ArtifactError: it is another file.
+    """
+    expected = bundle.manifest["program"]["sha256"]
+    found = file_sha256(bundle.program)
+    if found != expected:
+        raise ArtifactError(
+            f"'{bundle.program}' is not the file that its manifest describes: its SHA-256 begins "
+            f"with {found[:12]}, not {expected[:12]}. Export again."
+        )
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, read a piece at a time."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write `value` beside `path` and rename it, so that a reader never sees half of it.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        draft.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+        draft.replace(path)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise output_error(path, error) from None
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """Refuse an output that exists or whose place cannot be written, before any work is done.
+
+    Raises:
+        OutputError: as said.
+    """
+    if output.exists():
+        if not overwrite:
+            raise OutputError(
+                f"'{output}' exists already; give another -o, or --overwrite to replace it."
+            )
+        foreign = _foreign_entry(output)
+        if foreign is not None:
+            raise OutputError(
+                f"'{output}' holds '{foreign}', which no export wrote, so --overwrite leaves the "
+                "folder alone; move that file, or give another -o."
+            )
+    parent = output.absolute().parent
+    existing = next(folder for folder in (parent, *parent.parents) if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise OutputError(f"'{existing}' cannot be written to; give another -o.")
+
+
+def _foreign_entry(output: Path) -> str | None:
+    """Return the name of something at `output` that an export did not write, or None."""
+    if not output.is_dir():
+        return output.name
+    known = {PROGRAM, MANIFEST, RESULTS, CARD, *TOKENIZER_FILES}
+    names = sorted(entry.name for entry in output.iterdir())
+    if names and not (output / PROGRAM).is_file():
+        return names[0]
+    return next((name for name in names if name not in known), None)
+
+
+@contextlib.contextmanager
+def new_bundle(output: Path, overwrite: bool) -> Iterator[Path]:
+    """Give a draft folder beside `output` that becomes `output` when the block ends well.
+
+    Temporary files of the libraries called inside go into the draft as well, so that nothing is
+    left behind whatever ends the block.
+
+    Raises:
+        OutputError: the output exists, cannot be written, or the disk is full.
+    """
+    check_output(output, overwrite)
+    output = output.resolve()
+    draft: Path | None = None
+    previous = tempfile.tempdir
+    made = [folder for folder in output.parents if not folder.exists()]
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+        scratch = draft / ".scratch"
+        scratch.mkdir()
+        tempfile.tempdir = str(scratch)
+        yield draft
+        shutil.rmtree(scratch)
+        draft.chmod(0o755)
+        check_output(output, overwrite)
+        _replace(output, draft)
+    except (OSError, RuntimeError, OutputError) as error:
+        failure = _failed_write(error, output, draft)
+        if failure is None:
+            raise
+        raise failure from None
+    finally:
+        tempfile.tempdir = previous
+        if draft is not None:
+            shutil.rmtree(draft, ignore_errors=True)
+        if not output.exists():
+            for folder in made:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+
+
+def _replace(output: Path, draft: Path) -> None:
+    """Put `draft` in the place of `output`; whatever interrupts it, one of the two is there."""
+    old = draft.with_name(draft.name + ".old")
+    try:
+        if output.exists():
+            output.rename(old)
+        draft.rename(output)
+    except BaseException:
+        if old.exists() and not output.exists():
+            old.rename(output)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _failed_write(error: Exception, output: Path, draft: Path | None) -> OutputError | None:
+    """Return the error to tell if `error` is about a file in the draft, else None."""
+    # A layer below says that its file in the draft failed; the user knows of the output alone.
+    cause = error.__context__ if isinstance(error, OutputError) else error
+    if not isinstance(cause, (OSError, RuntimeError)):
+        return None
+    # Libraries in C++, and shutil, report a full disk in words of their own.
+    number = getattr(cause, "errno", None)
+    if number is None and draft is not None and shutil.disk_usage(draft).free < _FULL_DISK:
+        number = errno.ENOSPC
+    if number is not None:
+        return output_error(output, OSError(number, str(cause)))
+    return output_error(output, cause) if isinstance(cause, OSError) else None
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse a folder into which nothing can be written.
+
+    Raises:
+        OutputError: as said.
+    """
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OutputError(
+            f"'{folder}' cannot be written to, and {RESULTS} belongs there; make it writable or "
+            "work on a copy."
+        )
+
+
+def output_error(path: Path, error: OSError) -> OutputError:
+    """Say in one sentence why `path` could not be written."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return OutputError(
+            f"The disk that holds '{path}' is full; free some space or give another -o. "
+            "Nothing was written."
+        )
+    return OutputError(f"'{path}' cannot be written: {error.strerror or error}. Give another -o.")

@@ -1,0 +1,242 @@
+"""The commands that look into a program or run it: inspect, diff and run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from llm_coreml.cli.options import (
+    DEVICE,
+    FORMAT,
+    IDS,
+    MODE,
+    MODES,
+    TEXT,
+    THRESHOLD,
+    VERBOSE,
+    memory,
+    print_json,
+)
+
+if TYPE_CHECKING:
+    from llm_coreml.runtime.ports import Named, Runnable
+
+_PATH = click.Path(path_type=Path)
+
+
+@click.command("inspect")
+@click.argument("artifact", metavar="BUNDLE_OR_PTE", type=_PATH)
+@click.option("--numerics", is_flag=True, help="Run the program and watch its values.")
+@TEXT
+@IDS
+@click.option("--tokens", type=int, default=64, show_default=True, help="Most tokens to read.")
+@click.option(
+    "--against",
+    type=click.Choice([*MODES[1:], "none"]),
+    default="fp32",
+    show_default=True,
+    help="Numerics to compare with; strict-fp16 is slow, give it few tokens.",
+)
+@THRESHOLD
+@click.option("--top", type=int, default=10, show_default=True, help="Values to list by size.")
+@DEVICE
+@FORMAT
+@VERBOSE
+def inspect_command(
+    artifact: Path,
+    numerics: bool,
+    text: Path | None,
+    ids: Path | None,
+    tokens: int,
+    against: str,
+    threshold: float,
+    top: int,
+    device: str,
+    form: str,
+    verbose: bool,
+) -> None:
+    """Watch a program's values while it reads text.
+
+    \b
+    --numerics tells
+      where inf and NaN begin,
+      which values come closest to fp16's largest number,
+      how the error of rounding to fp16 grows from layer to layer.
+    """
+    if not numerics:
+        raise click.UsageError("Say what to inspect; so far there is --numerics.")
+    from llm_coreml.cli.terminal import terminal
+
+    with terminal(verbose) as screen:
+        from llm_coreml.cli.tables import inspection_table
+        from llm_coreml.eval.inspection import inspect_numerics
+
+        found = inspect_numerics(
+            artifact,
+            text=text,
+            ids=ids,
+            tokens=tokens,
+            against=None if against == "none" else against,
+            device=device,
+            threshold=threshold,
+            top=top,
+            progress=screen.progress,
+        )
+        screen.progress.close()
+        if form == "json":
+            print_json(screen.result.file, found.to_json())
+        else:
+            screen.result.print(inspection_table(found))
+
+
+@click.command("diff")
+@click.argument("first", metavar="A", type=_PATH)
+@click.argument("second", metavar="B", type=_PATH)
+@TEXT
+@IDS
+@click.option("--tokens", type=int, default=256, show_default=True, help="Most tokens to read.")
+@THRESHOLD
+@MODE
+@DEVICE
+@FORMAT
+@VERBOSE
+def diff_command(
+    first: Path,
+    second: Path,
+    text: Path | None,
+    ids: Path | None,
+    tokens: int,
+    threshold: float,
+    mode: str,
+    device: str,
+    form: str,
+    verbose: bool,
+) -> None:
+    """Compare two exports: where their values part, and how their predictions differ.
+
+    A and B are bundles or .pte files with the same vocabulary. Errors are relative to A.
+    """
+    from llm_coreml.cli.terminal import terminal
+
+    with terminal(verbose) as screen:
+        from llm_coreml.cli.tables import comparison_table
+        from llm_coreml.eval.difference import diff
+        from llm_coreml.reference.program.execution import Execution
+
+        found = diff(
+            first,
+            second,
+            text=text,
+            ids=ids,
+            tokens=tokens,
+            execution=Execution(mode, device),
+            threshold=threshold,
+            progress=screen.progress,
+        )
+        screen.progress.close()
+        if form == "json":
+            print_json(screen.result.file, found.to_json())
+        else:
+            screen.result.print(comparison_table(found))
+
+
+@click.command("run")
+@click.argument("file", metavar="BUNDLE_OR_PTE_OR_MLPACKAGE", type=_PATH)
+@click.option("--inputs", "-i", type=_PATH, help="Named tensors: a .npz or .safetensors file.")
+@click.option("--output", "-o", type=_PATH, help="Where to write the outputs, in either format.")
+@click.option("--function", help="Function of the Core ML program; its default one otherwise.")
+@click.option("--method", help="Run this method of a .pte as a whole, kernels included.")
+@click.option("--state-in", type=_PATH, help="States to begin with; zeros otherwise.")
+@click.option("--state-out", type=_PATH, help="Where to write the states afterwards.")
+@click.option("--overwrite", is_flag=True, help="Replace the files of --output and --state-out.")
+@MODE
+@DEVICE
+@click.option(
+    "--memory-budget",
+    callback=memory,
+    metavar="SIZE",
+    help="Memory for expanded weights, such as 4GB.  [default: half of the machine's]",
+)
+@click.option("--compile", "compiled", is_flag=True, help="Compile the program; with --mode fp32.")
+@FORMAT
+@VERBOSE
+def run_command(
+    file: Path,
+    inputs: Path | None,
+    output: Path | None,
+    function: str | None,
+    method: str | None,
+    state_in: Path | None,
+    state_out: Path | None,
+    overwrite: bool,
+    form: str,
+    verbose: bool,
+    mode: str,
+    device: str,
+    memory_budget: int | None,
+    compiled: bool,
+) -> None:
+    """Run a Core ML program once; without --inputs, tell what it takes and gives.
+
+    Integers are converted to the declared width where every value fits; any other difference in
+    element type or shape is refused.
+    """
+    if inputs is None and (output or state_in or state_out):
+        raise click.UsageError("--output, --state-in and --state-out need --inputs.")
+    if method is not None and (state_in or state_out):
+        raise click.UsageError(
+            "--state-in and --state-out belong to a Core ML program; leave --method out."
+        )
+    if output is not None and output == state_out:
+        raise click.UsageError("--output and --state-out are the same file; give two.")
+    from llm_coreml.cli.terminal import terminal
+
+    with terminal(verbose) as screen:
+        from llm_coreml.cli.tables import interface_table, outputs_table
+        from llm_coreml.reference.program.execution import Execution
+        from llm_coreml.runtime.ports import open_runnable
+        from llm_coreml.runtime.tensor_files import check_target, read_tensors
+
+        for target in (output, state_out):
+            if target is not None:
+                check_target(target, overwrite)
+        given = None if inputs is None else read_tensors(inputs)
+        states = None if state_in is None else read_tensors(state_in)
+        execution = Execution(mode, device, memory_budget, compiled)
+        runnable = open_runnable(file, function=function, method=method, execution=execution)
+        if given is None:
+            interface = runnable.interface()
+            if form == "json":
+                print_json(screen.result.file, interface)
+            else:
+                screen.result.print(interface_table(str(file), interface))
+            return
+        results = _run(runnable, given, states, (output, state_out), overwrite)
+        if form == "json":
+            print_json(screen.result.file, {"outputs": results})
+        else:
+            screen.result.print(outputs_table(results))
+
+
+def _run(
+    runnable: Runnable,
+    given: Named,
+    states: Named | None,
+    targets: tuple[Path | None, Path | None],
+    overwrite: bool,
+) -> dict[str, Any]:
+    """Run once, write what is asked for, and describe the outputs."""
+    from llm_coreml.runtime.ports import describe
+    from llm_coreml.runtime.tensor_files import write_tensors
+
+    if states is not None:
+        runnable.restore(states)
+    outputs = runnable.run(given)
+    output, state_out = targets
+    if output is not None:
+        write_tensors(output, outputs, overwrite=overwrite)
+    if state_out is not None:
+        write_tensors(state_out, runnable.snapshot(), overwrite=overwrite)
+    return {name: describe(value) for name, value in outputs.items()}

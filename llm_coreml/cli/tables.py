@@ -1,0 +1,295 @@
+"""Results as tables for people."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from llm_coreml.bundle.card import rotated_spaces, tuned
+from llm_coreml.eval.difference import Comparison
+from llm_coreml.eval.inspection import Inspection
+from llm_coreml.eval.results import Evaluation, Quality
+from llm_coreml.reference.observe.watch import FP16_MAX
+
+_KINDS = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+def export_table(manifest: dict[str, Any], folder: str, peak: int) -> Group:
+    """Return what an export made, in a few rows, and the bytes of memory that it took."""
+    table = _plain("", "")
+    for name, value in _export_rows(manifest, folder).items():
+        table.add_row(name, value)
+    table.add_row("peak memory", f"{peak / 1e6:,.0f} MB resident, mapped files included")
+    return Group(table, *_mixed_formats(manifest["quantization"]))
+
+
+def _mixed_formats(quantization: dict[str, Any]) -> list[Any]:
+    """Return a table of bits per weight by block and kind of matrix, if formats are mixed."""
+    if quantization["linear"]["scheme"] != "mixed":
+        return []
+    blocks: dict[int, dict[str, dict[str, Any]]] = {}
+    for name, matrix in quantization["plan"]["matrices"].items():
+        if name.startswith("layers."):
+            _, block, *_, kind = name.removesuffix("_proj").split(".")
+            blocks.setdefault(int(block), {})[kind] = matrix
+    kinds = [kind for kind in _KINDS if kind in blocks[0]]
+    table = _plain("bits per weight", *kinds, "bytes", *(["KL"] if _estimated(blocks) else []))
+    for block, matrices in sorted(blocks.items()):
+        cells = [f"{_bits_per_weight(matrices[kind]):.2f}" for kind in kinds]
+        cells.append(f"{sum(matrix['bytes'] for matrix in matrices.values()):,}")
+        if _estimated(blocks):
+            cells.append(f"{sum(matrix['kl'] for matrix in matrices.values()):.1e}")
+        table.add_row(f"block {block}", *cells)
+    return [Text(""), table]
+
+
+def _estimated(blocks: dict[int, dict[str, dict[str, Any]]]) -> bool:
+    return all("kl" in matrix for matrices in blocks.values() for matrix in matrices.values())
+
+
+def _bits_per_weight(matrix: dict[str, Any]) -> float:
+    rows, columns = matrix["shape"]
+    return float(8 * matrix["bytes"] / (rows * columns))
+
+
+def _export_rows(manifest: dict[str, Any], folder: str) -> dict[str, str]:
+    program, target = manifest["program"], manifest["target"]
+    quantization, checked = manifest["quantization"], manifest["verification"]
+    tied = " (one table for both)" if quantization["tied"] else ""
+    return {
+        "program": f"{folder}/{program['file']}, {program['bytes']:,} bytes",
+        "weights": f"{quantization['linear']['label']}, "
+        f"{quantization['bits_per_weight']:.2f} bits per weight over all",
+        **_rotation_row(quantization.get("rotation")),
+        **_allocation_row(quantization.get("allocation")),
+        **_calibration_row(quantization.get("calibration")),
+        **_import_row(quantization.get("import")),
+        "embedding, head": f"{quantization['embedding']['label']}, "
+        f"{quantization['lm_head']['label']}{tied}",
+        "target": f"{target['backend']}, {target['compute_unit']}, {target['minimum_os']}, "
+        f"{target['compute_precision']}",
+        "lengths, context": f"{', '.join(map(str, program['seq_lengths']))}; {program['context']}",
+        **_conversion_row(checked.get("conversion")),
+        "verified by": f"{checked['runtime']}: {checked['rows']} rows, largest error "
+        f"{checked['max_relative_error']:.1e} (bound {checked['max_relative_error_bound']:.0e}), "
+        f"mean KL {checked['mean_kl']:.1e} (bound {checked['mean_kl_bound']:.0e})",
+    }
+
+
+def _rotation_row(found: dict[str, Any] | None) -> dict[str, str]:
+    return {} if found is None else {"rotated": rotated_spaces(found)}
+
+
+def _allocation_row(found: dict[str, Any] | None) -> dict[str, str]:
+    if found is None:
+        return {}
+    return {
+        "formats chosen": f"for a KL of {found['kl']:.1e}, estimated on {found['tokens']:,} tokens "
+        f"of text '{found['text']}'"
+    }
+
+
+def _calibration_row(found: dict[str, Any] | None) -> dict[str, str]:
+    if found is None:
+        return {}
+    return {
+        "calibrated": f"by {found['method']} on {found['tokens']:,} tokens of text "
+        f"'{found['text']}'{tuned(found.get('tuning'))}"
+    }
+
+
+def _import_row(found: dict[str, Any] | None) -> dict[str, str]:
+    if found is None:
+        return {}
+    error = f", largest error {found['largest_error']:.2%} of a step" if found["tensor"] else ""
+    return {
+        "imported": f"{found['matrices']} matrices from {found['format']}, "
+        f"{found['exactness']}{error}"
+    }
+
+
+def _conversion_row(found: dict[str, Any] | None) -> dict[str, str]:
+    """Return what an artifact was found to be without rounding; early manifests do not say."""
+    if found is None:
+        return {}
+    return {
+        "the same model": f"{found['weights']} weights and tables bit by bit; {found['rows']} rows "
+        f"without rounding, largest error {found['max_relative_error']:.1e} "
+        f"(bound {found['max_relative_error_bound']:.0e})"
+    }
+
+
+def evaluation_table(result: Evaluation) -> Group:
+    """Return quality, latency and size, each figure under what produced it."""
+    quality = _plain("model", "runtime", "perplexity", "mean KL", "p99 KL", "top-1 agreement")
+    for row in result.qualities:
+        quality.add_row(*_quality_row(row))
+    latency = _plain("call", "runtime", "median", "tokens/s")
+    for timed in result.latencies:
+        name = "decode, 1 token" if timed.tokens == 1 else f"prefill, {timed.tokens} tokens"
+        latency.add_row(
+            name, timed.runtime, f"{1e3 * timed.seconds:.1f} ms", f"{timed.tokens_per_second:.0f}"
+        )
+    size = _plain("part", "bytes")
+    for name, count in result.bytes.items():
+        size.add_row(f"  {name.split('/')[1]}" if "/" in name else name, f"{count:,}")
+    size.add_row("bits per weight", f"{result.bits_per_weight:.2f}")
+    text = Text(
+        f"{result.tokens:,} tokens of {result.text}, windows of up to {result.window}; KL and "
+        "agreement against the original"
+    )
+    return Group(text, quality, latency, size)
+
+
+def inspection_table(found: Inspection) -> Group:
+    """Return what `inspect_numerics` found."""
+    parts: list[Any] = [
+        Text(f"{found.tokens:,} tokens of {found.text}; {found.operations:,} floating-point values")
+    ]
+    if found.overflows:
+        table = _plain(
+            "begins",
+            f"in {found.against}" if found.against else "",
+            "after attention",
+            "inf or NaN begins at",
+        )
+        for item in found.overflows:
+            beside = "" if item.beside is None else f"{item.beside:.5g}"
+            kinds = " and ".join(item.begins)
+            table.add_row(kinds, beside, str(item.layer), f"{item.name} ({item.type})")
+        parts.append(table)
+    else:
+        parts.append(Text("no value is inf or NaN beyond what masks bring in"))
+    if found.nearest:
+        table = _plain("largest", "headroom", "after attention", "fp16 value")
+        for item in found.nearest:
+            room = f"{FP16_MAX / item.largest:,.1f}x" if item.largest else ""
+            name = f"{item.name} ({item.type})"
+            table.add_row(f"{item.largest:.5g}", room, str(item.layer), name)
+        parts += [Text(""), table]
+    if found.against is not None:
+        parts += [Text(""), *_errors(found, f"declared and {found.against} part")]
+    return Group(*parts)
+
+
+def comparison_table(found: Comparison) -> Group:
+    """Return what `diff` found."""
+    parts: list[Any] = []
+    for letter, path in zip("AB", found.programs, strict=True):
+        parts.append(Text(f"{letter}  {path}"))
+    read = f"{found.tokens:,} tokens of {found.text}"
+    if found.equal:
+        parts.append(
+            Text(f"no difference: {found.paired:,} operations gave equal values on {read}")
+        )
+        return Group(*parts)
+    parts.append(Text(f"{read}; {found.paired:,} operations in common"))
+    for letter, alone in zip("AB", found.alone, strict=True):
+        if alone:
+            counts = ", ".join(f"{count} {name}" for name, count in alone.items())
+            parts.append(Text(f"only in {letter}: {counts}"))
+    parts += [Text(""), *_errors(found, "A and B part"), Text("")]
+    table = _plain("model", "perplexity", "mean KL", "p99 KL", "top-1 agreement")
+    for letter, quality in zip("AB", found.qualities, strict=True):
+        name, _, *figures = _quality_row(quality)
+        table.add_row(letter if name == "first" else f"{letter}, against A", *figures)
+    return Group(*parts, table)
+
+
+def _errors(found: Inspection | Comparison, what: str) -> list[Any]:
+    """Return where two runs part, and the largest error of each layer."""
+    if found.first is None:
+        sentence = f"nowhere do {what} by more than {found.threshold:g}"
+    else:
+        where = f"{found.first.name} ({found.first.type}, after attention {found.first.layer})"
+        sentence = f"{what} by more than {found.threshold:g} first at {where}"
+    table = _plain("error", "after attention", "largest in the layer at")
+    for item in found.layers:
+        error = "inf or NaN" if item.error is None else f"{item.error:.2e}"
+        table.add_row(error, str(item.layer), f"{item.name} ({item.type})")
+    return [Text(sentence), table]
+
+
+def interface_table(path: str, interface: dict[str, dict[str, str]]) -> Group:
+    """Return what a program takes and gives, and how to run it."""
+    parts = [listing_table(kind, ports) for kind, ports in interface.items() if ports]
+    return Group(
+        *parts, Text(f"Give the inputs by these names: llm-coreml run {path} --inputs FILE.npz")
+    )
+
+
+def outputs_table(results: dict[str, Any]) -> Group:
+    """Return what each output of a run is like."""
+    table = _plain("output", "type", "shape", "lowest", "highest")
+    for name, found in results.items():
+        limits = [found["lowest"], found["highest"]]
+        told = ["inf or NaN" if limit is None else f"{limit:.6g}" for limit in limits]
+        table.add_row(name, found["dtype"], str(found["shape"]), *told)
+    return Group(table)
+
+
+def contents_table(found: dict[str, Any]) -> Group:
+    """Return what `contents.contents` found in a bundle or `.pte`."""
+    parts: list[Any] = []
+    if "manifest" in found:
+        manifest = found["manifest"]
+        source = manifest["source"]
+        rows = _export_rows(manifest, found["path"])
+        rows["rebuild"] = shlex.join(manifest["rebuild"]) or "from the same live model"
+        parts += [
+            listing_table(f"{source['name']} ({source['kind']})", rows),
+            *_mixed_formats(manifest["quantization"]),
+            Text(""),
+        ]
+    constants = {name: str(value) for name, value in found["constant_methods"].items()}
+    parts.append(listing_table(f"program, {found['bytes']:,} bytes", constants))
+    for method, delegates in found["methods"].items():
+        for delegate in delegates:
+            rows = {}
+            for kind in ("inputs", "outputs", "states"):
+                for name, shape in delegate.get(kind, {}).items():
+                    rows[f"{kind[:-1]} {name}"] = shape
+            for name, count in delegate.get("files", {}).items():
+                rows[name.rsplit("/", 1)[-1]] = f"{count:,} bytes"
+            ops = delegate.get("ops", {})
+            if ops:
+                counts = ", ".join(f"{count} {op}" for op, count in ops.items() if op != "const")
+                rows[f"{sum(ops.values()) - ops.get('const', 0)} ops"] = counts
+            title = f"{method}: {delegate['backend']}, {delegate['bytes']:,} bytes"
+            parts += [Text(""), listing_table(title, rows)]
+    return Group(*parts)
+
+
+def listing_table(title: str, rows: dict[str, str]) -> Table:
+    """Return names and what they mean."""
+    table = _plain(title, "")
+    for name, meaning in rows.items():
+        table.add_row(name, meaning)
+    return table
+
+
+def _quality_row(quality: Quality) -> tuple[str, ...]:
+    def figure(value: float | None, digits: str) -> str:
+        return "" if value is None else format(value, digits)
+
+    return (
+        quality.name,
+        quality.runtime,
+        f"{quality.perplexity:.4f}",
+        figure(quality.mean_kl, ".5f"),
+        figure(quality.p99_kl, ".5f"),
+        figure(quality.top1_agreement, ".2%"),
+    )
+
+
+def _plain(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=any(columns))
+    for number, column in enumerate(columns):
+        numeric = column in {"perplexity", "mean KL", "p99 KL", "top-1 agreement", "median"}
+        right = number > 0 and (numeric or column in {"tokens/s", "bytes", "KL", *_KINDS})
+        table.add_column(column, justify="right" if right else "left", overflow="fold")
+    return table

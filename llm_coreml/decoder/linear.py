@@ -1,0 +1,45 @@
+"""Matrices: a linear layer and a token table, without weights at first."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Linear(nn.Linear):
+    """A linear layer without weights at first, which may then be stored narrower than it computes.
+
+    A 16-bit weight is widened for each call, so a model never stands in fp32 as a whole.
+
+    Attributes:
+        input_order: int32 `[in_features]`, which input each column of the weight belongs to, where
+            columns were sorted by group; None is its own.
+    """
+
+    input_order: torch.Tensor | None
+
+    def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
+        super().__init__(in_features, out_features, bias, device="meta")
+        self.register_buffer("input_order", None, persistent=False)
+
+    def arrange(self, x: torch.Tensor) -> torch.Tensor:
+        """Return `x` `[..., in_features]` in the order of the weight's columns."""
+        return x if self.input_order is None else torch.index_select(x, -1, self.input_order)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return `x @ weight.T + bias` in the dtype of `x`."""
+        weight = self.weight if self.weight.dtype == x.dtype else self.weight.to(x.dtype)
+        bias = self.bias if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, weight, bias)
+
+
+class Embedding(nn.Embedding):
+    """A token table without weights at first, which may be stored narrower than it computes."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
+        super().__init__(num_embeddings, embedding_dim, device="meta")
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the rows of int `tokens` `[1, S]` as float32 `[1, S, hidden]`."""
+        return F.embedding(tokens, self.weight).to(torch.float32)

@@ -1,0 +1,1 @@
+"""Codes and scales chosen for what a text makes of the layers."""

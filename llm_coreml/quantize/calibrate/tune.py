@@ -1,0 +1,276 @@
+"""Recovery tuning: let the logits of a quantized decoder come closer to the original's on a text.
+
+    tune(decoder, teacher, windows, steps=200)
+
+The codes stay as they are. Scales, float zero points, tables and norms follow the gradient of the
+divergence KL(original || quantized), through all blocks at once (as block-wise methods cannot; cf.
+EfficientQAT's second phase, arXiv:2407.11062). They are rounded to fp16 in the forward pass, so
+that what is judged is what is stored; the gradient passes the rounding unchanged.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from llm_coreml.decoder import Decoder
+from llm_coreml.decoder.chunk import Chunk
+from llm_coreml.decoder.norm import RMSNorm
+from llm_coreml.decoder.states import CacheView
+from llm_coreml.errors import CheckpointError, UnsupportedError
+from llm_coreml.quantize.formats.adjustable import Adjustable, Values, adjustable
+from llm_coreml.quantize.formats.round import dense_rows
+from llm_coreml.quantize.formats.serialize import moved
+
+# Adam's step in shares of the mean size of what it changes. Of 1, 3 and 10 thousandths the last
+# takes integers of 4 bits away from the original, on other text than that read.
+_RATE = 3e-3
+_BETAS = (0.9, 0.99)
+_WARMUP = 10
+
+
+class _Memoryless(CacheView):
+    """A cache for windows that are read at once: what is attended to is what was just computed."""
+
+    def __init__(self) -> None:
+        """Hold nothing."""
+
+    def update(
+        self, layer: int, keys: torch.Tensor, values: torch.Tensor, start_pos: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys and values as they are."""
+        return keys, values
+
+
+class _Round(torch.autograd.Function):
+    """Rounding to fp16, whose gradient is that of doing nothing (a straight-through estimator)."""
+
+    @staticmethod
+    def forward(context: Any, values: torch.Tensor) -> torch.Tensor:
+        return values.to(torch.float16).to(torch.float32)
+
+    @staticmethod
+    def backward(context: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        return gradients[0]
+
+
+def _rounded(values: torch.Tensor) -> torch.Tensor:
+    found: torch.Tensor = _Round.apply(values)  # type: ignore[no-untyped-call]
+    return found
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What tuning did.
+
+    Attributes:
+        steps: Windows read, one for each step.
+        before: Mean KL(original || quantized) over all windows, nats per token.
+        after: The same with what is stored now.
+    """
+
+    steps: int
+    before: float
+    after: float
+
+
+class _Student:
+    """A decoder whose weights are functions of the values that may change.
+
+    Args:
+        decoder: Stays where it is, on the CPU.
+        device: Where all of it is computed but the look-up in the token table.
+    """
+
+    def __init__(self, decoder: Decoder, device: torch.device) -> None:
+        self._decoder = decoder
+        self._device = device
+        self._linear: dict[str, Adjustable] = {}
+        self.values: dict[str, Values] = {}
+        for name, module in decoder.named_modules():
+            if isinstance(module, nn.Linear) and module is not decoder.lm_head:
+                self._linear[name] = adjustable(moved(module.weight.detach(), device))
+                self.values[name] = tuple(value.clone() for value in self._linear[name].values)
+            elif isinstance(module, RMSNorm):
+                self.values[name] = (module.weight.detach().to(device, copy=True),)
+        head = decoder.lm_head.weight.detach()
+        self._head = torch.cat([rows.to(device) for rows in dense_rows(head)])
+        owners = [f"layers.{index}" for index in range(len(decoder.layers))]
+        self._buffers = {
+            owner: {n: b.to(device) for n, b in decoder.get_submodule(owner).named_buffers()}
+            for owner in (*owners, "norm")
+        }
+
+    def logits(self, window: Sequence[int]) -> torch.Tensor:
+        """Return what the decoder makes of a text, fp32 `[tokens, vocab]`."""
+        decoder, weights = self._decoder, self._weights()
+        tokens = torch.tensor([list(window)])
+        chunk = decoder.chunk(len(window), torch.zeros(1, dtype=torch.int64))
+        chunk = Chunk(
+            chunk.cos.to(self._device),
+            chunk.sin.to(self._device),
+            chunk.mask[..., : len(window)].to(self._device),
+            _Memoryless(),
+            chunk.start_pos.to(self._device),
+        )
+        x = decoder.embed_tokens(tokens).to(self._device)
+        for index, block in enumerate(decoder.layers):
+            x = functional_call(block, weights[f"layers.{index}"], (x, chunk))
+        x = functional_call(decoder.norm, weights["norm"], (x,))
+        logits: torch.Tensor = x.squeeze(0) @ self._head.T
+        return logits
+
+    def _weights(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Return the tensors of each block, and of the last norm, by their names in it."""
+        found = {owner: buffers.copy() for owner, buffers in self._buffers.items()}
+        for name, values in self.values.items():
+            stored = tuple(_rounded(value) for value in values)
+            weight = self._linear[name].dense(stored) if name in self._linear else stored[0]
+            owner = ".".join(name.split(".")[:2])
+            inner = f"{name[len(owner) :]}.weight".lstrip(".")
+            found[owner][inner] = weight
+        return found
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Return what the decoder holds, as it holds it."""
+        found = ((name, self._decoder.get_submodule(name)) for name in self.values)
+        return {name: module.get_parameter("weight") for name, module in found}
+
+    def put(self, weights: dict[str, torch.Tensor]) -> None:
+        """Give the decoder weights by the names of their modules."""
+        for name, weight in weights.items():
+            module = self._decoder.get_submodule(name)
+            weight = moved(weight.detach(), torch.device("cpu"))
+            module.weight = nn.Parameter(weight, requires_grad=False)
+
+    def store(self) -> None:
+        """Give the decoder the values as they are now. Raises UnsupportedError beyond fp16."""
+        made = {}
+        for name, values in self.values.items():
+            changed = tuple(value.detach() for value in values)
+            if name in self._linear:
+                made[name] = self._linear[name].rebuilt(changed)
+            else:
+                made[name] = changed[0].to(torch.float16).to(torch.float32)
+        self.put(made)
+
+
+def tune(
+    decoder: Decoder,
+    teacher: Decoder,
+    windows: Sequence[Sequence[int]],
+    steps: int,
+    on_progress: Callable[[float], None] = lambda _: None,
+) -> Tuning:
+    """Change scales, zero points, tables and norms of `decoder` for the better, if there is any.
+
+    Args:
+        decoder: Quantized; its token table and head stay as they are. It is held in fp32 as a
+            whole, with gradients: about 16 bytes per weight, on a GPU that torch knows as `cuda`
+            if there is one.
+        teacher: The original, which is moved there while it is needed.
+        windows: Tokens of a text; each fits both caches.
+        steps: Windows to learn from, which are read again and again in a fixed random order.
+        on_progress: Called with the share done, 0 to 1.
+
+    Raises:
+        CheckpointError: the divergence is not finite.
+        UnsupportedError: a linear layer is not quantized, or a GPU has too little memory.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    home = teacher.positions.device
+    try:
+        student = _Student(decoder, device)
+        teacher.to(device)
+        return _tuned(student, decoder, teacher, windows, steps, on_progress)
+    except torch.OutOfMemoryError as error:
+        raise UnsupportedError(
+            "Tuning does not fit the GPU's memory; set CUDA_VISIBLE_DEVICES to nothing to tune on "
+            "the CPU, or export without --tune."
+        ) from error
+    finally:
+        teacher.to(home)
+
+
+def _tuned(
+    student: _Student,
+    decoder: Decoder,
+    teacher: Decoder,
+    windows: Sequence[Sequence[int]],
+    steps: int,
+    on_progress: Callable[[float], None],
+) -> Tuning:
+    before = _divergence(student, teacher, windows)
+    if not math.isfinite(before):
+        raise CheckpointError(
+            "The divergence on the calibration text is not finite, so there is nothing to tune by; "
+            "the checkpoint overflows, or is damaged. Export without --tune."
+        )
+    weights = student.weights()
+    student.values = {
+        name: tuple(value.clone().requires_grad_() for value in values)
+        for name, values in student.values.items()
+    }
+    changing = [value for values in student.values.values() for value in values]
+    optimizer = torch.optim.Adam(
+        [{"params": [v], "lr": _RATE * (float(v.detach().abs().mean()) or 1.0)} for v in changing],
+        betas=_BETAS,
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
+    for step, window in enumerate(_order(windows, steps)):
+        torch.autograd.backward(_loss(student, teacher, window).mean())
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        on_progress((step + 1) / steps)
+    after = _stored_divergence(student, decoder, teacher, windows)
+    if not after < before:  # not a number either
+        student.put(weights)
+        after = before
+    return Tuning(steps, before, after)
+
+
+def _stored_divergence(
+    student: _Student, decoder: Decoder, teacher: Decoder, windows: Sequence[Sequence[int]]
+) -> float:
+    """Store what was found, and return how far that is; a float zero point is rounded once more."""
+    try:
+        student.store()
+    except UnsupportedError:
+        return math.inf  # fp16 cannot hold it
+    return _divergence(_Student(decoder, teacher.positions.device), teacher, windows)
+
+
+def _rate(step: int, steps: int) -> float:
+    """Return the share of the rate: up in a few steps, then down along a cosine."""
+    return min(1.0, (step + 1) / _WARMUP) * (1 + math.cos(math.pi * step / steps)) / 2
+
+
+def _order(windows: Sequence[Sequence[int]], steps: int) -> Iterator[Sequence[int]]:
+    generator = torch.Generator().manual_seed(0)
+    left: list[int] = []
+    for _ in range(steps):
+        left = left or torch.randperm(len(windows), generator=generator).tolist()
+        yield windows[left.pop()]
+
+
+def _loss(student: _Student, teacher: Decoder, window: Sequence[int]) -> torch.Tensor:
+    """Return KL(teacher || student) of each token of a window, nats."""
+    with torch.no_grad():
+        place = teacher.positions.device
+        tokens, start_pos = torch.tensor([list(window)]), torch.zeros(1, dtype=torch.int64)
+        hidden = teacher.hidden(tokens.to(place), start_pos.to(place))
+        wanted = torch.log_softmax(teacher.head(hidden)[0], dim=-1)
+    found = torch.log_softmax(student.logits(window), dim=-1)
+    return (wanted.exp() * (wanted - found)).sum(-1)
+
+
+@torch.no_grad()
+def _divergence(student: _Student, teacher: Decoder, windows: Sequence[Sequence[int]]) -> float:
+    return float(torch.cat([_loss(student, teacher, window) for window in windows]).mean())

@@ -1,0 +1,127 @@
+"""Decide the format of every matrix: by flags, by an earlier plan, or by what each costs the model.
+
+plan, measured = choose_plan(model, config, tokenizer)
+measured.losses["layers.0.mlp.down_proj"]              # of the format that the plan gives it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llm_coreml.config import ExportConfig, resolve_shapes
+from llm_coreml.decoder import DecoderSpec
+from llm_coreml.model import Model, plan_for
+from llm_coreml.quantize import QuantizationPlan, make_plan
+from llm_coreml.quantize.calibrate.text import BUNDLED_TEXT, CalibrationText, read_content, tokenize
+from llm_coreml.quantize.plan.allocate import Option, allocate
+from llm_coreml.quantize.plan.budget import matrix_bits, mixed_options
+from llm_coreml.quantize.plan.plan import matrices
+from llm_coreml.quantize.plan.plan_file import parse_plan, read_plan
+from llm_coreml.quantize.plan.sensitivity import sensitivities
+from llm_coreml.quantize.rotate.rotation import rotated
+
+# A thousand tokens say as much of formats as their divergences differ between texts; in short
+# windows more of them are independent, and a block's gradients take little memory.
+_TOKENS, _WINDOW = 1024, 128
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a plan was chosen by.
+
+    Attributes:
+        text: What was read.
+        losses: Estimated KL divergence of each matrix of the blocks in its format, alone, in nats
+            per token.
+    """
+
+    text: CalibrationText
+    losses: dict[str, float]
+
+
+def plan_without_weights(config: ExportConfig, spec: DecoderSpec) -> QuantizationPlan:
+    """Return the plan that settings alone decide; of mixed formats, the smallest possible one.
+
+    Raises:
+        ConfigError: settings contradict each other, or `--plan` cannot be read or does not fit.
+        UnsupportedError: Core ML, the target or a shape does not allow it, or no mix of formats
+            comes to the bits or bytes asked for.
+    """
+    if config.plan is not None:
+        return make_plan(config, spec, read_plan(Path(config.plan), config, spec))
+    if not config.mixed:
+        return make_plan(config, spec)
+    options = mixed_options(config, spec)
+    matrix_bits(config, spec, options)
+    return make_plan(config, spec, {name: schemes[0] for name, schemes in options.items()})
+
+
+def choose_plan(
+    model: Model,
+    config: ExportConfig,
+    tokenizer: Path,
+    on_progress: Callable[[float], None] = lambda _: None,
+) -> tuple[QuantizationPlan, Measured | None]:
+    """Return the plan of an export, and what it was chosen by if formats are mixed.
+
+    Args:
+        model: What is exported.
+        config: Settings.
+        tokenizer: The model's `tokenizer.json`, which may be absent.
+        on_progress: Called with the share of measuring done, 0 to 1.
+
+    Raises:
+        LlmCoreMLError: as `plan_without_weights` and `sensitivities` say; or there is no tokenizer
+            for the text.
+    """
+    if model.imported() is not None:
+        return plan_for(config, model), None
+    if not config.mixed:
+        return plan_without_weights(config, model.spec), None
+    options = mixed_options(config, model.spec)
+    budget = matrix_bits(config, model.spec, options)
+    text = _text(model, config, tokenizer)
+    checkpoint, spec = rotated(model.checkpoint, model.family, model.spec, config.rotate)
+    losses = sensitivities(checkpoint, model.family, spec, text.windows, options, on_progress)
+    shapes = dict(matrices(model.spec))
+    items = [
+        [
+            Option(scheme.stored_bits(shapes[name]), loss)
+            for scheme, loss in zip(schemes, losses[name], strict=True)
+        ]
+        for name, schemes in options.items()
+    ]
+    chosen = dict(zip(options, allocate(items, budget), strict=True))
+    plan = make_plan(config, model.spec, {name: options[name][at] for name, at in chosen.items()})
+    return plan, Measured(text, {name: losses[name][at] for name, at in chosen.items()})
+
+
+def plan_of(
+    quantization: dict[str, Any], config: ExportConfig, spec: DecoderSpec
+) -> QuantizationPlan:
+    """Return the plan that a manifest records; earlier ones leave it to the settings.
+
+    Raises:
+        ConfigError: it does not fit the model.
+    """
+    recorded = quantization.get("plan")
+    chosen = None if recorded is None else parse_plan(recorded, config, spec)
+    return make_plan(config, spec, chosen)
+
+
+def _text(model: Model, config: ExportConfig, tokenizer: Path) -> CalibrationText:
+    """Return the beginning of the text that calibration reads, or of the bundled one."""
+    source = config.calibrate or BUNDLED_TEXT
+    context = resolve_shapes(config, model.spec.max_position_embeddings).context
+    flag = "--size" if config.bits is None else f"--bits {config.bits}"
+    return tokenize(
+        source,
+        read_content(source),
+        tokenizer,
+        min(_TOKENS, config.calibration_tokens),
+        min(_WINDOW, context),
+        flag,
+    )

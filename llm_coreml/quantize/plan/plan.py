@@ -1,0 +1,226 @@
+"""From flags to one scheme per kind of matrix, refusing what cannot work before any work is done.
+
+plan = make_plan(config, spec)                            # one format for all linear layers
+plan = make_plan(config, spec, {"layers.0.mlp.down_proj": ...})    # or one for each
+plan.linear.label, plan.embedding.label, plan.lm_head.label, plan.tied
+plan.scheme_of("layers.0.mlp.down_proj")
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from torch import nn
+
+from llm_coreml.config import DEFAULT_CODEBOOK_ROWS, ExportConfig
+from llm_coreml.decoder import Decoder, DecoderSpec
+from llm_coreml.errors import ConfigError, UnsupportedError, nearest
+from llm_coreml.quantize.formats.schemes import (
+    CODEBOOK_BITS,
+    SCHEMES,
+    Codebook,
+    IntChannel,
+    IntGroup,
+    Mxfp4,
+    Scheme,
+    Unquantized,
+)
+from llm_coreml.targets import get_target, opset_of
+
+
+@dataclass(frozen=True)
+class QuantizationPlan:
+    """Which scheme each matrix gets.
+
+    Attributes:
+        linear: The projections of attention and MLP, where `exceptions` says nothing else.
+        embedding: The token table.
+        lm_head: The output projection.
+        tied: The head is the token table, stored once.
+        untied_bytes: What storing a tied table twice costs, when the two schemes or rotations
+            differ.
+        exceptions: Schemes of single projections, by module name: `layers.0.mlp.down_proj`.
+    """
+
+    linear: Scheme
+    embedding: Scheme
+    lm_head: Scheme
+    tied: bool
+    untied_bytes: int = 0
+    exceptions: Mapping[str, Scheme] = field(default_factory=lambda: MappingProxyType({}))
+
+    def scheme_of(self, module: str) -> Scheme:
+        """Return the scheme of a linear layer or of the token table, by its name in the decoder."""
+        tables: Mapping[str, Scheme] = {"embed_tokens": self.embedding, "lm_head": self.lm_head}
+        return tables.get(module) or self.exceptions.get(module, self.linear)
+
+
+def matrices(spec: DecoderSpec) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Yield name and shape of every linear weight in the blocks, as the decoder names them."""
+    for name, module in Decoder(spec, context=1).layers.named_modules(prefix="layers"):
+        if isinstance(module, nn.Linear):
+            yield name, (module.out_features, module.in_features)
+
+
+def make_plan(
+    config: ExportConfig, spec: DecoderSpec, chosen: Mapping[str, Scheme] | None = None
+) -> QuantizationPlan:
+    """Choose the schemes and check them against every matrix of the model.
+
+    Args:
+        config: Settings.
+        spec: Sizes of the model.
+        chosen: Schemes of all linear layers of the blocks, where `config` leaves these open; those
+            of `embed_tokens` and `lm_head` may be among them, and win.
+
+    Raises:
+        ConfigError: bits and scheme contradict each other, or a name is unknown.
+        UnsupportedError: Core ML, the target or a tensor's shape does not allow it.
+    """
+    shapes = dict(matrices(spec))
+    if chosen is None:
+        linear, exceptions = linear_scheme(config), {}
+    else:
+        linear = _prevalent(chosen, shapes)
+        exceptions = {name: chosen[name] for name in shapes if chosen[name] != linear}
+    tables = chosen or {}
+    embedding = tables.get("embed_tokens") or _table_scheme(config.embedding, config, "--embedding")
+    lm_head = tables.get("lm_head") or _table_scheme(
+        config.lm_head or config.embedding, config, "--lm-head"
+    )
+    schemes = {linear, *exceptions.values()}
+    if config.calibrate is not None and any(isinstance(s, Unquantized) for s in schemes):
+        raise ConfigError(
+            "--calibrate chooses codes, and unquantized linear layers have none; drop it, or give "
+            "--bits 1 to 8."
+        )
+    for scheme in schemes:
+        if config.calibrate is not None and not scheme.calibrated:
+            raise ConfigError(
+                f"--calibrate cannot choose the codes of '{scheme.label}'; drop it, or give "
+                "integers, or a codebook without --codebook-vector and --codebook-scale."
+            )
+    flag = "--scheme" if chosen is None else "--plan"
+    for scheme in sorted(schemes, key=lambda scheme: scheme.label):
+        _check_target(config, flag, scheme)
+    _check_target(config, "--embedding", embedding)
+    _check_target(config, "--lm-head", lm_head)
+    for name, shape in shapes.items():
+        exceptions.get(name, linear).check(name, shape)
+    table = (spec.vocab_size, spec.hidden_size)
+    embedding.check("the token table", table)
+    lm_head.check("the output head", table)
+    # A rotated head holds the gain of the last norm, which the table must not.
+    same = embedding == lm_head and config.rotate not in ("residual", "both")
+    tied = spec.tie_word_embeddings and same
+    cost = 0
+    if spec.tie_word_embeddings and not tied:
+        cost = round(lm_head.stored_bits(table) / 8)
+    return QuantizationPlan(linear, embedding, lm_head, tied, cost, MappingProxyType(exceptions))
+
+
+def _prevalent(chosen: Mapping[str, Scheme], shapes: Mapping[str, tuple[int, int]]) -> Scheme:
+    """Return the scheme that most weights have; of several the first."""
+    weights: Counter[Scheme] = Counter()
+    for name, (rows, columns) in shapes.items():
+        weights[chosen[name]] += rows * columns
+    return weights.most_common(1)[0][0]
+
+
+def _check_target(config: ExportConfig, flag: str, scheme: Scheme) -> None:
+    """Refuse a scheme that the target, or the oldest system, is known not to take."""
+    if config.force:
+        return
+    target = get_target(config.target)
+    fitting = target.default_scheme if flag == "--scheme" else "int8-channel"
+    remedy, other = f"Use {flag} {fitting}", f"{flag} {fitting}"
+    if flag == "--plan":
+        remedy = f"Make it for --target {target.name}"
+        other = "another plan"
+    elif fitting == scheme.name:
+        remedy = "Drop --codebook-scale"
+    for trait in scheme.traits:
+        if trait in target.misfits:
+            raise UnsupportedError(
+                f"--target {target.name} does not take {scheme.name}: {target.misfits[trait]}. "
+                f"{remedy}, or --force to export it all the same."
+            )
+    # All have two digits, so that they stand in the order of the alphabet.
+    if opset_of(config.minimum_os) < scheme.minimum_os:
+        raise UnsupportedError(
+            f"{config.minimum_os} is too old for {scheme.name}, which Core ML runs from "
+            f"{scheme.minimum_os} on; use --minimum-os {scheme.minimum_os}, {other}, or "
+            "--force to export it all the same."
+        )
+
+
+def linear_scheme(config: ExportConfig) -> Scheme:
+    """Resolve `--bits`, `--scheme` and the target's default into one scheme."""
+    name, bits = config.scheme, config.bits
+    if isinstance(bits, float):
+        raise ValueError("mixed bits are no single scheme")
+    if name is None:
+        name = _scheme_for_bits(bits, get_target(config.target).default_scheme)
+    if name not in SCHEMES:
+        raise ConfigError(
+            f"There is no scheme '{name}'; the schemes are {', '.join(SCHEMES)}."
+            + nearest(name, SCHEMES)
+        )
+    return _build(name, bits, config, "--bits")
+
+
+def _scheme_for_bits(bits: int | None, default: str) -> str:
+    if bits is None or bits == 4:
+        return default
+    if bits == 8:
+        return "int8-channel"
+    return "none" if bits == 16 else "codebook"
+
+
+def _table_scheme(text: str, config: ExportConfig, flag: str) -> Scheme:
+    """Parse `--embedding` or `--lm-head`: a scheme name, for codebooks with `:bits`."""
+    name, _, suffix = text.partition(":")
+    if name not in SCHEMES or (suffix and not suffix.isdigit()):
+        raise ConfigError(
+            f"{flag} {text} is not known; give one of {', '.join(SCHEMES)}, codebooks as "
+            "codebook:4." + nearest(name, SCHEMES)
+        )
+    return _build(name, int(suffix) if suffix else None, config, flag)
+
+
+def _build(name: str, bits: int | None, config: ExportConfig, flag: str) -> Scheme:
+    full = 32 if config.compute_precision == "fp32" else 16
+    if name == "codebook":
+        bits = 4 if bits is None else bits
+        if bits not in CODEBOOK_BITS:
+            raise UnsupportedError(
+                f"{flag} asks for a {bits} bit codebook; Core ML holds 1, 2, 3, 4, 6 and 8 bits."
+            )
+        rows = config.codebook_rows
+        if rows is None and config.codebook_columns is None:
+            rows = DEFAULT_CODEBOOK_ROWS
+        columns, vector = config.codebook_columns, config.codebook_vector
+        return Codebook(bits, rows, full, columns, vector, config.codebook_scale)
+    schemes: dict[str, Scheme] = {
+        "int4-group": IntGroup(4, config.group_size, full, config.zero_point),
+        "int4-channel": IntChannel(4, full, config.zero_point),
+        "int8-group": IntGroup(8, config.group_size, full, config.zero_point),
+        "int8-channel": IntChannel(8, full, config.zero_point),
+        "int2-group": IntGroup(2, config.group_size, full, config.zero_point),
+        "int3-group": IntGroup(3, config.group_size, full, config.zero_point),
+        "int6-group": IntGroup(6, config.group_size, full, config.zero_point),
+        "mxfp4": Mxfp4(4, full),
+        "none": Unquantized(full),
+    }
+    scheme = schemes[name]
+    if bits is not None and bits != scheme.bits and name != "none":
+        raise UnsupportedError(
+            f"{flag} asks for {bits} bit {name}; Core ML holds integer weights of 4 and 8 bits "
+            f"only. Use --scheme codebook for 1, 2, 3, 4, 6 or 8 bits."
+        )
+    if name == "none" and bits not in (None, 16):
+        raise ConfigError(f"--scheme none keeps 16 bits, but --bits is {bits}; drop one of them.")
+    return scheme

@@ -1,0 +1,196 @@
+"""A plan as JSON: what a manifest records of it, and what `--plan` reads.
+
+    recorded = plan_json(plan, spec, losses={})
+    schemes = read_plan(Path("out/manifest.json"), config, spec)     # as `make_plan` takes them
+
+    {"matrices": {"layers.0.mlp.down_proj": {"shape": [2048, 8192],
+                                             "scheme": {"type": "Codebook", "bits": 3, ...}}, ...}}
+
+A plan fits every model with matrices of these names and shapes, such as fine-tuned ones.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from llm_coreml.config import ExportConfig
+from llm_coreml.decoder import DecoderSpec
+from llm_coreml.errors import ConfigError, LlmCoreMLError, nearest
+from llm_coreml.quantize.formats.schemes import (
+    CODEBOOK_BITS,
+    GROUP_BITS,
+    INTEGER_BITS,
+    Codebook,
+    IntChannel,
+    IntGroup,
+    Mxfp4,
+    Scheme,
+    TableGroup,
+    Unquantized,
+)
+from llm_coreml.quantize.plan.plan import QuantizationPlan, matrices
+
+# A matrix takes some 400 bytes; nobody's plan needs more.
+_LARGEST_FILE = 1 << 26
+_BITS: Mapping[type[Scheme], tuple[int, ...]] = MappingProxyType(
+    {
+        Codebook: CODEBOOK_BITS,
+        IntGroup: GROUP_BITS,
+        IntChannel: INTEGER_BITS,
+        Mxfp4: (4,),
+        TableGroup: CODEBOOK_BITS,
+        Unquantized: (16, 32),
+    }
+)
+_TYPES = {kind.__name__: kind for kind in _BITS}
+
+
+def plan_json(
+    plan: QuantizationPlan, spec: DecoderSpec, losses: Mapping[str, float]
+) -> dict[str, Any]:
+    """Return the scheme, shape and bytes of every matrix.
+
+    Args:
+        plan: Schemes.
+        spec: Sizes.
+        losses: Estimated KL divergence of matrices that were measured, in nats per token.
+    """
+    described = {}
+    for name, shape in _all_matrices(spec):
+        scheme = plan.scheme_of(name)
+        described[name] = {
+            "shape": list(shape),
+            "scheme": {"type": type(scheme).__name__, **asdict(scheme)},  # type: ignore[call-overload]
+            "bytes": -(-scheme.stored_bits(shape) // 8),
+            **({"kl": losses[name]} if name in losses else {}),
+        }
+    return {"matrices": described}
+
+
+def _all_matrices(spec: DecoderSpec) -> Iterator[tuple[str, tuple[int, int]]]:
+    yield from matrices(spec)
+    for name in ("embed_tokens", "lm_head"):
+        yield name, (spec.vocab_size, spec.hidden_size)
+
+
+def read_plan(path: Path, config: ExportConfig, spec: DecoderSpec) -> dict[str, Scheme]:
+    """Read a plan, or the plan in a manifest, and hold it against a model.
+
+    Raises:
+        ConfigError: the file cannot be read, or is no plan for this model and precision.
+    """
+    try:
+        if path.stat().st_size > _LARGEST_FILE:
+            raise ValueError(f"it is larger than {_LARGEST_FILE >> 20} MiB")
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"--plan '{path}' cannot be read: {error}. Give an export's manifest.json."
+        ) from None
+    if isinstance(content, dict) and isinstance(content.get("quantization"), dict):
+        content = content["quantization"].get("plan")
+    try:
+        schemes = parse_plan(content, config, spec)
+        for name, scheme in schemes.items():
+            if isinstance(scheme, TableGroup):
+                raise ConfigError(
+                    f"{name} has a table that only a quantized checkpoint holds; give the plan of "
+                    "an export that chose its formats."
+                )
+        return schemes
+    except ConfigError as error:
+        raise ConfigError(f"--plan '{path}': {error}") from None
+
+
+def parse_plan(content: object, config: ExportConfig, spec: DecoderSpec) -> dict[str, Scheme]:
+    """Return the schemes of a plan's matrices by name.
+
+    Args:
+        content: A parsed plan, not trusted.
+        config: Says the precision, in which scales and tables are stored.
+        spec: The model that it is for.
+
+    Raises:
+        ConfigError: it is none, or none for this model.
+    """
+    expected = dict(_all_matrices(spec))
+    found = content.get("matrices") if isinstance(content, dict) else None
+    if not isinstance(found, dict):
+        raise ConfigError("there is no plan in it; give the manifest.json of an export.")
+    for name in found:
+        if name not in expected:
+            raise ConfigError(
+                f"the model has no matrix {_shown(name)}; the plan is another model's."
+                + nearest(name, expected)
+            )
+    absent = [name for name in expected if name not in found]
+    if absent:
+        more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
+        raise ConfigError(f"it lacks {absent[0]}{more}; give every matrix of the model a scheme.")
+    return {name: _entry(name, found[name], shape, config) for name, shape in expected.items()}
+
+
+def _entry(name: str, entry: object, shape: tuple[int, int], config: ExportConfig) -> Scheme:
+    """Return the scheme of one matrix."""
+    if not isinstance(entry, dict) or entry.get("shape") != list(shape):
+        given = entry.get("shape") if isinstance(entry, dict) else entry
+        raise ConfigError(
+            f"{name} is {list(shape)} in the model, not {_shown(given)}; the plan is another "
+            "model's."
+        )
+    try:
+        scheme = _scheme(entry.get("scheme"))
+        scheme.check(name, shape)
+    except LlmCoreMLError as error:
+        raise ConfigError(f"{name}: {error}") from None
+    full = 32 if config.compute_precision == "fp32" else 16
+    numbers = (
+        scheme.bits if isinstance(scheme, Unquantized) else getattr(scheme, "scale_bits", full)
+    )
+    if numbers != full:
+        raise ConfigError(
+            f"{name} holds fp{numbers} numbers, and --compute-precision is "
+            f"{config.compute_precision}; give the precision that the plan was made for."
+        )
+    return scheme
+
+
+def _scheme(entry: object) -> Scheme:
+    """Build a scheme from the name of its class and all of its fields."""
+    kind = entry.get("type") if isinstance(entry, dict) else None
+    if not isinstance(entry, dict) or not isinstance(kind, str) or kind not in _TYPES:
+        raise ConfigError(
+            f"there is no scheme {_shown(kind)}; the schemes are {', '.join(_TYPES)}."
+            + nearest(str(kind), _TYPES)
+        )
+    given = {key: value for key, value in entry.items() if key != "type"}
+    hints = get_type_hints(_TYPES[kind])
+    names = [field.name for field in fields(_TYPES[kind])]  # type: ignore[arg-type]
+    if set(given) != set(names):
+        raise ConfigError(f"a {kind} has the fields {', '.join(names)}, not {_shown(list(given))}.")
+    for key, value in given.items():
+        if not _fits(value, hints[key]):
+            raise ConfigError(f"{key} of a {kind} is {_shown(value)}, which it cannot be.")
+    scheme = _TYPES[kind](**given)
+    if scheme.bits not in _BITS[_TYPES[kind]]:
+        allowed = ", ".join(map(str, _BITS[_TYPES[kind]]))
+        raise ConfigError(f"a {kind} has {allowed} bits, not {scheme.bits}.")
+    return scheme
+
+
+def _fits(value: object, hint: Any) -> bool:
+    """Return whether a JSON value is of a field's type; true is no number."""
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    return type(value) in (get_args(hint) or (hint,))
+
+
+def _shown(value: object) -> str:
+    """Return a value as an error can show it."""
+    text = ascii(value)
+    return text if len(text) <= 60 else text[:60] + "..."

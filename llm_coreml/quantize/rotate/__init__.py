@@ -1,0 +1,1 @@
+"""Rotations that are merged into the weights before they are quantized."""

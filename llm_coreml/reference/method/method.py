@@ -1,0 +1,224 @@
+"""Run a whole method of a `.pte`: its kernels and its Core ML delegates, in the plan's own order.
+
+    forward = LoadedMethod(method, Packages(container), Execution().pool(), constants)
+    logits = forward(torch.tensor([[1, 2, 3]]), torch.tensor([0]))
+    forward.reset()
+
+Nothing is assumed about the plan. Each instruction is executed as it stands; one that is unknown is
+an error that names it, when the method is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from llm_coreml.artifact.method_plan import Constant, Instruction, Method, TensorSpec
+from llm_coreml.artifact.packages import Lowered, Packages
+from llm_coreml.errors import ArtifactError
+from llm_coreml.reference.method.kernels import convert, kernel, present
+from llm_coreml.reference.method.memory import PlanMemory, Values, dtype_of
+from llm_coreml.reference.program.constants import ConstantPool
+from llm_coreml.reference.program.program import INTERFACE_TYPES, CoreMLProgram
+
+# A step returns the number of the next one if it is not the one that follows.
+Step = Callable[[Values], int | None]
+
+
+class LoadedMethod:
+    """A method of a `.pte`, ready to run.
+
+    Attributes:
+        name: the method's name.
+        inputs: dtype and shape of each argument.
+        outputs: dtype and shape of each result.
+        programs: the Core ML programs, by delegate.
+        constants: what the file's constant methods give, such as `get_max_seq_len`.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        packages: Packages,
+        pool: ConstantPool,
+        constants: dict[str, Constant],
+        *,
+        compiled: bool = False,
+    ) -> None:
+        self.name = method.name
+        self.constants = constants
+        self.inputs = tuple(_tensor_spec(method, number) for number in method.inputs)
+        self.outputs = tuple(_tensor_spec(method, number) for number in method.outputs)
+        self.programs: list[CoreMLProgram] = []
+        self._method = method
+        self._memory = PlanMemory(method)
+        self._lowered = [packages.open(delegate) for delegate in method.delegates]
+        self.programs = [
+            CoreMLProgram(item.package.model, item.function, pool, compiled=compiled)
+            for item in self._lowered
+        ]
+        self._steps = [
+            self._step(number, instruction)
+            for number, instruction in enumerate(method.instructions)
+        ]
+
+    def reset(self) -> None:
+        """Set the states of all programs to zero, and the plan's own buffers to what they were."""
+        self._memory.reset()
+        for program in self.programs:
+            program.reset()
+
+    def __call__(self, *arguments: torch.Tensor) -> torch.Tensor:
+        """Run the method and return its only output.
+
+        Args:
+            *arguments: as `inputs` says; for a language model `tokens` int64 [1, S] and
+                `start_pos` int64 [1].
+
+        Returns:
+            The method's output, for a language model float32 [1, 1, V] or [1, S, V].
+
+        Raises:
+            ArtifactError: the method has several outputs, or as `run` says.
+        """
+        results = self.run(*arguments)
+        if len(results) != 1:
+            raise ArtifactError(f"Method '{self.name}' gives {len(results)} outputs; use run().")
+        return results[0]
+
+    def run(self, *arguments: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Run the method and return all its outputs, which the caller owns.
+
+        Raises:
+            ArtifactError: an argument does not fit, or the program contradicts itself.
+        """
+        if len(arguments) != len(self.inputs):
+            raise ArtifactError(
+                f"Method '{self.name}' takes {len(self.inputs)} arguments, not {len(arguments)}."
+            )
+        values = self._memory.values()
+        with torch.inference_mode():
+            for number, value in zip(self._method.inputs, arguments, strict=True):
+                # A copy, since a kernel may write to it.
+                who = f"Argument {number} of method '{self.name}'"
+                self._memory.store(values, number, value.clone(), who)
+            at = 0
+            while at < len(self._steps):
+                target = self._steps[at](values)
+                at = at + 1 if target is None else target
+        return tuple(self._present(values, number).clone() for number in self._method.outputs)
+
+    def _present(self, values: Values, number: int) -> torch.Tensor:
+        try:
+            return present(values, number)
+        except ArtifactError as error:
+            raise ArtifactError(f"In method '{self.name}', {error}") from error
+
+    def _step(self, number: int, instruction: Instruction) -> Step:
+        if instruction.kind == "kernel":
+            return kernel(instruction.target, instruction.args, self._method, self._memory)
+        if instruction.kind == "delegate":
+            return self._delegate(int(instruction.target), instruction.args)
+        if instruction.kind == "jump_false":
+            return self._jump(number, int(instruction.target), instruction.args[0])
+        return _move(*instruction.args) if instruction.kind == "move" else _free(*instruction.args)
+
+    def _jump(self, number: int, target: int, condition: int) -> Step:
+        # Only forward, so that every run ends.
+        if not number < target <= len(self._method.instructions):
+            raise ArtifactError(
+                f"Instruction {number} of method '{self.name}' jumps to {target}; the reference "
+                "runs branches, but no loops."
+            )
+
+        def step(values: Values) -> int | None:
+            value = values[condition]
+            if isinstance(value, torch.Tensor):
+                value = bool(value.all())
+            if not isinstance(value, bool):
+                raise ArtifactError(f"Method '{self.name}' branches on {value!r}, no truth value.")
+            return None if value else target
+
+        return step
+
+    def _delegate(self, index: int, args: tuple[int, ...]) -> Step:
+        program, lowered = self.programs[index], self._lowered[index]
+        self._check_names(program, lowered, len(args))
+        sources = dict(zip(lowered.inputs, args, strict=False))
+        results = dict(zip(lowered.outputs, args[len(lowered.inputs) :], strict=True))
+        expected = {name: _tensor_spec(self._method, number) for name, number in results.items()}
+
+        wanted = {feature.name: INTERFACE_TYPES[feature.dtype] for feature in program.inputs}
+
+        # ExecuTorch's delegate converts between the plan's types and the program's as it copies
+        # values in and out, and gives a tensor without dimensions one.
+        def step(values: Values) -> None:
+            given = {}
+            for name, number in sources.items():
+                value = _exact(self._present(values, number), wanted[name], f"The input '{name}'")
+                given[name] = value if value.ndim else value.reshape(1)
+            outputs = program(given)
+            for name, number in results.items():
+                who, spec = f"The output '{name}'", expected[name]
+                value = _exact(outputs[name], dtype_of(spec), who)
+                single = not spec.shape and tuple(value.shape) == (1,)
+                self._memory.store(values, number, value.reshape(()) if single else value, who)
+
+        return step
+
+    def _check_names(self, program: CoreMLProgram, lowered: Lowered, count: int) -> None:
+        inputs, outputs = lowered.inputs, lowered.outputs
+        if count != len(inputs) + len(outputs):
+            raise ArtifactError(
+                f"Method '{self.name}' passes {count} values to a delegate; its metadata names "
+                f"{len(inputs)} inputs and {len(outputs)} outputs."
+            )
+        twice = {name for names in (inputs, outputs) for name in names if names.count(name) > 1}
+        if twice:
+            raise ArtifactError(
+                f"The metadata of a delegate of method '{self.name}' names {sorted(twice)} more "
+                "than once, where ExecuTorch looks values up by name; return each result once."
+            )
+        known = {feature.name for feature in program.outputs}
+        wanted = sorted(feature.name for feature in program.inputs)
+        if sorted(inputs) != wanted or not set(outputs) <= known:
+            raise ArtifactError(
+                f"The metadata of a delegate of method '{self.name}' names inputs or outputs that "
+                "its program does not have."
+            )
+
+
+def _move(source: int, destination: int) -> Step:
+    def step(values: Values) -> None:
+        values[destination] = values[source]
+
+    return step
+
+
+def _free(number: int) -> Step:
+    def step(values: Values) -> None:
+        values[number] = None
+
+    return step
+
+
+def _tensor_spec(method: Method, number: int) -> TensorSpec:
+    value = method.values[number]
+    if not isinstance(value, TensorSpec):
+        raise ArtifactError(
+            f"Method '{method.name}' passes a {type(value).__name__}, not a tensor."
+        )
+    return value
+
+
+def _exact(value: torch.Tensor, dtype: torch.dtype, who: str) -> torch.Tensor:
+    """Return `value` as `dtype`, which must be able to hold it."""
+    # Core ML has no bool at its borders and gives zeros and ones.
+    truth = dtype == torch.bool and bool(((value == 0) | (value == 1)).all())
+    if value.is_floating_point() and not dtype.is_floating_point and not truth:
+        raise ArtifactError(f"{who} is {value.dtype}; as {dtype} it would lose its fractions.")
+    try:
+        return convert(value, dtype)
+    except ArtifactError as error:
+        raise ArtifactError(f"{who} is {value.dtype}: {error}") from error

@@ -1,0 +1,1 @@
+"""What happens in a run: sizes of values, and where two runs part."""

@@ -1,0 +1,316 @@
+"""Run one function of a Core ML model on any machine.
+
+Values that the program declares fp16 are rounded to fp16 after each operation and computed in fp32
+in between; fp32 stays fp32; integers and bools are exact. After each operation the result's element
+type, rank and known sizes must be what the program declares.
+
+    program = load("model.pte")
+    outputs = program({"tokens": torch.zeros(1, 8, dtype=torch.int32), ...})
+    program.reset()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+
+from llm_coreml.artifact.mil import Feature, Interface, Model, TensorType, fixed_shape
+from llm_coreml.errors import ArtifactError, nearest
+from llm_coreml.reference.program.compiler import compile_function
+from llm_coreml.reference.program.constants import ConstantPool, PackedWeight
+from llm_coreml.reference.program.execution import Execution
+from llm_coreml.reference.program.specialize import Plan, analyse, make_plan
+from llm_coreml.reference.program.steps import Observer, Step, Values, run_all
+
+INTERFACE_TYPES = {
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "int32": torch.int32,
+    "int8": torch.int8,
+}
+
+
+# Plans for that many combinations of input shapes are kept.
+_MOST_PLANS = 32
+_MOST_NUMBERS = 1 << 10
+
+
+class CoreMLProgram:
+    """One function of a Core ML model, with its states.
+
+    Args:
+        model: the parsed model.
+        function: which of its functions; the default one if None.
+        pool: its constants, and with them numerics and device; shared by a model's functions.
+        compiled: compile runs of operations, see `Execution`.
+
+    Attributes:
+        inputs: what a call takes.
+        outputs: what a call gives.
+        states: what lives across calls, all zero at first.
+        function_name: the function that a call runs.
+        function_names: all functions of the model.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        function: str | None = None,
+        pool: ConstantPool | None = None,
+        *,
+        compiled: bool = False,
+    ) -> None:
+        name = function or model.default_function
+        if name not in model.functions:
+            raise ArtifactError(
+                f"The Core ML program has no function '{name}', "
+                f"only {', '.join(sorted(model.functions))}.{nearest(name, model.functions)}"
+            )
+        interface = model.interfaces.get(name)
+        if interface is None:
+            raise ArtifactError(f"The Core ML model does not describe its function '{name}'.")
+        self.function_name = name
+        self.function_names = tuple(sorted(model.functions))
+        self.inputs = interface.inputs
+        self.outputs = interface.outputs
+        self.states = interface.states
+        self._pool = pool or Execution().pool()
+        with torch.inference_mode():
+            self._compiled = compile_function(model.functions[name], self._pool)
+        self._check_interface(interface)
+        self._input_names = {feature.name for feature in self.inputs}
+        self._known = analyse(self._compiled)
+        self._plans: dict[tuple[torch.Size, ...], Plan] = {}
+        self._fuses = compiled
+        self._state_values: dict[str, torch.Tensor] = {}
+        self._observe: Observer | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Set every state to zero."""
+        for name in self._compiled.states:
+            declared = self._compiled.types[name]
+            shape = fixed_shape(declared, f"The state '{name}'")
+            self._state_values[name] = torch.zeros(
+                shape, dtype=self._pool.numerics.held(declared.dtype), device=self._pool.device
+            )
+
+    def __call__(
+        self, inputs: Mapping[str, torch.Tensor] | None = None, /, **named: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """Run the function once.
+
+        Args:
+            inputs: one tensor per declared input, of the declared type (fp16, fp32, int32 or int8)
+                and of an allowed shape.
+            **named: inputs given by name, instead or in addition.
+
+        Returns:
+            Output name to tensor on the program's device, of the declared type; in the mode `fp32`
+            what is declared fp16 comes as fp32. The caller owns the tensors, which share nothing.
+
+        Raises:
+            ArtifactError: an input is not what the model declares, or the program contradicts
+                itself. States may then be half updated; `reset` makes them valid again.
+        """
+        given = {**(inputs or {}), **named}
+        self._check_inputs(given)
+        compiled, held = self._compiled, self._pool.numerics.held
+        compiled.rounds.reset()
+        shapes = tuple(given[name].shape for name in compiled.inputs)
+        plan = None if self._observe else self._plans.get(shapes)
+        values = (plan or compiled).initial.copy()
+        for name, slot in compiled.inputs.items():
+            dtype = held(compiled.types[name].dtype)
+            values[slot] = given[name].to(self._pool.device, dtype)
+        for name, slot in compiled.states.items():
+            values[slot] = self._state_values[name]
+        with torch.inference_mode():
+            if plan is None:
+                self._run_checked(values, shapes)
+            else:
+                plan.run(values)
+            for name, slot in compiled.states.items():
+                self._state_values[name] = values[slot]
+        # Outside of the inference mode, so that the caller may change them.
+        return {
+            feature.name: values[compiled.outputs[feature.name]].clone() for feature in self.outputs
+        }
+
+    def _run_checked(self, values: Values, shapes: tuple[torch.Size, ...]) -> None:
+        """Run every step with all checks, and keep what the input shapes decide."""
+        seen: dict[int, torch.Tensor] = {}
+
+        def observe(step: Step, values: Values) -> None:
+            for item in step.outputs:
+                value = values[item.slot]
+                # Sizes are a few numbers; a large table is cheaper to compute than to keep.
+                if item.slot in self._known.values and value.numel() <= _MOST_NUMBERS:
+                    seen[item.slot] = value
+            if self._observe is not None:
+                self._observe(step, values)
+
+        run_all(self._compiled.steps, values, observe)
+        if shapes in self._plans:
+            return
+        if len(self._plans) >= _MOST_PLANS:
+            self._plans.pop(next(iter(self._plans)))
+        self._plans[shapes] = make_plan(self._compiled, self._known, seen, compiled=self._fuses)
+
+    def constants(self) -> Iterator[tuple[str, torch.Tensor | PackedWeight]]:
+        """Yield each constant tensor that an operation uses, with its name.
+
+        Values are as the program computes with them: compressed ones are expanded, and rounded by
+        the mode of execution. They are the program's own and must not be changed.
+        """
+        for slot, value in enumerate(self._compiled.initial):
+            if value is not None:
+                yield self._compiled.constants.get(slot, "a constant without a name"), value
+
+    @contextmanager
+    def observed(self, observe: Observer) -> Iterator[None]:
+        """While the context lasts, have `observe(step, values)` called after each operation."""
+        outer, self._observe = self._observe, observe
+        try:
+            yield
+        finally:
+            self._observe = outer
+
+    @property
+    def constant_places(self) -> frozenset[int]:
+        """The places among an observer's values that hold constants."""
+        return frozenset(at for at, value in enumerate(self._compiled.initial) if value is not None)
+
+    def snapshot(self) -> dict[str, torch.Tensor]:
+        """Return copies of all states, for `restore`."""
+        return {name: value.clone() for name, value in self._state_values.items()}
+
+    def restore(self, snapshot: Mapping[str, torch.Tensor]) -> None:
+        """Set every state to what `snapshot` returned.
+
+        Raises:
+            ArtifactError: a state is missing, unknown, or of another type or shape.
+        """
+        if set(snapshot) != set(self._state_values):
+            raise ArtifactError(
+                f"The snapshot holds the states {sorted(snapshot)}; the program has "
+                f"{sorted(self._state_values)}."
+            )
+        for name, value in snapshot.items():
+            current = self._state_values[name]
+            if value.shape != current.shape or value.dtype != current.dtype:
+                raise ArtifactError(
+                    f"The snapshot's state '{name}' is {value.dtype}{list(value.shape)}; the "
+                    f"program's is {current.dtype}{list(current.shape)}."
+                )
+        self._state_values = {
+            name: value.to(self._pool.device, copy=True) for name, value in snapshot.items()
+        }
+
+    def state(self, name: str) -> torch.Tensor:
+        """Return a copy of the state `name`, of its declared type (fp32 in the mode `fp32`).
+
+        Raises:
+            ArtifactError: there is no such state.
+        """
+        if name not in self._state_values:
+            raise ArtifactError(
+                f"The program has no state '{name}'.{nearest(name, self._state_values)}"
+            )
+        return self._state_values[name].clone()
+
+    def _check_inputs(self, inputs: Mapping[str, torch.Tensor]) -> None:
+        for name in inputs:
+            if name not in self._input_names:
+                raise ArtifactError(
+                    f"The program has no input '{name}'.{nearest(name, self._input_names)}"
+                )
+        for feature in self.inputs:
+            if feature.name not in inputs:
+                raise ArtifactError(f"The input '{feature.name}' is missing.")
+            _check_input(feature, inputs[feature.name])
+        self._check_choice(inputs)
+
+    def _check_choice(self, inputs: Mapping[str, torch.Tensor]) -> None:
+        """Check that all enumerated shapes are of one choice; Core ML ties them by their place."""
+        features = [feature for feature in self.inputs if feature.enumerated]
+        choices = zip(*(feature.enumerated for feature in features), strict=False)
+        given = tuple(tuple(inputs[feature.name].shape) for feature in features)
+        if given and given not in set(choices):
+            shapes = ", ".join(
+                f"'{feature.name}' {list(shape)}"
+                for feature, shape in zip(features, given, strict=True)
+            )
+            raise ArtifactError(
+                f"The shapes of {shapes} are enumerated, but not together; "
+                "give the inputs shapes of the same place in their lists."
+            )
+
+    def _check_interface(self, interface: Interface) -> None:
+        """Check that the description and the program agree on names and element types."""
+        compiled = self._compiled
+        for what, features, places in (
+            ("inputs", interface.inputs, compiled.inputs),
+            ("outputs", interface.outputs, compiled.outputs),
+            ("states", interface.states, compiled.states),
+        ):
+            described = {feature.name for feature in features}
+            if described != set(places):
+                raise ArtifactError(
+                    f"The model describes the {what} {sorted(described)}; "
+                    f"its program has {sorted(places)}."
+                )
+            for feature in features:
+                declared = compiled.types[feature.name]
+                if declared.dtype != feature.dtype or feature.dtype not in INTERFACE_TYPES:
+                    raise ArtifactError(
+                        f"The model describes '{feature.name}' as {feature.dtype}; "
+                        f"its program declares {declared}."
+                    )
+                # The shape of an output need not be described.
+                if (what != "outputs" or feature.shape) and not _agrees(feature, declared):
+                    raise ArtifactError(
+                        f"The model describes '{feature.name}' with shape {list(feature.shape)}; "
+                        f"its program declares {declared}."
+                    )
+
+
+def _agrees(feature: Feature, declared: TensorType) -> bool:
+    """Return whether the described shapes are among those that the program declares."""
+    return all(
+        len(shape) == len(declared.shape)
+        and all(size in (None, given) for size, given in zip(declared.shape, shape, strict=True))
+        for shape in (feature.shape, *feature.enumerated)
+    )
+
+
+def _check_input(feature: Feature, value: torch.Tensor) -> None:
+    name, shape = feature.name, tuple(value.shape)
+    wanted = INTERFACE_TYPES[feature.dtype]
+    if value.dtype != wanted:
+        raise ArtifactError(f"The input '{name}' is {value.dtype}; the model takes {wanted}.")
+    if feature.enumerated:
+        if shape not in feature.enumerated:
+            allowed = ", ".join(str(list(item)) for item in feature.enumerated)
+            raise ArtifactError(
+                f"The input '{name}' has shape {list(shape)}, which is not enumerated; "
+                f"allowed are {allowed}."
+            )
+    elif feature.ranges:
+        fits = len(shape) == len(feature.ranges) and all(
+            low <= size and (high is None or size <= high)
+            for size, (low, high) in zip(shape, feature.ranges, strict=True)
+        )
+        if not fits:
+            limits = ", ".join(
+                f"{low}..{'' if high is None else high}" for low, high in feature.ranges
+            )
+            raise ArtifactError(
+                f"The input '{name}' has shape {list(shape)}; allowed is [{limits}]."
+            )
+    elif shape != feature.shape:
+        raise ArtifactError(
+            f"The input '{name}' has shape {list(shape)}; the model takes {list(feature.shape)}."
+        )

@@ -1,0 +1,1 @@
+"""Runners: one way to feed tokens to an artifact or to an eager decoder."""

@@ -1,0 +1,83 @@
+"""An eager decoder as a runner: the judge of the artifact that is made from it.
+
+EagerRunner(decoder, "quantized").logits([1, 42, 7])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import final
+
+import torch
+import torch.nn.functional as F
+
+from llm_coreml.decoder import Decoder
+from llm_coreml.quantize.formats.round import dense_rows
+from llm_coreml.runtime.runner import Runner, split_lengths
+
+
+@final
+class EagerRunner(Runner):
+    """A decoder in PyTorch, fp32: the judge of the artifact made from it."""
+
+    # Eager code takes any length; this only bounds the size of the attention scores.
+    _LONGEST = 1024
+
+    def __init__(self, decoder: Decoder, label: str) -> None:
+        super().__init__()
+        decoder.logits = "all"
+        self.decoder = decoder
+        self.context = decoder.context
+        self.vocab_size = decoder.spec.vocab_size
+        longest = min(self._LONGEST, decoder.context)
+        self.seq_lengths = tuple(range(1, longest + 1))
+        self.every_row = True
+        self.label = label
+
+    def _forward(self, tokens: torch.Tensor, start_pos: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return self._head(self._hidden(tokens, start_pos))
+
+    def _hidden(self, tokens: torch.Tensor, start_pos: torch.Tensor) -> torch.Tensor:
+        """Do what `Decoder.hidden` does without expanding the token table as a whole."""
+        table, start = self.decoder.embed_tokens.weight, 0
+        x = torch.empty(*tokens.shape, table.shape[1])
+        for rows in dense_rows(table):
+            inside = (tokens >= start) & (tokens < start + len(rows))
+            x[inside] = rows[tokens[inside] - start]
+            start += len(rows)
+        return self.decoder.blocks(x, start_pos)
+
+    def _head(self, x: torch.Tensor) -> torch.Tensor:
+        """Do what `Decoder.head` does without expanding the head as a whole."""
+        x = self.decoder.norm(x)
+        return torch.cat(
+            [F.linear(x, rows) for rows in dense_rows(self.decoder.lm_head.weight)], -1
+        )
+
+    def at(self, tokens: Sequence[int], position: int, rows: Sequence[int]) -> torch.Tensor:
+        """Return the logits after some of `tokens` only, read as `logits` does.
+
+        The head of a large vocabulary costs more than a small model's layers.
+
+        Args:
+            tokens: The sequence.
+            position: Where its first token is read.
+            rows: Which of the tokens.
+
+        Returns:
+            float32 `[len(rows), vocab]`.
+        """
+        self.reset(position)
+        self._check_room(len(tokens))
+        states, start = [], 0
+        with torch.no_grad():
+            for length in split_lengths(len(tokens), self.seq_lengths):
+                chunk = torch.tensor([list(tokens[start : start + length])])
+                states.append(self._hidden(chunk, torch.tensor([position + start]))[0])
+                start += length
+            return self._head(torch.cat(states)[list(rows)])
+
+    def _clear(self) -> None:
+        with torch.no_grad():
+            self.decoder.cache.reset()

@@ -1,0 +1,155 @@
+"""A causal LM with a KV cache, fed in chunks: what every runner is.
+
+    runner = open_runner(bundle)
+    logits = runner.logits([1, 42, 7])           # float32 [3, vocab]
+    for token in runner.generate([1, 42, 7], max_new_tokens=20): ...
+
+A prompt is fed as a sum of the program's lengths, largest first (77 = 64 + 8 + 5 x 1): nothing is
+padded, so the last row of each chunk is always a real token's.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import final
+
+import torch
+
+from llm_coreml.errors import ConfigError
+from llm_coreml.runtime.sampling import Sampler
+
+
+def split_lengths(count: int, lengths: Sequence[int]) -> list[int]:
+    """Write `count` as a sum of `lengths`, largest first; `lengths` holds 1."""
+    parts: list[int] = []
+    for length in sorted(lengths, reverse=True):
+        parts += [length] * (count // length)
+        count %= length
+    return parts
+
+
+class Runner(ABC):
+    """A causal LM with a KV cache, fed in chunks.
+
+    Attributes:
+        context: Positions that the cache holds.
+        seq_lengths: Chunk lengths that one call accepts.
+        vocab_size: Width of the logits.
+        every_row: A call returns a row for every token, not only for the last.
+        label: What produced the numbers, for tables: `reference runtime`, `eager`...
+    """
+
+    context: int
+    seq_lengths: tuple[int, ...]
+    vocab_size: int
+    every_row: bool
+    label: str
+
+    def __init__(self) -> None:
+        self.position = 0
+
+    @abstractmethod
+    def _forward(self, tokens: torch.Tensor, start_pos: torch.Tensor) -> torch.Tensor:
+        """Run one chunk: int64 `[1, S]`, int64 `[1]` -> float `[1, 1 or S, vocab]`."""
+
+    @abstractmethod
+    def _clear(self) -> None:
+        """Empty the cache."""
+
+    @final
+    def reset(self, position: int = 0) -> None:
+        """Forget the sequence; the next token is read at `position`, after that many zeros."""
+        self._clear()
+        self.position = position
+
+    @final
+    def step(self, tokens: Sequence[int]) -> torch.Tensor:
+        """Feed one chunk, whose length is one of `seq_lengths`, at the current position.
+
+        Returns:
+            float32 `[S, vocab]` when `every_row`, else `[1, vocab]`.
+
+        Raises:
+            ConfigError: a token outside the vocabulary, or the context is full.
+        """
+        for token in tokens:
+            if not 0 <= token < self.vocab_size:
+                raise ConfigError(
+                    f"Token {token} is outside the vocabulary of {self.vocab_size} entries; use "
+                    "the tokenizer that belongs to the model."
+                )
+        self._check_room(len(tokens))
+        chunk = torch.tensor([list(tokens)], dtype=torch.int64)
+        logits = self._forward(chunk, torch.tensor([self.position], dtype=torch.int64))
+        self.position += len(tokens)
+        return logits[0].to(torch.float32)
+
+    def _check_room(self, count: int) -> None:
+        if self.position + count > self.context:
+            raise ConfigError(
+                f"{self.position} tokens are in the cache and {count} more do not fit its "
+                f"{self.context} positions; give fewer, or export with a larger --context."
+            )
+
+    @final
+    def feed(self, tokens: Sequence[int]) -> torch.Tensor:
+        """Continue the sequence by `tokens` and return the last row, float32 `[vocab]`."""
+        if not tokens:
+            raise ConfigError("There are no tokens to feed; give at least one.")
+        self._check_room(len(tokens))
+        row, start = torch.empty(0), 0
+        for length in split_lengths(len(tokens), self.seq_lengths):
+            row = self.step(tokens[start : start + length])[-1]
+            start += length
+        return row
+
+    @final
+    def logits(self, tokens: Sequence[int], position: int = 0) -> torch.Tensor:
+        """Return the logits after every one of `tokens`, from an empty cache.
+
+        A program that returns last rows only is fed one token at a time.
+
+        Args:
+            tokens: The sequence.
+            position: Where its first token is read, see `reset`.
+
+        Returns:
+            float32 `[len(tokens), vocab]`.
+        """
+        self.reset(position)
+        self._check_room(len(tokens))
+        lengths = self.seq_lengths if self.every_row else (1,)
+        rows, start = [], 0
+        for length in split_lengths(len(tokens), lengths):
+            rows.append(self.step(tokens[start : start + length]))
+            start += length
+        return torch.cat(rows) if rows else torch.empty(0, self.vocab_size)
+
+    @final
+    def generate(
+        self,
+        tokens: Sequence[int],
+        max_new_tokens: int,
+        stop: Sequence[int] = (),
+        sampler: Sampler | None = None,
+    ) -> Iterator[int]:
+        """Yield new tokens after `tokens`, until a stop token, the count or a full cache.
+
+        Args:
+            tokens: The prompt; the cache is emptied first.
+            max_new_tokens: Most tokens to yield.
+            stop: Tokens that end the text; not yielded.
+            sampler: How a token is chosen; None takes the most likely.
+        """
+        sampler = sampler or Sampler()
+        self.reset()
+        row = self.feed(tokens)
+        for count in range(1, max_new_tokens + 1):
+            token = sampler.choose(row)
+            if token in stop:
+                return
+            yield token
+            if count == max_new_tokens or self.position == self.context:
+                return
+            row = self.step([token])[-1]

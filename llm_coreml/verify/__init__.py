@@ -1,0 +1,1 @@
+"""Is the written file the model, and is it precise enough?"""
