@@ -286,8 +286,8 @@ def export_ours(model: str, scratch: str, settings: str) -> None:
     import resource
 
     from llm_coreml.config import ExportConfig
+    from llm_coreml.machine import keep_one_heap
     from llm_coreml.pipeline import export
-    from llm_coreml.progress import keep_one_heap
 
     keep_one_heap()  # as the command line does
 

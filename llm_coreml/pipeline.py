@@ -33,8 +33,9 @@ from llm_coreml.config import ExportConfig, Shapes, resolve_shapes
 from llm_coreml.decoder import Decoder, DecoderSpec
 from llm_coreml.errors import CheckpointError, UnsupportedError
 from llm_coreml.lower.program import constant_methods
+from llm_coreml.machine import free_memory, trim_memory
 from llm_coreml.model import Model, build_decoder, open_model, read_calibration, tune_decoder
-from llm_coreml.progress import Progress, Silent, free_memory, trim_memory
+from llm_coreml.progress import Progress, Silent
 from llm_coreml.quantize import QuantizationPlan
 from llm_coreml.quantize.cache import WeightCache, default_folder
 from llm_coreml.quantize.calibrate.text import read_content

@@ -12,7 +12,7 @@ import pytest
 # Prints the C library's own account of its heaps, after a thread has allocated.
 _HEAPS = """
 import ctypes, sys, threading
-from llm_coreml.progress import keep_one_heap
+from llm_coreml.machine import keep_one_heap
 if "one" in sys.argv:
     keep_one_heap()
 c = ctypes.CDLL(None)

@@ -12,7 +12,8 @@ import click
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-# As in `reference.numerics`, which would bring torch.
+PATH = click.Path(path_type=Path)
+# As in `reference.program.numerics`, which would bring torch.
 MODES = ("declared", "fp32", "strict-fp16")
 FORMAT = click.option(
     "--format", "form", type=click.Choice(["human", "json"]), default="human", show_default=True
@@ -28,12 +29,8 @@ MODE = click.option(
     show_default=True,
     help="Numerics: round as the program declares, not at all, or after every addition.",
 )
-TEXT = click.option(
-    "--text", type=click.Path(path_type=Path), help="UTF-8 file; else the bundled text."
-)
-IDS = click.option(
-    "--ids", type=click.Path(path_type=Path), help="File of tokens to read instead of a text."
-)
+TEXT = click.option("--text", type=PATH, help="UTF-8 file; else the bundled text.")
+IDS = click.option("--ids", type=PATH, help="File of tokens to read instead of a text.")
 THRESHOLD = click.option(
     "--threshold",
     type=float,

@@ -1,4 +1,4 @@
-"""The commands that look into a program or run it: inspect, diff and run."""
+"""`llm-coreml run`: feed any Core ML program."""
 
 from __future__ import annotations
 
@@ -10,11 +10,8 @@ import click
 from llm_coreml.cli.options import (
     DEVICE,
     FORMAT,
-    IDS,
     MODE,
-    MODES,
-    TEXT,
-    THRESHOLD,
+    PATH,
     VERBOSE,
     memory,
     print_json,
@@ -23,133 +20,15 @@ from llm_coreml.cli.options import (
 if TYPE_CHECKING:
     from llm_coreml.runtime.ports import Named, Runnable
 
-_PATH = click.Path(path_type=Path)
-
-
-@click.command("inspect")
-@click.argument("artifact", metavar="BUNDLE_OR_PTE", type=_PATH)
-@click.option("--numerics", is_flag=True, help="Run the program and watch its values.")
-@TEXT
-@IDS
-@click.option("--tokens", type=int, default=64, show_default=True, help="Most tokens to read.")
-@click.option(
-    "--against",
-    type=click.Choice([*MODES[1:], "none"]),
-    default="fp32",
-    show_default=True,
-    help="Numerics to compare with; strict-fp16 is slow, give it few tokens.",
-)
-@THRESHOLD
-@click.option("--top", type=int, default=10, show_default=True, help="Values to list by size.")
-@DEVICE
-@FORMAT
-@VERBOSE
-def inspect_command(
-    artifact: Path,
-    numerics: bool,
-    text: Path | None,
-    ids: Path | None,
-    tokens: int,
-    against: str,
-    threshold: float,
-    top: int,
-    device: str,
-    form: str,
-    verbose: bool,
-) -> None:
-    """Watch a program's values while it reads text.
-
-    \b
-    --numerics tells
-      where inf and NaN begin,
-      which values come closest to fp16's largest number,
-      how the error of rounding to fp16 grows from layer to layer.
-    """
-    if not numerics:
-        raise click.UsageError("Say what to inspect; so far there is --numerics.")
-    from llm_coreml.cli.terminal import terminal
-
-    with terminal(verbose) as screen:
-        from llm_coreml.cli.tables import inspection_table
-        from llm_coreml.eval.inspection import inspect_numerics
-
-        found = inspect_numerics(
-            artifact,
-            text=text,
-            ids=ids,
-            tokens=tokens,
-            against=None if against == "none" else against,
-            device=device,
-            threshold=threshold,
-            top=top,
-            progress=screen.progress,
-        )
-        screen.progress.close()
-        if form == "json":
-            print_json(screen.result.file, found.to_json())
-        else:
-            screen.result.print(inspection_table(found))
-
-
-@click.command("diff")
-@click.argument("first", metavar="A", type=_PATH)
-@click.argument("second", metavar="B", type=_PATH)
-@TEXT
-@IDS
-@click.option("--tokens", type=int, default=256, show_default=True, help="Most tokens to read.")
-@THRESHOLD
-@MODE
-@DEVICE
-@FORMAT
-@VERBOSE
-def diff_command(
-    first: Path,
-    second: Path,
-    text: Path | None,
-    ids: Path | None,
-    tokens: int,
-    threshold: float,
-    mode: str,
-    device: str,
-    form: str,
-    verbose: bool,
-) -> None:
-    """Compare two exports: where their values part, and how their predictions differ.
-
-    A and B are bundles or .pte files with the same vocabulary. Errors are relative to A.
-    """
-    from llm_coreml.cli.terminal import terminal
-
-    with terminal(verbose) as screen:
-        from llm_coreml.cli.tables import comparison_table
-        from llm_coreml.eval.difference import diff
-        from llm_coreml.reference.program.execution import Execution
-
-        found = diff(
-            first,
-            second,
-            text=text,
-            ids=ids,
-            tokens=tokens,
-            execution=Execution(mode, device),
-            threshold=threshold,
-            progress=screen.progress,
-        )
-        screen.progress.close()
-        if form == "json":
-            print_json(screen.result.file, found.to_json())
-        else:
-            screen.result.print(comparison_table(found))
-
 
 @click.command("run")
-@click.argument("file", metavar="BUNDLE_OR_PTE_OR_MLPACKAGE", type=_PATH)
-@click.option("--inputs", "-i", type=_PATH, help="Named tensors: a .npz or .safetensors file.")
-@click.option("--output", "-o", type=_PATH, help="Where to write the outputs, in either format.")
+@click.argument("file", metavar="BUNDLE_OR_PTE_OR_MLPACKAGE", type=PATH)
+@click.option("--inputs", "-i", type=PATH, help="Named tensors: a .npz or .safetensors file.")
+@click.option("--output", "-o", type=PATH, help="Where to write the outputs, in either format.")
 @click.option("--function", help="Function of the Core ML program; its default one otherwise.")
 @click.option("--method", help="Run this method of a .pte as a whole, kernels included.")
-@click.option("--state-in", type=_PATH, help="States to begin with; zeros otherwise.")
-@click.option("--state-out", type=_PATH, help="Where to write the states afterwards.")
+@click.option("--state-in", type=PATH, help="States to begin with; zeros otherwise.")
+@click.option("--state-out", type=PATH, help="Where to write the states afterwards.")
 @click.option("--overwrite", is_flag=True, help="Replace the files of --output and --state-out.")
 @MODE
 @DEVICE

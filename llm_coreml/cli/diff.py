@@ -1,0 +1,70 @@
+"""`llm-coreml diff`: where two exports part."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from llm_coreml.cli.options import (
+    DEVICE,
+    FORMAT,
+    IDS,
+    MODE,
+    PATH,
+    TEXT,
+    THRESHOLD,
+    VERBOSE,
+    print_json,
+)
+
+
+@click.command("diff")
+@click.argument("first", metavar="A", type=PATH)
+@click.argument("second", metavar="B", type=PATH)
+@TEXT
+@IDS
+@click.option("--tokens", type=int, default=256, show_default=True, help="Most tokens to read.")
+@THRESHOLD
+@MODE
+@DEVICE
+@FORMAT
+@VERBOSE
+def diff_command(
+    first: Path,
+    second: Path,
+    text: Path | None,
+    ids: Path | None,
+    tokens: int,
+    threshold: float,
+    mode: str,
+    device: str,
+    form: str,
+    verbose: bool,
+) -> None:
+    """Compare two exports: where their values part, and how their predictions differ.
+
+    A and B are bundles or .pte files with the same vocabulary. Errors are relative to A.
+    """
+    from llm_coreml.cli.terminal import terminal
+
+    with terminal(verbose) as screen:
+        from llm_coreml.cli.tables import comparison_table
+        from llm_coreml.eval.difference import diff
+        from llm_coreml.reference.program.execution import Execution
+
+        found = diff(
+            first,
+            second,
+            text=text,
+            ids=ids,
+            tokens=tokens,
+            execution=Execution(mode, device),
+            threshold=threshold,
+            progress=screen.progress,
+        )
+        screen.progress.close()
+        if form == "json":
+            print_json(screen.result.file, found.to_json())
+        else:
+            screen.result.print(comparison_table(found))

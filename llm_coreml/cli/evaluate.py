@@ -1,0 +1,65 @@
+"""`llm-coreml eval`: measure a bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from llm_coreml.cli.options import (
+    DEVICE,
+    FORMAT,
+    MODE,
+    PATH,
+    TEXT,
+    VERBOSE,
+    print_json,
+)
+
+
+@click.command("eval")
+@click.argument("bundle", type=PATH)
+@click.option("--model", "-m", metavar="ID_OR_DIR", help="The original, if it was moved.")
+@TEXT
+@click.option("--tokens", type=int, default=2048, show_default=True, help="Most tokens to score.")
+@click.option("--artifact-only", is_flag=True, help="Do not load the original.")
+@MODE
+@DEVICE
+@FORMAT
+@VERBOSE
+def eval_command(
+    bundle: Path,
+    model: str | None,
+    text: Path | None,
+    tokens: int,
+    artifact_only: bool,
+    mode: str,
+    device: str,
+    form: str,
+    verbose: bool,
+) -> None:
+    """Measure an export: perplexity, divergence from the original, latency, size.
+
+    Runs the program inside the .pte on this machine and writes results.json into the folder.
+    """
+    from llm_coreml.cli.terminal import terminal
+
+    with terminal(verbose) as screen:
+        from llm_coreml.cli.tables import evaluation_table
+        from llm_coreml.eval.evaluate import evaluate
+        from llm_coreml.reference.program.execution import Execution
+
+        result = evaluate(
+            bundle,
+            model=model,
+            text=text,
+            tokens=tokens,
+            artifact_only=artifact_only,
+            execution=Execution(mode, device),
+            progress=screen.progress,
+        )
+        screen.progress.close()
+        if form == "json":
+            print_json(screen.result.file, result.to_json())
+        else:
+            screen.result.print(evaluation_table(result))

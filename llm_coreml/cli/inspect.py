@@ -1,0 +1,84 @@
+"""`llm-coreml inspect`: watch a program's values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from llm_coreml.cli.options import (
+    DEVICE,
+    FORMAT,
+    IDS,
+    MODES,
+    PATH,
+    TEXT,
+    THRESHOLD,
+    VERBOSE,
+    print_json,
+)
+
+
+@click.command("inspect")
+@click.argument("artifact", metavar="BUNDLE_OR_PTE", type=PATH)
+@click.option("--numerics", is_flag=True, help="Run the program and watch its values.")
+@TEXT
+@IDS
+@click.option("--tokens", type=int, default=64, show_default=True, help="Most tokens to read.")
+@click.option(
+    "--against",
+    type=click.Choice([*MODES[1:], "none"]),
+    default="fp32",
+    show_default=True,
+    help="Numerics to compare with; strict-fp16 is slow, give it few tokens.",
+)
+@THRESHOLD
+@click.option("--top", type=int, default=10, show_default=True, help="Values to list by size.")
+@DEVICE
+@FORMAT
+@VERBOSE
+def inspect_command(
+    artifact: Path,
+    numerics: bool,
+    text: Path | None,
+    ids: Path | None,
+    tokens: int,
+    against: str,
+    threshold: float,
+    top: int,
+    device: str,
+    form: str,
+    verbose: bool,
+) -> None:
+    """Watch a program's values while it reads text.
+
+    \b
+    --numerics tells
+      where inf and NaN begin,
+      which values come closest to fp16's largest number,
+      how the error of rounding to fp16 grows from layer to layer.
+    """
+    if not numerics:
+        raise click.UsageError("Say what to inspect; so far there is --numerics.")
+    from llm_coreml.cli.terminal import terminal
+
+    with terminal(verbose) as screen:
+        from llm_coreml.cli.tables import inspection_table
+        from llm_coreml.eval.inspection import inspect_numerics
+
+        found = inspect_numerics(
+            artifact,
+            text=text,
+            ids=ids,
+            tokens=tokens,
+            against=None if against == "none" else against,
+            device=device,
+            threshold=threshold,
+            top=top,
+            progress=screen.progress,
+        )
+        screen.progress.close()
+        if form == "json":
+            print_json(screen.result.file, found.to_json())
+        else:
+            screen.result.print(inspection_table(found))

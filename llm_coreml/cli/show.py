@@ -1,0 +1,33 @@
+"""`llm-coreml show`: what is in a bundle or a `.pte`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from llm_coreml.cli.options import (
+    FORMAT,
+    PATH,
+    VERBOSE,
+    print_json,
+)
+
+
+@click.command("show")
+@click.argument("path", type=PATH)
+@FORMAT
+@VERBOSE
+def show_command(path: Path, form: str, verbose: bool) -> None:
+    """Tell what is in a bundle or a .pte: method, states, ops, bytes."""
+    from llm_coreml.cli.terminal import terminal
+
+    with terminal(verbose) as screen:
+        from llm_coreml.cli.tables import contents_table
+        from llm_coreml.inspect.contents import contents
+
+        found = contents(path)
+        if form == "json":
+            print_json(screen.result.file, found)
+        else:
+            screen.result.print(contents_table(found))

@@ -1,0 +1,43 @@
+"""The memory of this process: how much it took, and how to give some back.
+
+free_memory()
+peak_memory()          # bytes
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import resource
+import sys
+
+_M_ARENA_MAX = -8  # of glibc's malloc.h
+
+
+def peak_memory() -> int:
+    """Return the most bytes of memory that this process has had resident, mapped files included."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def free_memory() -> None:
+    """Free what only refers to itself, and give the system back what is not in use."""
+    gc.collect()
+    trim_memory()
+
+
+def trim_memory() -> None:
+    """Give the system back what the C library keeps of freed tensors."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # glibc alone has it
+
+
+def keep_one_heap() -> None:
+    """Have all threads of this process allocate from one heap; for programs, not for libraries.
+
+    The C library gives threads heaps of their own, and each keeps gaps where large tensors were.
+    It must be called before there are threads.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)  # glibc alone has it
