@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=200, help="mutants, over all programs")
     parser.add_argument("--seed", type=int, default=0, help="chooses the mutants")
     given = parser.parse_args()
-    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+    sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "helpers"))
     from mutants import Survey, mutants
 
     with tempfile.TemporaryDirectory() as folder:

@@ -21,22 +21,18 @@ FOLDERS = {"llm_coreml": ROOT / "llm_coreml", "eval": ROOT / "eval", "recipes": 
 # Lowest first; a module imports from its own line and the lines above it.
 LAYERS = (
     ("errors",),
-    ("config", "targets", "progress", "sampling", "fidelity", "tokenizer", "demo", "recipes"),
+    ("config", "targets", "progress", "machine", "fidelity", "tokenizer", "demo", "recipes"),
+    ("artifact",),
     ("checkpoint",),
     ("decoder",),
     ("families",),
-    ("quantize",),
+    ("model", "quantize"),
     ("reference",),
     ("lower",),
-    ("build", "bundle", "planning"),
-    ("runtime",),
-    ("weights", "language_model", "contents", "tensor_files", "running"),
-    ("verify",),
-    ("manifest", "card"),
+    ("bundle", "runtime", "verify"),
+    ("inspect",),
     ("pipeline",),
     ("eval",),
-    ("tables", "terminal"),
-    ("options", "looking"),
     ("cli",),
 )
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SCHEMES
+from programs import SCHEMES
 from safetensors.torch import load_file, save_file
 from tiny import llama, save
 

@@ -735,7 +735,7 @@ def test_offline_with_the_real_client(saved: Path, tmp_path: Path) -> None:
         "except Exception as error:\n    print(type(error).__name__, error)\n"
         "print('transformers' in sys.modules)"
     )
-    root = str(Path(__file__).parents[1])
+    root = str(Path(__file__).parents[2])
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,

@@ -1,7 +1,7 @@
 """Small exports whose programs keep their bytes, and the hashes that these had.
 
-    python tests/golden.py             # hold today's code against golden.json
-    python tests/golden.py --update    # record what it writes, after a change that was meant
+    python tests/helpers/golden.py           # hold today's code against golden.json
+    python tests/helpers/golden.py --update    # record what it writes, if the change was meant
 
 Each case is a command line, so that nothing but the product's own surface is asked. The bytes
 follow from the versions of libraries and from the processor's fp32 sums too: the hashes hold where

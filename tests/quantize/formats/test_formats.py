@@ -299,7 +299,7 @@ DOCUMENTED = {
     "--scheme mxfp4": "embed_tokens",
     "--scheme none": None,
 }
-DOCUMENT = Path(__file__).parents[2] / "docs" / "formats.md"
+DOCUMENT = Path(__file__).parents[3] / "docs" / "formats.md"
 
 
 def scheme_of(flags: str) -> Scheme:

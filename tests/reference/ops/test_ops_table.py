@@ -17,7 +17,7 @@ from llm_coreml.errors import ArtifactError
 from llm_coreml.reference.ops import OPS
 
 OPSETS = (ct.target.iOS15, ct.target.iOS16, ct.target.iOS17, ct.target.iOS18)
-DOCUMENT = Path(__file__).parents[2] / "docs" / "ops.md"
+DOCUMENT = Path(__file__).parents[3] / "docs" / "ops.md"
 
 DEFINITIONS = {
     (name, opset): versions[opset]

@@ -1,6 +1,6 @@
 """Mutated containers: a program loads and runs, or an error says why not; nothing else happens.
 
-    LLM_COREML_FUZZ_EXAMPLES=100000 pytest tests/reference/test_fuzz.py
+    LLM_COREML_FUZZ_EXAMPLES=100000 pytest tests/artifact/test_fuzz.py
 
 runs longer, and from another seed each time.
 """
