@@ -14,7 +14,6 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
 from gguf import quants
-from tiny import llama, save
 
 from llm_coreml.checkpoint import open_checkpoint
 from llm_coreml.checkpoint.packed import PackedCheckpoint
@@ -22,6 +21,7 @@ from llm_coreml.config import ExportConfig
 from llm_coreml.errors import CheckpointError, UnsupportedError
 from llm_coreml.model import build_decoder, open_model, plan_for
 from llm_coreml.quantize.formats.round import dense_rows
+from tiny import llama, save
 
 Array = np.ndarray[Any, Any]
 HEADS, KEY_HEADS = 4, 2

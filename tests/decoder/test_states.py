@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import llama, tokens_for
 
 from llm_coreml.decoder import Decoder
 from llm_coreml.decoder.states import KVCache, kv_write
 from llm_coreml.model import build_original, open_model
+from tiny import llama, tokens_for
 
 
 @pytest.fixture(scope="module")

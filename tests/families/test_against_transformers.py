@@ -11,13 +11,13 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from tiny import expected_logits, llama, mistral, save, tokens_for
 
 from llm_coreml.config import ExportConfig
 from llm_coreml.decoder import Decoder
 from llm_coreml.model import Model, build_decoder, build_original, open_model
 from llm_coreml.quantize import make_plan
 from llm_coreml.quantize.fill import fill
+from tiny import expected_logits, llama, mistral, save, tokens_for
 
 CONTEXT = 64
 BOUND = 1e-4

@@ -6,10 +6,10 @@ import gc
 from pathlib import Path
 
 import pytest
-from tiny import llama
 
 from llm_coreml.config import ExportConfig
 from llm_coreml.model import build_decoder, open_model, plan_for
+from tiny import llama
 
 
 @pytest.mark.parametrize("target", ["gpu", "ane"])

@@ -17,9 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from programs import SCHEMES
 from safetensors.torch import load_file, save_file
-from tiny import llama, save
 
 from llm_coreml.config import ExportConfig
 from llm_coreml.model import build_decoder, open_model
@@ -30,6 +28,8 @@ from llm_coreml.quantize.calibrate.text import CalibrationText
 from llm_coreml.quantize.formats import round as apply
 from llm_coreml.quantize.formats.round import dense_rows
 from llm_coreml.quantize.formats.schemes import IntGroup
+from programs import SCHEMES
+from tiny import llama, save
 
 CONFIG = ExportConfig(context=32)
 CALIBRATED = replace(CONFIG, calibrate="bundled")

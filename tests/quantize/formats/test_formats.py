@@ -9,10 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from artifacts import UNQUANTIZED, constant_operations, matrices, matrix_names
-from tiny import llama
 from torch import nn
 
+from artifacts import UNQUANTIZED, constant_operations, matrices, matrix_names
 from llm_coreml.cli.main import export_command
 from llm_coreml.config import ExportConfig
 from llm_coreml.decoder import Decoder
@@ -40,6 +39,7 @@ from llm_coreml.reference.program.execution import Execution
 from llm_coreml.runtime.reference import ReferenceRunner
 from llm_coreml.targets import TARGETS
 from llm_coreml.verify.weights import check_weights
+from tiny import llama
 
 Shape = tuple[int, int]
 

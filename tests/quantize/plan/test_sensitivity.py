@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from tiny import llama, tokens_for
 from torch import nn
 
 from llm_coreml.decoder import Decoder
@@ -19,6 +18,7 @@ from llm_coreml.quantize.formats.round import dense_rows, quantized
 from llm_coreml.quantize.formats.schemes import Codebook, IntChannel, IntGroup, Scheme
 from llm_coreml.quantize.plan.plan import matrices
 from llm_coreml.quantize.plan.sensitivity import Losses, sensitivities
+from tiny import llama, tokens_for
 
 WINDOWS = [tokens_for(97, 32, seed) for seed in range(20)]
 
