@@ -47,7 +47,7 @@ from llm_coreml.runtime.eager import EagerRunner
 from llm_coreml.runtime.opening import program_runner
 from llm_coreml.runtime.reference import ReferenceRunner
 from llm_coreml.tokenizer import Tokenizer, convert, special_ids
-from llm_coreml.verify.logits import Reading, Verification, verify, verify_conversion
+from llm_coreml.verify.logits import ReadText, Verification, verify, verify_conversion
 
 # Share of a verification's time.
 _CONVERSION = 0.6
@@ -220,7 +220,7 @@ def _verify(job: _Job, shapes: Shapes, decoder: Decoder, program: Path) -> Verif
 
     text, tokens = _verification_text(program.parent, decoder)
     eager, every_row = EagerRunner(decoder, "quantized"), job.config.logits == "all"
-    reading = Reading(eager.at, tokens, text, shapes.seq_lengths, shapes.context, every_row)
+    reading = ReadText(eager.at, tokens, text, shapes.seq_lengths, shapes.context, every_row)
     free_memory()
     conversion, begun = None, 0.0
     if job.config.backend == "coreml":
