@@ -34,7 +34,7 @@ class Quality:
 
     @property
     def perplexity(self) -> float:
-        """Exp of the mean cost per token."""
+        """Exp of the mean cost per token; KeyError if it was not asked for."""
         return self.figures["perplexity"]
 
     @property
