@@ -12,12 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import conversion
 import coremltools as ct
 import coremltools.optimize.coreml as cto
 import numpy as np
 import pytest
 import torch
-from foreign import conversion
 
 from llm_coreml.reference import CoreMLProgram
 

@@ -13,8 +13,8 @@ from typing import Any
 import coremltools as ct
 import pytest
 import torch
-from foreign.lowering import lower, specs
-from foreign.samples import made, uniform
+from lowering import lower, specs
+from samples import made, uniform
 from torch import nn
 from torch.nn import functional as F
 

@@ -12,8 +12,8 @@ from typing import Any
 import coremltools as ct
 import pytest
 import torch
-from foreign.lowering import lower, specs
-from foreign.samples import SAMPLES
+from lowering import lower, specs
+from samples import SAMPLES
 
 from llm_coreml.errors import ArtifactError
 from llm_coreml.reference import load_method

@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import conversion
 import coremltools as ct
 import numpy as np
 import pytest
 import torch
-from foreign import conversion
 
 from llm_coreml.errors import ArtifactError
 from llm_coreml.reference import CoreMLProgram
