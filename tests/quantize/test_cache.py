@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from programs import SCHEMES
+from artifacts import SCHEMES
 from safetensors.torch import load_file, save_file
 from tiny import llama, save
 
@@ -325,10 +325,11 @@ def test_a_killed_export_goes_on_to_the_same_weights(
     folder: Path, tmp_path: Path, made: Quantized
 ) -> None:
     kept = tmp_path / "kept"
+    paths = [str(Path(__file__).parents[1]), *sys.path]
     process = subprocess.Popen(
         [sys.executable, "-c", KILLED, str(folder), str(kept)],
         stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
     )
     assert process.stdout is not None
     assert process.stdout.readline() == b"now\n"
