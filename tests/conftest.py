@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from artifacts import FURTHER, SCHEMES, TIED, UNQUANTIZED, Artifact, lower
+from cases import cases
 from shared import Shared
 from tiny import llama
 
@@ -66,11 +67,6 @@ def three_layers(shared: Shared) -> Artifact:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run every test that asks for `scheme_label` once per entry of `SCHEMES`."""
     if "scheme_label" in metafunc.fixturenames:
-        lowers = "quantized" in metafunc.fixturenames
-        labels = [
-            pytest.param(label, marks=pytest.mark.exhaustive)
-            if lowers and label in FURTHER
-            else label
-            for label in SCHEMES
-        ]
-        metafunc.parametrize("scheme_label", labels)
+        # Only a lowering takes long.
+        further = FURTHER if "quantized" in metafunc.fixturenames else ()
+        metafunc.parametrize("scheme_label", cases(SCHEMES, further))

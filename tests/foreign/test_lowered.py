@@ -13,6 +13,7 @@ from typing import Any
 import coremltools as ct
 import pytest
 import torch
+from cases import cases
 from lowering import lower, specs
 from samples import made, uniform
 from torch import nn
@@ -260,7 +261,8 @@ def kernels(path: Path) -> set[str]:
     return {item.target for item in instructions if item.kind == "kernel"}
 
 
-@pytest.mark.parametrize("name", CASES)
+# Loops and groups are those of another case as well.
+@pytest.mark.parametrize("name", cases(CASES, {"gru", "int4 groups"}))
 def test_modules(name: str, tmp_path: Path) -> None:
     case = CASES[name]
     module = case.module().eval()

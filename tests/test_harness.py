@@ -1,4 +1,4 @@
-"""What tests share is made once for the same sources, and apart for others."""
+"""What tests share is made once for the same sources, and apart for others; cases are marked."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import cases
 from shared import Shared, Source, fingerprint
 from tiny import llama, save
 
@@ -106,3 +107,10 @@ def test_workers_of_a_session_have_one_folder(
     base = tmp_path_factory.getbasetemp()
     assert shared.root.parent == (base if worker_id == "master" else base.parent)
     assert base.name.startswith("popen-") == (worker_id != "master")
+
+
+def test_further_cases_are_marked_and_no_case_is_lost() -> None:
+    found = {case.id: [mark.name for mark in case.marks] for case in cases("abc", "b")}
+    assert found == {"a": [], "b": ["exhaustive"], "c": []}
+    with pytest.raises(ValueError, match=r"\['d'\] are no cases"):
+        cases("abc", "ad")
