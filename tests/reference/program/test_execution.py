@@ -18,6 +18,8 @@ from coremltools.proto import Model_pb2
 from llm_coreml.artifact.packages import model_of_folder
 from llm_coreml.errors import ArtifactError, ConfigError
 from llm_coreml.reference import CoreMLProgram, Execution, load
+from llm_coreml.reference.program import compiler
+from llm_coreml.reference.program import program as programs
 from llm_coreml.reference.program.constants import PackedWeight, expanded, rows, unit, whole
 from llm_coreml.reference.program.numerics import numerics
 
@@ -194,7 +196,7 @@ def test_plans_follow_the_shapes(lengths_path: Path) -> None:
 
 
 def test_plans_are_few(lengths_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llm_coreml.reference.program.program._MOST_PLANS", 1)
+    monkeypatch.setattr(programs, "_MOST_PLANS", 1)
     program = load(lengths_path)
     check_lengths(program)
     assert len(program._plans) == 1
@@ -264,7 +266,7 @@ def test_only_the_unrounded_mode_is_fused(mlp_path: Path) -> None:
 def test_state_takes_a_constant_that_is_kept_wide_or_packed(
     harness: Any, tmp_path: Path, budget: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llm_coreml.reference.program.compiler._LARGE", 0)
+    monkeypatch.setattr(compiler, "_LARGE", 0)
     path = tmp_path / "model.mlpackage"
     inputs = {
         "x": mb.placeholder(shape=(1, WIDTH)),
