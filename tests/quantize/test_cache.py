@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from tiny import llama, save
 
 from llm_coreml.config import ExportConfig
-from llm_coreml.model import build_decoder, open_model
+from llm_coreml.model import open_model
 from llm_coreml.quantize import cache, make_plan
 from llm_coreml.quantize.cache import WeightCache, default_folder
 from llm_coreml.quantize.calibrate import calibration
@@ -30,6 +30,7 @@ from llm_coreml.quantize.calibrate.text import CalibrationText
 from llm_coreml.quantize.formats import round as apply
 from llm_coreml.quantize.formats.round import dense_rows
 from llm_coreml.quantize.formats.schemes import IntGroup
+from llm_coreml.quantize.quantized import build_decoder
 
 CONFIG = ExportConfig(context=32)
 CALIBRATED = replace(CONFIG, calibrate="bundled")
@@ -325,11 +326,10 @@ def test_a_killed_export_goes_on_to_the_same_weights(
     folder: Path, tmp_path: Path, made: Quantized
 ) -> None:
     kept = tmp_path / "kept"
-    paths = [str(Path(__file__).parents[1]), *sys.path]
     process = subprocess.Popen(
         [sys.executable, "-c", KILLED, str(folder), str(kept)],
         stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert process.stdout is not None
     assert process.stdout.readline() == b"now\n"
