@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SCHEMES
 from safetensors.torch import load_file, save_file
 
+from artifacts import SCHEMES
 from llm_coreml.config import ExportConfig
 from llm_coreml.model import open_model
 from llm_coreml.quantize import cache, make_plan

@@ -20,6 +20,7 @@ from llm_coreml.errors import CheckpointError, UnsupportedError
 from llm_coreml.model import open_model
 from llm_coreml.progress import Silent
 from llm_coreml.quantize import make_plan
+from llm_coreml.quantize.calibrate import calibration
 from llm_coreml.quantize.calibrate.calibration import calibrated as calibrate
 from llm_coreml.quantize.calibrate.moments import Moments
 from llm_coreml.quantize.calibrate.stream import SHARED_INPUTS
@@ -80,7 +81,7 @@ def test_each_layer_is_calibrated_on_what_the_quantized_ones_before_it_give(
         found.append(Moments(hessian.clone(), drift, of_outputs))
         return calibrate(weights, scheme_of, moments)
 
-    monkeypatch.setattr("llm_coreml.quantize.calibrate.calibration.calibrated", recorded)
+    monkeypatch.setattr(calibration, "calibrated", recorded)
     calibrated, judge = build(folder, CALIBRATED), build(folder, UNQUANTIZED)
     original = build(folder, UNQUANTIZED)
     # From the first layer on, the judge takes over what is quantized, and nothing else.

@@ -15,6 +15,7 @@ from llm_coreml.errors import CheckpointError
 from llm_coreml.fidelity import kl_divergence
 from llm_coreml.model import open_model
 from llm_coreml.quantize import make_plan
+from llm_coreml.quantize.calibrate import tune as tuner
 from llm_coreml.quantize.calibrate.tune import Tuning, _Student, tune
 from llm_coreml.quantize.formats.round import dense_rows
 from llm_coreml.quantize.quantized import build_decoder
@@ -60,7 +61,7 @@ def divergence(decoder: Decoder, teacher: Decoder, windows: list[list[int]]) -> 
 
 
 def test_what_fp16_cannot_hold_is_not_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llm_coreml.quantize.calibrate.tune._RATE", 1e9)
+    monkeypatch.setattr(tuner, "_RATE", 1e9)
     decoder, teacher = build(folder, CONFIGS["int4-channel"]), original(folder)
     before = [torch.cat(list(dense_rows(p))) for p in decoder.parameters()]
     tuning = tune(decoder, teacher, TEXT, 3)
@@ -110,7 +111,7 @@ def test_tuning_twice_gives_the_same(folder: Path) -> None:
 
 
 def test_what_does_not_help_is_not_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llm_coreml.quantize.calibrate.tune._RATE", 10.0)
+    monkeypatch.setattr(tuner, "_RATE", 10.0)
     decoder, teacher = build(folder, CONFIGS["int4-channel"]), original(folder)
     before = divergence(decoder, teacher, TEXT)
     tuning = tune(decoder, teacher, TEXT, 5)

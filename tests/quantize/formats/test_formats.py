@@ -35,6 +35,7 @@ from llm_coreml.quantize.formats.tensors import (
 )
 from llm_coreml.quantize.plan.plan import linear_scheme
 from llm_coreml.quantize.quantized import build_decoder
+from llm_coreml.reference.program import constants as packing
 from llm_coreml.reference.program.constants import PackedWeight
 from llm_coreml.reference.program.execution import Execution
 from llm_coreml.runtime.reference import ReferenceRunner
@@ -268,8 +269,8 @@ def test_weights_that_stay_packed_are_expanded_row_by_row(
     lowered: Lowered, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = ReferenceRunner(lowered.path, Execution(mode="fp32"))
-    monkeypatch.setattr("llm_coreml.reference.program.constants._SMALL", 0)
-    monkeypatch.setattr("llm_coreml.reference.program.constants._SLICE", 1000)
+    monkeypatch.setattr(packing, "_SMALL", 0)
+    monkeypatch.setattr(packing, "_SLICE", 1000)
     packed = ReferenceRunner(lowered.path, Execution(mode="fp32", memory_budget=0))
     kept = [value for _, value in packed.constants() if isinstance(value, PackedWeight)]
     assert sum(len(value.shape) == 2 for value in kept) >= len(lowered.made)
