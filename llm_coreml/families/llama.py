@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, get_args
 
+from llm_coreml.checkpoint.weights import Stored
 from llm_coreml.decoder.spec import DecoderSpec, RopeKind, RopeSpec
 from llm_coreml.errors import CheckpointError, UnsupportedError
 from llm_coreml.families.family import Family
@@ -95,9 +96,9 @@ def _rope_spec(kind: RopeKind, values: dict[str, Any], config: Mapping[str, Any]
     )
 
 
-def tensor_names(spec: DecoderSpec) -> dict[str, str]:
-    """Return decoder name -> checkpoint name of every parameter."""
-    names = {"embed_tokens.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight"}
+def stored(spec: DecoderSpec) -> dict[str, Stored]:
+    """Return what every parameter is made of: one tensor each, named as in the decoder."""
+    inner = ["embed_tokens.weight", "norm.weight"]
     linears = ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
     linears += [f"self_attn.{kind}_proj" for kind in "qkvo"]
     parts = [f"{linear}.weight" for linear in linears]
@@ -106,12 +107,12 @@ def tensor_names(spec: DecoderSpec) -> dict[str, str]:
         if spec.mlp_bias if linear.startswith("mlp") else spec.attention_bias:
             parts.append(f"{linear}.bias")
     for layer in range(spec.num_hidden_layers):
-        for part in parts:
-            names[f"layers.{layer}.{part}"] = f"model.layers.{layer}.{part}"
+        inner += [f"layers.{layer}.{part}" for part in parts]
+    found = {name: Stored((f"model.{name}",)) for name in inner}
     if not spec.tie_word_embeddings:
-        names["lm_head.weight"] = "lm_head.weight"
-    return names
+        found["lm_head.weight"] = Stored(("lm_head.weight",))
+    return found
 
 
 # Old checkpoints store RoPE frequencies; a tied head may be written out beside its table.
-FAMILY = Family(spec, tensor_names, ignored=("*.rotary_emb.inv_freq", "lm_head.weight"))
+FAMILY = Family(spec, stored, ignored=("*.rotary_emb.inv_freq", "lm_head.weight"))
