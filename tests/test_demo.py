@@ -12,6 +12,7 @@ from llm_coreml.recipes import bundled_model
 
 import llm_coreml
 from llm_coreml import ExportConfig
+from llm_coreml.config import resolve
 from llm_coreml.model import open_model
 from llm_coreml.quantize import make_plan
 from llm_coreml.quantize.quantized import build_decoder, build_original
@@ -62,7 +63,8 @@ def test_bundled_model_beats_a_trigram_model_and_loses_by_bits() -> None:
     runners: dict[str, Runner] = {"original": EagerRunner(build_original(model, 1024), "eager")}
     for bits in (4, 3, 2):
         config = ExportConfig(bits=bits, scheme="codebook", context=1024)
-        decoder, _ = build_decoder(model, config, make_plan(config, model.spec))
+        job = resolve(config, model.spec)
+        decoder = build_decoder(model, job, make_plan(job, model.spec))
         runners[f"{bits} bits"] = EagerRunner(decoder, "eager")
     rows = {row.name: row for row in measure_quality(runners, windows())}
     assert rows["original"].perplexity < 0.75 * facts["trigram_heldout_perplexity"]

@@ -247,7 +247,8 @@ def contents_table(found: dict[str, Any]) -> Group:
         ]
     if "rules" in found:
         rows = {
-            name: f"{rule['matrices']} matrices: {rule['reason']} ({rule['source']}); {rule['flag']}"
+            name: f"{rule['matrices']} matrices: {rule['reason']} ({rule['source']}); give "
+            f"{rule['flag']}"
             for name, rule in found["rules"].items()
         }
         parts += [listing_table("breaks the rules", rows), Text("")]

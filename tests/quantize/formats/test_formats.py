@@ -189,8 +189,9 @@ def lowered(tmp_path_factory: pytest.TempPathFactory) -> Lowered:
 
     model = open_model(llama(num_hidden_layers=3, vocab_size=96, intermediate_size=96))
     config = ExportConfig(context=32, seq_lengths=(1,), **UNQUANTIZED)
-    decoder, shapes = build_decoder(model, config, make_plan(config, model.spec))
-    methods = constant_methods(model.spec, shapes, None, ())
+    job = resolve(config, model.spec)
+    decoder = build_decoder(model, job, make_plan(job, model.spec))
+    methods = constant_methods(model.spec, job.shapes, None, ())
     random, made = np.random.default_rng(0), {}
     for name, maker in MAKERS.items():
         module = decoder.get_submodule(name)
@@ -198,7 +199,7 @@ def lowered(tmp_path_factory: pytest.TempPathFactory) -> Lowered:
         made[name] = maker(random, (rows, columns))
         module.weight = nn.Parameter(made[name].weight, requires_grad=False)
     path = tmp_path_factory.mktemp("formats") / "model.pte"
-    lower_coreml(decoder, config, shapes, methods, path)
+    lower_coreml(decoder, job, job.shapes, methods, path)
     return Lowered(path, decoder, made)
 
 
