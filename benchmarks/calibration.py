@@ -23,10 +23,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from llm_coreml.eval.heldout import cut
-from llm_coreml.eval.quality import measure_quality
-from llm_coreml.eval.results import Quality
-from llm_coreml.recipes import bundled_model
 from torchao.prototype.quantization.codebook_coreml import CodebookWeightOnlyConfig
 from torchao.quantization import IntxWeightOnlyConfig, quantize_
 from torchao.quantization.granularity import PerAxis, PerGroup
@@ -35,6 +31,9 @@ from torchao.quantization.quant_primitives import MappingType
 import llm_coreml
 from llm_coreml.config import ExportConfig, resolve
 from llm_coreml.decoder import Decoder
+from llm_coreml.eval.heldout import cut
+from llm_coreml.eval.quality import measure_quality
+from llm_coreml.eval.results import Quality
 from llm_coreml.model import Model, open_model
 from llm_coreml.quantize.calibrate.text import CalibrationText, tokenize
 from llm_coreml.quantize.calibrate.tune import tune
@@ -42,6 +41,7 @@ from llm_coreml.quantize.formats.schemes import Codebook, IntChannel, IntGroup, 
 from llm_coreml.quantize.plan.choose import plan_for
 from llm_coreml.quantize.plan.plan import linear_scheme
 from llm_coreml.quantize.quantized import build_decoder
+from llm_coreml.recipes import bundled_model
 from llm_coreml.runtime.eager import EagerRunner
 from llm_coreml.tokenizer import Tokenizer
 

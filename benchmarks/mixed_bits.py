@@ -20,12 +20,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from llm_coreml.eval.heldout import cut, read_text
-from llm_coreml.eval.quality import measure_quality
-from llm_coreml.recipes import bundled_model
 from torch import nn
 
 from llm_coreml.config import ExportConfig, resolve
+from llm_coreml.eval.heldout import cut, read_text
+from llm_coreml.eval.quality import measure_quality
 from llm_coreml.fidelity import kl_divergence
 from llm_coreml.model import Model, open_model
 from llm_coreml.quantize import QuantizationPlan, Scheme, make_plan
@@ -36,6 +35,7 @@ from llm_coreml.quantize.plan.budget import mixed_options
 from llm_coreml.quantize.plan.plan import matrices
 from llm_coreml.quantize.plan.sensitivity import Losses, sensitivities
 from llm_coreml.quantize.quantized import build_decoder
+from llm_coreml.recipes import bundled_model
 from llm_coreml.runtime.eager import EagerRunner
 from llm_coreml.tokenizer import Tokenizer
 

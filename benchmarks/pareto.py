@@ -20,15 +20,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from calibration import CONTEXT, by_torchao, unquantized
-from llm_coreml.eval.heldout import cut, read_text
-from llm_coreml.eval.quality import measure_quality
-from llm_coreml.recipes import bundled_model
-from mixed_bits import mean_bits, mixed
-from mixed_bits import windows as choosing_windows
 
+from calibration import CONTEXT, by_torchao, unquantized
 from llm_coreml.config import ExportConfig, resolve
 from llm_coreml.decoder import Decoder
+from llm_coreml.eval.heldout import cut, read_text
+from llm_coreml.eval.quality import measure_quality
 from llm_coreml.model import Model, open_model
 from llm_coreml.quantize import QuantizationPlan, make_plan
 from llm_coreml.quantize.calibrate.text import BUNDLED_TEXT, CalibrationText, read_content, tokenize
@@ -38,8 +35,11 @@ from llm_coreml.quantize.plan.budget import mixed_options
 from llm_coreml.quantize.plan.plan import linear_scheme
 from llm_coreml.quantize.plan.sensitivity import sensitivities
 from llm_coreml.quantize.quantized import build_decoder
+from llm_coreml.recipes import bundled_model
 from llm_coreml.runtime.eager import EagerRunner
 from llm_coreml.tokenizer import Tokenizer
+from mixed_bits import mean_bits, mixed
+from mixed_bits import windows as choosing_windows
 
 TOKENIZER = bundled_model() / "tokenizer.json"
 METHODS = ("torchao", "rounded", "calibrated", "tuned")

@@ -12,15 +12,15 @@ import argparse
 from typing import get_args
 
 import torch
+
+from llm_coreml.config import ExportConfig, Rotate, resolve
 from llm_coreml.eval.heldout import cut, read_text
 from llm_coreml.eval.quality import measure_quality
 from llm_coreml.eval.results import Quality
-from llm_coreml.recipes import bundled_model
-
-from llm_coreml.config import ExportConfig, Rotate, resolve
 from llm_coreml.model import Model, open_model
 from llm_coreml.quantize import make_plan
 from llm_coreml.quantize.quantized import build_decoder, read_calibration
+from llm_coreml.recipes import bundled_model
 from llm_coreml.runtime.eager import EagerRunner
 from llm_coreml.runtime.runner import Runner
 from llm_coreml.tokenizer import Tokenizer

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from llm_coreml.errors import ConfigError
 from llm_coreml.eval.inspection import (
     DEFAULT_THRESHOLD,
     Difference,
@@ -22,8 +23,6 @@ from llm_coreml.eval.pair import read_in_pairs
 from llm_coreml.eval.quality import measure_quality
 from llm_coreml.eval.reading import open_artifact, read_tokens
 from llm_coreml.eval.results import Quality
-
-from llm_coreml.errors import ConfigError
 from llm_coreml.progress import Progress, Silent
 from llm_coreml.reference.program.execution import Execution
 from llm_coreml.runtime.reference import DECLARED

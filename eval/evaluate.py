@@ -9,12 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from llm_coreml.eval.heldout import read_windows
-from llm_coreml.eval.latency import measure_latency
-from llm_coreml.eval.quality import measure_quality
-from llm_coreml.eval.results import Evaluation
-from llm_coreml.eval.sizes import measure_bytes
-from llm_coreml.recipes import bundled_model
 
 from llm_coreml.bundle.folder import (
     RESULTS,
@@ -26,10 +20,16 @@ from llm_coreml.bundle.folder import (
 )
 from llm_coreml.config import ExportConfig, resolve
 from llm_coreml.errors import CheckpointError, ConfigError
+from llm_coreml.eval.heldout import read_windows
+from llm_coreml.eval.latency import measure_latency
+from llm_coreml.eval.quality import measure_quality
+from llm_coreml.eval.results import Evaluation
+from llm_coreml.eval.sizes import measure_bytes
 from llm_coreml.model import Model, open_model
 from llm_coreml.progress import Progress, Silent
 from llm_coreml.quantize.plan.choose import plan_of
 from llm_coreml.quantize.quantized import Quantized, build_original, quantize
+from llm_coreml.recipes import bundled_model
 from llm_coreml.reference.program.execution import Execution
 from llm_coreml.runtime.eager import EagerRunner
 from llm_coreml.runtime.opening import open_runner

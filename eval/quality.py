@@ -9,8 +9,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from llm_coreml.eval.results import Quality
 
+from llm_coreml.eval.results import Quality
 from llm_coreml.fidelity import kl_divergence, negative_log_likelihood
 from llm_coreml.runtime.runner import Runner
 

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
+from transformers import LlamaForCausalLM
+
 from demo_baseline import Trigram
 from demo_corpus import Corpus, size
 from demo_evaluation import quantized, score
 from demo_tokenizer import BOS_ID, EOS_ID, encode
-from tokenizers import Tokenizer
-from transformers import LlamaForCausalLM
 
 QUANTIZED_BITS = (4, 3, 2)
 GROUP = 32

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from artifacts import UNQUANTIZED, Artifact, lower
-from tiny import llama
 
+from artifacts import UNQUANTIZED, Artifact, lower
 from llm_coreml.config import ExportConfig
+from tiny import llama
 
 pytest_plugins = ["exported"]
 

@@ -10,7 +10,6 @@ import jsonschema
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import small_spec
 
 from llm_coreml.bundle.manifest import rebuild_command
 from llm_coreml.checkpoint import Source
@@ -20,6 +19,7 @@ from llm_coreml.config.setting import settings_of
 from llm_coreml.errors import ConfigError, LlmCoreMLError, UnsupportedError
 from llm_coreml.rules import Use, refused
 from llm_coreml.targets import MINIMUM_OS, TARGETS, opset_of
+from tiny import small_spec
 
 SPEC = small_spec(max_position_embeddings=100)
 

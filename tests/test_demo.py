@@ -6,16 +6,16 @@ import json
 from pathlib import Path
 
 import pytest
-from llm_coreml.eval.heldout import cut, read_text
-from llm_coreml.eval.quality import measure_quality
-from llm_coreml.recipes import bundled_model
 
 import llm_coreml
 from llm_coreml import ExportConfig
 from llm_coreml.config import resolve
+from llm_coreml.eval.heldout import cut, read_text
+from llm_coreml.eval.quality import measure_quality
 from llm_coreml.model import open_model
 from llm_coreml.quantize import make_plan
 from llm_coreml.quantize.quantized import build_decoder, build_original
+from llm_coreml.recipes import bundled_model
 from llm_coreml.runtime.eager import EagerRunner
 from llm_coreml.runtime.runner import Runner
 from llm_coreml.tokenizer import Tokenizer

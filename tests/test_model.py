@@ -8,9 +8,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from llm_coreml.recipes import bundled_model
 from safetensors.torch import load_file, save_file
-from tiny import expected_logits, llama, save, tokens_for
 
 from llm_coreml.config import ExportConfig, resolve
 from llm_coreml.decoder import DecoderSpec
@@ -18,7 +16,9 @@ from llm_coreml.errors import ConfigError, UnsupportedError
 from llm_coreml.model import open_model
 from llm_coreml.quantize import make_plan
 from llm_coreml.quantize.quantized import build_original
+from llm_coreml.recipes import bundled_model
 from llm_coreml.runtime.eager import EagerRunner
+from tiny import expected_logits, llama, save, tokens_for
 
 CONTEXT = 64
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import jsonschema
 import pytest
-from tiny import llama
 
 from llm_coreml.bundle.card import model_card
 from llm_coreml.bundle.folder import (
@@ -34,6 +33,7 @@ from llm_coreml.pipeline import export
 from llm_coreml.quantize import make_plan
 from llm_coreml.quantize.quantized import Quantized, build_decoder
 from llm_coreml.verify.logits import Conversion, Verification
+from tiny import llama
 
 CONVERSION = Conversion(21, 60, 2e-7, 3e-5)
 

@@ -14,7 +14,6 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
 from gguf import quants
-from tiny import llama, save
 
 from llm_coreml.checkpoint import open_checkpoint
 from llm_coreml.checkpoint.packed import PackedCheckpoint
@@ -25,6 +24,7 @@ from llm_coreml.quantize.formats.round import dense_rows
 from llm_coreml.quantize.plan.choose import plan_for
 from llm_coreml.quantize.plan.imported import import_report
 from llm_coreml.quantize.quantized import build_decoder
+from tiny import llama, save
 
 Array = np.ndarray[Any, Any]
 HEADS, KEY_HEADS = 4, 2

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from packers import awq, checkpoint, compressed, gptq, hqq, mlx, mxfp4, nf4
 from safetensors.torch import load_file, save_file
 
 from llm_coreml.config import ExportConfig, resolve
@@ -20,6 +19,7 @@ from llm_coreml.pipeline import export
 from llm_coreml.quantize.formats.schemes import Unquantized
 from llm_coreml.quantize.plan.choose import plan_for
 from llm_coreml.quantize.quantized import build_decoder
+from packers import awq, checkpoint, compressed, gptq, hqq, mlx, mxfp4, nf4
 
 CONFIG = ExportConfig(context=32)
 UP = "model.layers.0.mlp.up_proj"

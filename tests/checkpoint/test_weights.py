@@ -10,9 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from packers import checkpoint, gptq
 from safetensors.torch import load_file, save_file
-from tiny import llama, save, tokens_for
 
 from llm_coreml.checkpoint import check_tensors, open_checkpoint
 from llm_coreml.checkpoint.value_maps import PlusOne, Rows, Stacked, Transposed, ValueMap
@@ -23,6 +21,8 @@ from llm_coreml.errors import CheckpointError, UnsupportedError
 from llm_coreml.model import Model, open_model
 from llm_coreml.quantize.plan.choose import plan_for
 from llm_coreml.quantize.quantized import build_decoder
+from packers import checkpoint, gptq
+from tiny import llama, save, tokens_for
 
 Tensors = dict[str, torch.Tensor]
 SIZES: dict[str, Any] = {"num_hidden_layers": 2, "intermediate_size": 96, "vocab_size": 96}

@@ -13,13 +13,13 @@ from typing import Any
 
 import click
 import pytest
-from exported import CHATTER, SHAPES, Run, command, files_of, in_process, manifest_of, run
-from llm_coreml.recipes import recipe_names
 
+from exported import CHATTER, SHAPES, Run, command, files_of, in_process, manifest_of, run
 from llm_coreml import pipeline
 from llm_coreml.cli.main import cli
 from llm_coreml.config import ExportConfig
 from llm_coreml.quantize.formats.schemes import SCHEMES
+from llm_coreml.recipes import recipe_names
 from llm_coreml.targets import TARGETS
 
 COMMANDS = ("diff", "eval", "export", "generate", "inspect", "ls", "run", "show")

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from exported import SHAPES, TEXT, command, files_of, in_process
 
 MESSAGE = "Interrupted; nothing was written.\n"

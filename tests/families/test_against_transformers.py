@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from tiny import expected_logits, llama, mistral, save, tokens_for
 
 from llm_coreml.config import ExportConfig, resolve
 from llm_coreml.decoder import Decoder
@@ -19,6 +18,7 @@ from llm_coreml.model import Model, open_model
 from llm_coreml.quantize import make_plan
 from llm_coreml.quantize.fill import fill
 from llm_coreml.quantize.quantized import build_decoder, build_original
+from tiny import expected_logits, llama, mistral, save, tokens_for
 
 CONTEXT = 64
 BOUND = 1e-4

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from tiny import llama
 
 SHAPES = ("--context", "64", "--seq-lengths", "1,8")

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from tiny import small_spec
 
 from llm_coreml.cli.tables import contents_table
 from llm_coreml.config import ExportConfig, resolve
@@ -15,6 +14,7 @@ from llm_coreml.inspect.broken_rules import broken_rules
 from llm_coreml.quantize import make_plan
 from llm_coreml.quantize.plan.plan_file import plan_json
 from llm_coreml.rules import RULES
+from tiny import small_spec
 
 SPEC = small_spec()
 

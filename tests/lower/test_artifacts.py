@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from artifacts import (
     UNQUANTIZED,
     Artifact,
@@ -26,14 +27,13 @@ from artifacts import (
     program,
     weight_bytes,
 )
-from tiny import BASE, expected_logits, llama, mistral, random_split, save, tokens_for
-
 from llm_coreml.artifact.mil import StateType, TensorType
 from llm_coreml.config import ExportConfig
 from llm_coreml.decoder.states import CacheView
 from llm_coreml.pipeline import export
 from llm_coreml.runtime.eager import EagerRunner
 from llm_coreml.runtime.runner import split_lengths
+from tiny import BASE, expected_logits, llama, mistral, random_split, save, tokens_for
 
 BOUND = 2e-2
 # fp32 activations and weights; what the fp16 states round is rounded in the eager decoder too.

@@ -6,12 +6,12 @@ import gc
 from pathlib import Path
 
 import pytest
-from tiny import llama
 
 from llm_coreml.config import ExportConfig, resolve
 from llm_coreml.model import open_model
 from llm_coreml.quantize.plan.choose import plan_for
 from llm_coreml.quantize.quantized import build_decoder
+from tiny import llama
 
 
 @pytest.mark.parametrize("target", ["gpu", "ane"])

@@ -19,7 +19,6 @@ import pytest
 import torch
 from conftest import SCHEMES
 from safetensors.torch import load_file, save_file
-from tiny import llama, save
 
 from llm_coreml.config import ExportConfig, resolve
 from llm_coreml.model import open_model
@@ -31,6 +30,7 @@ from llm_coreml.quantize.formats import round as apply
 from llm_coreml.quantize.formats.round import dense_rows
 from llm_coreml.quantize.formats.schemes import IntGroup
 from llm_coreml.quantize.quantized import build_decoder
+from tiny import llama, save
 
 CONFIG = ExportConfig(context=32)
 CALIBRATED = replace(CONFIG, calibrate="bundled")

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import llama, save
 
 from llm_coreml.checkpoint import Checkpoint
 from llm_coreml.config import ExportConfig, resolve
@@ -20,6 +19,7 @@ from llm_coreml.quantize import make_plan
 from llm_coreml.quantize.formats.round import quantize_weight
 from llm_coreml.quantize.formats.schemes import Codebook, IntChannel, IntGroup, Scheme
 from llm_coreml.quantize.quantized import build_decoder, build_original
+from tiny import llama, save
 
 CONFIG = ExportConfig(context=32)
 

@@ -10,6 +10,9 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+
+from llm_coreml.config import ExportConfig
+from llm_coreml.errors import ConfigError, UnsupportedError
 from llm_coreml.recipes import (
     bundled_model,
     find_recipe,
@@ -17,9 +20,6 @@ from llm_coreml.recipes import (
     recipe_names,
     recipe_schema,
 )
-
-from llm_coreml.config import ExportConfig
-from llm_coreml.errors import ConfigError, UnsupportedError
 
 FULL = ExportConfig(
     bits=3,

@@ -8,9 +8,8 @@ from typing import final
 
 import pytest
 import torch
-from artifacts import Artifact
-from tiny import tokens_for
 
+from artifacts import Artifact
 from llm_coreml.decoder import Decoder
 from llm_coreml.errors import VerificationError
 from llm_coreml.reference.program.execution import Execution
@@ -26,6 +25,7 @@ from llm_coreml.verify.logits import (
     verify,
     verify_conversion,
 )
+from tiny import tokens_for
 
 VOCABULARY = 16
 CONTEXT = 128

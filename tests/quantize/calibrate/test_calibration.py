@@ -9,11 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from exported import SHAPES, TEXT, Run, in_process, manifest_of
-from llm_coreml.recipes import bundled_model
-from tiny import llama, save, tokens_for
 
 import llm_coreml
+from exported import SHAPES, TEXT, Run, in_process, manifest_of
 from llm_coreml.bundle.folder import open_bundle
 from llm_coreml.config import ExportConfig, resolve
 from llm_coreml.decoder import Decoder
@@ -34,7 +32,9 @@ from llm_coreml.quantize.calibrate.text import (
 from llm_coreml.quantize.formats.round import dense_rows
 from llm_coreml.quantize.formats.schemes import IntChannel, Unquantized
 from llm_coreml.quantize.quantized import build_decoder
+from llm_coreml.recipes import bundled_model
 from llm_coreml.tokenizer import Tokenizer
+from tiny import llama, save, tokens_for
 
 SIZES: dict[str, Any] = {"num_hidden_layers": 3, "intermediate_size": 96}
 LENGTHS = (*[32] * 16, 9)  # several times as many tokens as a layer has inputs

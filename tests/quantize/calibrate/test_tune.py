@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import llama, save, tokens_for
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llm_coreml.config import ExportConfig, resolve
@@ -19,6 +18,7 @@ from llm_coreml.quantize import make_plan
 from llm_coreml.quantize.calibrate.tune import Tuning, _Student, tune
 from llm_coreml.quantize.formats.round import dense_rows
 from llm_coreml.quantize.quantized import build_decoder
+from tiny import llama, save, tokens_for
 
 SIZES: dict[str, Any] = {"num_hidden_layers": 2, "intermediate_size": 96}
 TEXT = [tokens_for(97, 32, seed) for seed in range(24)]

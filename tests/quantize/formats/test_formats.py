@@ -9,10 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from artifacts import UNQUANTIZED, constant_operations, matrices, matrix_names
-from tiny import llama, small_spec
 from torch import nn
 
+from artifacts import UNQUANTIZED, constant_operations, matrices, matrix_names
 from llm_coreml.cli.main import export_command
 from llm_coreml.config import ExportConfig, resolve
 from llm_coreml.decoder import Decoder
@@ -42,6 +41,7 @@ from llm_coreml.rules import RULES, TOO_OLD, Use, refused
 from llm_coreml.runtime.reference import ReferenceRunner
 from llm_coreml.targets import TARGETS
 from llm_coreml.verify.weights import check_weights
+from tiny import llama, small_spec
 
 Shape = tuple[int, int]
 

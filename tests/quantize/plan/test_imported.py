@@ -9,6 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
+from llm_coreml.config import ExportConfig, resolve
+from llm_coreml.errors import UnsupportedError
+from llm_coreml.model import open_model
+from llm_coreml.pipeline import export
+from llm_coreml.quantize import make_plan
+from llm_coreml.quantize.formats.round import dense_rows
+from llm_coreml.quantize.formats.schemes import IntGroup
+from llm_coreml.quantize.plan.choose import plan_for
+from llm_coreml.quantize.plan.imported import import_report
+from llm_coreml.quantize.quantized import build_decoder
+from llm_coreml.reference.program.execution import Execution
+from llm_coreml.runtime.reference import ReferenceRunner
 from packers import (
     FLOATS,
     Array,
@@ -26,19 +39,6 @@ from packers import (
     plain_bytes,
 )
 from tiny import llama
-
-from llm_coreml.config import ExportConfig, resolve
-from llm_coreml.errors import UnsupportedError
-from llm_coreml.model import open_model
-from llm_coreml.pipeline import export
-from llm_coreml.quantize import make_plan
-from llm_coreml.quantize.formats.round import dense_rows
-from llm_coreml.quantize.formats.schemes import IntGroup
-from llm_coreml.quantize.plan.choose import plan_for
-from llm_coreml.quantize.plan.imported import import_report
-from llm_coreml.quantize.quantized import build_decoder
-from llm_coreml.reference.program.execution import Execution
-from llm_coreml.runtime.reference import ReferenceRunner
 
 CONFIG = ExportConfig(context=32, seq_lengths=(1, 8))
 

@@ -9,17 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from artifacts import Artifact
-from exported import SHAPES, TEXT, Run, in_process, manifest_of
-from llm_coreml.eval.heldout import cut, read_text
-from llm_coreml.recipes import bundled_model
 
 import llm_coreml
+from artifacts import Artifact
+from exported import SHAPES, TEXT, Run, in_process, manifest_of
 from llm_coreml import pipeline
 from llm_coreml.bundle.folder import open_bundle
 from llm_coreml.config import ExportConfig, resolve
 from llm_coreml.decoder import Decoder, DecoderSpec
 from llm_coreml.errors import ConfigError, UnsupportedError
+from llm_coreml.eval.heldout import cut, read_text
 from llm_coreml.fidelity import kl_divergence
 from llm_coreml.model import Model, open_model
 from llm_coreml.quantize import QuantizationPlan, make_plan
@@ -28,6 +27,7 @@ from llm_coreml.quantize.plan.budget import matrix_bits, mixed_options, other_by
 from llm_coreml.quantize.plan.choose import choose_plan, plan_without_weights
 from llm_coreml.quantize.plan.plan import matrices
 from llm_coreml.quantize.quantized import build_decoder, build_original
+from llm_coreml.recipes import bundled_model
 from llm_coreml.tokenizer import Tokenizer
 
 SPEC = DecoderSpec(

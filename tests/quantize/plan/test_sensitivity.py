@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from tiny import llama, tokens_for
 from torch import nn
 
 from llm_coreml.decoder import Decoder
@@ -21,6 +20,7 @@ from llm_coreml.quantize.plan import sensitivity
 from llm_coreml.quantize.plan.plan import matrices
 from llm_coreml.quantize.plan.sensitivity import Losses, sensitivities
 from llm_coreml.quantize.quantized import build_original
+from tiny import llama, tokens_for
 
 WINDOWS = [tokens_for(97, 32, seed) for seed in range(20)]
 

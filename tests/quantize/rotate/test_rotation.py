@@ -8,11 +8,10 @@ from typing import Any
 import jsonschema
 import pytest
 import torch
-from exported import SHAPES, in_process, manifest_of
 from safetensors.torch import load_file, save_file
-from tiny import expected_logits, llama, mistral, save, tokens_for
 
 import llm_coreml
+from exported import SHAPES, in_process, manifest_of
 from llm_coreml.bundle.folder import manifest_schema, open_bundle
 from llm_coreml.checkpoint.weights import FamilyWeights, Stored
 from llm_coreml.config import ExportConfig, resolve
@@ -25,6 +24,7 @@ from llm_coreml.quantize.calibrate.text import CalibrationText
 from llm_coreml.quantize.quantized import build_decoder
 from llm_coreml.quantize.rotate.hadamard import Rotation, paley
 from llm_coreml.quantize.rotate.rotation import rotated
+from tiny import expected_logits, llama, mistral, save, tokens_for
 
 EXACT: dict[str, Any] = {"scheme": "none", "embedding": "none", "compute_precision": "fp32"}
 START = torch.tensor([0])
