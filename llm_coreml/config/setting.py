@@ -20,17 +20,6 @@ from llm_coreml.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class _Facts:
-    """What a field's type does not say, see `setting`."""
-
-    about: str
-    metavar: str | None
-    shown: str | None
-    check: Callable[[Any], Any] | None
-    read: Callable[[str], Any] | None
-
-
-@dataclass(frozen=True)
 class Setting:
     """A field, as the command line and the recipes' schema see it.
 
@@ -113,8 +102,8 @@ def setting(
         read: Returns the value that a text means, for types that a text does not say; raises
             ValueError.
     """
-    facts = _Facts(about, metavar, shown, check, read)
-    return dataclasses.field(default=default, metadata={"setting": facts})
+    told = {"about": about, "metavar": metavar, "shown": shown, "check": check, "read": read}
+    return dataclasses.field(default=default, metadata={"setting": told})
 
 
 class Section:
@@ -137,22 +126,11 @@ def settings_of(section: Any) -> tuple[Setting, ...]:
 
 
 def _described(field: dataclasses.Field[Any], hint: Any) -> Setting:
-    facts: _Facts = field.metadata["setting"]
-    is_union = type(None) in get_args(hint)
-    (plain,) = [part for part in get_args(hint) if part is not type(None)] if is_union else [hint]
+    """Return a setting: what its annotation says of it, and what `setting` was told."""
+    optional = type(None) in get_args(hint)
+    (plain,) = [part for part in get_args(hint) if part is not type(None)] if optional else [hint]
     many = get_origin(plain) is tuple
     choices = get_args(plain) if get_origin(plain) is Literal else ()
     kind = str if choices else get_args(plain)[0] if many else plain
-    return Setting(
-        name=field.name,
-        kind=kind,
-        optional=is_union,
-        many=many,
-        choices=choices,
-        default=field.default,
-        about=facts.about,
-        metavar=facts.metavar,
-        shown=facts.shown,
-        check=facts.check,
-        read=facts.read,
-    )
+    told = field.metadata["setting"]
+    return Setting(field.name, kind, optional, many, choices, field.default, **told)
