@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from calibration import CONTEXT, by_torchao, unquantized
+from calibration_quality import CONTEXT, by_torchao, unquantized
 from llm_coreml.config import ExportConfig, resolve
 from llm_coreml.decoder import Decoder
 from llm_coreml.eval.heldout import cut, read_text

@@ -1,13 +1,13 @@
 """Where two exported language models part on the same text, and what it costs.
 
 found = diff(Path("out-a"), Path("out-b"))
-found.first, found.layers, found.quality.mean_kl
+found.first, found.layers, found.qualities[1].mean_kl
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +64,11 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON values; a figure that is inf or NaN becomes None."""
-        found = asdict(self)
-        found["qualities"] = [
-            {name: _finite(value) for name, value in quality.items()}
-            for quality in found["qualities"]
+        qualities = [
+            {name: _finite(value) for name, value in quality.to_json().items()}
+            for quality in self.qualities
         ]
-        return found
+        return {**asdict(self), "qualities": qualities}
 
 
 def diff(
@@ -130,13 +129,9 @@ def diff(
         threshold=threshold,
         first=difference(parted) if parted else None,
         layers=tuple(map(difference, reading.parting.by_layer())),
-        qualities=(_renamed(quality[0], "first"), _renamed(quality[1], "second")),
+        qualities=(replace(quality[0], name="first"), replace(quality[1], name="second")),
     )
 
 
 def _finite(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _renamed(quality: Quality, name: str) -> Quality:
-    return Quality(**{**asdict(quality), "name": name})

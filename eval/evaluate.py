@@ -6,6 +6,7 @@ result = evaluate("out/", model=live_model)    # a model that is not on disk
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from llm_coreml.config import ExportConfig, resolve
 from llm_coreml.errors import CheckpointError, ConfigError
 from llm_coreml.eval.heldout import read_windows
 from llm_coreml.eval.latency import measure_latency
+from llm_coreml.eval.metrics import METRICS, Metric
 from llm_coreml.eval.quality import measure_quality
 from llm_coreml.eval.results import Evaluation
 from llm_coreml.eval.sizes import measure_bytes
@@ -46,6 +48,7 @@ def evaluate(
     text: str | Path | None = None,
     tokens: int = DEFAULT_TOKENS,
     artifact_only: bool = False,
+    metrics: Sequence[Metric] = METRICS,
     execution: Execution = DECLARED,
     progress: Progress | None = None,
 ) -> Evaluation:
@@ -57,6 +60,7 @@ def evaluate(
         text: UTF-8 file; None takes the held-out text that ships in the package.
         tokens: Most tokens to score. A `last` program is fed one at a time.
         artifact_only: Leave out the original and the quantized eager model.
+        metrics: What to measure of each model.
         execution: Numerics, device and memory of the reference runtime.
         progress: Told of stages and shares.
 
@@ -80,7 +84,7 @@ def evaluate(
         runners.update(_originals(opened, model, progress))
     runners["artifact"] = artifact
     progress.stage("score")
-    qualities = measure_quality(runners, windows, progress.advance)
+    qualities = measure_quality(runners, windows, progress.advance, metrics)
     progress.stage("time")
     result = Evaluation(
         text=name,

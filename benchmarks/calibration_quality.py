@@ -6,9 +6,9 @@ PyTorch on held-out text. "recovered" is the share of the loss of torchao's roun
 of the perplexity, and of the divergence from the unquantized blocks. With --artifacts every format
 is also exported as it was calibrated on the bundled text, and the file is measured instead.
 
-    python benchmarks/calibration.py --formats int4-group-32,codebook-3 --tokens 14000 --tune 200
-    python scripts/train_demo_model.py --output other --seed 1 --steps 200 --decay-steps 60
-    python benchmarks/calibration.py --model other
+    python benchmarks/calibration_quality.py --formats int4-group-32 --tokens 14000 --tune 200
+    python scripts/demo/train_demo_model.py --output other --seed 1 --steps 200 --decay-steps 60
+    python benchmarks/calibration_quality.py --model other
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ batch and dropout depend on the seed and the step's number alone, so a run conti
 `--resume` sees what an unbroken one would have seen.
 
 Example:
-    python scripts/train_demo_model.py --output llm_coreml/demo
+    python scripts/demo/train_demo_model.py --output llm_coreml/demo
 """
 
 import argparse

@@ -67,7 +67,7 @@ document ends with `<|end_of_text|>` ({eos}).
 on a separate validation text (step {best_step}). `training.json` holds the full record. To
 rebuild the folder:
 
-    python scripts/train_demo_model.py --output llm_coreml/demo
+    python scripts/demo/train_demo_model.py --output llm_coreml/demo
 
 The text comes from the Python installation the script runs in, here {python}; another
 version gives other text and so slightly other figures.

@@ -3,7 +3,7 @@
 Every format is made with each rotation, at the same bytes but for the head, and read in PyTorch.
 Token table and head are left as they are, so divergences are those of the linear layers alone.
 
-    python benchmarks/rotation.py --formats int4-channel,codebook-3 --calibrate 7000
+    python benchmarks/rotation_quality.py --formats int4-channel,codebook-3 --calibrate 7000
 """
 
 from __future__ import annotations
