@@ -37,6 +37,7 @@ from llm_coreml.config import ExportConfig
 @click.pass_context
 def export_command(
     call: click.Context,
+    /,
     model: str | None,
     given: str | None,
     output: Path | None,

@@ -52,20 +52,16 @@ def _type(setting: Setting) -> Any:
     """Return what click reads a word as."""
     if setting.choices:
         return click.Choice(setting.choices)
-    return setting.kind if setting.read is None else _Read(setting.read)
+    return setting.kind if setting.read is None else _reader(setting.read)
 
 
-class _Read(click.ParamType):
-    """A value that a setting's own function reads."""
+def _reader(read: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Return a reader whose complaints click shows."""
 
-    name = "text"
-
-    def __init__(self, read: Callable[[str], Any]) -> None:
-        self.read = read
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
-        """Return what a word means; click shows what is wrong with one that means nothing."""
+    def reading(value: str) -> Any:
         try:
-            return self.read(value) if isinstance(value, str) else value
+            return read(value)
         except ValueError as error:
-            self.fail(str(error), param, ctx)
+            raise click.BadParameter(str(error)) from None
+
+    return reading

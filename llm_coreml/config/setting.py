@@ -11,7 +11,6 @@ context.flag, context.kind, context.about      # ('--context', int, 'Positions o
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -114,7 +113,6 @@ class Section:
             object.__setattr__(self, each.name, each.checked(getattr(self, each.name)))
 
 
-@functools.cache
 def settings_of(section: Any) -> tuple[Setting, ...]:
     """Return the settings of a section, in their order."""
     hints = get_type_hints(section)
