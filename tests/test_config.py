@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -301,3 +303,21 @@ def test_exit_codes_are_different() -> None:
     errors: list[type[LlmCoreMLError]] = [LlmCoreMLError, *LlmCoreMLError.__subclasses__()]
     codes = [error.exit_code for error in errors]
     assert sorted(codes) == [1, 2, 4, 5, 6, 7, 8]
+
+
+def rows_of_the_document() -> list[str]:
+    """Return the lines that `docs/export.md` has for the settings."""
+    rows = []
+    for title, section in SECTIONS.items():
+        for each in settings_of(section):
+            default = str(each.default).lower() if each.kind is bool else each.default
+            shown = each.shown or ("" if default is None else f"`{default}`")
+            rows.append(f"| {title} | `{each.name}` | {shown} | {each.about} |")
+    return rows
+
+
+def test_the_document_lists_every_setting_as_it_is() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "export.md").read_text()
+    held = [line for line in text.splitlines() if re.match(rf"\| ({'|'.join(SECTIONS)}) \|", line)]
+    rows = rows_of_the_document()
+    assert held == rows, "\n" + "\n".join(rows)
