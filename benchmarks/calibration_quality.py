@@ -29,7 +29,7 @@ from torchao.quantization.granularity import PerAxis, PerGroup
 from torchao.quantization.quant_primitives import MappingType
 
 import llm_coreml
-from llm_coreml.config import ExportConfig
+from llm_coreml.config import ExportConfig, resolve
 from llm_coreml.decoder import Decoder
 from llm_coreml.eval.heldout import cut
 from llm_coreml.eval.quality import measure_quality
@@ -84,7 +84,8 @@ def segments(folder: Path, tokens: int, count: int) -> Iterator[CalibrationText]
 def made(model: Model, config: ExportConfig, text: CalibrationText | None = None) -> Decoder:
     """Return a model quantized as `config` says, calibrated if there is a text."""
     config = replace(config, context=CONTEXT, calibrate=None if text is None else text.name)
-    return build_decoder(model, config, plan_for(config, model), calibration=text)[0]
+    job = resolve(config, model.spec)
+    return build_decoder(model, job, plan_for(job, model), calibration=text)
 
 
 def unquantized(model: Model) -> Decoder:
@@ -134,7 +135,9 @@ def measure(
 
     for name in formats:
         config = ExportConfig(**FORMATS[name])
-        like = linear_scheme(ExportConfig(**FORMATS[BASELINES.get(name, name)]))
+        like = linear_scheme(
+            resolve(ExportConfig(**FORMATS[BASELINES.get(name, name)]), model.spec)
+        )
         plainly = {"torchao": by_torchao(model, like), "rounded": made(model, config)}
         before, plain, rounded = read(name, plainly)
         calibrated, tuned = [], []

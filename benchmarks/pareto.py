@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from calibration_quality import CONTEXT, by_torchao, unquantized
-from llm_coreml.config import ExportConfig
+from llm_coreml.config import ExportConfig, resolve
 from llm_coreml.decoder import Decoder
 from llm_coreml.eval.heldout import cut, read_text
 from llm_coreml.eval.quality import measure_quality
@@ -100,11 +100,12 @@ def formats(model: Model) -> Iterator[Format]:
     """Yield every format by its name."""
     for settings in SETTINGS:
         config = ExportConfig(**settings, minimum_os="iOS26")  # type: ignore[arg-type]
-        scheme = linear_scheme(config)
+        job = resolve(config, model.spec)
+        scheme = linear_scheme(job)
         name = scheme.label.replace(", 16 rows per table", "").replace(" per table", " a table")
-        yield Format(name, family(scheme), config, make_plan(config, model.spec), scheme)
+        yield Format(name, family(scheme), config, make_plan(job, model.spec), scheme)
     config = ExportConfig(bits=3.5)
-    options = mixed_options(config, model.spec)
+    options = mixed_options(resolve(config, model.spec), model.spec)
     losses = sensitivities(model.weights, model.spec, choosing_windows(), options)
     for bits in MIXED:
         yield Format(f"mixed {bits:g}", "mixed", config, mixed(model, losses, bits), None)
@@ -135,7 +136,8 @@ def made(model: Model, wanted: Format, method: str, text: CalibrationText, steps
     calibration = None if method == "rounded" else text
     name = None if calibration is None else calibration.name
     config = replace(wanted.config, context=CONTEXT, calibrate=name)
-    decoder, _ = build_decoder(model, config, wanted.plan, calibration=calibration)
+    job = resolve(config, model.spec)
+    decoder = build_decoder(model, job, wanted.plan, calibration=calibration)
     # Zero points are for the token table too; here blocks are compared.
     same = unquantized(model)
     decoder.embed_tokens, decoder.lm_head = same.embed_tokens, same.lm_head

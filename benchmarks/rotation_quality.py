@@ -13,7 +13,7 @@ from typing import get_args
 
 import torch
 
-from llm_coreml.config import ExportConfig, Rotate
+from llm_coreml.config import ExportConfig, Rotate, resolve
 from llm_coreml.eval.heldout import cut, read_text
 from llm_coreml.eval.quality import measure_quality
 from llm_coreml.eval.results import Quality
@@ -36,9 +36,10 @@ ROTATIONS: tuple[Rotate, ...] = get_args(Rotate)
 
 def runner(model: Model, config: ExportConfig) -> Runner:
     """Return the model quantized as `config` says."""
-    text = read_calibration(model, config, TOKENIZER)
-    plan = make_plan(config, model.spec)
-    return EagerRunner(build_decoder(model, config, plan, calibration=text)[0], "eager")
+    job = resolve(config, model.spec)
+    text = read_calibration(job, TOKENIZER)
+    plan = make_plan(job, model.spec)
+    return EagerRunner(build_decoder(model, job, plan, calibration=text), "eager")
 
 
 def measure(formats: list[str], calibrate: int, limit: int) -> dict[str, Quality]:

@@ -19,7 +19,7 @@ from llm_coreml.bundle.folder import (
     open_bundle,
     write_json,
 )
-from llm_coreml.config import ExportConfig
+from llm_coreml.config import ExportConfig, resolve
 from llm_coreml.errors import CheckpointError, ConfigError
 from llm_coreml.eval.heldout import read_windows
 from llm_coreml.eval.latency import measure_latency
@@ -142,12 +142,12 @@ def _originals(
 
 def _quantized(bundle: Bundle, model: Model, progress: Progress) -> Quantized | None:
     """Quantize a bundle's original again; None where the text of its calibration is not at hand."""
-    config = ExportConfig.from_json(bundle.manifest["config"])
+    job = resolve(ExportConfig.from_json(bundle.manifest["config"]), model.spec)
     recorded = bundle.manifest["quantization"]
-    plan = plan_of(recorded, config, model.spec)
+    plan = plan_of(recorded, job, model.spec)
     text = (recorded.get("calibration") or {}).get("sha256")
     try:
-        return quantize(model, config, bundle.tokenizer, Silent(), plan=plan, text_sha256=text)
+        return quantize(model, job, bundle.tokenizer, Silent(), plan=plan, text_sha256=text)
     except ConfigError as error:
         progress.note(f"The quantized model is left out, for it is to be calibrated again: {error}")
         return None

@@ -12,6 +12,7 @@ import pytest
 import llm_coreml
 from cases import cases
 from llm_coreml import ExportConfig
+from llm_coreml.config import resolve
 from llm_coreml.eval.heldout import cut, read_text
 from llm_coreml.eval.quality import measure_quality
 from llm_coreml.model import open_model
@@ -77,7 +78,8 @@ def test_bundled_model_beats_a_trigram_model_and_loses_by_bits() -> None:
     runners: dict[str, Runner] = {"original": EagerRunner(build_original(model, 1024), "eager")}
     for bits in (4, 3, 2):
         config = ExportConfig(bits=bits, scheme="codebook", context=1024)
-        decoder, _ = build_decoder(model, config, make_plan(config, model.spec))
+        job = resolve(config, model.spec)
+        decoder = build_decoder(model, job, make_plan(job, model.spec))
         runners[f"{bits} bits"] = EagerRunner(decoder, "eager")
     rows = {row.name: row for row in measure_quality(runners, windows())}
     assert rows["original"].perplexity < 0.75 * facts["trigram_heldout_perplexity"]

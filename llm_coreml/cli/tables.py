@@ -245,6 +245,13 @@ def contents_table(found: dict[str, Any]) -> Group:
             *_mixed_formats(manifest["quantization"]),
             Text(""),
         ]
+    if "rules" in found:
+        rows = {
+            name: f"{rule['matrices']} matrices: {rule['reason']} ({rule['source']}); give "
+            f"{rule['flag']}"
+            for name, rule in found["rules"].items()
+        }
+        parts += [listing_table("breaks the rules", rows), Text("")]
     constants = {name: str(value) for name, value in found["constant_methods"].items()}
     parts.append(listing_table(f"program, {found['bytes']:,} bytes", constants))
     for method, delegates in found["methods"].items():

@@ -17,7 +17,7 @@ from gguf import quants
 
 from llm_coreml.checkpoint import open_checkpoint
 from llm_coreml.checkpoint.packed import PackedCheckpoint
-from llm_coreml.config import ExportConfig
+from llm_coreml.config import ExportConfig, resolve
 from llm_coreml.errors import CheckpointError, UnsupportedError
 from llm_coreml.model import open_model
 from llm_coreml.quantize.formats.round import dense_rows
@@ -108,7 +108,8 @@ def write(folder: Path, kinds: dict[str, Kind], architecture: str = "llama") -> 
 def decoder_values(path: Path, **settings: Any) -> dict[str, Array]:
     config = ExportConfig(context=32, embedding="none", **settings)
     model = open_model(str(path))
-    decoder, _ = build_decoder(model, config, plan_for(config, model))
+    job = resolve(config, model.spec)
+    decoder = build_decoder(model, job, plan_for(job, model))
     stored = model.family.stored(model.spec)
     return {
         stored[ours].names[0]: torch.cat(list(dense_rows(parameter))).numpy()

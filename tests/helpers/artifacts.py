@@ -16,7 +16,7 @@ from llm_coreml.artifact.dtypes import DTYPES, to_tensor
 from llm_coreml.artifact.inmemoryfs import unpack
 from llm_coreml.artifact.mil import Constant, Function, Operation, TensorType
 from llm_coreml.artifact.milproto import parse
-from llm_coreml.config import ExportConfig, Shapes
+from llm_coreml.config import ExportConfig, Shapes, resolve
 from llm_coreml.decoder import Decoder, DecoderSpec
 from llm_coreml.model import open_model
 from llm_coreml.quantize import QuantizationPlan, make_plan
@@ -111,18 +111,19 @@ def lower(source: Any, config: ExportConfig, place: Path | Shared) -> Artifact:
     from llm_coreml.lower.program import constant_methods
 
     model = open_model(source)
-    plan = make_plan(config, model.spec)
-    decoder, shapes = build_decoder(model, config, plan)
-    methods = constant_methods(model.spec, shapes, bos_id=1, eos_ids=(2, 5))
+    job = resolve(config, model.spec)
+    plan = make_plan(job, model.spec)
+    decoder = build_decoder(model, job, plan)
+    methods = constant_methods(model.spec, job.shapes, bos_id=1, eos_ids=(2, 5))
 
     def write(path: Path) -> None:
-        lower_coreml(decoder, config, shapes, methods, path)
+        lower_coreml(decoder, job, job.shapes, methods, path)
 
     if isinstance(place, Shared):
         place = place.file("model.pte", (source, config), write)
     else:
         write(place)
-    return Artifact(place, decoder, plan, shapes)
+    return Artifact(place, decoder, plan, job.shapes)
 
 
 def method(path: Path) -> pte.Method:

@@ -54,7 +54,7 @@ class Scheme(ABC):
 
     @property
     def traits(self) -> tuple[str, ...]:
-        """What a target may be known not to take, see `targets.Target.misfits`."""
+        """What a target may be known not to take, see `rules`."""
         return (self.name,)
 
     @property

@@ -13,7 +13,7 @@ import torch
 import llm_coreml
 from exported import SHAPES, TEXT, Run, in_process, manifest_of
 from llm_coreml.bundle.folder import open_bundle
-from llm_coreml.config import ExportConfig
+from llm_coreml.config import ExportConfig, resolve
 from llm_coreml.decoder import Decoder
 from llm_coreml.decoder.linear import Linear
 from llm_coreml.errors import CheckpointError, UnsupportedError
@@ -54,7 +54,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def build(folder: Path, config: ExportConfig) -> Decoder:
     model = open_model(folder)
     text = CALIBRATION if config.calibrate else None
-    return build_decoder(model, config, make_plan(config, model.spec), calibration=text)[0]
+    job = resolve(config, model.spec)
+    return build_decoder(model, job, make_plan(job, model.spec), calibration=text)
 
 
 def inputs_of(decoder: Decoder, layer: str) -> torch.Tensor:
@@ -187,7 +188,8 @@ def test_calibration_brings_the_logits_closer_and_leaves_no_trace(folder: Path) 
 def test_a_config_and_a_text_belong_together(folder: Path) -> None:
     model = open_model(folder)
     with pytest.raises(ValueError, match="belong together"):
-        build_decoder(model, CALIBRATED, make_plan(CALIBRATED, model.spec))
+        job = resolve(CALIBRATED, model.spec)
+        build_decoder(model, job, make_plan(job, model.spec))
 
 
 # The text

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from llm_coreml.config import ExportConfig
+from llm_coreml.config import ExportConfig, resolve
 from llm_coreml.decoder import Decoder
 from llm_coreml.errors import CheckpointError
 from llm_coreml.fidelity import kl_divergence
@@ -39,7 +39,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def build(folder: Path, config: ExportConfig) -> Decoder:
     model = open_model(folder)
-    return build_decoder(model, config, make_plan(config, model.spec))[0]
+    job = resolve(config, model.spec)
+    return build_decoder(model, job, make_plan(job, model.spec))
 
 
 def original(folder: Path) -> Decoder:
