@@ -15,9 +15,7 @@ from llm_coreml.bundle.folder import (
     RESULTS,
     Bundle,
     check_program,
-    check_writable,
     open_bundle,
-    write_json,
 )
 from llm_coreml.config import ExportConfig, resolve
 from llm_coreml.errors import CheckpointError, ConfigError
@@ -28,6 +26,7 @@ from llm_coreml.eval.quality import measure_quality
 from llm_coreml.eval.results import Evaluation
 from llm_coreml.eval.sizes import measure_bytes
 from llm_coreml.model import Model, open_model
+from llm_coreml.output import check_writable, write_json
 from llm_coreml.progress import Progress, Silent
 from llm_coreml.quantize.plan.choose import plan_of
 from llm_coreml.quantize.quantized import Quantized, build_original, quantize
@@ -74,7 +73,7 @@ def evaluate(
     progress = progress or Silent()
     progress.stage("open")
     opened = open_bundle(Path(bundle))
-    check_writable(opened.folder)
+    check_writable(opened.folder, RESULTS)
     artifact = open_runner(opened, execution)
     check_program(opened)
     tokenizer = opened.tokenizer if opened.tokenizer.is_file() else None

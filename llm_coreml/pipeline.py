@@ -26,7 +26,6 @@ from llm_coreml.bundle.folder import (
     check_output,
     new_bundle,
     open_bundle,
-    write_json,
 )
 from llm_coreml.bundle.manifest import make_manifest
 from llm_coreml.config import ExportConfig, Job, resolve
@@ -35,6 +34,7 @@ from llm_coreml.errors import CheckpointError, UnsupportedError
 from llm_coreml.lower.program import constant_methods
 from llm_coreml.machine import free_memory, trim_memory
 from llm_coreml.model import Model, open_model
+from llm_coreml.output import write_json
 from llm_coreml.progress import Progress, Silent
 from llm_coreml.quantize.cache import WeightCache, default_folder
 from llm_coreml.quantize.calibrate.text import read_content

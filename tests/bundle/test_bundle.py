@@ -23,12 +23,12 @@ from llm_coreml.bundle.folder import (
     manifest_schema,
     new_bundle,
     open_bundle,
-    write_json,
 )
 from llm_coreml.bundle.manifest import file_sha256, make_manifest
 from llm_coreml.config import ExportConfig, resolve
 from llm_coreml.errors import ArtifactError, ConfigError, OutputError
 from llm_coreml.model import open_model
+from llm_coreml.output import write_json
 from llm_coreml.pipeline import export
 from llm_coreml.quantize import make_plan
 from llm_coreml.quantize.quantized import Quantized, build_decoder
@@ -305,8 +305,9 @@ def test_an_export_refuses_its_output_before_it_opens_the_model(bundle: Path) ->
 _FILL = """
 import sys
 from pathlib import Path
-from llm_coreml.bundle.folder import new_bundle, write_json
+from llm_coreml.bundle.folder import new_bundle
 from llm_coreml.errors import OutputError
+from llm_coreml.output import write_json
 
 way, output, cap = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 if cap:
