@@ -3,23 +3,22 @@
 An export writes into the hidden folder that `new_bundle(Path("out"), overwrite=False)` gives. It is
 renamed to `out` when the block ends well, and removed when it does not. Everybody else reads:
 
-    open_bundle(Path("out")).manifest["verification"]
+    open_bundle(Path("out")).manifest.verification
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.resources
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import jsonschema
 
+from llm_coreml.bundle.manifest import MANIFEST_VERSION, Manifest, manifest_schema
 from llm_coreml.checkpoint.checkpoint import TOKENIZER_FILES
 from llm_coreml.errors import ArtifactError, OutputError
 from llm_coreml.output import folder_beside
@@ -29,7 +28,6 @@ MANIFEST = "manifest.json"
 RESULTS = "results.json"
 CARD = "README.md"
 TOKENIZER = "tokenizer.json"
-MANIFEST_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -38,11 +36,18 @@ class Bundle:
 
     Attributes:
         folder: Where it is.
-        manifest: The parsed and validated `manifest.json`.
+        manifest: What its `manifest.json` says.
     """
 
     folder: Path
-    manifest: dict[str, Any]
+    manifest: Manifest = field(repr=False)
+
+    def __str__(self) -> str:
+        manifest = self.manifest
+        return (
+            f"{self.folder}: {manifest.source.name} for {manifest.target.backend}, "
+            f"{manifest.quantization.linear.label}, {manifest.program.bytes:,} bytes"
+        )
 
     @property
     def program(self) -> Path:
@@ -95,16 +100,12 @@ def open_bundle(folder: Path) -> Bundle:
         ) from None
     if not (folder / PROGRAM).is_file():
         raise ArtifactError(f"'{folder}' holds no {PROGRAM}; export again.")
-    return Bundle(folder, manifest)
+    return Bundle(folder, Manifest.from_json(manifest))
 
 
-def manifest_schema() -> dict[str, Any]:
-    """Return the JSON schema of `manifest.json` that ships in the package."""
-    text = (
-        importlib.resources.files("llm_coreml.bundle").joinpath("manifest.schema.json").read_text()
-    )
-    schema: dict[str, Any] = json.loads(text)
-    return schema
+def program_at(path: Path) -> Path:
+    """Return the program in the bundle at `path`, or `path` if it is no bundle's folder."""
+    return path / PROGRAM if (path / PROGRAM).is_file() else path
 
 
 def check_program(bundle: Bundle) -> None:
@@ -113,7 +114,7 @@ def check_program(bundle: Bundle) -> None:
     Raises:
         ArtifactError: it is another file.
     """
-    expected = bundle.manifest["program"]["sha256"]
+    expected = bundle.manifest.program.sha256
     found = file_sha256(bundle.program)
     if found != expected:
         raise ArtifactError(
