@@ -6,6 +6,7 @@ program. XNNPACK holds none of the weight formats, so the twin stores the dequan
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -19,9 +20,9 @@ from executorch.exir.passes.init_mutable_pass import InitializedMutableBufferPas
 from torch import nn
 from torchao.utils import TorchAOBaseTensor
 
-from llm_coreml.config import Shapes
+from llm_coreml.artifact.method_plan import Constant
 from llm_coreml.decoder import Decoder
-from llm_coreml.lower.program import trace
+from llm_coreml.lower.program import trace, trace_symbolic
 
 
 def _kv_write(
@@ -46,18 +47,25 @@ def _dequantize(decoder: Decoder) -> None:
 
 
 def lower_xnnpack(
-    decoder: Decoder, shapes: Shapes, methods: dict[str, int | bool | list[int]], path: Path
+    decoder: Decoder, lengths: Sequence[int], constants: Mapping[str, Constant], path: Path
 ) -> None:
-    """Write the twin's program to `path`. `decoder` is left with dequantized weights."""
+    """Write the twin's program to `path`. `decoder` is left with dequantized weights.
+
+    Args:
+        decoder: Quantized decoder.
+        lengths: What a call may have, ascending.
+        constants: Constant methods, see `program.constant_methods`.
+        path: Where to write the `.pte`.
+    """
     _dequantize(decoder)
-    exported = trace(decoder, shapes).run_decompositions(
-        {torch.ops.llm_coreml.kv_write.default: _kv_write}
-    )
+    several = len(lengths) > 1
+    traced = trace_symbolic(decoder, lengths[-1]) if several else trace(decoder, lengths[0])
+    exported = traced.run_decompositions({torch.ops.llm_coreml.kv_write.default: _kv_write})
     edge = to_edge_transform_and_lower(
         exported,
         partitioner=[XnnpackPartitioner()],
         compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
-        constant_methods=dict(methods),
+        constant_methods=dict(constants),
     )
     # Without this the cache begins with whatever is in memory, and a masked NaN is still a NaN.
     zeros = InitializedMutableBufferPass(["cache_keys", "cache_values"])
