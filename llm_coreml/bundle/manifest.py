@@ -15,6 +15,7 @@ from llm_coreml.bundle.folder import MANIFEST_VERSION, file_sha256
 from llm_coreml.checkpoint import Source
 from llm_coreml.config import ExportConfig, Shapes
 from llm_coreml.decoder import DecoderSpec
+from llm_coreml.decoder.states import state_specs
 from llm_coreml.model import Model
 from llm_coreml.quantize import QuantizationPlan, Scheme
 from llm_coreml.quantize.calibrate.text import CalibrationText
@@ -62,7 +63,7 @@ def make_manifest(
     return {
         "version": MANIFEST_VERSION,
         "source": {**asdict(model.source), "sha256": model.sha256()},
-        "spec": asdict(model.spec),
+        "spec": model.spec.to_json(),
         "config": config.to_json(),
         "rebuild": rebuild_command(model.source, config),
         "quantization": {
@@ -236,5 +237,5 @@ def _output(config: ExportConfig, spec: DecoderSpec) -> str:
 
 def _states(config: ExportConfig, spec: DecoderSpec, shapes: Shapes) -> dict[str, str]:
     dtype = "float16" if config.backend == "coreml" else "float32"
-    sizes = [spec.num_hidden_layers, spec.num_key_value_heads, shapes.context, spec.head_dim]
-    return {name: f"{dtype} {sizes}" for name in ("cache_keys", "cache_values")}
+    states = state_specs(spec, shapes.context)
+    return {state.name: f"{dtype} {list(state.shape)}" for state in states}

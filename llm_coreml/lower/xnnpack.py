@@ -6,7 +6,9 @@ program. XNNPACK holds none of the weight formats, so the twin stores the dequan
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
@@ -17,10 +19,12 @@ from executorch.exir import (
 )
 from executorch.exir.passes.init_mutable_pass import InitializedMutableBufferPass
 from torch import nn
+from torch._library.custom_ops import CustomOpDef
 from torchao.utils import TorchAOBaseTensor
 
 from llm_coreml.config import Shapes
 from llm_coreml.decoder import Decoder
+from llm_coreml.decoder.states import kv_write, state_specs
 from llm_coreml.lower.program import trace
 
 
@@ -31,6 +35,10 @@ def _kv_write(
     rows = start_pos.to(torch.int64) + torch.arange(update.shape[2])
     written = torch.ops.aten.index_put.default(cache[layer], [None, rows], update[0])
     return torch.select_scatter(cache, written, 0, layer)
+
+
+# The op that writes each kind of state -> the same in ops for which portable kernels exist.
+WRITES: Mapping[CustomOpDef, Callable[..., torch.Tensor]] = MappingProxyType({kv_write: _kv_write})
 
 
 def _dequantize(decoder: Decoder) -> None:
@@ -50,8 +58,9 @@ def lower_xnnpack(
 ) -> None:
     """Write the twin's program to `path`. `decoder` is left with dequantized weights."""
     _dequantize(decoder)
+    writes = {state.write for state in decoder.states.values()}
     exported = trace(decoder, shapes).run_decompositions(
-        {torch.ops.llm_coreml.kv_write.default: _kv_write}
+        {write._opoverload: WRITES[write] for write in writes}
     )
     edge = to_edge_transform_and_lower(
         exported,
@@ -60,7 +69,8 @@ def lower_xnnpack(
         constant_methods=dict(methods),
     )
     # Without this the cache begins with whatever is in memory, and a masked NaN is still a NaN.
-    zeros = InitializedMutableBufferPass(["cache_keys", "cache_values"])
+    states = state_specs(decoder.spec, shapes.context)
+    zeros = InitializedMutableBufferPass([state.name for state in states])
     program = edge.to_executorch(ExecutorchBackendConfig(passes=[zeros]))
     with path.open("wb") as file:
         program.write_to_file(file)

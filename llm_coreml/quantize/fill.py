@@ -83,7 +83,7 @@ def fill(
         for name in filling.group(index, list(members)):
             done += decoder.get_parameter(name).numel()
             on_progress(done / total)
-    decoder.cache.reset()
+    decoder.reset()
     if decoder.spec.tie_word_embeddings:
         filling.tie()
     on_progress(1.0)

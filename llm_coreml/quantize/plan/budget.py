@@ -106,9 +106,10 @@ def other_bytes(config: ExportConfig, spec: DecoderSpec, plan: QuantizationPlan)
     bits += 0 if plan.tied else plan.lm_head.stored_bits(table)
     number = 4 if config.compute_precision == "fp32" else 2
     context = resolve_shapes(config, spec.max_position_embeddings).context
-    # A cosine and a sine for every pair of a head's dimensions, and an int32 for every position.
-    numbers = _vectors(spec) * number + context * (spec.head_dim * number + 4)
-    return -(-bits // 8) + numbers + _PROGRAM_BYTES + spec.num_hidden_layers * _LAYER_BYTES
+    # A cosine and a sine for every pair of rotated numbers, and an int32 for every position.
+    turned = sum(rope.dim for rope in spec.rotary)
+    numbers = _vectors(spec) * number + context * (turned * number + 4)
+    return -(-bits // 8) + numbers + _PROGRAM_BYTES + len(spec.layers) * _LAYER_BYTES
 
 
 def _vectors(spec: DecoderSpec) -> int:

@@ -69,8 +69,13 @@ def rotations(kind: Rotate, spec: DecoderSpec) -> dict[Space, Rotation]:
     if kind in ("residual", "both"):
         found["residual"] = Rotation(spec.hidden_size)
     if kind in ("heads", "both"):
-        found["heads"] = Rotation(spec.head_dim)
+        found["heads"] = Rotation(_head_dim(spec))
     return found
+
+
+def _head_dim(spec: DecoderSpec) -> int:
+    (size,) = {layer.mixer.head_dim for layer in spec.layers}
+    return size
 
 
 def rotated(
