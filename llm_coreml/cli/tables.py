@@ -15,8 +15,6 @@ from llm_coreml.eval.inspection import Inspection
 from llm_coreml.eval.results import Evaluation, Quality
 from llm_coreml.reference.observe.watch import FP16_MAX
 
-_KINDS = ("q", "k", "v", "o", "gate", "up", "down")
-
 
 def export_table(manifest: dict[str, Any], folder: str, peak: int) -> Group:
     """Return what an export made, in a few rows, and the bytes of memory that it took."""
@@ -36,10 +34,14 @@ def _mixed_formats(quantization: dict[str, Any]) -> list[Any]:
         if name.startswith("layers."):
             _, block, *_, kind = name.removesuffix("_proj").split(".")
             blocks.setdefault(int(block), {})[kind] = matrix
-    kinds = [kind for kind in _KINDS if kind in blocks[0]]
+    kinds = dict.fromkeys(kind for matrices in blocks.values() for kind in matrices)
     table = _plain("bits per weight", *kinds, "bytes", *(["KL"] if _estimated(blocks) else []))
+    for column in table.columns[1:]:
+        column.justify = "right"
     for block, matrices in sorted(blocks.items()):
-        cells = [f"{_bits_per_weight(matrices[kind]):.2f}" for kind in kinds]
+        cells = [
+            f"{_bits_per_weight(matrices[kind]):.2f}" if kind in matrices else "" for kind in kinds
+        ]
         cells.append(f"{sum(matrix['bytes'] for matrix in matrices.values()):,}")
         if _estimated(blocks):
             cells.append(f"{sum(matrix['kl'] for matrix in matrices.values()):.1e}")
@@ -290,6 +292,6 @@ def _plain(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=any(columns))
     for number, column in enumerate(columns):
         numeric = column in {"perplexity", "mean KL", "p99 KL", "top-1 agreement", "median"}
-        right = number > 0 and (numeric or column in {"tokens/s", "bytes", "KL", *_KINDS})
+        right = number > 0 and (numeric or column in {"tokens/s", "bytes", "KL"})
         table.add_column(column, justify="right" if right else "left", overflow="fold")
     return table
