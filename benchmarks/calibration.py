@@ -35,11 +35,13 @@ from torchao.quantization.quant_primitives import MappingType
 import llm_coreml
 from llm_coreml.config import ExportConfig
 from llm_coreml.decoder import Decoder
-from llm_coreml.model import Model, build_decoder, open_model, plan_for
+from llm_coreml.model import Model, open_model
 from llm_coreml.quantize.calibrate.text import CalibrationText, tokenize
 from llm_coreml.quantize.calibrate.tune import tune
 from llm_coreml.quantize.formats.schemes import Codebook, IntChannel, IntGroup, Scheme
+from llm_coreml.quantize.plan.choose import plan_for
 from llm_coreml.quantize.plan.plan import linear_scheme
+from llm_coreml.quantize.quantized import build_decoder
 from llm_coreml.runtime.eager import EagerRunner
 from llm_coreml.tokenizer import Tokenizer
 

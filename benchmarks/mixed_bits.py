@@ -27,7 +27,7 @@ from torch import nn
 
 from llm_coreml.config import ExportConfig
 from llm_coreml.fidelity import kl_divergence
-from llm_coreml.model import Model, build_decoder, open_model
+from llm_coreml.model import Model, open_model
 from llm_coreml.quantize import QuantizationPlan, Scheme, make_plan
 from llm_coreml.quantize.calibrate.text import BUNDLED_TEXT, read_content, tokenize
 from llm_coreml.quantize.formats.round import dense_rows, quantized
@@ -35,6 +35,7 @@ from llm_coreml.quantize.plan.allocate import Option, allocate
 from llm_coreml.quantize.plan.budget import mixed_options
 from llm_coreml.quantize.plan.plan import matrices
 from llm_coreml.quantize.plan.sensitivity import Losses, sensitivities
+from llm_coreml.quantize.quantized import build_decoder
 from llm_coreml.runtime.eager import EagerRunner
 from llm_coreml.tokenizer import Tokenizer
 
@@ -158,7 +159,7 @@ def main() -> None:
     model = open_model("llama")
     options = mixed_options(ExportConfig(bits=3.5), model.spec)
     start = time.monotonic()
-    losses = sensitivities(model.checkpoint, model.family, model.spec, windows(), options)
+    losses = sensitivities(model.weights, model.spec, windows(), options)
     seconds = time.monotonic() - start
     plans = {name: make_plan(config, model.spec) for name, config in UNIFORM.items()}
     wanted = [float(bits) for bits in arguments.bits.split(",")]

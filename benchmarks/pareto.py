@@ -29,7 +29,7 @@ from mixed_bits import windows as choosing_windows
 
 from llm_coreml.config import ExportConfig
 from llm_coreml.decoder import Decoder
-from llm_coreml.model import Model, build_decoder, open_model
+from llm_coreml.model import Model, open_model
 from llm_coreml.quantize import QuantizationPlan, make_plan
 from llm_coreml.quantize.calibrate.text import BUNDLED_TEXT, CalibrationText, read_content, tokenize
 from llm_coreml.quantize.calibrate.tune import tune
@@ -37,6 +37,7 @@ from llm_coreml.quantize.formats.schemes import Codebook, IntChannel, IntGroup, 
 from llm_coreml.quantize.plan.budget import mixed_options
 from llm_coreml.quantize.plan.plan import linear_scheme
 from llm_coreml.quantize.plan.sensitivity import sensitivities
+from llm_coreml.quantize.quantized import build_decoder
 from llm_coreml.runtime.eager import EagerRunner
 from llm_coreml.tokenizer import Tokenizer
 
@@ -104,7 +105,7 @@ def formats(model: Model) -> Iterator[Format]:
         yield Format(name, family(scheme), config, make_plan(config, model.spec), scheme)
     config = ExportConfig(bits=3.5)
     options = mixed_options(config, model.spec)
-    losses = sensitivities(model.checkpoint, model.family, model.spec, choosing_windows(), options)
+    losses = sensitivities(model.weights, model.spec, choosing_windows(), options)
     for bits in MIXED:
         yield Format(f"mixed {bits:g}", "mixed", config, mixed(model, losses, bits), None)
 

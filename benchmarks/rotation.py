@@ -18,8 +18,9 @@ from llm_coreml.eval.results import Quality
 from llm_coreml.recipes import bundled_model
 
 from llm_coreml.config import ExportConfig, Rotate
-from llm_coreml.model import Model, build_decoder, open_model, read_calibration
+from llm_coreml.model import Model, open_model
 from llm_coreml.quantize import make_plan
+from llm_coreml.quantize.quantized import build_decoder, read_calibration
 from llm_coreml.runtime.eager import EagerRunner
 from llm_coreml.runtime.runner import Runner
 from llm_coreml.tokenizer import Tokenizer

@@ -26,17 +26,10 @@ from llm_coreml.bundle.folder import (
 )
 from llm_coreml.config import ExportConfig
 from llm_coreml.errors import CheckpointError, ConfigError
-from llm_coreml.model import (
-    Model,
-    build_decoder,
-    build_original,
-    open_model,
-    read_calibration,
-    tune_decoder,
-)
+from llm_coreml.model import Model, open_model
 from llm_coreml.progress import Progress, Silent
-from llm_coreml.quantize.calibrate.text import CalibrationText
 from llm_coreml.quantize.plan.choose import plan_of
+from llm_coreml.quantize.quantized import Quantized, build_original, quantize
 from llm_coreml.reference.program.execution import Execution
 from llm_coreml.runtime.eager import EagerRunner
 from llm_coreml.runtime.opening import open_runner
@@ -135,28 +128,22 @@ def _originals(
             f"'{opened.source.name}' holds other weights than were exported; give the original "
             "with --model, or measure with --artifact-only."
         )
-    config = ExportConfig.from_json(bundle.manifest["config"])
     context = bundle.manifest["program"]["context"]
     runners = {"original": EagerRunner(build_original(opened, context), "PyTorch eager fp32")}
+    quantized = _quantized(bundle, opened, progress)
+    if quantized is not None:
+        runners["quantized"] = EagerRunner(quantized.decoder, "PyTorch eager fp32")
+    return dict(runners)
+
+
+def _quantized(bundle: Bundle, model: Model, progress: Progress) -> Quantized | None:
+    """Quantize a bundle's original again; None where the text of its calibration is not at hand."""
+    config = ExportConfig.from_json(bundle.manifest["config"])
+    recorded = bundle.manifest["quantization"]
+    plan = plan_of(recorded, config, model.spec)
+    text = (recorded.get("calibration") or {}).get("sha256")
     try:
-        calibration = _calibration(bundle, opened, config)
+        return quantize(model, config, bundle.tokenizer, Silent(), plan=plan, text_sha256=text)
     except ConfigError as error:
         progress.note(f"The quantized model is left out, for it is to be calibrated again: {error}")
-        return dict(runners)
-    plan = plan_of(bundle.manifest["quantization"], config, opened.spec)
-    decoder, _ = build_decoder(opened, config, plan, calibration=calibration)
-    tune_decoder(opened, config, decoder, calibration)
-    return {**runners, "quantized": EagerRunner(decoder, "PyTorch eager fp32")}
-
-
-def _calibration(bundle: Bundle, model: Model, config: ExportConfig) -> CalibrationText | None:
-    """Read the text that a bundle was calibrated on.
-
-    Raises:
-        ConfigError: it cannot be read, or is another one now.
-    """
-    calibration = read_calibration(model, config, bundle.tokenizer)
-    recorded = bundle.manifest["quantization"].get("calibration")
-    if calibration is not None and calibration.sha256 != recorded["sha256"]:
-        raise ConfigError(f"'{config.calibrate}' holds another text than at the export.")
-    return calibration
+        return None

@@ -34,13 +34,13 @@ from llm_coreml.decoder import Decoder, DecoderSpec
 from llm_coreml.errors import CheckpointError, UnsupportedError
 from llm_coreml.lower.program import constant_methods
 from llm_coreml.machine import free_memory, trim_memory
-from llm_coreml.model import Model, build_decoder, open_model, read_calibration, tune_decoder
+from llm_coreml.model import Model, open_model
 from llm_coreml.progress import Progress, Silent
-from llm_coreml.quantize import QuantizationPlan
 from llm_coreml.quantize.cache import WeightCache, default_folder
 from llm_coreml.quantize.calibrate.text import read_content
-from llm_coreml.quantize.plan.choose import choose_plan, plan_without_weights
-from llm_coreml.quantize.plan.imported import ImportReport, refuse_choices
+from llm_coreml.quantize.plan.choose import plan_without_weights
+from llm_coreml.quantize.plan.imported import refuse_choices
+from llm_coreml.quantize.quantized import quantize
 from llm_coreml.recipes import bundled_model
 from llm_coreml.reference.program.execution import Execution
 from llm_coreml.runtime.eager import EagerRunner
@@ -138,17 +138,8 @@ def _write(job: _Job, model: Model, draft: Path, cache: WeightCache) -> None:
     config, progress = job.config, job.progress
     bos_id, eos_ids = special_ids(model.checkpoint.config, model.checkpoint.generation_config)
     _write_tokenizer(job, model, draft)
-    if config.mixed:
-        progress.stage("allocate")
-    plan, measured = choose_plan(model, config, draft / TOKENIZER, progress.advance)
-    _tell_of_the_import(job, model.imported())
-    _tell_of_the_head(job, model, plan)
-    calibration = read_calibration(model, config, draft / TOKENIZER)
-    progress.stage("quantize" if calibration is None else "calibrate")
-    decoder, shapes = build_decoder(model, config, plan, progress.advance, calibration, cache)
-    if config.tune:
-        progress.stage("tune")
-    tuning = tune_decoder(model, config, decoder, calibration, progress.advance)
+    quantized = quantize(model, config, draft / TOKENIZER, progress, cache)
+    decoder, shapes = quantized.decoder, quantized.shapes
     methods = constant_methods(model.spec, shapes, bos_id, eos_ids)
     free_memory()
     progress.stage("lower")
@@ -158,36 +149,9 @@ def _write(job: _Job, model: Model, draft: Path, cache: WeightCache) -> None:
     free_memory()
     progress.stage("verify")
     verification = _verify(job, shapes, decoder, program)
-    manifest = make_manifest(
-        model, config, plan, measured, calibration, tuning, shapes, program, methods, verification
-    )
+    manifest = make_manifest(quantized, program, methods, verification)
     write_json(draft / MANIFEST, manifest)
     (draft / CARD).write_text(model_card(manifest))
-
-
-def _tell_of_the_import(job: _Job, report: ImportReport | None) -> None:
-    if report is not None:
-        job.progress.note(
-            f"{report.matrices} matrices are taken as the checkpoint quantized them "
-            f"({report.format}): {report.sentence}."
-        )
-
-
-def _tell_of_the_head(job: _Job, model: Model, plan: QuantizationPlan) -> None:
-    claimed = model.checkpoint.config.get("tie_word_embeddings")
-    if claimed and not model.spec.tie_word_embeddings:
-        job.progress.note(
-            "config.json ties the head to the token table, but the checkpoint holds another head: "
-            "it is read, and stored separately."
-        )
-    if plan.untied_bytes:
-        differ = f"its format ({plan.lm_head.label}, {plan.embedding.label})"
-        if plan.lm_head == plan.embedding:
-            differ = f"the gain of the last norm, which --rotate {job.config.rotate} moves into it"
-        job.progress.note(
-            f"The head shares its weights with the token table but not {differ}: storing it "
-            f"separately costs {plan.untied_bytes:,} bytes."
-        )
 
 
 def _write_tokenizer(job: _Job, model: Model, draft: Path) -> None:

@@ -12,8 +12,9 @@ from llm_coreml.recipes import bundled_model
 
 import llm_coreml
 from llm_coreml import ExportConfig
-from llm_coreml.model import build_decoder, build_original, open_model
+from llm_coreml.model import open_model
 from llm_coreml.quantize import make_plan
+from llm_coreml.quantize.quantized import build_decoder, build_original
 from llm_coreml.runtime.eager import EagerRunner
 from llm_coreml.runtime.runner import Runner
 from llm_coreml.tokenizer import Tokenizer

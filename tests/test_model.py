@@ -15,8 +15,9 @@ from tiny import expected_logits, llama, save, tokens_for
 from llm_coreml.config import ExportConfig, resolve_shapes
 from llm_coreml.decoder import DecoderSpec
 from llm_coreml.errors import ConfigError, UnsupportedError
-from llm_coreml.model import build_original, open_model
+from llm_coreml.model import open_model
 from llm_coreml.quantize import make_plan
+from llm_coreml.quantize.quantized import build_original
 from llm_coreml.runtime.eager import EagerRunner
 
 CONTEXT = 64

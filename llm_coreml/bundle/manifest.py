@@ -16,14 +16,14 @@ from llm_coreml.checkpoint import Source
 from llm_coreml.config import ExportConfig, Shapes
 from llm_coreml.decoder import DecoderSpec
 from llm_coreml.decoder.states import state_specs
-from llm_coreml.model import Model
 from llm_coreml.quantize import QuantizationPlan, Scheme
 from llm_coreml.quantize.calibrate.text import CalibrationText
 from llm_coreml.quantize.calibrate.tune import Tuning
 from llm_coreml.quantize.plan.choose import Measured
-from llm_coreml.quantize.plan.imported import ImportReport
+from llm_coreml.quantize.plan.imported import ImportReport, import_report
 from llm_coreml.quantize.plan.plan import matrices
 from llm_coreml.quantize.plan.plan_file import plan_json
+from llm_coreml.quantize.quantized import Quantized
 from llm_coreml.quantize.rotate.hadamard import SEED
 from llm_coreml.quantize.rotate.rotation import rotations
 from llm_coreml.targets import get_target, opset_of
@@ -35,13 +35,7 @@ _PACKAGES = ("llm-coreml", "torch", "torchao", "executorch", "coremltools", "tra
 
 
 def make_manifest(
-    model: Model,
-    config: ExportConfig,
-    plan: QuantizationPlan,
-    measured: Measured | None,
-    calibration: CalibrationText | None,
-    tuning: Tuning | None,
-    shapes: Shapes,
+    quantized: Quantized,
     program: Path,
     methods: dict[str, int | bool | list[int]],
     verification: Verification,
@@ -49,17 +43,13 @@ def make_manifest(
     """Describe an export; equal inputs give equal manifests.
 
     Args:
-        model: What was exported.
-        config: As the user gave it.
-        plan: Schemes of the matrices.
-        measured: What mixed formats were chosen by.
-        calibration: The text that the linear layers were calibrated on, if any.
-        tuning: What tuning on that text did, if it was asked for.
-        shapes: Context and lengths.
+        quantized: What was exported, and how it was quantized.
         program: The `.pte`.
         methods: Its constant methods.
         verification: Its result.
     """
+    model, config, plan = quantized.model, quantized.config, quantized.plan
+    measured, calibration, shapes = quantized.measured, quantized.calibration, quantized.shapes
     return {
         "version": MANIFEST_VERSION,
         "source": {**asdict(model.source), "sha256": model.sha256()},
@@ -69,10 +59,12 @@ def make_manifest(
         "quantization": {
             **_quantization(plan, model.spec, config.backend == "xnnpack"),
             "rotation": _rotation(config, model.spec),
-            "calibration": None if calibration is None else _calibration(calibration, tuning),
+            "calibration": None
+            if calibration is None
+            else _calibration(calibration, quantized.tuning),
             "allocation": None if measured is None else _allocation(measured),
             "plan": plan_json(plan, model.spec, {} if measured is None else measured.losses),
-            "import": _import(model.imported()),
+            "import": _import(import_report(model.checkpoint)),
         },
         "program": {
             "file": program.name,

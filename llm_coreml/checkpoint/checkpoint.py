@@ -138,21 +138,8 @@ class Checkpoint(abc.ABC):
                 a weight's, a value is NaN or infinite, or a value does not fit `dtype`.
             ConfigError: `dtype` is not one of the three.
         """
-        if dtype not in WEIGHT_DTYPES:
-            raise ConfigError(
-                f"Weights are read as bfloat16, float16 or float32, not {type_name(dtype)}."
-            )
         require_weight_dtype(name, self.dtype(name), self.where(name))
-        stored = self.stored(name)
-        result = torch.empty(stored.shape, dtype=dtype)
-        flat = result.view(-1)
-        for start, piece in _pieces(stored):
-            cast = piece.to(dtype)
-            # A stored NaN or infinity survives every cast, so one pass finds both kinds of fault.
-            if not _all_finite(cast):
-                raise _not_finite(name, self.where(name), start, piece, cast, stored.shape)
-            flat[start : start + len(piece)] = cast
-        return result
+        return cast_checked(self.stored(name), dtype, f"'{name}' in {self.where(name)}")
 
     @final
     def sha256(self, names: Collection[str] | None = None) -> str:
@@ -173,6 +160,33 @@ class Checkpoint(abc.ABC):
                 for _, piece in _pieces(stored):
                     digest.update(piece.view(torch.uint8).numpy().data)
         return digest.hexdigest()
+
+
+def cast_checked(stored: torch.Tensor, dtype: torch.dtype, described: str) -> torch.Tensor:
+    """Return a copy of `stored` as `dtype`, bfloat16, float16 or float32, on the CPU.
+
+    Args:
+        stored: Of any weight's type, on any device.
+        dtype: The type wanted.
+        described: What a message calls the tensor: `'norm.weight' in model.safetensors`.
+
+    Raises:
+        CheckpointError: a value is NaN or infinite, or does not fit `dtype`.
+        ConfigError: `dtype` is not one of the three.
+    """
+    if dtype not in WEIGHT_DTYPES:
+        raise ConfigError(
+            f"Weights are read as bfloat16, float16 or float32, not {type_name(dtype)}."
+        )
+    result = torch.empty(stored.shape, dtype=dtype)
+    flat = result.view(-1)
+    for start, piece in _pieces(stored):
+        cast = piece.to(dtype)
+        # A stored NaN or infinity survives every cast, so one pass finds both kinds of fault.
+        if not _all_finite(cast):
+            raise _not_finite(described, start, piece, cast, stored.shape)
+        flat[start : start + len(piece)] = cast
+    return result
 
 
 def require_weight_dtype(name: str, dtype: torch.dtype, where: str) -> None:
@@ -210,8 +224,7 @@ def _all_finite(piece: torch.Tensor) -> bool:
 
 
 def _not_finite(
-    name: str,
-    where: str,
+    described: str,
     start: int,
     piece: torch.Tensor,
     cast: torch.Tensor,
@@ -223,10 +236,10 @@ def _not_finite(
     index = [int(i) for i in torch.unravel_index(torch.tensor(start + offset), shape)]
     if not bool(torch.isfinite(piece[offset])):
         return CheckpointError(
-            f"'{name}' in {where} is {value} at {index}; weights must be finite. Download the file "
+            f"{described} is {value} at {index}; weights must be finite. Download the file "
             "again, or go back to a checkpoint from before the training diverged."
         )
     return CheckpointError(
-        f"'{name}' in {where} is {value:g} at {index}, beyond the largest {type_name(cast.dtype)}, "
+        f"{described} is {value:g} at {index}, beyond the largest {type_name(cast.dtype)}, "
         f"{torch.finfo(cast.dtype).max:g}; use --compute-precision fp32, which reads it as float32."
     )

@@ -8,6 +8,7 @@ The same module runs eagerly (the judge of every artifact) and is exported for C
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Literal
 
@@ -71,7 +72,7 @@ class Decoder(nn.Module):
         """What is remembered between calls, by name."""
         return {name: part for name, part in self.named_children() if isinstance(part, State)}
 
-    @property
+    @functools.cached_property
     def wiring(self) -> Wiring:
         """What each matrix reads and writes, the token table's rows being what it writes."""
         table = Wiring(((Matrix("embed_tokens", writes="residual"),),))

@@ -76,6 +76,10 @@ class Wiring:
         """All matrices by name."""
         return {matrix.name: matrix for stage in self.stages for matrix in stage}
 
+    def first_of(self, name: str) -> str:
+        """Return the first of the matrices that get the same inputs as `name`."""
+        return next(stage[0] for stage in self.shared if name in stage)
+
     @property
     def norms(self) -> frozenset[str]:
         """The norms behind which matrices read."""

@@ -1,8 +1,8 @@
-"""Model families: from `config.json` to a `DecoderSpec` and the names of its tensors.
+"""Model families: from `config.json` to a `DecoderSpec` and what its parameters are made of.
 
     family = find_family(config)
     spec = family.spec(config)
-    family.tensor_names(spec)["layers.0.mlp.up_proj.weight"]   # 'model.layers.0.mlp...'
+    family.stored(spec)["layers.0.mlp.up_proj.weight"].names   # ('model.layers.0.mlp...',)
 
 Adding a family: one file named after its `model_type`, one line in `_MODULES`, one test line.
 """

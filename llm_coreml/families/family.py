@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from llm_coreml.checkpoint.weights import Stored
 from llm_coreml.decoder.spec import DecoderSpec
 
 
@@ -16,10 +17,11 @@ class Family:
     Attributes:
         spec: Turns a parsed `config.json` into a `DecoderSpec`; raises UnsupportedError for
             options that the decoder does not compute.
-        tensor_names: Maps the decoder's parameter names to the checkpoint's.
+        stored: Says of each parameter of the decoder, by its name, which tensors of a checkpoint it
+            is made of.
         ignored: Glob patterns of checkpoint tensors that carry nothing the decoder needs.
     """
 
     spec: Callable[[Mapping[str, Any]], DecoderSpec]
-    tensor_names: Callable[[DecoderSpec], dict[str, str]]
+    stored: Callable[[DecoderSpec], dict[str, Stored]]
     ignored: tuple[str, ...] = ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 
+from llm_coreml.checkpoint.weights import Stored
 from llm_coreml.decoder.spec import (
     AttentionSpec,
     DecoderSpec,
@@ -116,27 +117,27 @@ def _rope_spec(
     )
 
 
-def tensor_names(spec: DecoderSpec) -> dict[str, str]:
-    """Return decoder name -> checkpoint name of every parameter."""
-    names = {"embed_tokens.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight"}
+def stored(spec: DecoderSpec) -> dict[str, Stored]:
+    """Return what every parameter is made of: one tensor each, named as in the decoder."""
+    inner = ["embed_tokens.weight", "norm.weight"]
     for index, layer in enumerate(spec.layers):
-        for part in _parts(layer):
-            names[f"layers.{index}.{part}"] = f"model.layers.{index}.{part}"
+        inner += [f"layers.{index}.{part}" for part in _parts(layer)]
+    found = {name: Stored((f"model.{name}",)) for name in inner}
     if not spec.tie_word_embeddings:
-        names["lm_head.weight"] = "lm_head.weight"
-    return names
+        found["lm_head.weight"] = Stored(("lm_head.weight",))
+    return found
 
 
 def _parts(layer: LayerSpec) -> Iterator[str]:
-    """Yield the parameters of a layer, which the decoder calls as checkpoints do."""
-    biased = {"q": layer.mixer.qkv_bias, "k": layer.mixer.qkv_bias, "v": layer.mixer.qkv_bias}
-    linears = {f"mlp.{kind}_proj": layer.feed_forward.bias for kind in ("gate", "up", "down")}
-    for kind in "qkvo":
-        linears[f"self_attn.{kind}_proj"] = biased.get(kind, layer.mixer.out_bias)
-    yield from (f"{linear}.weight" for linear in linears)
+    """Yield the parameters of a layer."""
+    attention, mlp = layer.mixer, layer.feed_forward
+    biased = {f"mlp.{kind}_proj": mlp.bias for kind in ("gate", "up", "down")}
+    biased |= {f"self_attn.{kind}_proj": attention.qkv_bias for kind in "qkv"}
+    biased["self_attn.o_proj"] = attention.out_bias
+    yield from (f"{linear}.weight" for linear in biased)
     yield from ("input_layernorm.weight", "post_attention_layernorm.weight")
-    yield from (f"{linear}.bias" for linear, has_bias in linears.items() if has_bias)
+    yield from (f"{linear}.bias" for linear, has_bias in biased.items() if has_bias)
 
 
 # Old checkpoints store RoPE frequencies; a tied head may be written out beside its table.
-FAMILY = Family(spec, tensor_names, ignored=("*.rotary_emb.inv_freq", "lm_head.weight"))
+FAMILY = Family(spec, stored, ignored=("*.rotary_emb.inv_freq", "lm_head.weight"))

@@ -22,4 +22,4 @@ def spec(config: Mapping[str, Any]) -> DecoderSpec:
     return llama.spec({**_DEFAULTS, **config})
 
 
-FAMILY = Family(spec, llama.tensor_names, ignored=llama.FAMILY.ignored)
+FAMILY = Family(spec, llama.stored, ignored=llama.FAMILY.ignored)

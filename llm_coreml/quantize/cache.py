@@ -28,7 +28,6 @@ from typing import Any, BinaryIO
 
 import torch
 
-import llm_coreml
 from llm_coreml.quantize.formats.serialize import from_parts, to_parts
 
 _VARIABLE = "LLM_COREML_CACHE"
@@ -36,7 +35,7 @@ _SUFFIX = ".safetensors"
 _ENTRY = re.compile(r"[0-9a-f]{64}\.safetensors")
 _DRAFT = re.compile(r"\.[0-9a-f]{64}\.[0-9]+")
 # What the weights of an entry are computed by.
-_SOURCES = ("checkpoint", "decoder", "quantize")
+_SOURCES = ("checkpoint", "families", "decoder", "quantize")
 _PACKAGES = ("llm-coreml", "torch", "torchao")
 _NAMES = {torch.int8: "I8", torch.uint8: "U8", torch.float16: "F16", torch.float32: "F32"}
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
@@ -69,7 +68,7 @@ def _code() -> str:
     digest = hashlib.sha256()
     for package in _PACKAGES:
         digest.update(f"{package} {importlib.metadata.version(package)}\n".encode())
-    root = Path(llm_coreml.__file__).parent
+    root = Path(__file__).parents[1]
     for folder in _SOURCES:
         for path in sorted((root / folder).rglob("*.py")):
             digest.update(f"{path.relative_to(root).as_posix()}\n".encode() + path.read_bytes())

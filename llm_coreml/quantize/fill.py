@@ -1,7 +1,7 @@
-"""Fill a decoder from a checkpoint, one matrix at a time, quantizing each as it arrives.
+"""Fill a decoder with weights, one matrix at a time, quantizing each as it arrives.
 
     decoder = Decoder(spec, context)
-    fill(decoder, checkpoint, family, plan, torch.float16)
+    fill(decoder, model.weights, plan, torch.float16)
 
 At no time is more than one matrix held unquantized, or one block if it is calibrated. With a cache,
 the matrices of a block that was quantized before are read from there, and all others are kept.
@@ -16,10 +16,9 @@ from itertools import groupby
 import torch
 from torch import nn
 
-from llm_coreml.checkpoint import Checkpoint, check_tensors
+from llm_coreml.checkpoint.weights import Weights
 from llm_coreml.decoder import Decoder
 from llm_coreml.errors import UnsupportedError
-from llm_coreml.families import Family
 from llm_coreml.quantize.cache import WeightCache
 from llm_coreml.quantize.calibrate.calibration import Calibration
 from llm_coreml.quantize.formats.round import quantize_weight
@@ -29,26 +28,9 @@ from llm_coreml.quantize.plan.imported import imported_weight, set_input_order
 from llm_coreml.quantize.plan.plan import QuantizationPlan
 
 
-def check_checkpoint(decoder: Decoder, checkpoint: Checkpoint, family: Family) -> dict[str, str]:
-    """Hold the checkpoint's names and shapes against the decoder's, without reading data.
-
-    Returns:
-        Decoder name -> checkpoint name.
-
-    Raises:
-        CheckpointError: tensors are missing, surplus or misshapen; all of them are named.
-    """
-    names = family.tensor_names(decoder.spec)
-    parameters = dict(decoder.named_parameters())
-    expected = {theirs: tuple(parameters[ours].shape) for ours, theirs in names.items()}
-    check_tensors(checkpoint, expected, optional=family.ignored)
-    return names
-
-
 def fill(
     decoder: Decoder,
-    checkpoint: Checkpoint,
-    family: Family,
+    weights: Weights,
     plan: QuantizationPlan | None,
     storage: torch.dtype | None,
     on_progress: Callable[[float], None] = lambda _: None,
@@ -59,8 +41,7 @@ def fill(
 
     Args:
         decoder: As constructed, without weights.
-        checkpoint: Where they come from.
-        family: Names them.
+        weights: Where they come from.
         plan: Schemes; None leaves every matrix as it is stored.
         storage: Type in which unquantized matrices are held, and to which norms and biases are
             rounded; None keeps matrices as the checkpoint does and the others in fp32.
@@ -70,12 +51,12 @@ def fill(
         cache: Where quantized matrices are looked up and kept, a block at a time.
 
     Raises:
-        CheckpointError: a tensor is missing, misshapen, surplus or not finite, or a layer's inputs
-            are not finite.
+        CheckpointError: a tensor, or a layer's inputs, are not finite.
         UnsupportedError: a scheme cannot hold a value of a tensor.
     """
-    names = check_checkpoint(decoder, checkpoint, family)
-    filling = _Filling(decoder, checkpoint, names, plan, storage, windows, cache)
+    filling = _Filling(decoder, weights, plan, storage, windows, cache)
+    held = weights.names()
+    names = [name for name, _ in decoder.named_parameters() if name in held]
     total = sum(parameter.numel() for parameter in decoder.parameters())
     done = 0
     # A calibrated block reads what the token table and the blocks before it give.
@@ -83,7 +64,6 @@ def fill(
         for name in filling.group(index, list(members)):
             done += decoder.get_parameter(name).numel()
             on_progress(done / total)
-    decoder.reset()
     if decoder.spec.tie_word_embeddings:
         filling.tie()
     on_progress(1.0)
@@ -95,8 +75,7 @@ class _Filling:
     def __init__(
         self,
         decoder: Decoder,
-        checkpoint: Checkpoint,
-        names: dict[str, str],
+        weights: Weights,
         plan: QuantizationPlan | None,
         storage: torch.dtype | None,
         windows: Sequence[Sequence[int]] | None,
@@ -104,22 +83,21 @@ class _Filling:
     ) -> None:
         self._decoder = decoder
         self._modules = dict(decoder.named_modules())
-        self._checkpoint = checkpoint
-        self._names = names
+        self._weights = weights
         self._plan = plan
         self._storage = storage
         self._windows = None if plan is None else windows
         self._cache = cache
-        self._keys = Keys(decoder, checkpoint, names, plan, storage, self._windows)
-        self._packed = checkpoint.forms().keys() if plan is not None else frozenset()
+        self._keys = Keys(decoder, weights, plan, storage, self._windows)
+        self._packed = weights.forms().keys() if plan is not None else frozenset()
         self._calibration: Calibration | None = None
         self._passed = 0  # blocks that the calibration text has passed
 
     def group(self, index: int, members: list[str]) -> Iterator[str]:
         """Set the parameters of a block, or of what is in none (-1), and yield their names."""
         calibrated = self._windows is not None and index >= 0
-        # What the checkpoint holds quantized costs nothing to read again.
-        made = [name for name in members if self._names[name] not in self._packed]
+        # What is quantized already costs nothing to read again.
+        made = [name for name in members if name not in self._packed]
         owners = [owner for owner in map(_owner, made) if self._scheme_of(owner)]
         kept = self._cache is not None and (owners or calibrated)
         key = self._keys.block(members, owners, calibrated) if kept else None
@@ -131,9 +109,9 @@ class _Filling:
                 _set(module, weights[owner])
             else:
                 scheme = None if calibrated else self._scheme_of(owner)
-                order = self._read(module, attribute, self._names[name], scheme)
+                order = self._read(module, name, scheme)
                 if attribute == "weight" and _is_matrix(module):
-                    set_input_order(self._modules, owner, order)
+                    set_input_order(self._decoder, owner, order)
             yield name
         if weights is None and calibrated:
             self._calibrate(index)
@@ -147,14 +125,14 @@ class _Filling:
             head.weight = self._decoder.embed_tokens.weight
             return
         scheme = self._scheme_of("lm_head")
-        packed = self._names[table] in self._packed
+        packed = table in self._packed
         kept = self._cache is not None and scheme is not None and not packed
         key = self._keys.block([table], ["lm_head"], calibrated=False) if kept else None
         weights = self._load(key, ["lm_head"])
         if weights is not None:
             _set(head, weights["lm_head"])
             return
-        self._read(head, "weight", self._names[table], scheme)
+        self._read(head, table, scheme)
         if key:
             self._keep(key, ["lm_head"])
 
@@ -195,40 +173,38 @@ class _Filling:
         """Return a quantized block as it was before."""
         block = copy.deepcopy(self._decoder.layers[index])
         prefix = f"layers.{index}."
-        for name, theirs in self._names.items():
-            if name.startswith(prefix) and self._scheme_of(_owner(name)):
-                owner, _, attribute = name.removeprefix(prefix).rpartition(".")
-                self._read(block.get_submodule(owner), attribute, theirs, None)
+        for inner, _ in block.named_parameters():
+            name = prefix + inner
+            if self._scheme_of(_owner(name)):
+                self._read(block.get_submodule(_owner(inner)), name, None)
         return block
 
-    def _read(
-        self, module: nn.Module, attribute: str, name: str, scheme: Scheme | None
-    ) -> torch.Tensor | None:
-        """Read one parameter from the checkpoint, and quantize it if there is a format for it.
+    def _read(self, module: nn.Module, name: str, scheme: Scheme | None) -> torch.Tensor | None:
+        """Give a module the parameter `name`, and quantize it if there is a format for it.
 
         Returns:
             The order of a matrix's inputs, None if that is their own; see `set_input_order`.
         """
+        attribute = name.rpartition(".")[2]
         if attribute != "weight" or not _is_matrix(module):
             # Computed with in fp32, but with the values that the program holds.
-            values = self._checkpoint.tensor(name, self._storage or torch.float32)
+            values = self._weights.tensor(name, self._storage or torch.float32)
             values = values.to(torch.float32)
             setattr(module, attribute, nn.Parameter(values, requires_grad=False))
             return None
-        packed = None if scheme is None else self._checkpoint.packed(name)
+        packed = None if scheme is None else self._weights.packed(name)
         if scheme is not None and packed is not None:
             _set(module, imported_weight(packed, scheme.bits))
             return packed.order
         # Read in the program's own precision, which finds values that it cannot hold.
-        dtype = self._storage or self._checkpoint.dtype(name)
-        _set(module, self._checkpoint.tensor(name, dtype))
+        dtype = self._storage or self._weights.dtype(name)
+        _set(module, self._weights.tensor(name, dtype))
         if scheme is None:
             return None
         try:
             quantize_weight(module, scheme)
         except UnsupportedError as error:
-            where = self._checkpoint.where(name)
-            raise UnsupportedError(f"'{name}' in {where}: {error}") from error
+            raise UnsupportedError(f"{self._weights.described(name)}: {error}") from error
         return None
 
 

@@ -1,6 +1,6 @@
 """What quantized weights are kept under: a hash of everything that they follow from.
 
-    keys = Keys(decoder, checkpoint, names, plan, storage, windows)
+    keys = Keys(decoder, weights, plan, storage, windows)
     key = keys.block(["embed_tokens.weight"], ["embed_tokens"], calibrated=False)
 
 A calibrated block follows from the blocks before it too, so its key holds the key before.
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from llm_coreml.checkpoint import Checkpoint
+from llm_coreml.checkpoint.weights import Weights
 from llm_coreml.decoder import Decoder
 from llm_coreml.quantize.cache import make_key
 from llm_coreml.quantize.plan.plan import QuantizationPlan
@@ -24,15 +24,13 @@ class Keys:
     def __init__(
         self,
         decoder: Decoder,
-        checkpoint: Checkpoint,
-        names: dict[str, str],
+        weights: Weights,
         plan: QuantizationPlan | None,
         storage: torch.dtype | None,
         windows: Sequence[Sequence[int]] | None,
     ) -> None:
         self._decoder = decoder
-        self._checkpoint = checkpoint
-        self._names = names
+        self._weights = weights
         self._plan = plan
         self._storage = storage
         self._windows = windows
@@ -48,8 +46,7 @@ class Keys:
         """
         assert self._plan is not None
         facts = {
-            "tensors": self._checkpoint.sha256([self._names[name] for name in members]),
-            "names": repr([(name, self._names[name]) for name in members]),
+            "tensors": self._weights.sha256(members),
             "schemes": repr([(owner, self._plan.scheme_of(owner)) for owner in owners]),
             "storage": str(self._storage),
         }

@@ -20,8 +20,11 @@ from llm_coreml.checkpoint import open_checkpoint
 from llm_coreml.checkpoint.packed import PackedCheckpoint
 from llm_coreml.config import ExportConfig
 from llm_coreml.errors import CheckpointError, UnsupportedError
-from llm_coreml.model import build_decoder, open_model, plan_for
+from llm_coreml.model import open_model
 from llm_coreml.quantize.formats.round import dense_rows
+from llm_coreml.quantize.plan.choose import plan_for
+from llm_coreml.quantize.plan.imported import import_report
+from llm_coreml.quantize.quantized import build_decoder
 
 Array = np.ndarray[Any, Any]
 HEADS, KEY_HEADS = 4, 2
@@ -106,9 +109,9 @@ def decoder_values(path: Path, **settings: Any) -> dict[str, Array]:
     config = ExportConfig(context=32, embedding="none", **settings)
     model = open_model(str(path))
     decoder, _ = build_decoder(model, config, plan_for(config, model))
-    names = model.family.tensor_names(model.spec)
+    stored = model.family.stored(model.spec)
     return {
-        names[ours]: torch.cat(list(dense_rows(parameter))).numpy()
+        stored[ours].names[0]: torch.cat(list(dense_rows(parameter))).numpy()
         for ours, parameter in decoder.named_parameters()
         if parameter.ndim == 2
     }
@@ -128,7 +131,7 @@ def test_exact_formats_keep_every_value(tmp_path: Path) -> None:
         assert held.keys() == meant.keys()
         for name, values in meant.items():
             assert np.array_equal(held[name], values), name
-    report = open_model(tmp_path).imported()
+    report = import_report(open_model(tmp_path).checkpoint)
     assert report is not None
     assert report.format == "GGUF IQ4_NL, GGUF MXFP4, GGUF Q4_0, GGUF Q8_0"
     assert report.matrices == 5
@@ -148,7 +151,7 @@ def test_inexact_formats_need_leave_and_tell_their_error(tmp_path: Path) -> None
     with pytest.raises(UnsupportedError, match=r"GGUF Q4_1, .*is off by up to .*--allow-inexact"):
         decoder_values(tmp_path)
     held = decoder_values(tmp_path, allow_inexact=True)
-    report = open_model(tmp_path).imported()
+    report = import_report(open_model(tmp_path).checkpoint)
     assert report is not None and report.matrices == 6
     stored = open_checkpoint(tmp_path)
     for name, values in meant.items():

@@ -15,9 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from llm_coreml.config import ExportConfig
 from llm_coreml.errors import CheckpointError, ConfigError, LlmCoreMLError, UnsupportedError
-from llm_coreml.model import build_decoder, open_model, plan_for
+from llm_coreml.model import open_model
 from llm_coreml.pipeline import export
 from llm_coreml.quantize.formats.schemes import Unquantized
+from llm_coreml.quantize.plan.choose import plan_for
+from llm_coreml.quantize.quantized import build_decoder
 
 CONFIG = ExportConfig(context=32)
 UP = "model.layers.0.mlp.up_proj"

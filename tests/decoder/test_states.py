@@ -8,7 +8,8 @@ from tiny import llama, tokens_for
 
 from llm_coreml.decoder import Decoder
 from llm_coreml.decoder.states import KVCache, kv_write
-from llm_coreml.model import build_original, open_model
+from llm_coreml.model import open_model
+from llm_coreml.quantize.quantized import build_original
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,10 @@ from tiny import expected_logits, llama, mistral, save, tokens_for
 
 from llm_coreml.config import ExportConfig
 from llm_coreml.decoder import Decoder
-from llm_coreml.model import Model, build_decoder, build_original, open_model
+from llm_coreml.model import Model, open_model
 from llm_coreml.quantize import make_plan
 from llm_coreml.quantize.fill import fill
+from llm_coreml.quantize.quantized import build_decoder, build_original
 
 CONTEXT = 64
 BOUND = 1e-4
@@ -72,7 +73,7 @@ def build(
     model: Model, attention: Literal["fused", "decomposed"], logits: Literal["last", "all"]
 ) -> Decoder:
     decoder = Decoder(model.spec, CONTEXT, attention, logits)
-    fill(decoder, model.checkpoint, model.family, plan=None, storage=None)
+    fill(decoder, model.weights, plan=None, storage=None)
     return decoder.eval()
 
 

@@ -18,8 +18,9 @@ from llm_coreml.artifact.mil import Constant, Function, Operation, TensorType
 from llm_coreml.artifact.milproto import parse
 from llm_coreml.config import ExportConfig, Shapes
 from llm_coreml.decoder import Decoder, DecoderSpec
-from llm_coreml.model import build_decoder, open_model
+from llm_coreml.model import open_model
 from llm_coreml.quantize import QuantizationPlan, make_plan
+from llm_coreml.quantize.quantized import build_decoder
 from llm_coreml.reference.ops.constexpr import (
     constexpr_blockwise_shift_scale,
     constexpr_lut_to_dense,

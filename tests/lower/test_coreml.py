@@ -9,7 +9,9 @@ import pytest
 from tiny import llama
 
 from llm_coreml.config import ExportConfig
-from llm_coreml.model import build_decoder, open_model, plan_for
+from llm_coreml.model import open_model
+from llm_coreml.quantize.plan.choose import plan_for
+from llm_coreml.quantize.quantized import build_decoder
 
 
 @pytest.mark.parametrize("target", ["gpu", "ane"])

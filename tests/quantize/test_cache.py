@@ -17,12 +17,12 @@ from typing import Any
 
 import pytest
 import torch
-from programs import SCHEMES
+from conftest import SCHEMES
 from safetensors.torch import load_file, save_file
 from tiny import llama, save
 
 from llm_coreml.config import ExportConfig
-from llm_coreml.model import build_decoder, open_model
+from llm_coreml.model import open_model
 from llm_coreml.quantize import cache, make_plan
 from llm_coreml.quantize.cache import WeightCache, default_folder
 from llm_coreml.quantize.calibrate import calibration
@@ -30,6 +30,7 @@ from llm_coreml.quantize.calibrate.text import CalibrationText
 from llm_coreml.quantize.formats import round as apply
 from llm_coreml.quantize.formats.round import dense_rows
 from llm_coreml.quantize.formats.schemes import IntGroup
+from llm_coreml.quantize.quantized import build_decoder
 
 CONFIG = ExportConfig(context=32)
 CALIBRATED = replace(CONFIG, calibrate="bundled")

@@ -13,11 +13,17 @@ from typing import Any
 
 from llm_coreml.config import ExportConfig, resolve_shapes
 from llm_coreml.decoder import DecoderSpec
-from llm_coreml.model import Model, plan_for
+from llm_coreml.model import Model
 from llm_coreml.quantize import QuantizationPlan, make_plan
 from llm_coreml.quantize.calibrate.text import BUNDLED_TEXT, CalibrationText, read_content, tokenize
 from llm_coreml.quantize.plan.allocate import Option, allocate
 from llm_coreml.quantize.plan.budget import matrix_bits, mixed_options
+from llm_coreml.quantize.plan.imported import (
+    import_report,
+    refuse_choices,
+    refuse_inexact,
+    with_imports,
+)
 from llm_coreml.quantize.plan.plan import matrices
 from llm_coreml.quantize.plan.plan_file import parse_plan, read_plan
 from llm_coreml.quantize.plan.sensitivity import sensitivities
@@ -77,15 +83,15 @@ def choose_plan(
         LlmCoreMLError: as `plan_without_weights` and `sensitivities` say; or there is no tokenizer
             for the text.
     """
-    if model.imported() is not None:
+    if import_report(model.checkpoint) is not None:
         return plan_for(config, model), None
     if not config.mixed:
         return plan_without_weights(config, model.spec), None
     options = mixed_options(config, model.spec)
     budget = matrix_bits(config, model.spec, options)
     text = _text(model, config, tokenizer)
-    checkpoint, spec = rotated(model.checkpoint, model.family, model.spec, config.rotate)
-    losses = sensitivities(checkpoint, model.family, spec, text.windows, options, on_progress)
+    weights, spec = rotated(model.weights, model.spec, config.rotate)
+    losses = sensitivities(weights, spec, text.windows, options, on_progress)
     shapes = dict(matrices(model.spec))
     items = [
         [
@@ -97,6 +103,23 @@ def choose_plan(
     chosen = dict(zip(options, allocate(items, budget), strict=True))
     plan = make_plan(config, model.spec, {name: options[name][at] for name, at in chosen.items()})
     return plan, Measured(text, {name: losses[name][at] for name, at in chosen.items()})
+
+
+def plan_for(config: ExportConfig, model: Model) -> QuantizationPlan:
+    """Choose the scheme of each matrix, or find it in a checkpoint that is quantized already.
+
+    Raises:
+        CheckpointError: scales of a quantized checkpoint are damaged.
+        ConfigError: settings contradict each other, or choose what is chosen already.
+        UnsupportedError: Core ML or the target cannot hold a matrix, or only inexactly.
+    """
+    report = import_report(model.checkpoint)
+    if report is None:
+        return make_plan(config, model.spec)
+    refuse_inexact(report, config)
+    held = {name.removesuffix(".weight"): form for name, form in model.weights.forms().items()}
+    plan = make_plan(refuse_choices(config), model.spec)
+    return with_imports(plan, config, model.spec, held)
 
 
 def plan_of(

@@ -1,6 +1,6 @@
 """What each format of each matrix would cost the model: KL divergence on a text, to second order.
 
-    losses = sensitivities(checkpoint, family, spec, windows, options)
+    losses = sensitivities(weights, spec, windows, options)
     losses["layers.0.mlp.down_proj"]                       # one per format, in nats per token
 
 A change E of a weight moves the outputs of its layer by E x, and the logits by J E x. The
@@ -22,11 +22,10 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from llm_coreml.checkpoint import Checkpoint
+from llm_coreml.checkpoint.weights import Weights
 from llm_coreml.decoder import Decoder, DecoderSpec
 from llm_coreml.decoder.chunk import Chunk
 from llm_coreml.errors import CheckpointError, UnsupportedError
-from llm_coreml.families import Family
 from llm_coreml.quantize.formats.round import dense_rows, quantized
 from llm_coreml.quantize.formats.schemes import Scheme
 
@@ -40,8 +39,7 @@ Losses = dict[str, tuple[float, ...]]
 
 
 def sensitivities(
-    checkpoint: Checkpoint,
-    family: Family,
+    weights: Weights,
     spec: DecoderSpec,
     windows: Sequence[Sequence[int]],
     options: Options,
@@ -53,8 +51,7 @@ def sensitivities(
     every block.
 
     Args:
-        checkpoint: Where the weights come from; they fit `spec`.
-        family: Names them.
+        weights: Of a decoder of these sizes.
         spec: Sizes.
         windows: Tokens of a text, each window read on its own.
         options: Formats to price, for linear layers of the blocks by their name in the decoder.
@@ -67,7 +64,7 @@ def sensitivities(
         CheckpointError: a weight is not finite, or the losses are not.
         UnsupportedError: a format cannot hold a value.
     """
-    stream = _Stream(checkpoint, family, spec, max(map(len, windows)))
+    stream = _Stream(weights, spec, max(map(len, windows)))
     count, losses = len(spec.layers), {}
     states = [stream.embed(windows)]
     for index in range(count):
@@ -91,20 +88,17 @@ def sensitivities(
 class _Stream:
     """An unquantized decoder of which one block is in memory at a time."""
 
-    def __init__(
-        self, checkpoint: Checkpoint, family: Family, spec: DecoderSpec, context: int
-    ) -> None:
-        self._checkpoint = checkpoint
-        self._names = family.tensor_names(spec)
+    def __init__(self, weights: Weights, spec: DecoderSpec, context: int) -> None:
+        self._weights = weights
         self._decoder = Decoder(spec, context)
-        for name in self._names:
+        for name in sorted(weights.names()):
             if not name.startswith("layers."):
-                self._load(name, checkpoint.dtype(self._names[name]))
+                self._load(name, weights.dtype(name))
         if spec.tie_word_embeddings:
             self._decoder.lm_head.weight = self._decoder.embed_tokens.weight
 
     def _load(self, name: str, dtype: torch.dtype) -> None:
-        self._set(name, self._checkpoint.tensor(self._names[name], dtype))
+        self._set(name, self._weights.tensor(name, dtype))
 
     def _set(self, name: str, values: torch.Tensor) -> None:
         owner, _, attribute = name.rpartition(".")

@@ -1,6 +1,6 @@
 """Rotate what flows between the layers of a decoder, by its weights alone.
 
-    checkpoint, spec = rotated(checkpoint, family, spec, "both")    # then as any other
+    weights, spec = rotated(model.weights, model.spec, "both")      # then as any other
 
 Outlying channels cost every other channel of a row its precision; a rotation spreads them. An
 RMSNorm without a gain commutes with an orthogonal R, so each gain is moved into the layers that
@@ -12,173 +12,163 @@ What the decoder computes stays the same, and so do its operations.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+import hashlib
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from types import MappingProxyType
-from typing import Literal
+from typing import final
 
 import torch
 
-from llm_coreml.checkpoint import Checkpoint
+from llm_coreml.checkpoint.checkpoint import cast_checked
+from llm_coreml.checkpoint.matrix import Packed, PackedForm
+from llm_coreml.checkpoint.weights import Weights
 from llm_coreml.config import Rotate
-from llm_coreml.decoder import DecoderSpec
+from llm_coreml.decoder import Decoder, DecoderSpec
+from llm_coreml.decoder.wiring import Space, Wiring
 from llm_coreml.errors import UnsupportedError
-from llm_coreml.families import Family
-from llm_coreml.quantize.rotate.hadamard import Rotation
+from llm_coreml.quantize.rotate.hadamard import SEED, Rotation
 
-Space = Literal["residual", "heads"]
 # Values rotated at a time, in fp64.
 _PIECE = 1 << 22
-
-
-@dataclass(frozen=True)
-class _Matrix:
-    """What lies on the two sides of a matrix.
-
-    Attributes:
-        inputs: The space that its inputs are of, None if it is not rotated.
-        outputs: The space of its outputs.
-        norm: Whose gain its inputs are multiplied by.
-    """
-
-    inputs: Space | None = None
-    outputs: Space | None = None
-    norm: str | None = None
-
-
-_MATRICES: Mapping[str, _Matrix] = MappingProxyType(
-    {
-        "embed_tokens": _Matrix("residual"),
-        "self_attn.q_proj": _Matrix("residual", norm="input_layernorm"),
-        "self_attn.k_proj": _Matrix("residual", norm="input_layernorm"),
-        "self_attn.v_proj": _Matrix("residual", "heads", norm="input_layernorm"),
-        "self_attn.o_proj": _Matrix("heads", "residual"),
-        "mlp.gate_proj": _Matrix("residual", norm="post_attention_layernorm"),
-        "mlp.up_proj": _Matrix("residual", norm="post_attention_layernorm"),
-        "mlp.down_proj": _Matrix(outputs="residual"),
-        "lm_head": _Matrix("residual", norm="norm"),
-    }
-)
-_NORMS = frozenset(matrix.norm for matrix in _MATRICES.values() if matrix.norm is not None)
+_TABLE, _HEAD = "embed_tokens.weight", "lm_head.weight"
 
 
 def rotations(kind: Rotate, spec: DecoderSpec) -> dict[Space, Rotation]:
-    """Return the rotation of each space that `kind` asks to rotate."""
+    """Return the rotation of each space that `kind` asks to rotate.
+
+    Raises:
+        UnsupportedError: the heads of some layers are wider than those of others.
+    """
     found: dict[Space, Rotation] = {}
     if kind in ("residual", "both"):
         found["residual"] = Rotation(spec.hidden_size)
     if kind in ("heads", "both"):
-        found["heads"] = Rotation(_head_dim(spec))
+        widths = sorted({layer.mixer.head_dim for layer in spec.layers})
+        if len(widths) > 1:
+            raise UnsupportedError(
+                f"--rotate {kind} wants heads of one width, and this model has heads of "
+                f"{', '.join(map(str, widths))}; leave --rotate out, or give --rotate residual."
+            )
+        found["heads"] = Rotation(widths[0])
     return found
 
 
-def _head_dim(spec: DecoderSpec) -> int:
-    (size,) = {layer.mixer.head_dim for layer in spec.layers}
-    return size
-
-
-def rotated(
-    checkpoint: Checkpoint, family: Family, spec: DecoderSpec, kind: Rotate
-) -> tuple[Checkpoint, DecoderSpec]:
-    """Return a checkpoint of the same function with rotated weights, and its sizes.
+def rotated(weights: Weights, spec: DecoderSpec, kind: Rotate) -> tuple[Weights, DecoderSpec]:
+    """Return rotated weights for a decoder of the same function, and its sizes.
 
     With the residual stream rotated, a tied head gets weights of its own: the gain of the last norm
     goes into the head, and not into the token table.
 
     Raises:
-        UnsupportedError: the family has a tensor whose place among the layers is not known here.
+        UnsupportedError: there is a parameter whose place among the layers is not known here.
     """
     if kind == "none":
-        return checkpoint, spec
-    turned = RotatedCheckpoint(checkpoint, family, spec, rotations(kind, spec))
-    return turned, turned.spec
+        return weights, spec
+    found = rotations(kind, spec)
+    apart = "residual" in found and spec.tie_word_embeddings
+    wiring = Decoder(spec, context=1).wiring
+    turned = RotatedWeights(weights, wiring, found, {_HEAD: _TABLE} if apart else {})
+    return turned, replace(spec, tie_word_embeddings=spec.tie_word_embeddings and not apart)
 
 
-class RotatedCheckpoint(Checkpoint):
-    """A checkpoint whose tensors are rotated when they are read, in fp64, to fp32.
+@final
+class RotatedWeights(Weights):
+    """Weights that are rotated when they are read, in fp64, to fp32.
 
-    Attributes:
-        spec: Sizes of the rotated decoder.
+    Args:
+        weights: As they were.
+        wiring: What the decoder's matrices read and write.
+        found: The rotation of each space.
+        copies: Parameters that are made of another one's values, such as a head once tied.
     """
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
-        family: Family,
-        spec: DecoderSpec,
+        weights: Weights,
+        wiring: Wiring,
         found: Mapping[Space, Rotation],
+        copies: Mapping[str, str],
     ) -> None:
-        self.config = checkpoint.config
-        self.generation_config = checkpoint.generation_config
-        self.source = checkpoint.source
-        self.tokenizer_files = checkpoint.tokenizer_files
-        self.spec = replace(spec, tie_word_embeddings=False) if "residual" in found else spec
-        self._checkpoint = checkpoint
+        self._weights = weights
+        self._matrices = wiring.matrices
+        self._norms = wiring.norms
         self._rotations = found
-        self._theirs = family.tensor_names(self.spec)
-        self._ours = {theirs: ours for ours, theirs in self._theirs.items()}
-        self._source = {name: name for name in self._ours}
-        if self.spec != spec and spec.tie_word_embeddings:
-            self._source[self._theirs["lm_head.weight"]] = self._theirs["embed_tokens.weight"]
-        for ours, theirs in self._theirs.items():
-            if _part(ours) not in _MATRICES.keys() | _NORMS:
+        self._copies = copies
+        known = {*self._matrices, *self._norms, *wiring.inner}
+        for name in sorted(self.names()):
+            if _owner(name) not in known:
                 raise UnsupportedError(
-                    f"--rotate does not know what '{theirs}' is multiplied with; leave --rotate "
-                    "out for this family."
+                    f"--rotate does not know what {self._weights.described(name)} is multiplied "
+                    "with; leave --rotate out for this family."
                 )
 
     def names(self) -> frozenset[str]:
-        """Return what the family names; nothing shares its storage."""
-        return frozenset(self._ours)
-
-    def tied(self) -> dict[str, str]:
-        """Return nothing: a tied head has its own weights, or no name."""
-        return {}
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of `name`, which a rotation keeps."""
-        return self._checkpoint.shape(self._source[name])
+        """Return the names of all parameters, that of a head once tied among them."""
+        return self._weights.names() | self._copies.keys()
 
     def dtype(self, name: str) -> torch.dtype:
-        """Return fp32, for every tensor is computed."""
+        """Return fp32, for every parameter is computed."""
         return torch.float32
 
-    def where(self, name: str) -> str:
-        """Return the file of the tensor that `name` is made from."""
-        return f"{self._checkpoint.where(self._source[name])} (rotated)"
+    def described(self, name: str) -> str:
+        """Return what `name` is made from."""
+        return f"{self._weights.described(self._source(name))} (rotated)"
 
-    def save_tokenizer(self, folder: Path) -> dict[str, Path]:
-        """Write the tokenizer's files."""
-        return self._checkpoint.save_tokenizer(folder)
+    def tensor(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """Read one parameter and rotate it."""
+        return cast_checked(self._rotated(name), dtype, self.described(name))
 
-    def stored(self, name: str) -> torch.Tensor:
-        """Read one tensor and rotate it."""
-        ours = self._ours[name]
-        values = self._checkpoint.tensor(self._source[name], torch.float32)
-        part = _part(ours)
-        if part in _NORMS:
-            return torch.ones_like(values) if "residual" in self._rotations else values
-        matrix = _MATRICES[part]
-        outputs = self._rotation(matrix.outputs)
-        if ours.endswith(".bias"):
+    def sha256(self, names: Collection[str]) -> str:
+        """Return a hash of what rotated parameters follow from, their norms' gains included."""
+        norms = {norm for name in names if (norm := self._norm(name)) is not None}
+        made = self._weights.sha256({*map(self._source, names), *norms})
+        turns = {space: (rotation.label, SEED) for space, rotation in self._rotations.items()}
+        return hashlib.sha256(
+            repr((made, sorted(names), sorted(turns.items()))).encode()
+        ).hexdigest()
+
+    def forms(self) -> Mapping[str, PackedForm]:
+        """Return nothing: what is quantized already is not rotated."""
+        return MappingProxyType({})
+
+    def packed(self, name: str) -> Packed | None:
+        """Return None, see `forms`."""
+        return None
+
+    def _source(self, name: str) -> str:
+        return self._copies.get(name, name)
+
+    def _rotated(self, name: str) -> torch.Tensor:
+        values = self._weights.tensor(self._source(name), torch.float32)
+        matrix = self._matrices.get(_owner(name))
+        if matrix is None:
+            moved = "residual" in self._rotations and _owner(name) in self._norms
+            return torch.ones_like(values) if moved else values
+        inputs, outputs = self._rotation(matrix.reads), self._rotation(matrix.writes)
+        if name.endswith(".bias"):
             _turn(values[None], outputs)
-            return values
-        if (inputs := self._rotation(matrix.inputs)) is not None:
-            _turn(values, inputs, self._gain(ours, matrix))
-        _turn(values.T, outputs)
+        elif name == _TABLE:
+            _turn(values, outputs)
+        else:
+            _turn(values, inputs, self._gain(name) if inputs is not None else None)
+            _turn(values.T, outputs)
         return values
 
     def _rotation(self, space: Space | None) -> Rotation | None:
         return None if space is None else self._rotations.get(space)
 
-    def _gain(self, ours: str, matrix: _Matrix) -> torch.Tensor | None:
-        """Return the weight, fp64, of the norm through which a matrix reads the residual stream."""
-        if matrix.norm is None:
+    def _norm(self, name: str) -> str | None:
+        """Return the gain of the norm through which a matrix reads the residual stream."""
+        matrix = self._matrices.get(_owner(name))
+        if matrix is None or matrix.norm is None or name.endswith(".bias"):
             return None
-        block = ours.removesuffix(f"{_part(ours)}.weight")
-        norm = self._theirs[f"{block}{matrix.norm}.weight"]
-        return self._checkpoint.tensor(norm, torch.float32).to(torch.float64)
+        return f"{matrix.norm}.weight"
+
+    def _gain(self, name: str) -> torch.Tensor | None:
+        """Return that gain as fp64."""
+        norm = self._norm(name)
+        return None if norm is None else self._weights.tensor(norm, torch.float32).to(torch.float64)
 
 
 def _turn(
@@ -192,7 +182,6 @@ def _turn(
         piece.copy_(rotation.apply(wide if gain is None else wide * gain))
 
 
-def _part(ours: str) -> str:
-    """Return the module of a parameter, without its block: `self_attn.q_proj`."""
-    module = ours.rpartition(".")[0]
-    return module.split(".", 2)[2] if module.startswith("layers.") else module
+def _owner(name: str) -> str:
+    """Return the module of a parameter."""
+    return name.rpartition(".")[0]

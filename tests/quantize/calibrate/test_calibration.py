@@ -19,7 +19,7 @@ from llm_coreml.config import ExportConfig
 from llm_coreml.decoder import Decoder
 from llm_coreml.decoder.linear import Linear
 from llm_coreml.errors import CheckpointError, UnsupportedError
-from llm_coreml.model import build_decoder, open_model
+from llm_coreml.model import open_model
 from llm_coreml.progress import Silent
 from llm_coreml.quantize import make_plan
 from llm_coreml.quantize.calibrate.calibration import calibrated as calibrate
@@ -32,6 +32,7 @@ from llm_coreml.quantize.calibrate.text import (
 )
 from llm_coreml.quantize.formats.round import dense_rows
 from llm_coreml.quantize.formats.schemes import IntChannel, Unquantized
+from llm_coreml.quantize.quantized import build_decoder
 from llm_coreml.tokenizer import Tokenizer
 
 SIZES: dict[str, Any] = {"num_hidden_layers": 3, "intermediate_size": 96}

@@ -14,10 +14,11 @@ from llm_coreml.config import ExportConfig
 from llm_coreml.decoder import Decoder
 from llm_coreml.errors import CheckpointError
 from llm_coreml.fidelity import kl_divergence
-from llm_coreml.model import build_decoder, open_model
+from llm_coreml.model import open_model
 from llm_coreml.quantize import make_plan
 from llm_coreml.quantize.calibrate.tune import Tuning, _Student, tune
 from llm_coreml.quantize.formats.round import dense_rows
+from llm_coreml.quantize.quantized import build_decoder
 
 SIZES: dict[str, Any] = {"num_hidden_layers": 2, "intermediate_size": 96}
 TEXT = [tokens_for(97, 32, seed) for seed in range(24)]

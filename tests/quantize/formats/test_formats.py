@@ -17,7 +17,7 @@ from llm_coreml.cli.main import export_command
 from llm_coreml.config import ExportConfig
 from llm_coreml.decoder import Decoder
 from llm_coreml.errors import UnsupportedError
-from llm_coreml.model import build_decoder, open_model
+from llm_coreml.model import open_model
 from llm_coreml.quantize import SCHEMES, make_plan
 from llm_coreml.quantize.formats.round import dense_rows
 from llm_coreml.quantize.formats.schemes import (
@@ -35,6 +35,7 @@ from llm_coreml.quantize.formats.tensors import (
     mxfp4_tensor,
 )
 from llm_coreml.quantize.plan.plan import linear_scheme
+from llm_coreml.quantize.quantized import build_decoder
 from llm_coreml.reference.program.constants import PackedWeight
 from llm_coreml.reference.program.execution import Execution
 from llm_coreml.runtime.reference import ReferenceRunner

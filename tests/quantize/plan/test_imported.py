@@ -29,11 +29,14 @@ from tiny import llama
 
 from llm_coreml.config import ExportConfig
 from llm_coreml.errors import UnsupportedError
-from llm_coreml.model import build_decoder, open_model, plan_for
+from llm_coreml.model import open_model
 from llm_coreml.pipeline import export
 from llm_coreml.quantize import make_plan
 from llm_coreml.quantize.formats.round import dense_rows
 from llm_coreml.quantize.formats.schemes import IntGroup
+from llm_coreml.quantize.plan.choose import plan_for
+from llm_coreml.quantize.plan.imported import import_report
+from llm_coreml.quantize.quantized import build_decoder
 from llm_coreml.reference.program.execution import Execution
 from llm_coreml.runtime.reference import ReferenceRunner
 
@@ -95,11 +98,11 @@ def decoder_values(folder: Path, config: ExportConfig = CONFIG) -> dict[str, Arr
     """Return every matrix of the decoder, by its checkpoint's name."""
     model = open_model(folder)
     decoder, _ = build_decoder(model, config, plan_for(config, model))
-    names = model.family.tensor_names(model.spec)
+    stored = model.family.stored(model.spec)
     found = {}
     for ours, parameter in decoder.named_parameters():
-        if parameter.ndim == 2 and ours in names:
-            found[names[ours]] = torch.cat(list(dense_rows(parameter))).double().numpy()
+        if parameter.ndim == 2 and ours in stored:
+            found[stored[ours].names[0]] = torch.cat(list(dense_rows(parameter))).double().numpy()
     return found
 
 
@@ -115,7 +118,7 @@ def test_every_value_is_the_one_that_the_format_defines(label: str, tmp_path: Pa
         assert np.array_equal(held[name], values), name
         assert np.array_equal(newest[name], values), name
         assert np.array_equal(model.checkpoint.tensor(name, torch.float32).numpy(), values), name
-    report = model.imported()
+    report = import_report(model.checkpoint)
     assert report is not None
     assert (report.exactness, report.largest_error, report.tensor) == ("exact", 0.0, None)
     assert report.matrices == 7
@@ -167,7 +170,7 @@ def test_the_largest_error_is_told_and_needs_leave(label: str, tmp_path: Path) -
     }
     worst = max(errors, key=lambda name: errors[name])
     assert 0 < errors[worst] < most
-    report = open_model(folder).imported()
+    report = import_report(open_model(folder).checkpoint)
     assert report is not None
     assert report.tensor == worst
     assert report.largest_error == pytest.approx(errors[worst], rel=1e-3)
@@ -195,7 +198,7 @@ def test_tables_of_bitsandbytes(nested: bool, tmp_path: Path) -> None:
         off = np.abs(held[name].reshape(blocks.shape) - blocks) / (scale * gap)
         errors[name] = float(off.max())
         assert np.allclose(held[name], values, rtol=2**-10, atol=0), name
-    report = open_model(folder).imported()
+    report = import_report(open_model(folder).checkpoint)
     assert report is not None
     # The bound counts every entry of the table in every block, and scales where these are not 1.
     assert 0.5 * max(errors.values()) < report.largest_error < 2**-9 / gap

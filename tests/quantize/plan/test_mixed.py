@@ -21,12 +21,13 @@ from llm_coreml.config import ExportConfig
 from llm_coreml.decoder import Decoder, DecoderSpec
 from llm_coreml.errors import ConfigError, UnsupportedError
 from llm_coreml.fidelity import kl_divergence
-from llm_coreml.model import Model, build_decoder, build_original, open_model
+from llm_coreml.model import Model, open_model
 from llm_coreml.quantize import QuantizationPlan, make_plan
 from llm_coreml.quantize.formats.schemes import Codebook, IntChannel, IntGroup
 from llm_coreml.quantize.plan.budget import matrix_bits, mixed_options, other_bytes
 from llm_coreml.quantize.plan.choose import choose_plan, plan_without_weights
 from llm_coreml.quantize.plan.plan import matrices
+from llm_coreml.quantize.quantized import build_decoder, build_original
 from llm_coreml.tokenizer import Tokenizer
 
 SPEC = small_spec(intermediate_size=104)

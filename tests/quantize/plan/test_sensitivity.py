@@ -14,11 +14,12 @@ from torch import nn
 from llm_coreml.decoder import Decoder
 from llm_coreml.errors import CheckpointError
 from llm_coreml.fidelity import kl_divergence
-from llm_coreml.model import Model, build_original, open_model
+from llm_coreml.model import Model, open_model
 from llm_coreml.quantize.formats.round import dense_rows, quantized
 from llm_coreml.quantize.formats.schemes import Codebook, IntChannel, IntGroup, Scheme
 from llm_coreml.quantize.plan.plan import matrices
 from llm_coreml.quantize.plan.sensitivity import Losses, sensitivities
+from llm_coreml.quantize.quantized import build_original
 
 WINDOWS = [tokens_for(97, 32, seed) for seed in range(20)]
 
@@ -29,7 +30,7 @@ def losses_of(
     schemes: tuple[Scheme, ...] = (Codebook(3, 16), IntGroup(4, 16)),
 ) -> Losses:
     options = {name: schemes for name, _ in matrices(model.spec)}
-    return sensitivities(model.checkpoint, model.family, model.spec, windows, options)
+    return sensitivities(model.weights, model.spec, windows, options)
 
 
 def logits(decoder: Decoder) -> torch.Tensor:
@@ -127,4 +128,4 @@ def test_a_model_that_overflows_is_refused() -> None:
     model = open_model(source)
     options = {name: (IntChannel(8),) for name, _ in matrices(model.spec)}
     with pytest.raises(CheckpointError, match="gets inf or NaN when the model reads"):
-        sensitivities(model.checkpoint, model.family, model.spec, WINDOWS[:1], options)
+        sensitivities(model.weights, model.spec, WINDOWS[:1], options)

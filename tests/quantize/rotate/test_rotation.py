@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +14,17 @@ from tiny import expected_logits, llama, mistral, save, tokens_for
 
 import llm_coreml
 from llm_coreml.bundle.folder import manifest_schema, open_bundle
+from llm_coreml.checkpoint.weights import FamilyWeights, Stored
 from llm_coreml.config import ExportConfig
 from llm_coreml.decoder import Decoder
 from llm_coreml.errors import CheckpointError, ConfigError, UnsupportedError
 from llm_coreml.fidelity import kl_divergence
-from llm_coreml.model import build_decoder, open_model
+from llm_coreml.model import open_model
 from llm_coreml.quantize import make_plan
 from llm_coreml.quantize.calibrate.text import CalibrationText
+from llm_coreml.quantize.quantized import build_decoder
 from llm_coreml.quantize.rotate.hadamard import Rotation, paley
-from llm_coreml.quantize.rotate.rotation import RotatedCheckpoint, rotated, rotations
+from llm_coreml.quantize.rotate.rotation import rotated
 
 EXACT: dict[str, Any] = {"scheme": "none", "embedding": "none", "compute_precision": "fp32"}
 START = torch.tensor([0])
@@ -129,9 +130,9 @@ def test_a_rotated_decoder_computes_the_same(make: Any, changes: Any, rotate: st
 )
 def test_what_is_rotated(rotate: str, same: tuple[str, ...]) -> None:
     model = open_model(llama(attention_bias=True, mlp_bias=True))
-    checkpoint, spec = rotated(model.checkpoint, model.family, model.spec, rotate)  # type: ignore[arg-type]
-    for ours, theirs in model.family.tensor_names(spec).items():
-        before, after = model.checkpoint.stored(theirs), checkpoint.stored(theirs)
+    weights, _ = rotated(model.weights, model.spec, rotate)  # type: ignore[arg-type]
+    for ours in weights.names():
+        before, after = (view.tensor(ours, torch.float32) for view in (model.weights, weights))
         kept = any(part in ours for part in same)
         if rotate == "residual" and "v_proj.bias" in ours:
             kept = True
@@ -234,12 +235,10 @@ def test_a_value_that_outgrows_fp16_in_the_rotation_is_named() -> None:
 def test_a_family_with_an_unknown_tensor_is_refused() -> None:
     model = open_model(llama())
 
-    def more(spec: Any) -> dict[str, str]:
-        return {**model.family.tensor_names(spec), "layers.0.self_attn.q_norm.weight": "a.q_norm"}
-
-    family = replace(model.family, tensor_names=more)
-    with pytest.raises(UnsupportedError, match=r"'a.q_norm' .* leave --rotate out"):
-        RotatedCheckpoint(model.checkpoint, family, model.spec, rotations("heads", model.spec))
+    stored = model.family.stored(model.spec)
+    stored["layers.0.self_attn.q_norm.weight"] = Stored(("model.norm.weight",))
+    with pytest.raises(UnsupportedError, match=r"'model.norm.weight' .* leave --rotate out"):
+        rotated(FamilyWeights(model.checkpoint, stored), model.spec, "heads")
 
 
 def test_an_unknown_rotation_is_refused() -> None:
