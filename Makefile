@@ -1,9 +1,11 @@
-# Everything a fresh machine needs: make demo, make test. Only sh, make and Python 3.10-3.13.
+# Everything a fresh machine needs: make demo, make test, make test-all. Only sh, make and Python 3.10-3.13.
 
 PYTHON ?= python3
 BIN := .venv/bin
+# Two workers; one that is done takes over tests of the other.
+PYTEST := $(BIN)/pytest -n 2 --dist worksteal
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test test-all lint clean
 
 install: .venv/installed
 
@@ -21,8 +23,12 @@ demo: install
 	$(BIN)/llm-coreml export llama --bits 4 --output out/demo --overwrite
 	$(BIN)/llm-coreml eval out/demo --tokens 4096
 
+# Every feature once. What is left out are further cases of the same.
 test: install
-	$(BIN)/pytest
+	$(PYTEST) -m "not exhaustive"
+
+test-all: install
+	$(PYTEST)
 
 lint: install
 	$(BIN)/ruff check .

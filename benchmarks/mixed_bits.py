@@ -20,12 +20,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from llm_coreml.eval.heldout import cut, read_text
-from llm_coreml.eval.quality import measure_quality
-from llm_coreml.recipes import bundled_model
 from torch import nn
 
-from llm_coreml.config import ExportConfig
+from llm_coreml.config import ExportConfig, resolve
+from llm_coreml.eval.heldout import cut, read_text
+from llm_coreml.eval.quality import measure_quality
 from llm_coreml.fidelity import kl_divergence
 from llm_coreml.model import Model, open_model
 from llm_coreml.quantize import QuantizationPlan, Scheme, make_plan
@@ -36,6 +35,7 @@ from llm_coreml.quantize.plan.budget import mixed_options
 from llm_coreml.quantize.plan.plan import matrices
 from llm_coreml.quantize.plan.sensitivity import Losses, sensitivities
 from llm_coreml.quantize.quantized import build_decoder
+from llm_coreml.recipes import bundled_model
 from llm_coreml.runtime.eager import EagerRunner
 from llm_coreml.tokenizer import Tokenizer
 
@@ -67,8 +67,8 @@ def mean_bits(model: Model, plan: QuantizationPlan) -> float:
 
 def mixed(model: Model, losses: Losses, bits: float) -> QuantizationPlan:
     """Return the plan of a mean of bits; whole ones too, which an export takes for one format."""
-    config = ExportConfig(bits=3.5)
-    options, shapes = mixed_options(config, model.spec), dict(matrices(model.spec))
+    job = resolve(ExportConfig(bits=3.5), model.spec)
+    options, shapes = mixed_options(job, model.spec), dict(matrices(model.spec))
     items = [
         [
             Option(scheme.stored_bits(shapes[name]), loss)
@@ -78,20 +78,21 @@ def mixed(model: Model, losses: Losses, bits: float) -> QuantizationPlan:
     ]
     weights = sum(rows * columns for rows, columns in shapes.values())
     chosen = zip(options, allocate(items, math.floor(bits * weights)), strict=True)
-    return make_plan(config, model.spec, {name: options[name][at] for name, at in chosen})
+    return make_plan(job, model.spec, {name: options[name][at] for name, at in chosen})
 
 
 def qualities(
     model: Model, plans: Mapping[str, QuantizationPlan], tokens: int
 ) -> list[dict[str, Any]]:
     """Return perplexity and divergence of every plan on held-out text."""
-    original = make_plan(UNQUANTIZED, model.spec)
+    job = resolve(UNQUANTIZED, model.spec)
+    original = make_plan(job, model.spec)
     tokenizer = Tokenizer(TOKENIZER)
     text = cut(tokenizer.encode(read_text(None)[1]), 1024, tokenizer.bos_id, tokens)
     rows = []
     for name, plan in plans.items():
         runners = {
-            label: EagerRunner(build_decoder(model, UNQUANTIZED, p)[0], "eager")
+            label: EagerRunner(build_decoder(model, job, p), "eager")
             for label, p in (("original", original), (name, plan))
         }
         before, after = measure_quality(runners, text)
@@ -111,7 +112,7 @@ def rows_of(decoder: Any) -> torch.Tensor:
     """Return the logits of the text that formats are chosen on, `[tokens, vocab]`."""
     found = []
     for window in windows():
-        decoder.cache.reset()
+        decoder.reset()
         with torch.inference_mode():
             hidden = decoder.hidden(torch.tensor([list(window)]), torch.tensor([0]))
             found.append(decoder.head(hidden)[0])
@@ -120,9 +121,12 @@ def rows_of(decoder: Any) -> torch.Tensor:
 
 def measured(model: Model) -> Iterator[tuple[str, int, Scheme, float]]:
     """Quantize every matrix alone: its name, which format, and the divergence that was measured."""
-    decoder, _ = build_decoder(model, UNQUANTIZED, make_plan(UNQUANTIZED, model.spec))
+    job = resolve(UNQUANTIZED, model.spec)
+    decoder = build_decoder(model, job, make_plan(job, model.spec))
     wanted = rows_of(decoder)
-    for name, schemes in mixed_options(ExportConfig(bits=3.5), model.spec).items():
+    for name, schemes in mixed_options(
+        resolve(ExportConfig(bits=3.5), model.spec), model.spec
+    ).items():
         linear = decoder.get_submodule(name)
         weight = linear.get_parameter("weight")
         for at, scheme in enumerate(schemes):
@@ -157,11 +161,13 @@ def main() -> None:
     parser.add_argument("--format", choices=["human", "json"], default="human")
     arguments = parser.parse_args()
     model = open_model("llama")
-    options = mixed_options(ExportConfig(bits=3.5), model.spec)
+    options = mixed_options(resolve(ExportConfig(bits=3.5), model.spec), model.spec)
     start = time.monotonic()
     losses = sensitivities(model.weights, model.spec, windows(), options)
     seconds = time.monotonic() - start
-    plans = {name: make_plan(config, model.spec) for name, config in UNIFORM.items()}
+    plans = {
+        name: make_plan(resolve(config, model.spec), model.spec) for name, config in UNIFORM.items()
+    }
     wanted = [float(bits) for bits in arguments.bits.split(",")]
     plans |= {f"mixed {bits:g}": mixed(model, losses, bits) for bits in wanted}
     rows = sorted(qualities(model, plans, arguments.tokens), key=lambda row: row["bits"])

@@ -20,15 +20,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from calibration import CONTEXT, by_torchao, unquantized
+
+from calibration_quality import CONTEXT, by_torchao, unquantized
+from llm_coreml.config import ExportConfig, resolve
+from llm_coreml.decoder import Decoder
 from llm_coreml.eval.heldout import cut, read_text
 from llm_coreml.eval.quality import measure_quality
-from llm_coreml.recipes import bundled_model
-from mixed_bits import mean_bits, mixed
-from mixed_bits import windows as choosing_windows
-
-from llm_coreml.config import ExportConfig
-from llm_coreml.decoder import Decoder
 from llm_coreml.model import Model, open_model
 from llm_coreml.quantize import QuantizationPlan, make_plan
 from llm_coreml.quantize.calibrate.text import BUNDLED_TEXT, CalibrationText, read_content, tokenize
@@ -38,8 +35,11 @@ from llm_coreml.quantize.plan.budget import mixed_options
 from llm_coreml.quantize.plan.plan import linear_scheme
 from llm_coreml.quantize.plan.sensitivity import sensitivities
 from llm_coreml.quantize.quantized import build_decoder
+from llm_coreml.recipes import bundled_model
 from llm_coreml.runtime.eager import EagerRunner
 from llm_coreml.tokenizer import Tokenizer
+from mixed_bits import mean_bits, mixed
+from mixed_bits import windows as choosing_windows
 
 TOKENIZER = bundled_model() / "tokenizer.json"
 METHODS = ("torchao", "rounded", "calibrated", "tuned")
@@ -100,11 +100,12 @@ def formats(model: Model) -> Iterator[Format]:
     """Yield every format by its name."""
     for settings in SETTINGS:
         config = ExportConfig(**settings, minimum_os="iOS26")  # type: ignore[arg-type]
-        scheme = linear_scheme(config)
+        job = resolve(config, model.spec)
+        scheme = linear_scheme(job)
         name = scheme.label.replace(", 16 rows per table", "").replace(" per table", " a table")
-        yield Format(name, family(scheme), config, make_plan(config, model.spec), scheme)
+        yield Format(name, family(scheme), config, make_plan(job, model.spec), scheme)
     config = ExportConfig(bits=3.5)
-    options = mixed_options(config, model.spec)
+    options = mixed_options(resolve(config, model.spec), model.spec)
     losses = sensitivities(model.weights, model.spec, choosing_windows(), options)
     for bits in MIXED:
         yield Format(f"mixed {bits:g}", "mixed", config, mixed(model, losses, bits), None)
@@ -135,7 +136,8 @@ def made(model: Model, wanted: Format, method: str, text: CalibrationText, steps
     calibration = None if method == "rounded" else text
     name = None if calibration is None else calibration.name
     config = replace(wanted.config, context=CONTEXT, calibrate=name)
-    decoder, _ = build_decoder(model, config, wanted.plan, calibration=calibration)
+    job = resolve(config, model.spec)
+    decoder = build_decoder(model, job, wanted.plan, calibration=calibration)
     # Zero points are for the token table too; here blocks are compared.
     same = unquantized(model)
     decoder.embed_tokens, decoder.lm_head = same.embed_tokens, same.lm_head

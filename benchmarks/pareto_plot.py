@@ -14,6 +14,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.lines import Line2D
+
 from pareto import METHODS, Point, by_kl, front
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; families have shapes of their own.

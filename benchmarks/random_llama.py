@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from llm_coreml.recipes import bundled_model
 from safetensors.torch import save_file
+
+from llm_coreml.recipes import bundled_model
 
 _VOCAB, _KV_HEADS = 128256, 8
 

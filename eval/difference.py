@@ -1,16 +1,17 @@
 """Where two exported language models part on the same text, and what it costs.
 
 found = diff(Path("out-a"), Path("out-b"))
-found.first, found.layers, found.quality.mean_kl
+found.first, found.layers, found.qualities[1].mean_kl
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from llm_coreml.errors import ConfigError
 from llm_coreml.eval.inspection import (
     DEFAULT_THRESHOLD,
     Difference,
@@ -22,8 +23,6 @@ from llm_coreml.eval.pair import read_in_pairs
 from llm_coreml.eval.quality import measure_quality
 from llm_coreml.eval.reading import open_artifact, read_tokens
 from llm_coreml.eval.results import Quality
-
-from llm_coreml.errors import ConfigError
 from llm_coreml.progress import Progress, Silent
 from llm_coreml.reference.program.execution import Execution
 from llm_coreml.runtime.reference import DECLARED
@@ -65,12 +64,11 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON values; a figure that is inf or NaN becomes None."""
-        found = asdict(self)
-        found["qualities"] = [
-            {name: _finite(value) for name, value in quality.items()}
-            for quality in found["qualities"]
+        qualities = [
+            {name: _finite(value) for name, value in quality.to_json().items()}
+            for quality in self.qualities
         ]
-        return found
+        return {**asdict(self), "qualities": qualities}
 
 
 def diff(
@@ -131,13 +129,9 @@ def diff(
         threshold=threshold,
         first=difference(parted) if parted else None,
         layers=tuple(map(difference, reading.parting.by_layer())),
-        qualities=(_renamed(quality[0], "first"), _renamed(quality[1], "second")),
+        qualities=(replace(quality[0], name="first"), replace(quality[1], name="second")),
     )
 
 
 def _finite(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _renamed(quality: Quality, name: str) -> Quality:
-    return Quality(**{**asdict(quality), "name": name})

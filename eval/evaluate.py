@@ -6,15 +6,10 @@ result = evaluate("out/", model=live_model)    # a model that is not on disk
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from llm_coreml.eval.heldout import read_windows
-from llm_coreml.eval.latency import measure_latency
-from llm_coreml.eval.quality import measure_quality
-from llm_coreml.eval.results import Evaluation
-from llm_coreml.eval.sizes import measure_bytes
-from llm_coreml.recipes import bundled_model
 
 from llm_coreml.bundle.folder import (
     RESULTS,
@@ -24,12 +19,19 @@ from llm_coreml.bundle.folder import (
     open_bundle,
     write_json,
 )
-from llm_coreml.config import ExportConfig
+from llm_coreml.config import ExportConfig, resolve
 from llm_coreml.errors import CheckpointError, ConfigError
+from llm_coreml.eval.heldout import read_windows
+from llm_coreml.eval.latency import measure_latency
+from llm_coreml.eval.metrics import METRICS, Metric
+from llm_coreml.eval.quality import measure_quality
+from llm_coreml.eval.results import Evaluation
+from llm_coreml.eval.sizes import measure_bytes
 from llm_coreml.model import Model, open_model
 from llm_coreml.progress import Progress, Silent
 from llm_coreml.quantize.plan.choose import plan_of
 from llm_coreml.quantize.quantized import Quantized, build_original, quantize
+from llm_coreml.recipes import bundled_model
 from llm_coreml.reference.program.execution import Execution
 from llm_coreml.runtime.eager import EagerRunner
 from llm_coreml.runtime.opening import open_runner
@@ -46,6 +48,7 @@ def evaluate(
     text: str | Path | None = None,
     tokens: int = DEFAULT_TOKENS,
     artifact_only: bool = False,
+    metrics: Sequence[Metric] = METRICS,
     execution: Execution = DECLARED,
     progress: Progress | None = None,
 ) -> Evaluation:
@@ -57,6 +60,7 @@ def evaluate(
         text: UTF-8 file; None takes the held-out text that ships in the package.
         tokens: Most tokens to score. A `last` program is fed one at a time.
         artifact_only: Leave out the original and the quantized eager model.
+        metrics: What to measure of each model.
         execution: Numerics, device and memory of the reference runtime.
         progress: Told of stages and shares.
 
@@ -80,7 +84,7 @@ def evaluate(
         runners.update(_originals(opened, model, progress))
     runners["artifact"] = artifact
     progress.stage("score")
-    qualities = measure_quality(runners, windows, progress.advance)
+    qualities = measure_quality(runners, windows, progress.advance, metrics)
     progress.stage("time")
     result = Evaluation(
         text=name,
@@ -138,12 +142,12 @@ def _originals(
 
 def _quantized(bundle: Bundle, model: Model, progress: Progress) -> Quantized | None:
     """Quantize a bundle's original again; None where the text of its calibration is not at hand."""
-    config = ExportConfig.from_json(bundle.manifest["config"])
+    job = resolve(ExportConfig.from_json(bundle.manifest["config"]), model.spec)
     recorded = bundle.manifest["quantization"]
-    plan = plan_of(recorded, config, model.spec)
+    plan = plan_of(recorded, job, model.spec)
     text = (recorded.get("calibration") or {}).get("sha256")
     try:
-        return quantize(model, config, bundle.tokenizer, Silent(), plan=plan, text_sha256=text)
+        return quantize(model, job, bundle.tokenizer, Silent(), plan=plan, text_sha256=text)
     except ConfigError as error:
         progress.note(f"The quantized model is left out, for it is to be calibrated again: {error}")
         return None

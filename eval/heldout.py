@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from llm_coreml.recipes import bundled_model
-
 from llm_coreml.errors import ArtifactError, ConfigError
+from llm_coreml.recipes import bundled_model
 from llm_coreml.tokenizer import Tokenizer
 
 _HELDOUT = "heldout.txt"

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Sequence
 
 from llm_coreml.eval.results import Latency
-
 from llm_coreml.runtime.runner import Runner
 
 _RUNS = 5

@@ -1,7 +1,7 @@
 """Two programs read the same tokens, and every operation of one is held against the other's.
 
-reading = read_in_pairs(first, second, windows)
-reading.parting.first(1e-2), reading.parting.by_layer()
+run = read_in_pairs(first, second, windows)
+run.parting.first(1e-2), run.parting.by_layer()
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from llm_coreml.runtime.runner import split_lengths
 
 
 @dataclass(frozen=True, eq=False)
-class Reading:
+class PairRun:
     """What two programs did on the same tokens.
 
     Attributes:
@@ -55,7 +55,7 @@ def read_in_pairs(
     second: ReferenceRunner,
     windows: Sequence[Sequence[int]],
     on_progress: Callable[[float], None] = lambda _: None,
-) -> Reading:
+) -> PairRun:
     """Feed all windows to both, in chunks of the lengths that both accept.
 
     Args:
@@ -94,7 +94,7 @@ def read_in_pairs(
         _alone(trace, {pair[side] for pair in pairs}) for side, trace in enumerate(traces)
     )
     equal = equal and not any(alone) and not any(entry.error for entry in parting.operations)
-    return Reading(parting, watches, len(pairs), (alone[0], alone[1]), equal)
+    return PairRun(parting, watches, len(pairs), (alone[0], alone[1]), equal)
 
 
 def _trace(runner: ReferenceRunner, chunk: Sequence[int]) -> list[Traced]:

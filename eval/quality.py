@@ -1,17 +1,16 @@
-"""Perplexity of one or more models on the same windows, and their divergence from the first.
+"""Figures of one or more models on the same windows, some of them distances from the first.
 
 All models read a window before any reads the next, so that only one window's logits are held.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from llm_coreml.eval.results import Quality
 
-from llm_coreml.fidelity import kl_divergence, negative_log_likelihood
+from llm_coreml.eval.metrics import METRICS, Metric, Predictions
+from llm_coreml.eval.results import Quality
 from llm_coreml.runtime.runner import Runner
 
 
@@ -19,6 +18,7 @@ def measure_quality(
     runners: Mapping[str, Runner],
     windows: Sequence[Sequence[int]],
     on_progress: Callable[[float], None] = lambda _: None,
+    metrics: Sequence[Metric] = METRICS,
 ) -> tuple[Quality, ...]:
     """Score every window by every runner.
 
@@ -26,44 +26,41 @@ def measure_quality(
         runners: Models by name; those after `original`, if it is among them, are compared to it.
         windows: Token windows; the first token of each is given, the others are scored.
         on_progress: Called with the share done, 0 to 1.
+        metrics: What to measure.
     """
-    costs: dict[str, list[torch.Tensor]] = {name: [] for name in runners}
-    divergences: dict[str, list[torch.Tensor]] = {name: [] for name in runners}
-    agreements: dict[str, list[torch.Tensor]] = {name: [] for name in runners}
+    asked = _asked(tuple(runners), metrics)
+    values: dict[str, dict[str, list[torch.Tensor]]] = {
+        name: {metric.name: [] for metric in asked[name]} for name in runners
+    }
     for done, window in enumerate(windows):
         targets = torch.tensor(window[1:])
         original: torch.Tensor | None = None
         for name, runner in runners.items():
             logits = runner.logits(window[:-1])
-            costs[name].append(negative_log_likelihood(logits, targets))
             if name == "original":
                 original = logits
-            if original is not None:
-                divergences[name].append(kl_divergence(original, logits))
-                agreements[name].append(original.argmax(-1) == logits.argmax(-1))
+            read = Predictions(logits, targets, logits if original is None else original)
+            for metric in asked[name]:
+                values[name][metric.name].append(metric.values(read))
         on_progress((done + 1) / len(windows))
     return tuple(
-        _quality(name, runner.label, costs[name], divergences[name], agreements[name])
+        Quality(
+            name=name,
+            runtime=runner.label,
+            figures={
+                metric.name: metric.compute(torch.cat(values[name][metric.name]))
+                for metric in asked[name]
+            },
+            metrics=tuple(metrics),
+        )
         for name, runner in runners.items()
     )
 
 
-def _quality(
-    name: str,
-    runtime: str,
-    costs: list[torch.Tensor],
-    divergences: list[torch.Tensor],
-    agreements: list[torch.Tensor],
-) -> Quality:
-    perplexity = math.exp(float(torch.cat(costs).mean()))
-    if not divergences or name == "original":
-        return Quality(name, runtime, perplexity)
-    divergence = torch.cat(divergences)
-    return Quality(
-        name=name,
-        runtime=runtime,
-        perplexity=perplexity,
-        mean_kl=float(divergence.mean()),
-        p99_kl=float(divergence.quantile(0.99)),
-        top1_agreement=float(torch.cat(agreements).to(torch.float64).mean()),
-    )
+def _asked(names: Sequence[str], metrics: Sequence[Metric]) -> dict[str, list[Metric]]:
+    """Return what to measure of each model: distances only of those after the original."""
+    first = names.index("original") if "original" in names else len(names)
+    return {
+        name: [metric for metric in metrics if at > first or not metric.compares]
+        for at, name in enumerate(names)
+    }

@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llm_coreml.eval.heldout import cut_to_context, read_windows
-
 from llm_coreml.bundle.folder import MANIFEST, PROGRAM, open_bundle
 from llm_coreml.errors import ArtifactError, ConfigError
+from llm_coreml.eval.heldout import cut_to_context, read_windows
 from llm_coreml.reference.program.execution import Execution
 from llm_coreml.runtime.reference import DECLARED, ReferenceRunner
 

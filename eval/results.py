@@ -7,8 +7,11 @@ result.to_json()
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from llm_coreml.eval.metrics import Metric
 
 RESULTS_VERSION = 1
 
@@ -20,18 +23,39 @@ class Quality:
     Attributes:
         name: `original`, `quantized` (eager, fp32) or `artifact`.
         runtime: What produced the figures.
-        perplexity: exp of the mean cost per token.
-        mean_kl: Mean KL(original || this) per token, in nats; None without an original.
-        p99_kl: Its 99th percentile.
-        top1_agreement: Share of tokens with the same most likely next token.
+        figures: Values by the name of the metric, those that could be measured.
+        metrics: What was asked for, in the order of tables and JSON.
     """
 
     name: str
     runtime: str
-    perplexity: float
-    mean_kl: float | None = None
-    p99_kl: float | None = None
-    top1_agreement: float | None = None
+    figures: Mapping[str, float]
+    metrics: tuple[Metric, ...] = field(repr=False)
+
+    @property
+    def perplexity(self) -> float:
+        """Exp of the mean cost per token; KeyError if it was not asked for."""
+        return self.figures["perplexity"]
+
+    @property
+    def mean_kl(self) -> float | None:
+        """Mean KL(original || this) per token, in nats; None without an original."""
+        return self.figures.get("mean_kl")
+
+    @property
+    def p99_kl(self) -> float | None:
+        """The 99th percentile of that divergence."""
+        return self.figures.get("p99_kl")
+
+    @property
+    def top1_agreement(self) -> float | None:
+        """Share of tokens with the same most likely next token."""
+        return self.figures.get("top1_agreement")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return name, runtime and every figure under its name, None where there is none."""
+        figures = {metric.name: self.figures.get(metric.name) for metric in self.metrics}
+        return {"name": self.name, "runtime": self.runtime, **figures}
 
 
 @dataclass(frozen=True)
@@ -97,8 +121,12 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of `results.json`."""
-        latencies = [
-            {**asdict(latency), "tokens_per_second": latency.tokens_per_second}
-            for latency in self.latencies
-        ]
-        return {"version": RESULTS_VERSION, **asdict(self), "latencies": latencies}
+        return {
+            "version": RESULTS_VERSION,
+            **asdict(self),
+            "qualities": [quality.to_json() for quality in self.qualities],
+            "latencies": [
+                {**asdict(latency), "tokens_per_second": latency.tokens_per_second}
+                for latency in self.latencies
+            ],
+        }

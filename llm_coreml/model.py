@@ -18,7 +18,7 @@ from llm_coreml.checkpoint import Checkpoint, Source, check_tensors, is_quantize
 from llm_coreml.checkpoint.weights import FamilyWeights, Weights, expected_tensors
 from llm_coreml.decoder import Decoder, DecoderSpec
 from llm_coreml.families import Family, find_family
-from llm_coreml.recipes import BUNDLED, BUNDLED_RECIPE, load_recipe, recipe_names
+from llm_coreml.recipes import BUNDLED, BUNDLED_RECIPE, find_recipe
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def open_model(
     """Open a checkpoint and hold its tensors' names and shapes against its family's.
 
     Args:
-        source: Recipe name, hub id, folder, or a live `transformers` model.
+        source: Recipe (a name, or a YAML file), hub id, folder, or a live `transformers` model.
         tokenizer: Tokenizer of a live model.
         revision: Branch, tag or commit of a hub id.
         local_files_only: Use the hub's local cache only.
@@ -63,7 +63,7 @@ def open_model(
             are fetched; raises to refuse them.
 
     Raises:
-        ConfigError: a bare word that is no recipe and no folder.
+        ConfigError: a bare word that is no recipe and no folder, or a recipe that is wrong.
         CheckpointError: it is absent, damaged, or disagrees with its `config.json`.
         UnsupportedError: an unknown family or option.
     """
@@ -71,7 +71,9 @@ def open_model(
     def judge(config: dict[str, Any]) -> None:
         accept(find_family(config).spec(config), is_quantized(config))
 
-    source, bundled = _resolve(source)
+    recipe = None if isinstance(source, torch.nn.Module) else find_recipe(source)
+    if recipe is not None:
+        source = recipe.source
     checkpoint = open_checkpoint(
         source,
         tokenizer=tokenizer,
@@ -86,6 +88,7 @@ def open_model(
     parameters = Decoder(spec, context=1).named_parameters()
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters}
     check_tensors(checkpoint, expected_tensors(stored, shapes), optional=family.ignored)
+    bundled = recipe is not None and recipe.model == BUNDLED
     origin = Source("bundled", BUNDLED_RECIPE) if bundled else checkpoint.source
     return Model(origin, checkpoint, family, spec, FamilyWeights(checkpoint, stored))
 
@@ -104,19 +107,3 @@ def _with_true_head(checkpoint: Checkpoint, family: Family, spec: DecoderSpec) -
         return spec
     same = torch.equal(checkpoint.stored(head), checkpoint.stored(table))
     return spec if same else untied
-
-
-def _resolve(
-    source: str | Path | torch.nn.Module,
-) -> tuple[str | Path | torch.nn.Module, bool]:
-    """Turn a recipe's name into its model, and say whether it is the bundled one.
-
-    A folder of a recipe's name wins only if it holds a model: exports are often named so.
-    """
-    if not isinstance(source, str):
-        return source, False
-    is_recipe = source in recipe_names() and not (Path(source) / "config.json").is_file()
-    if not is_recipe and (Path(source).exists() or "/" in source):
-        return source, False
-    recipe = load_recipe(source)
-    return recipe.source, recipe.model == BUNDLED

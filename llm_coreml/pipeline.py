@@ -1,6 +1,6 @@
 """The pipeline: a model in, a verified bundle out.
 
-export("llama", bits=4, output="out/")                       # a recipe
+export("llama", bits=4, output="out/")                       # a recipe, or a recipe.yaml
 export("meta-llama/Llama-3.2-1B", output="out/")             # a hub id or a folder
 export(model, tokenizer, bits=4, output="out/")              # a live transformers model
 """
@@ -29,7 +29,7 @@ from llm_coreml.bundle.folder import (
     write_json,
 )
 from llm_coreml.bundle.manifest import make_manifest
-from llm_coreml.config import ExportConfig, Shapes, resolve_shapes
+from llm_coreml.config import ExportConfig, Job, resolve
 from llm_coreml.decoder import Decoder, DecoderSpec
 from llm_coreml.errors import CheckpointError, UnsupportedError
 from llm_coreml.lower.program import constant_methods
@@ -41,13 +41,13 @@ from llm_coreml.quantize.calibrate.text import read_content
 from llm_coreml.quantize.plan.choose import plan_without_weights
 from llm_coreml.quantize.plan.imported import refuse_choices
 from llm_coreml.quantize.quantized import quantize
-from llm_coreml.recipes import bundled_model
+from llm_coreml.recipes import bundled_model, find_recipe
 from llm_coreml.reference.program.execution import Execution
 from llm_coreml.runtime.eager import EagerRunner
 from llm_coreml.runtime.opening import program_runner
 from llm_coreml.runtime.reference import ReferenceRunner
 from llm_coreml.tokenizer import Tokenizer, convert, special_ids
-from llm_coreml.verify.logits import Reading, Verification, verify, verify_conversion
+from llm_coreml.verify.logits import ReadText, Verification, verify, verify_conversion
 
 # Share of a verification's time.
 _CONVERSION = 0.6
@@ -74,7 +74,7 @@ def export(
     """Quantize a causal LM, lower it to a `.pte`, verify that file, and write the bundle.
 
     Args:
-        model: Recipe name, hub id, folder, or a live `transformers` model.
+        model: Recipe (a name, or a YAML file), hub id, folder, or a live `transformers` model.
         tokenizer: Tokenizer of a live model; without one the bundle cannot read text.
         output: Folder to make.
         bits: Bits per weight of the linear layers, a fraction to mix formats; wins over `config`,
@@ -82,7 +82,7 @@ def export(
         scheme: Weight format.
         target: Compute unit.
         context: Positions of the KV cache.
-        config: All other settings.
+        config: All other settings; None takes a recipe's, or the defaults.
         overwrite: Replace an earlier export at `output`.
         revision: Branch, tag or commit of a hub id.
         local_files_only: Use the hub's local cache only.
@@ -99,19 +99,25 @@ def export(
     """
     given = {"bits": bits, "scheme": scheme, "target": target, "context": context}
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    job = _Job(replace(config or ExportConfig(), **changes), progress or Silent(), cache)
+    run = _Run(replace(config or _settings(model), **changes), progress or Silent(), cache)
     check_output(Path(output), overwrite)
-    if job.config.calibrate is not None:
-        read_content(job.config.calibrate)  # what is wrong with it is told before work is done
-    job.progress.stage("open")
-    opened = open_model(model, tokenizer, revision, local_files_only, accept=job.check)
-    with new_bundle(Path(output), overwrite) as draft, job.open_cache() as kept, kept.paged_out():
-        _write(job, opened, draft, kept)
+    if run.config.calibrate is not None:
+        read_content(run.config.calibrate)  # what is wrong with it is told before work is done
+    run.progress.stage("open")
+    opened = open_model(model, tokenizer, revision, local_files_only, accept=run.check)
+    with new_bundle(Path(output), overwrite) as draft, run.open_cache() as kept, kept.paged_out():
+        _write(run, opened, draft, kept)
     return open_bundle(Path(output))
 
 
+def _settings(model: str | Path | torch.nn.Module) -> ExportConfig:
+    """Return what is asked of an export that says nothing: a recipe's settings, or the defaults."""
+    recipe = None if isinstance(model, torch.nn.Module) else find_recipe(model)
+    return ExportConfig() if recipe is None else recipe.config
+
+
 @dataclass(frozen=True)
-class _Job:
+class _Run:
     """What every step of one export is given."""
 
     config: ExportConfig
@@ -130,31 +136,31 @@ class _Job:
 
     def check(self, spec: DecoderSpec, quantized: bool) -> None:
         """Refuse settings that cannot work for a model of these sizes."""
-        plan_without_weights(refuse_choices(self.config) if quantized else self.config, spec)
-        resolve_shapes(self.config, spec.max_position_embeddings)
+        job = resolve(self.config, spec)
+        plan_without_weights(refuse_choices(job) if quantized else job, spec)
 
 
-def _write(job: _Job, model: Model, draft: Path, cache: WeightCache) -> None:
-    config, progress = job.config, job.progress
+def _write(run: _Run, model: Model, draft: Path, cache: WeightCache) -> None:
+    job, progress = resolve(run.config, model.spec), run.progress
     bos_id, eos_ids = special_ids(model.checkpoint.config, model.checkpoint.generation_config)
-    _write_tokenizer(job, model, draft)
-    quantized = quantize(model, config, draft / TOKENIZER, progress, cache)
-    decoder, shapes = quantized.decoder, quantized.shapes
+    _write_tokenizer(run, model, draft)
+    quantized = quantize(model, job, draft / TOKENIZER, progress, cache)
+    decoder, shapes = quantized.decoder, job.shapes
     methods = constant_methods(model.spec, shapes, bos_id, eos_ids)
     free_memory()
     progress.stage("lower")
     program = draft / PROGRAM
-    _lower(job, decoder, shapes, methods, program)
-    _check_size(config, program)
+    _lower(run, job, decoder, methods, program)
+    _check_size(job, program)
     free_memory()
     progress.stage("verify")
-    verification = _verify(job, shapes, decoder, program)
+    verification = _verify(run, job, decoder, program)
     manifest = make_manifest(quantized, program, methods, verification)
     write_json(draft / MANIFEST, manifest)
     (draft / CARD).write_text(model_card(manifest))
 
 
-def _write_tokenizer(job: _Job, model: Model, draft: Path) -> None:
+def _write_tokenizer(run: _Run, model: Model, draft: Path) -> None:
     """Save the tokenizer's files, with a `tokenizer.json` among them if there is any way."""
     checkpoint = model.checkpoint
     try:
@@ -163,7 +169,7 @@ def _write_tokenizer(job: _Job, model: Model, draft: Path) -> None:
             files = list(checkpoint.tokenizer_files.values())
             convert(files[0].parent if files else draft, draft / TOKENIZER)
     except CheckpointError as error:
-        job.progress.note(f"The bundle will not read or write text: {error}")
+        run.progress.note(f"The bundle will not read or write text: {error}")
         return
     tokenizer = Tokenizer(draft / TOKENIZER)
     if tokenizer.changed:
@@ -185,45 +191,46 @@ def _verification_text(draft: Path, decoder: Decoder) -> tuple[str, list[int]]:
 
 
 def _lower(
-    job: _Job,
+    run: _Run,
+    job: Job,
     decoder: Decoder,
-    shapes: Shapes,
     methods: dict[str, int | bool | list[int]],
     path: Path,
 ) -> None:
     # Imported here: these load coremltools and XNNPACK, and an export needs one of them.
-    if job.config.backend == "coreml":
+    if job.backend == "coreml":
         from llm_coreml.lower.coreml import lower_coreml
 
-        lower_coreml(decoder, job.config, shapes, methods, path, job.progress.advance)
+        lower_coreml(decoder, job, job.shapes, methods, path, run.progress.advance)
     else:
         from llm_coreml.lower.xnnpack import lower_xnnpack
 
-        lower_xnnpack(decoder, shapes, methods, path)
+        lower_xnnpack(decoder, job.shapes, methods, path)
 
 
-def _check_size(config: ExportConfig, program: Path) -> None:
+def _check_size(job: Job, program: Path) -> None:
     """Hold the promise of `--size`, whatever the program was estimated to take."""
-    size = program.stat().st_size
-    if config.size is not None and size > config.size:
+    size, limit = program.stat().st_size, job.weights.size
+    if limit is not None and size > limit:
         raise UnsupportedError(
-            f"The program takes {size:,} bytes, more than --size {config.size:,}: this model needs "
-            f"more beside its matrices than was foreseen. Give --size {2 * config.size - size} to "
+            f"The program takes {size:,} bytes, more than --size {limit:,}: this model needs "
+            f"more beside its matrices than was foreseen. Give --size {2 * limit - size} to "
             "stay below it, and please report the model."
         )
 
 
-def _verify(job: _Job, shapes: Shapes, decoder: Decoder, program: Path) -> Verification:
+def _verify(run: _Run, job: Job, decoder: Decoder, program: Path) -> Verification:
     def advance(share: float) -> None:
         trim_memory()
-        job.progress.advance(share)
+        run.progress.advance(share)
 
     text, tokens = _verification_text(program.parent, decoder)
-    eager, every_row = EagerRunner(decoder, "quantized"), job.config.logits == "all"
-    reading = Reading(eager.at, tokens, text, shapes.seq_lengths, shapes.context, every_row)
+    eager, every_row = EagerRunner(decoder, "quantized"), job.logits == "all"
+    shapes = job.shapes
+    reading = ReadText(eager.at, tokens, text, shapes.seq_lengths, shapes.context, every_row)
     free_memory()
     conversion, begun = None, 0.0
-    if job.config.backend == "coreml":
+    if job.backend == "coreml":
         # Held by nothing afterwards: the expanded weights of one mode exist at a time.
         conversion = verify_conversion(
             ReferenceRunner(program, Execution(mode="fp32", memory_budget=_EXPANDED)),
@@ -234,7 +241,7 @@ def _verify(job: _Job, shapes: Shapes, decoder: Decoder, program: Path) -> Verif
         begun = _CONVERSION
         free_memory()
     execution = Execution(memory_budget=_EXPANDED)
-    artifact = program_runner(program, job.config.backend, shapes.seq_lengths, execution)
+    artifact = program_runner(program, job.backend, shapes.seq_lengths, execution)
     return verify(
         artifact,
         reading,

@@ -1,7 +1,6 @@
 """Where an artifact is meant to run, and what follows for formats and graph.
 
-Facts about hardware come from public reports (coremltools' guide, ExecuTorch and coremltools
-issues named below); this project has no Apple device and has measured none of them.
+What a target is known not to take is said by `rules`.
 
     target = get_target("ane")
     target.default_scheme       # 'codebook'
@@ -10,7 +9,7 @@ issues named below); this project has no Apple device and has measured none of t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
@@ -26,7 +25,6 @@ class Target:
         compute_unit: Core ML's name of it.
         default_scheme: What `--bits 4` means here.
         attention: `fused` or `decomposed`, see `decoder.layers.Attention`.
-        misfits: Traits of schemes known to fail here, each with the reason and its source.
         summary: One line for `llm-coreml ls`.
     """
 
@@ -35,18 +33,32 @@ class Target:
     default_scheme: str
     attention: Literal["fused", "decomposed"]
     summary: str
-    misfits: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def neural_engine(self) -> bool:
+        """Whether the Neural Engine may be given the program."""
+        return self.compute_unit in ("CPU_AND_NE", "ALL")
 
 
-_NEURAL_ENGINE_MISFITS = MappingProxyType(
+@dataclass(frozen=True)
+class Precision:
+    """What the numbers of a program are stored as.
+
+    Attributes:
+        name: The value of `--compute-precision`.
+        bits: Of one number.
+        dtype: NumPy's and torch's name of it.
+    """
+
+    name: Literal["fp16", "fp32"]
+    bits: Literal[16, 32]
+    dtype: Literal["float16", "float32"]
+
+
+PRECISIONS: Mapping[str, Precision] = MappingProxyType(
     {
-        "int4-group": "the Neural Engine takes per-channel and palettized weights only and has "
-        "been reported to fall back or compute wrong values with per-block int4 "
-        "(coremltools issue 2510)",
-        "int8-group": "the Neural Engine has been reported to compute wrong values with per-block "
-        "int8, without an error (coreai-models issue 279)",
-        "scaled table": "the Neural Engine's compiler has been reported to abort on a scale of "
-        "what a table gives (coremltools pull request 2688)",
+        "fp16": Precision("fp16", 16, "float16"),
+        "fp32": Precision("fp32", 32, "float32"),
     }
 )
 
@@ -61,7 +73,6 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 "codebook",
                 "decomposed",
                 "Neural Engine: codebook weights, attention without the fused op",
-                _NEURAL_ENGINE_MISFITS,
             ),
             Target("cpu", "CPU_ONLY", "int4-group", "fused", "CPU, for reference and tests"),
             Target(
@@ -70,7 +81,6 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 "codebook",
                 "decomposed",
                 "wherever Core ML puts it: built as for ane",
-                _NEURAL_ENGINE_MISFITS,
             ),
         )
     }

@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-from exported import TEXT, make_model, make_tokenizer, manifest_of
-from llm_coreml.eval.heldout import cut
-from tiny import expected_logits
 
 import llm_coreml
+from exported import TEXT, make_model, make_tokenizer, manifest_of
 from llm_coreml import Evaluation, ExportConfig, LanguageModel, LlmCoreMLError
 from llm_coreml.errors import ArtifactError, CheckpointError, ConfigError
+from llm_coreml.eval.heldout import cut
 from llm_coreml.tokenizer import Tokenizer
+from tiny import expected_logits
 
 SETTINGS = ExportConfig(context=64, seq_lengths=(1, 8))
 

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_coreml.bundle.manifest import rebuild_command
 from llm_coreml.checkpoint import Source
-from llm_coreml.config import ExportConfig, Shapes, resolve_shapes
+from llm_coreml.config import SECTIONS, ExportConfig, Shapes, resolve, resolve_shapes
+from llm_coreml.config.schema import sections_schema
+from llm_coreml.config.setting import settings_of
 from llm_coreml.errors import ConfigError, LlmCoreMLError, UnsupportedError
+from llm_coreml.rules import Use, refused
 from llm_coreml.targets import MINIMUM_OS, TARGETS, opset_of
+from tiny import small_spec
+
+SPEC = small_spec(max_position_embeddings=100)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +106,8 @@ def test_targets_name_units_of_coremltools(target: Any) -> None:
     import coremltools
 
     assert target.compute_unit in coremltools.ComputeUnit.__members__
-    assert target.default_scheme not in target.misfits
+    for opset in sorted(set(MINIMUM_OS.values())):
+        assert not refused(Use(target, opset, (target.default_scheme,), "iOS18"))
 
 
 @pytest.mark.parametrize(
@@ -223,7 +233,91 @@ def test_an_unknown_setting_offers_the_nearest() -> None:
     assert str(caught.value) == "There is no setting 'grop_size'. Did you mean 'group_size'?"
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"weights": {"grop_size": 8}}, "weights has no key 'grop_size'. Did you mean 'group_siz"),
+        ({"wieghts": {"bits": 3}}, "There is no key 'wieghts'. Did you mean 'weights'?"),
+        ({"weights": {"context": 64}}, "weights has no key 'context'; it belongs to program."),
+        ({"weights": {"bits": "three"}}, "weights.bits is 'three'; it must be a number or null."),
+        ({"weights": {"force": 1}}, "weights has no key 'force'; it belongs to target."),
+        ({"target": {"force": 1}}, "target.force is 1; it must be true or false."),
+        ({"program": {"logits": "first"}}, "program.logits is 'first'; it must be last or all."),
+        ({"weights": {}, "target": "ane"}, "target is 'ane'; it must be a section of keys and"),
+        (
+            {"program": {"seq_lengths": [1, "a"]}},
+            "program.seq_lengths.1 is 'a'; it must be a whole",
+        ),
+        ({"program": {"seq_lengths": "1;8"}}, "'1;8' is no list of numbers such as 1,8,64."),
+        ({"weights": {"size": "big"}}, "'big' is no number of bytes such as 4GB or 512MiB."),
+        ({"bits": [4]}, "weights.bits is a list; it must be a number or null."),
+    ],
+    ids=str,
+)
+def test_json_that_is_no_config(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        ExportConfig.from_json(values)
+    assert str(caught.value).startswith(message)
+
+
+def test_json_has_sections_and_earlier_manifests_have_none() -> None:
+    config = ExportConfig(bits=3, target="ane", context=64, calibrate="bundled", seq_lengths=(1, 8))
+    assert list(config.to_json()) == ["weights", "calibration", "program", "target"]
+    assert config.to_json()["target"]["target"] == "ane"
+    assert config.to_json()["program"]["seq_lengths"] == (1, 8)
+    # As the first releases wrote it.
+    flat = {name: value for part in config.to_json().values() for name, value in part.items()}
+    assert ExportConfig.from_json(json.loads(json.dumps(flat))) == config
+    assert ExportConfig.from_json({}) == ExportConfig()
+
+
+def test_every_setting_is_in_one_section_and_says_what_it_is() -> None:
+    found = [each for section in SECTIONS.values() for each in settings_of(section)]
+    assert [each.name for each in found] == [field.name for field in fields(ExportConfig)]
+    assert len({each.name for each in found}) == len(found)
+    for each in found:
+        assert each.about.endswith((".", "MB.")) and len(each.about) < 100, each.name
+    jsonschema.Draft202012Validator.check_schema(sections_schema(SECTIONS))
+
+
+def test_texts_are_read_where_the_command_line_reads_them() -> None:
+    values = {"weights": {"size": "1.5MB"}, "program": {"seq_lengths": "1,8"}}
+    assert ExportConfig.from_json(values) == ExportConfig(size=1_500_000, seq_lengths=(1, 8))
+
+
+def test_a_job_has_everything_decided() -> None:
+    config = ExportConfig(target="ane", minimum_os="macOS26", compute_precision="fp32", bits=3)
+    job = resolve(config, SPEC)
+    assert job.config is config and job.target is TARGETS["ane"] and job.opset == "iOS26"
+    assert (job.precision.bits, job.precision.dtype) == (32, "float32")
+    assert (job.attention, job.backend, job.logits) == ("decomposed", "coreml", "last")
+    assert job.shapes == Shapes(96, (1, 8, 64))
+    assert (job.weights.bits, job.calibration.calibrate, job.force) == (3, None, False)
+    assert resolve(ExportConfig(), SPEC).attention == "fused"
+    assert resolve(ExportConfig(backend="xnnpack"), SPEC).attention == "decomposed"
+    with pytest.raises(ConfigError, match="--context 128 is longer than the 100 positions"):
+        resolve(ExportConfig(context=128), SPEC)
+
+
 def test_exit_codes_are_different() -> None:
     errors: list[type[LlmCoreMLError]] = [LlmCoreMLError, *LlmCoreMLError.__subclasses__()]
     codes = [error.exit_code for error in errors]
     assert sorted(codes) == [1, 2, 4, 5, 6, 7, 8]
+
+
+def rows_of_the_document() -> list[str]:
+    """Return the lines that `docs/export.md` has for the settings."""
+    rows = []
+    for title, section in SECTIONS.items():
+        for each in settings_of(section):
+            default = str(each.default).lower() if each.kind is bool else each.default
+            shown = each.shown or ("" if default is None else f"`{default}`")
+            rows.append(f"| {title} | `{each.name}` | {shown} | {each.about} |")
+    return rows
+
+
+def test_the_document_lists_every_setting_as_it_is() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "export.md").read_text()
+    held = [line for line in text.splitlines() if re.match(rf"\| ({'|'.join(SECTIONS)}) \|", line)]
+    rows = rows_of_the_document()
+    assert held == rows, "\n" + "\n".join(rows)

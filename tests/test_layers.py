@@ -21,11 +21,14 @@ FOLDERS = {"llm_coreml": ROOT / "llm_coreml", "eval": ROOT / "eval", "recipes": 
 # Lowest first; a module imports from its own line and the lines above it.
 LAYERS = (
     ("errors",),
-    ("config", "targets", "progress", "machine", "fidelity", "tokenizer", "demo", "recipes"),
+    ("targets", "progress", "machine", "fidelity", "tokenizer", "demo"),
+    ("rules",),
     ("artifact",),
     ("checkpoint",),
     ("decoder",),
     ("families",),
+    ("config",),
+    ("recipes",),
     ("model",),
     ("quantize",),
     ("reference",),

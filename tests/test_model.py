@@ -8,17 +8,17 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from llm_coreml.recipes import bundled_model
 from safetensors.torch import load_file, save_file
-from tiny import expected_logits, llama, save, tokens_for
 
-from llm_coreml.config import ExportConfig, resolve_shapes
+from llm_coreml.config import ExportConfig, resolve
 from llm_coreml.decoder import DecoderSpec
 from llm_coreml.errors import ConfigError, UnsupportedError
 from llm_coreml.model import open_model
 from llm_coreml.quantize import make_plan
 from llm_coreml.quantize.quantized import build_original
+from llm_coreml.recipes import bundled_model
 from llm_coreml.runtime.eager import EagerRunner
+from tiny import expected_logits, llama, save, tokens_for
 
 CONTEXT = 64
 
@@ -76,8 +76,8 @@ def test_settings_are_judged_before_weights_are_fetched(
 
     def accept(spec: DecoderSpec, quantized: bool) -> None:
         assert not quantized
-        make_plan(config, spec)
-        resolve_shapes(config, spec.max_position_embeddings)
+        job = resolve(config, spec)
+        make_plan(job, spec)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     with pytest.raises(error):

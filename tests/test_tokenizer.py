@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-from llm_coreml.recipes import bundled_model
 
 from llm_coreml.errors import CheckpointError
+from llm_coreml.recipes import bundled_model
 from llm_coreml.tokenizer import Tokenizer, convert, special_ids
 
 TEXT = "The with statement wraps the execution of a block with methods defined by a manager."

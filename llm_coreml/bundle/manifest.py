@@ -7,13 +7,13 @@ import math
 import platform
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from llm_coreml.bundle.folder import MANIFEST_VERSION, file_sha256
 from llm_coreml.checkpoint import Source
-from llm_coreml.config import ExportConfig, Shapes
+from llm_coreml.config import ExportConfig, Job
 from llm_coreml.decoder import DecoderSpec
 from llm_coreml.decoder.states import state_specs
 from llm_coreml.quantize import QuantizationPlan, Scheme
@@ -26,7 +26,6 @@ from llm_coreml.quantize.plan.plan_file import plan_json
 from llm_coreml.quantize.quantized import Quantized
 from llm_coreml.quantize.rotate.hadamard import SEED
 from llm_coreml.quantize.rotate.rotation import rotations
-from llm_coreml.targets import get_target, opset_of
 from llm_coreml.verify.logits import Verification
 
 Stored = tuple[Scheme, tuple[int, int]]
@@ -48,17 +47,17 @@ def make_manifest(
         methods: Its constant methods.
         verification: Its result.
     """
-    model, config, plan = quantized.model, quantized.config, quantized.plan
-    measured, calibration, shapes = quantized.measured, quantized.calibration, quantized.shapes
+    model, job, plan = quantized.model, quantized.job, quantized.plan
+    measured, calibration = quantized.measured, quantized.calibration
     return {
         "version": MANIFEST_VERSION,
         "source": {**asdict(model.source), "sha256": model.sha256()},
         "spec": model.spec.to_json(),
-        "config": config.to_json(),
-        "rebuild": rebuild_command(model.source, config),
+        "config": job.config.to_json(),
+        "rebuild": rebuild_command(model.source, job.config),
         "quantization": {
-            **_quantization(plan, model.spec, config.backend == "xnnpack"),
-            "rotation": _rotation(config, model.spec),
+            **_quantization(plan, model.spec, job.backend == "xnnpack"),
+            "rotation": _rotation(job, model.spec),
             "calibration": None
             if calibration is None
             else _calibration(calibration, quantized.tuning),
@@ -72,13 +71,13 @@ def make_manifest(
             "sha256": file_sha256(program),
             "method": "forward",
             "inputs": {"tokens": "int64 [1, S]", "start_pos": "int64 [1]"},
-            "output": _output(config, model.spec),
-            "states": _states(config, model.spec, shapes),
-            "context": shapes.context,
-            "seq_lengths": list(shapes.seq_lengths),
+            "output": _output(job, model.spec),
+            "states": _states(job, model.spec),
+            "context": job.shapes.context,
+            "seq_lengths": list(job.shapes.seq_lengths),
             "constant_methods": methods,
         },
-        "target": _target(config),
+        "target": _target(job),
         "versions": {
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in _PACKAGES},
@@ -94,18 +93,7 @@ def rebuild_command(source: Source, config: ExportConfig) -> list[str]:
     words = ["llm-coreml", "export", source.name]
     if source.revision is not None:
         words += ["--revision", source.revision]
-    for field in fields(config):
-        value = getattr(config, field.name)
-        flag = "--" + field.name.replace("_", "-")
-        if value == field.default:
-            continue
-        if isinstance(value, bool):
-            words.append(flag)
-        elif isinstance(value, tuple):
-            words += [flag, ",".join(map(str, value))]
-        else:
-            words += [flag, str(value)]
-    return words
+    return [*words, *config.flags()]
 
 
 def bits_per_weight(plan: QuantizationPlan, spec: DecoderSpec) -> float:
@@ -134,8 +122,8 @@ def _cost(stored: Sequence[Stored]) -> tuple[int, int]:
     return bits, sum(rows * columns for _, (rows, columns) in stored)
 
 
-def _target(config: ExportConfig) -> dict[str, str]:
-    if config.backend == "xnnpack":
+def _target(job: Job) -> dict[str, str]:
+    if job.backend == "xnnpack":
         return {
             "backend": "xnnpack",
             "name": "cpu",
@@ -146,11 +134,11 @@ def _target(config: ExportConfig) -> dict[str, str]:
         }
     return {
         "backend": "coreml",
-        "name": config.target,
-        "compute_unit": get_target(config.target).compute_unit,
-        "minimum_os": config.minimum_os,
-        "opset": opset_of(config.minimum_os),
-        "compute_precision": config.compute_precision,
+        "name": job.target.name,
+        "compute_unit": job.target.compute_unit,
+        "minimum_os": job.minimum_os,
+        "opset": job.opset,
+        "compute_precision": job.precision.name,
     }
 
 
@@ -186,8 +174,8 @@ def _quantization(plan: QuantizationPlan, spec: DecoderSpec, dequantized: bool) 
     }
 
 
-def _rotation(config: ExportConfig, spec: DecoderSpec) -> dict[str, Any] | None:
-    found = rotations(config.rotate, spec)
+def _rotation(job: Job, spec: DecoderSpec) -> dict[str, Any] | None:
+    found = rotations(job.weights.rotate, spec)
     if not found:
         return None
     described: dict[str, Any] = {"residual": None, "heads": None, "seed": SEED}
@@ -222,12 +210,12 @@ def _import(report: ImportReport | None) -> dict[str, Any] | None:
     return None if report is None else asdict(report)
 
 
-def _output(config: ExportConfig, spec: DecoderSpec) -> str:
-    rows = "1" if config.logits == "last" else "S"
+def _output(job: Job, spec: DecoderSpec) -> str:
+    rows = "1" if job.logits == "last" else "S"
     return f"float32 [1, {rows}, {spec.vocab_size}]"
 
 
-def _states(config: ExportConfig, spec: DecoderSpec, shapes: Shapes) -> dict[str, str]:
-    dtype = "float16" if config.backend == "coreml" else "float32"
-    states = state_specs(spec, shapes.context)
+def _states(job: Job, spec: DecoderSpec) -> dict[str, str]:
+    dtype = "float16" if job.backend == "coreml" else "float32"
+    states = state_specs(spec, job.shapes.context)
     return {state.name: f"{dtype} {list(state.shape)}" for state in states}

@@ -15,7 +15,7 @@ import traceback
 import click
 
 from llm_coreml.cli.diff import diff_command
-from llm_coreml.cli.evaluate import eval_command
+from llm_coreml.cli.eval import eval_command
 from llm_coreml.cli.export import export_command
 from llm_coreml.cli.generate import generate_command
 from llm_coreml.cli.inspect import inspect_command

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+
+from llm_coreml.config.values import read_bytes
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -38,21 +39,16 @@ THRESHOLD = click.option(
     show_default=True,
     help="Relative error from which operations count as parted.",
 )
-_UNITS = {
-    "": 1,
-    **{letter: 1000 ** (power + 1) for power, letter in enumerate("kmgt")},
-    **{f"{letter}i": 1024 ** (power + 1) for power, letter in enumerate("kmgt")},
-}
 
 
 def memory(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
     """Return the bytes that a word such as `4GB`, `512MiB` or `4000000` means."""
     if value is None:
         return None
-    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?) ?([kmgt]i?)?b?", value.strip().lower())
-    if found is None:
-        raise click.BadParameter(f"'{value}' is no number of bytes such as 4GB or 512MiB.")
-    return int(float(found[1]) * _UNITS[found[2] or ""])
+    try:
+        return read_bytes(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
 
 
 def print_json(file: Any, value: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from rich.console import Group
@@ -12,6 +13,7 @@ from rich.text import Text
 from llm_coreml.bundle.card import rotated_spaces, tuned
 from llm_coreml.eval.difference import Comparison
 from llm_coreml.eval.inspection import Inspection
+from llm_coreml.eval.metrics import Metric
 from llm_coreml.eval.results import Evaluation, Quality
 from llm_coreml.reference.observe.watch import FP16_MAX
 
@@ -35,9 +37,8 @@ def _mixed_formats(quantization: dict[str, Any]) -> list[Any]:
             _, block, *_, kind = name.removesuffix("_proj").split(".")
             blocks.setdefault(int(block), {})[kind] = matrix
     kinds = dict.fromkeys(kind for matrices in blocks.values() for kind in matrices)
-    table = _plain("bits per weight", *kinds, "bytes", *(["KL"] if _estimated(blocks) else []))
-    for column in table.columns[1:]:
-        column.justify = "right"
+    columns = [*kinds, "bytes", *(["KL"] if _estimated(blocks) else [])]
+    table = _plain("bits per weight", *columns, numeric=columns)
     for block, matrices in sorted(blocks.items()):
         cells = [
             f"{_bits_per_weight(matrices[kind]):.2f}" if kind in matrices else "" for kind in kinds
@@ -127,9 +128,10 @@ def _conversion_row(found: dict[str, Any] | None) -> dict[str, str]:
 
 def evaluation_table(result: Evaluation) -> Group:
     """Return quality, latency and size, each figure under what produced it."""
-    quality = _plain("model", "runtime", "perplexity", "mean KL", "p99 KL", "top-1 agreement")
+    metrics = result.artifact.metrics
+    quality = _figures("model", "runtime", metrics=metrics)
     for row in result.qualities:
-        quality.add_row(*_quality_row(row))
+        quality.add_row(row.name, row.runtime, *_shown(row))
     latency = _plain("call", "runtime", "median", "tokens/s")
     for timed in result.latencies:
         name = "decode, 1 token" if timed.tokens == 1 else f"prefill, {timed.tokens} tokens"
@@ -140,11 +142,8 @@ def evaluation_table(result: Evaluation) -> Group:
     for name, count in result.bytes.items():
         size.add_row(f"  {name.split('/')[1]}" if "/" in name else name, f"{count:,}")
     size.add_row("bits per weight", f"{result.bits_per_weight:.2f}")
-    text = Text(
-        f"{result.tokens:,} tokens of {result.text}, windows of up to {result.window}; KL and "
-        "agreement against the original"
-    )
-    return Group(text, quality, latency, size)
+    text = f"{result.tokens:,} tokens of {result.text}, windows of up to {result.window}"
+    return Group(Text(text + _compared(metrics)), quality, latency, size)
 
 
 def inspection_table(found: Inspection) -> Group:
@@ -195,10 +194,10 @@ def comparison_table(found: Comparison) -> Group:
             counts = ", ".join(f"{count} {name}" for name, count in alone.items())
             parts.append(Text(f"only in {letter}: {counts}"))
     parts += [Text(""), *_errors(found, "A and B part"), Text("")]
-    table = _plain("model", "perplexity", "mean KL", "p99 KL", "top-1 agreement")
-    for letter, quality in zip("AB", found.qualities, strict=True):
-        name, _, *figures = _quality_row(quality)
-        table.add_row(letter if name == "first" else f"{letter}, against A", *figures)
+    first, second = found.qualities
+    table = _figures("model", metrics=first.metrics)
+    table.add_row("A", *_shown(first))
+    table.add_row("B, against A", *_shown(second))
     return Group(*parts, table)
 
 
@@ -247,6 +246,13 @@ def contents_table(found: dict[str, Any]) -> Group:
             *_mixed_formats(manifest["quantization"]),
             Text(""),
         ]
+    if "rules" in found:
+        rows = {
+            name: f"{rule['matrices']} matrices: {rule['reason']} ({rule['source']}); give "
+            f"{rule['flag']}"
+            for name, rule in found["rules"].items()
+        }
+        parts += [listing_table("breaks the rules", rows), Text("")]
     constants = {name: str(value) for name, value in found["constant_methods"].items()}
     parts.append(listing_table(f"program, {found['bytes']:,} bytes", constants))
     for method, delegates in found["methods"].items():
@@ -274,24 +280,29 @@ def listing_table(title: str, rows: dict[str, str]) -> Table:
     return table
 
 
-def _quality_row(quality: Quality) -> tuple[str, ...]:
-    def figure(value: float | None, digits: str) -> str:
-        return "" if value is None else format(value, digits)
-
-    return (
-        quality.name,
-        quality.runtime,
-        f"{quality.perplexity:.4f}",
-        figure(quality.mean_kl, ".5f"),
-        figure(quality.p99_kl, ".5f"),
-        figure(quality.top1_agreement, ".2%"),
-    )
+def _figures(*columns: str, metrics: Sequence[Metric]) -> Table:
+    """Return an empty table with a column for each metric after those given."""
+    labels = [metric.label for metric in metrics]
+    return _plain(*columns, *labels, numeric=labels)
 
 
-def _plain(*columns: str) -> Table:
+def _shown(quality: Quality) -> list[str]:
+    return [metric.shown(quality.figures.get(metric.name)) for metric in quality.metrics]
+
+
+def _compared(metrics: Sequence[Metric]) -> str:
+    """Return what is a distance from the original: "; KL and agreement against ..."."""
+    nouns = list(dict.fromkeys(metric.label.split()[-1] for metric in metrics if metric.compares))
+    if not nouns:
+        return ""
+    listed = " and ".join([", ".join(nouns[:-1]), nouns[-1]] if nouns[1:] else nouns)
+    return f"; {listed} against the original"
+
+
+def _plain(*columns: str, numeric: Collection[str] = ()) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=any(columns))
+    numbers = {"median", "tokens/s", "bytes", "KL", *numeric}
     for number, column in enumerate(columns):
-        numeric = column in {"perplexity", "mean KL", "p99 KL", "top-1 agreement", "median"}
-        right = number > 0 and (numeric or column in {"tokens/s", "bytes", "KL"})
+        right = number > 0 and column in numbers
         table.add_column(column, justify="right" if right else "left", overflow="fold")
     return table

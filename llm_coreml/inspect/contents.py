@@ -14,10 +14,13 @@ from llm_coreml.artifact.method_plan import Delegate
 from llm_coreml.artifact.mil import Feature
 from llm_coreml.artifact.packages import BACKEND, Packages
 from llm_coreml.bundle.folder import PROGRAM, open_bundle
+from llm_coreml.inspect.broken_rules import broken_rules
 
 
 def contents(path: Path) -> dict[str, Any]:
     """Describe the bundle folder or `.pte` at `path`.
+
+    A bundle that was forced past rules has `rules`, see `broken_rules`.
 
     Raises:
         ArtifactError: it is damaged, or neither of the two.
@@ -25,6 +28,8 @@ def contents(path: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"path": str(path)}
     if path.is_dir():
         found["manifest"] = open_bundle(path).manifest
+        if rules := broken_rules(found["manifest"]):
+            found["rules"] = rules
         path = path / PROGRAM
     container = pte.read(path)
     found["bytes"] = path.stat().st_size

@@ -1,6 +1,6 @@
 """Lower a decoder to an ExecuTorch program whose body is one Core ML program.
 
-lower_coreml(decoder, config, shapes, methods, Path("model.pte"))
+lower_coreml(decoder, job, shapes, methods, Path("model.pte"))
 """
 
 from __future__ import annotations
@@ -26,13 +26,12 @@ from executorch.exir.backend.compile_spec_schema import CompileSpec
 from executorch.exir.lowered_backend_module import LoweredBackendModule
 from torch.export import ExportedProgram
 
-from llm_coreml.config import ExportConfig, Shapes
+from llm_coreml.config import Job, Shapes
 from llm_coreml.decoder import Decoder
 from llm_coreml.lower.backend import CoreMLFileBackend
 from llm_coreml.lower.mil_passes import pass_names
 from llm_coreml.lower.partition import AskTheCast, WholeMethodPartitioner
 from llm_coreml.lower.program import TOKENS, trace
-from llm_coreml.targets import get_target, opset_of
 
 # Shares of a lowering's time, as measured on models of 4 and 16 layers.
 _TRACED, _PARTITIONED = 0.2, 0.5
@@ -41,7 +40,7 @@ _PRECISIONS = {"fp16": ct.precision.FLOAT16, "fp32": ct.precision.FLOAT32}
 
 def lower_coreml(
     decoder: Decoder,
-    config: ExportConfig,
+    job: Job,
     shapes: Shapes,
     methods: dict[str, int | bool | list[int]],
     path: Path,
@@ -53,27 +52,27 @@ def lower_coreml(
 
     Args:
         decoder: Quantized decoder.
-        config: Target, OS and precision.
+        job: Target, OS and precision.
         shapes: Context and enumerated lengths.
         methods: Constant methods, see `program.constant_methods`.
         path: Where to write the `.pte`.
         on_progress: Called with the share of the usual time that is over, 0 to 1.
     """
     with _uncollected():
-        edge = _lowered(decoder, config, shapes, methods, on_progress)
+        edge = _lowered(decoder, job, shapes, methods, on_progress)
         _write(edge.to_executorch(), path)
 
 
 def _lowered(
     decoder: Decoder,
-    config: ExportConfig,
+    job: Job,
     shapes: Shapes,
     methods: dict[str, int | bool | list[int]],
     on_progress: Callable[[float], None],
 ) -> EdgeProgramManager:
     exported = trace(decoder, shapes)
     on_progress(_TRACED)
-    specs = _compile_specs(exported, config, shapes)
+    specs = _compile_specs(exported, job, shapes)
     partitioner = WholeMethodPartitioner(
         CoreMLFileBackend.__name__, specs, lambda: on_progress(_PARTITIONED)
     )
@@ -100,13 +99,11 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def _compile_specs(
-    exported: ExportedProgram, config: ExportConfig, shapes: Shapes
-) -> list[CompileSpec]:
+def _compile_specs(exported: ExportedProgram, job: Job, shapes: Shapes) -> list[CompileSpec]:
     specs: list[CompileSpec] = CoreMLBackend.generate_compile_specs(
-        compute_unit=ct.ComputeUnit[get_target(config.target).compute_unit],
-        minimum_deployment_target=getattr(ct.target, opset_of(config.minimum_os)),
-        compute_precision=_PRECISIONS[config.compute_precision],
+        compute_unit=ct.ComputeUnit[job.target.compute_unit],
+        minimum_deployment_target=getattr(ct.target, job.opset),
+        compute_precision=_PRECISIONS[job.precision.name],
         pass_names=pass_names(),
     )
     if len(shapes.seq_lengths) > 1:

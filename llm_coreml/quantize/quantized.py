@@ -1,6 +1,6 @@
 """A model on its way to a program: everything that is decided and made before lowering.
 
-    quantized = quantize(model, config, tokenizer, progress, cache)
+    quantized = quantize(model, job, tokenizer, progress, cache)
     quantized.decoder, quantized.plan
 
 An export and an evaluation of it both go this way, so that they mean the same decoder.
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from llm_coreml.config import ExportConfig, Shapes, resolve_shapes
+from llm_coreml.config import Job
 from llm_coreml.decoder import Decoder
 from llm_coreml.errors import ConfigError
 from llm_coreml.model import Model
@@ -27,7 +27,6 @@ from llm_coreml.quantize.plan.choose import Measured, choose_plan
 from llm_coreml.quantize.plan.imported import ImportReport, import_report
 from llm_coreml.quantize.plan.plan import QuantizationPlan
 from llm_coreml.quantize.rotate.rotation import rotated
-from llm_coreml.targets import get_target
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,28 +35,26 @@ class Quantized:
 
     Attributes:
         model: What was quantized.
-        config: Settings.
+        job: Settings.
         plan: The format of every matrix.
         measured: What the plan was chosen by, if formats are mixed.
         calibration: The text that codes were chosen on, if any.
         tuning: What tuning did, if it was asked for.
         decoder: The result.
-        shapes: Its context, and the lengths that it will be lowered for.
     """
 
     model: Model
-    config: ExportConfig
+    job: Job
     plan: QuantizationPlan
     measured: Measured | None
     calibration: CalibrationText | None
     tuning: Tuning | None
     decoder: Decoder
-    shapes: Shapes
 
 
 def quantize(
     model: Model,
-    config: ExportConfig,
+    job: Job,
     tokenizer: Path,
     progress: Progress,
     cache: WeightCache | None = None,
@@ -68,7 +65,7 @@ def quantize(
 
     Args:
         model: What to quantize.
-        config: Settings.
+        job: Settings.
         tokenizer: The model's `tokenizer.json`, which may be absent.
         progress: Told of stages, shares and notes.
         cache: Where quantized weights are looked up and kept.
@@ -82,18 +79,18 @@ def quantize(
     """
     measured = None
     if plan is None:
-        if config.mixed:
+        if job.weights.mixed:
             progress.stage("allocate")
-        plan, measured = choose_plan(model, config, tokenizer, progress.advance)
+        plan, measured = choose_plan(model, job, tokenizer, progress.advance)
     _tell_of_the_import(progress, import_report(model.checkpoint))
-    _tell_of_the_head(progress, model, config, plan)
-    calibration = read_calibration(model, config, tokenizer, text_sha256)
+    _tell_of_the_head(progress, model, job, plan)
+    calibration = read_calibration(job, tokenizer, text_sha256)
     progress.stage("quantize" if calibration is None else "calibrate")
-    decoder, shapes = build_decoder(model, config, plan, progress.advance, calibration, cache)
-    if config.tune:
+    decoder = build_decoder(model, job, plan, progress.advance, calibration, cache)
+    if job.calibration.tune:
         progress.stage("tune")
-    tuning = tune_decoder(model, config, decoder, calibration, progress.advance)
-    return Quantized(model, config, plan, measured, calibration, tuning, decoder, shapes)
+    tuning = tune_decoder(model, job, decoder, calibration, progress.advance)
+    return Quantized(model, job, plan, measured, calibration, tuning, decoder)
 
 
 def _tell_of_the_import(progress: Progress, report: ImportReport | None) -> None:
@@ -104,9 +101,7 @@ def _tell_of_the_import(progress: Progress, report: ImportReport | None) -> None
         )
 
 
-def _tell_of_the_head(
-    progress: Progress, model: Model, config: ExportConfig, plan: QuantizationPlan
-) -> None:
+def _tell_of_the_head(progress: Progress, model: Model, job: Job, plan: QuantizationPlan) -> None:
     claimed = model.checkpoint.config.get("tie_word_embeddings")
     if claimed and not model.spec.tie_word_embeddings:
         progress.note(
@@ -116,7 +111,7 @@ def _tell_of_the_head(
     if plan.untied_bytes:
         differ = f"its format ({plan.lm_head.label}, {plan.embedding.label})"
         if plan.lm_head == plan.embedding:
-            differ = f"the gain of the last norm, which --rotate {config.rotate} moves into it"
+            differ = f"the gain of the last norm, which --rotate {job.weights.rotate} moves into it"
         progress.note(
             f"The head shares its weights with the token table but not {differ}: storing it "
             f"separately costs {plan.untied_bytes:,} bytes."
@@ -125,56 +120,52 @@ def _tell_of_the_head(
 
 def build_decoder(
     model: Model,
-    config: ExportConfig,
+    job: Job,
     plan: QuantizationPlan,
     on_progress: Callable[[float], None] = lambda _: None,
     calibration: CalibrationText | None = None,
     cache: WeightCache | None = None,
-) -> tuple[Decoder, Shapes]:
-    """Build the quantized decoder of an export, and its shapes.
+) -> Decoder:
+    """Build the quantized decoder of an export.
 
     Args:
         model: What to quantize.
-        config: Settings.
+        job: Settings.
         plan: Schemes.
         on_progress: Called with the share done, 0 to 1.
-        calibration: The text that `config` asks for, see `read_calibration`.
+        calibration: The text that `job` asks for, see `read_calibration`.
         cache: Where quantized weights are looked up and kept.
 
     Raises:
         CheckpointError: a tensor is not finite, or does not fit the precision.
-        ConfigError: context or lengths do not fit the model.
         UnsupportedError: a family that cannot be rotated.
     """
-    if (config.calibrate is None) != (calibration is None):
-        raise ValueError("a calibration text and a config that asks for one belong together")
-    shapes = resolve_shapes(config, model.spec.max_position_embeddings)
-    # XNNPACK has no fused attention.
-    fused = config.backend == "coreml" and get_target(config.target).attention == "fused"
-    weights, spec = rotated(model.weights, model.spec, config.rotate)
-    decoder = Decoder(spec, shapes.context, "fused" if fused else "decomposed", config.logits)
-    storage = torch.float16 if config.compute_precision == "fp16" else torch.float32
+    if (job.calibration.calibrate is None) != (calibration is None):
+        raise ValueError("a calibration text and settings that ask for one belong together")
+    weights, spec = rotated(model.weights, model.spec, job.weights.rotate)
+    decoder = Decoder(spec, job.shapes.context, job.attention, job.logits)
+    storage = torch.float16 if job.precision.bits == 16 else torch.float32
     for buffer in decoder.buffers():
         # Tables and numbers too are what the program holds, so that only activations differ.
         if buffer.is_floating_point():
             buffer.copy_(buffer.to(storage))
     windows = None if calibration is None else calibration.windows
     fill(decoder, weights, plan, storage, on_progress, windows, cache)
-    return decoder.eval(), shapes
+    return decoder.eval()
 
 
 def tune_decoder(
     model: Model,
-    config: ExportConfig,
+    job: Job,
     decoder: Decoder,
     calibration: CalibrationText | None,
     on_progress: Callable[[float], None] = lambda _: None,
 ) -> Tuning | None:
-    """Tune a decoder that `build_decoder` calibrated, if `config` asks for it; see `tune`.
+    """Tune a decoder that `build_decoder` calibrated, if `job` asks for it; see `tune`.
 
     Args:
         model: The original, which is held beside it.
-        config: Settings.
+        job: Settings.
         decoder: Changed in place.
         calibration: The text that it was calibrated on.
         on_progress: Called with the share done, 0 to 1.
@@ -183,33 +174,31 @@ def tune_decoder(
         CheckpointError: the divergence is not finite.
         UnsupportedError: a linear layer is not quantized.
     """
-    if not config.tune or calibration is None:
+    if not job.calibration.tune or calibration is None:
         return None
     teacher = build_original(model, decoder.context)
-    return tune(decoder, teacher, calibration.windows, config.tune, on_progress)
+    return tune(decoder, teacher, calibration.windows, job.calibration.tune, on_progress)
 
 
 def read_calibration(
-    model: Model, config: ExportConfig, tokenizer: Path, sha256: str | None = None
+    job: Job, tokenizer: Path, sha256: str | None = None
 ) -> CalibrationText | None:
-    """Return the text that `config` asks to calibrate on, None if it does not.
+    """Return the text that `job` asks to calibrate on, None if it does not.
 
     Args:
-        model: What is calibrated.
-        config: Settings.
+        job: Settings.
         tokenizer: The model's `tokenizer.json`, which may be absent.
         sha256: The hash that the text is known by; None takes any.
 
     Raises:
         ConfigError: the text cannot be used or is another, or there is no tokenizer to read it.
     """
-    if config.calibrate is None:
+    source, tokens = job.calibration.calibrate, job.calibration.calibration_tokens
+    if source is None:
         return None
-    context = resolve_shapes(config, model.spec.max_position_embeddings).context
-    content = read_content(config.calibrate)
-    text = tokenize(config.calibrate, content, tokenizer, config.calibration_tokens, context)
+    text = tokenize(source, read_content(source), tokenizer, tokens, job.shapes.context)
     if sha256 not in (None, text.sha256):
-        raise ConfigError(f"'{config.calibrate}' holds another text than at the export.")
+        raise ConfigError(f"'{source}' holds another text than at the export.")
     return text
 
 

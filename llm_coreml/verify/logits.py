@@ -6,7 +6,7 @@ it precise enough: run as it declares, its logits may differ by what fp16 activa
 times it reads real text, in every length that it accepts, from both ends, then token by token, at
 the beginning and at the end of the context. The bounds are part of the manifest.
 
-    reading = Reading(eager.at, tokens, "held-out text", lengths, context, every_row=False)
+    reading = ReadText(eager.at, tokens, "held-out text", lengths, context, every_row=False)
     conversion = verify_conversion(unrounded, decoder, reading)
     verification = verify(artifact, reading, conversion)
 """
@@ -103,7 +103,7 @@ def conversion_bound(decoder: Decoder) -> float:
 Judge = Callable[[Sequence[int], int, Sequence[int]], torch.Tensor]
 
 
-class Reading:
+class ReadText:
     """A text as the eager model reads it; its logits are computed once for all comparisons.
 
     Args:
@@ -150,7 +150,7 @@ class Reading:
 def verify_conversion(
     unrounded: ReferenceRunner,
     decoder: Decoder,
-    reading: Reading,
+    reading: ReadText,
     on_progress: Callable[[float], None] = lambda _: None,
 ) -> Conversion:
     """Check that the artifact is the model: the same weights, and the same function of them.
@@ -181,7 +181,7 @@ def verify_conversion(
 
 def verify(
     artifact: Runner,
-    reading: Reading,
+    reading: ReadText,
     conversion: Conversion | None = None,
     on_progress: Callable[[float], None] = lambda _: None,
 ) -> Verification:
@@ -256,7 +256,7 @@ class _Compared:
 
 def _compare(
     artifact: Runner,
-    reading: Reading,
+    reading: ReadText,
     passes: Sequence[Pass],
     on_progress: Callable[[float], None],
 ) -> _Compared:

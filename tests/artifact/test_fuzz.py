@@ -18,11 +18,11 @@ from typing import Any
 
 import pytest
 import torch
-from artifacts import Artifact
 from coremltools.proto import Model_pb2
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from artifacts import Artifact
 from llm_coreml.artifact import pte
 from llm_coreml.artifact.inmemoryfs import pack, unpack
 from llm_coreml.errors import LlmCoreMLError

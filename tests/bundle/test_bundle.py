@@ -14,7 +14,6 @@ from typing import Any
 
 import jsonschema
 import pytest
-from tiny import llama
 
 from llm_coreml.bundle.card import model_card
 from llm_coreml.bundle.folder import (
@@ -27,12 +26,14 @@ from llm_coreml.bundle.folder import (
     write_json,
 )
 from llm_coreml.bundle.manifest import file_sha256, make_manifest
-from llm_coreml.config import ExportConfig, resolve_shapes
+from llm_coreml.config import ExportConfig, resolve
 from llm_coreml.errors import ArtifactError, ConfigError, OutputError
 from llm_coreml.model import open_model
 from llm_coreml.pipeline import export
 from llm_coreml.quantize import make_plan
+from llm_coreml.quantize.quantized import Quantized, build_decoder
 from llm_coreml.verify.logits import Conversion, Verification
+from tiny import llama
 
 CONVERSION = Conversion(21, 60, 2e-7, 3e-5)
 
@@ -44,14 +45,11 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     program.write_bytes(b"program")
     model = open_model(llama(intermediate_size=96, tie_word_embeddings=True))
     config = ExportConfig(context=32, seq_lengths=(1, 8))
+    job = resolve(config, model.spec)
+    plan = make_plan(job, model.spec)
+    decoder = build_decoder(model, job, plan)
     return make_manifest(
-        model,
-        config,
-        make_plan(config, model.spec),
-        None,
-        None,
-        None,
-        resolve_shapes(config, model.spec.max_position_embeddings),
+        Quantized(model, job, plan, None, None, None, decoder),
         program,
         {"get_max_seq_len": 8},
         Verification("reference runtime", "held-out text", 64, 63, 40, 1e-3, 1e-6, CONVERSION),

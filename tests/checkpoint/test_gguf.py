@@ -14,17 +14,17 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
 from gguf import quants
-from tiny import llama, save
 
 from llm_coreml.checkpoint import open_checkpoint
 from llm_coreml.checkpoint.packed import PackedCheckpoint
-from llm_coreml.config import ExportConfig
+from llm_coreml.config import ExportConfig, resolve
 from llm_coreml.errors import CheckpointError, UnsupportedError
 from llm_coreml.model import open_model
 from llm_coreml.quantize.formats.round import dense_rows
 from llm_coreml.quantize.plan.choose import plan_for
 from llm_coreml.quantize.plan.imported import import_report
 from llm_coreml.quantize.quantized import build_decoder
+from tiny import llama, save
 
 Array = np.ndarray[Any, Any]
 HEADS, KEY_HEADS = 4, 2
@@ -108,7 +108,8 @@ def write(folder: Path, kinds: dict[str, Kind], architecture: str = "llama") -> 
 def decoder_values(path: Path, **settings: Any) -> dict[str, Array]:
     config = ExportConfig(context=32, embedding="none", **settings)
     model = open_model(str(path))
-    decoder, _ = build_decoder(model, config, plan_for(config, model))
+    job = resolve(config, model.spec)
+    decoder = build_decoder(model, job, plan_for(job, model))
     stored = model.family.stored(model.spec)
     return {
         stored[ours].names[0]: torch.cat(list(dense_rows(parameter))).numpy()

@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from packers import awq, checkpoint, compressed, gptq, hqq, mlx, mxfp4, nf4
 from safetensors.torch import load_file, save_file
 
-from llm_coreml.config import ExportConfig
+from llm_coreml.config import ExportConfig, resolve
 from llm_coreml.errors import CheckpointError, ConfigError, LlmCoreMLError, UnsupportedError
 from llm_coreml.model import open_model
 from llm_coreml.pipeline import export
 from llm_coreml.quantize.formats.schemes import Unquantized
 from llm_coreml.quantize.plan.choose import plan_for
 from llm_coreml.quantize.quantized import build_decoder
+from packers import awq, checkpoint, compressed, gptq, hqq, mlx, mxfp4, nf4
 
 CONFIG = ExportConfig(context=32)
 UP = "model.layers.0.mlp.up_proj"
@@ -73,7 +73,8 @@ def edit(folder: Path, change: Change) -> None:
 
 def build(folder: Path, config: ExportConfig = CONFIG) -> Any:
     model = open_model(folder)
-    return build_decoder(model, config, plan_for(config, model))[0]
+    job = resolve(config, model.spec)
+    return build_decoder(model, job, plan_for(job, model))
 
 
 BAD: list[tuple[dict[str, Any], Any, Change, type[LlmCoreMLError], str]] = [
@@ -302,7 +303,8 @@ def test_what_the_checkpoint_left_unquantized_stays_so(tmp_path: Path) -> None:
 
     edit(folder, plain)
     model = open_model(folder)
-    plan = plan_for(CONFIG, model)
+    job = resolve(CONFIG, model.spec)
+    plan = plan_for(job, model)
     assert dict(plan.exceptions) == {"layers.0.mlp.up_proj": Unquantized()}
     assert torch.equal(build(folder).layers[0].mlp.up_proj.weight, values)
 

@@ -10,19 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from packers import checkpoint, gptq
 from safetensors.torch import load_file, save_file
-from tiny import llama, save, tokens_for
 
 from llm_coreml.checkpoint import check_tensors, open_checkpoint
 from llm_coreml.checkpoint.value_maps import PlusOne, Rows, Stacked, Transposed, ValueMap
 from llm_coreml.checkpoint.weights import FamilyWeights, Stored, expected_tensors
-from llm_coreml.config import ExportConfig
+from llm_coreml.config import ExportConfig, resolve
 from llm_coreml.decoder import Decoder
 from llm_coreml.errors import CheckpointError, UnsupportedError
 from llm_coreml.model import Model, open_model
 from llm_coreml.quantize.plan.choose import plan_for
 from llm_coreml.quantize.quantized import build_decoder
+from packers import checkpoint, gptq
+from tiny import llama, save, tokens_for
 
 Tensors = dict[str, torch.Tensor]
 SIZES: dict[str, Any] = {"num_hidden_layers": 2, "intermediate_size": 96, "vocab_size": 96}
@@ -111,7 +111,8 @@ def test_a_decoder_of_another_arrangement_computes_the_same(
     )
     rows = []
     for model in both:
-        decoder, _ = build_decoder(model, config, plan_for(config, model))
+        job = resolve(config, model.spec)
+        decoder = build_decoder(model, job, plan_for(job, model))
         with torch.inference_mode():
             rows.append(decoder(torch.tensor([tokens_for(96, 20)]), torch.zeros(1).long()))
     torch.testing.assert_close(rows[1], rows[0], rtol=0, atol=1e-5 * float(rows[0].abs().max()))

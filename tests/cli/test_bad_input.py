@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from exported import SHAPES, TEXT, Run, files_of, in_process, manifest_of, run
 from llm_coreml.recipes import bundled_model
-from safetensors.torch import load_file, save_file
 
 DOWN = "model.layers.0.mlp.down_proj.weight"
 NORM = "model.norm.weight"

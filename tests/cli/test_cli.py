@@ -7,17 +7,19 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
-from exported import CHATTER, SHAPES, Run, command, files_of, in_process, manifest_of, run
-from llm_coreml.recipes import recipe_names
 
+from exported import CHATTER, SHAPES, Run, command, files_of, in_process, manifest_of, run
+from llm_coreml import pipeline
 from llm_coreml.cli.main import cli
 from llm_coreml.config import ExportConfig
 from llm_coreml.quantize.formats.schemes import SCHEMES
+from llm_coreml.recipes import recipe_names
 from llm_coreml.targets import TARGETS
 
 COMMANDS = ("diff", "eval", "export", "generate", "inspect", "ls", "run", "show")
@@ -73,7 +75,9 @@ def test_export_has_an_option_for_every_setting_with_the_same_default() -> None:
     options = {str(option.name): option for option in options_of("export")}
     # Nothing required, so that what a bare command is given are the defaults.
     context = cli.commands["export"].make_context("export", [])
-    for name, value in ExportConfig().to_json().items():
+    defaults = asdict(ExportConfig())
+    assert len(defaults) > 20
+    for name, value in defaults.items():
         assert name in options and context.params[name] == value, name
 
 
@@ -173,7 +177,7 @@ class FakeExport:
 @pytest.fixture
 def fake_export(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> FakeExport:
     fake = FakeExport(bundle)
-    monkeypatch.setattr("llm_coreml.pipeline.export", fake)
+    monkeypatch.setattr(pipeline, "export", fake)
     return fake
 
 
@@ -271,7 +275,7 @@ def test_export_flags_reach_the_config(
         "allow_inexact": True,
         "force": True,
     }
-    assert settings.keys() | {"size", "plan"} == ExportConfig().to_json().keys()
+    assert settings.keys() | {"size", "plan"} == asdict(ExportConfig()).keys()
     words: list[str] = []
     for name, value in settings.items():
         flag = "--" + name.replace("_", separator)
@@ -306,6 +310,36 @@ def test_flags_that_mix_formats_reach_the_config(
     done = in_process(capfd, monkeypatch, "export", "org/model", *words)
     assert done.code == 0, done.err
     assert fake_export.given["config"] == ExportConfig(**settings)
+
+
+def test_a_recipe_is_exported_with_its_settings(
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    fake_export: FakeExport,
+    tmp_path: Path,
+) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(
+        "model: org/name\n"
+        "weights: {size: 600MB, embedding: int4-channel}\n"
+        "program: {context: 1024}\n"
+        "target: {target: ane}\n"
+    )
+    settings: dict[str, Any] = {"embedding": "int4-channel", "context": 1024, "target": "ane"}
+    done = in_process(capfd, monkeypatch, "export", recipe)
+    assert done.code == 0, done.err
+    assert fake_export.given["model"] == str(recipe)
+    assert fake_export.given["output"] == Path("mine-coreml")
+    assert fake_export.given["config"] == ExportConfig(size=600_000_000, **settings)
+    # What is on the command line wins, a default too; another model keeps the settings.
+    words = ("--model", "org/other", "--size", "1GB", "--embedding", "int8-channel")
+    done = in_process(capfd, monkeypatch, "export", recipe, *words, "--context", "64")
+    assert done.code == 0, done.err
+    assert fake_export.given["model"] == "org/other"
+    assert fake_export.given["config"] == ExportConfig(size=10**9, context=64, target="ane")
+    refused = in_process(capfd, monkeypatch, "export", recipe, "--bits", "3")
+    assert refused.code == 2
+    assert "--size decides what --bits 3 would; drop one of them." in refused.err
 
 
 # eval

@@ -13,7 +13,6 @@ from typing import Any, Literal
 import pytest
 import torch
 import transformers
-from tiny import BASE, expected_logits, llama, randomize, tokens_for
 from torch import nn
 
 from llm_coreml.decoder import Decoder, DecoderSpec
@@ -26,6 +25,7 @@ from llm_coreml.decoder.spec import (
     RopeSpec,
 )
 from llm_coreml.errors import CheckpointError
+from tiny import BASE, expected_logits, llama, randomize, tokens_for
 
 CONTEXT = 64
 BOUND = 1e-4

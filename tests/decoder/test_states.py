@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import llama, tokens_for
 
 from llm_coreml.decoder import Decoder
 from llm_coreml.decoder.states import KVCache, kv_write
 from llm_coreml.model import open_model
 from llm_coreml.quantize.quantized import build_original
+from tiny import llama, tokens_for
 
 
 @pytest.fixture(scope="module")

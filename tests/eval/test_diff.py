@@ -12,19 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from artifacts import Artifact
 from coremltools.converters.mil.mil import Builder as mb
+
+from artifacts import Artifact
 from exported import in_process
 from handmade import HALF, program, tensor
-from llm_coreml.eval.difference import diff
-from tiny import tokens_for
-
 from llm_coreml.errors import ArtifactError, ConfigError
+from llm_coreml.eval.difference import diff
 from llm_coreml.reference import CoreMLProgram
 from llm_coreml.reference.observe.alignment import Trace, Traced, align
 from llm_coreml.reference.observe.divergence import Parting, relative_error
 from llm_coreml.reference.observe.lockstep import Lockstep
 from llm_coreml.reference.observe.watch import Watch
+from tiny import tokens_for
 
 half = np.float16
 Given = dict[str, torch.Tensor]

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from llm_coreml.eval.heldout import cut, read_text
 
 from llm_coreml.errors import ConfigError
+from llm_coreml.eval.heldout import cut, read_text
 
 BOS = -1
 # Every token of a text is another, so that each can be followed.

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 from coremltools.converters.mil.mil import Builder as mb
-from exported import in_process
-from handmade import HALF, INT, program, tensor
-from llm_coreml.eval.inspection import Difference, Inspection, Result, inspect_numerics
 from rich.console import Console
 
+from exported import in_process
+from handmade import HALF, INT, program, tensor
 from llm_coreml.cli.options import MODES
 from llm_coreml.cli.tables import inspection_table
+from llm_coreml.eval.inspection import Difference, Inspection, Result, inspect_numerics
 from llm_coreml.reference.observe.watch import Observed, Watch
 from llm_coreml.reference.program.numerics import MODES as KNOWN_MODES
 

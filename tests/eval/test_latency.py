@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+
 from fake_runner import FakeRunner
 from llm_coreml.eval import latency as timing
 from llm_coreml.eval.latency import measure_latency

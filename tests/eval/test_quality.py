@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+
 from fake_runner import FakeRunner
 from llm_coreml.eval.quality import measure_quality
 

@@ -11,14 +11,14 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from tiny import expected_logits, llama, mistral, save, tokens_for
 
-from llm_coreml.config import ExportConfig
+from llm_coreml.config import ExportConfig, resolve
 from llm_coreml.decoder import Decoder
 from llm_coreml.model import Model, open_model
 from llm_coreml.quantize import make_plan
 from llm_coreml.quantize.fill import fill
 from llm_coreml.quantize.quantized import build_decoder, build_original
+from tiny import expected_logits, llama, mistral, save, tokens_for
 
 CONTEXT = 64
 BOUND = 1e-4
@@ -130,8 +130,9 @@ def test_build_decoder_unquantized_in_fp32(tmp_path: Path) -> None:
         target="ane",
         context=32,
     )
-    decoder, shapes = build_decoder(model, config, make_plan(config, model.spec))
-    assert shapes.context == 32
+    job = resolve(config, model.spec)
+    decoder = build_decoder(model, job, make_plan(job, model.spec))
+    assert job.shapes.context == 32
     tokens = tokens_for(97, 32)
     error = (run(decoder, tokens, [8, 24]) - expected_logits(reference, tokens)).abs().max()
     assert error < BOUND

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import llama, mistral, save
 
 from llm_coreml.decoder.spec import AttentionSpec, LayerSpec, MLPSpec, NormSpec, RopeSpec
 from llm_coreml.errors import CheckpointError, UnsupportedError
 from llm_coreml.families import find_family, known_model_types
 from llm_coreml.model import open_model
 from llm_coreml.quantize.quantized import build_original
+from tiny import llama, mistral, save
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",

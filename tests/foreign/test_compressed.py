@@ -17,8 +17,8 @@ import coremltools.optimize.coreml as cto
 import numpy as np
 import pytest
 import torch
-from foreign import conversion
 
+import conversion
 from llm_coreml.reference import CoreMLProgram
 
 ROWS, COLUMNS, FILTERS, CHANNELS, KERNEL, VOCABULARY = 32, 24, 16, 8, 2, 48

@@ -13,14 +13,15 @@ from typing import Any
 import coremltools as ct
 import pytest
 import torch
-from foreign.lowering import lower, specs
-from foreign.samples import made, uniform
 from torch import nn
 from torch.nn import functional as F
 
+from cases import cases
 from llm_coreml.artifact.pte import read
 from llm_coreml.errors import ArtifactError
 from llm_coreml.reference import LoadedMethod, load_method
+from lowering import lower, specs
+from samples import made, uniform
 
 # torch.export says so of its own recurrent layers.
 pytestmark = pytest.mark.filterwarnings("ignore:The tensor attributes .* were assigned during")
@@ -260,7 +261,8 @@ def kernels(path: Path) -> set[str]:
     return {item.target for item in instructions if item.kind == "kernel"}
 
 
-@pytest.mark.parametrize("name", CASES)
+# Loops and groups are those of another case as well.
+@pytest.mark.parametrize("name", cases(CASES, {"gru", "int4 groups"}))
 def test_modules(name: str, tmp_path: Path) -> None:
     case = CASES[name]
     module = case.module().eval()

@@ -14,8 +14,8 @@ import coremltools as ct
 import numpy as np
 import pytest
 import torch
-from foreign import conversion
 
+import conversion
 from llm_coreml.errors import ArtifactError
 from llm_coreml.reference import CoreMLProgram
 

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from foreign import static_llama
-from foreign.static_llama import CONTEXT, INPUT, PARAMS
 
+import static_llama
 from llm_coreml.reference import LoadedMethod, load_method
+from shared import Shared
+from static_llama import CONTEXT, INPUT, PARAMS
 
 CASES = {
     "single": ["--dtype", "fp32", "--linear_quantize", "b4w"],
@@ -30,11 +31,12 @@ Forward = Callable[[torch.Tensor, dict[str, Any]], Any]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("static_llama")
-    static_llama.write_checkpoint(path)
-    static_llama.export(path, CASES)
-    return path
+def folder(shared: Shared) -> Path:
+    def export(path: Path) -> None:
+        static_llama.write_checkpoint(path)
+        static_llama.export(path, CASES)
+
+    return shared.folder("static-llama", [], export)
 
 
 @pytest.fixture

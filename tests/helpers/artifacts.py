@@ -16,7 +16,7 @@ from llm_coreml.artifact.dtypes import DTYPES, to_tensor
 from llm_coreml.artifact.inmemoryfs import unpack
 from llm_coreml.artifact.mil import Constant, Function, Operation, TensorType
 from llm_coreml.artifact.milproto import parse
-from llm_coreml.config import ExportConfig, Shapes
+from llm_coreml.config import ExportConfig, Shapes, resolve
 from llm_coreml.decoder import Decoder, DecoderSpec
 from llm_coreml.model import open_model
 from llm_coreml.quantize import QuantizationPlan, make_plan
@@ -27,8 +27,38 @@ from llm_coreml.reference.ops.constexpr import (
 )
 from llm_coreml.runtime.reference import ReferenceRunner
 from llm_coreml.runtime.runner import Runner
+from shared import Shared
 
 UNQUANTIZED: dict[str, Any] = {"scheme": "none", "embedding": "none"}
+# label -> settings; together they put every format into the blocks, the table and the head.
+SCHEMES: dict[str, dict[str, Any]] = {
+    "int4-group-32": {"scheme": "int4-group"},
+    "int4-group-8": {
+        "scheme": "int4-group",
+        "group_size": 8,
+        "embedding": "none",
+        "lm_head": "int4-channel",
+    },
+    "int4-channel": {"scheme": "int4-channel", "embedding": "int4-channel"},
+    "int8-channel": {"scheme": "int8-channel", "embedding": "int4-group", "lm_head": "none"},
+    "codebook-1": {"bits": 1, "embedding": "codebook:6", "lm_head": "int4-group"},
+    "codebook-2": {"bits": 2, "embedding": "codebook:8", "lm_head": "codebook:1"},
+    "codebook-3": {"bits": 3, "codebook_rows": 8, "embedding": "codebook:3"},
+    "codebook-4": {"bits": 4, "scheme": "codebook", "codebook_rows": 1, "target": "ane"},
+    "codebook-6": {"bits": 6, "embedding": "codebook:2", "lm_head": "codebook:4"},
+    "int3-group": {
+        "scheme": "int3-group",
+        "zero_point": "int",
+        "embedding": "mxfp4",
+        "lm_head": "codebook:6",
+        "codebook_vector": 2,
+        "minimum_os": "iOS26",
+    },
+    "codebook-8": {"bits": 8, "scheme": "codebook", "lm_head": "codebook:8"},
+}
+TIED = ("int4-channel", "codebook-3", "codebook-6")
+# Codebooks of 1, 6 and 8 bits are in matrices of the others too, tied and untied.
+FURTHER = ("codebook-1", "codebook-6", "codebook-8")
 
 
 @dataclass(frozen=True)
@@ -59,17 +89,32 @@ class StoredMatrix:
     bytes: int
 
 
-def lower(source: Any, config: ExportConfig, path: Path) -> Artifact:
-    """Quantize and lower a folder or live model to the file `path`, without verifying it."""
+def lower(source: Any, config: ExportConfig, place: Path | Shared) -> Artifact:
+    """Quantize and lower a folder or live model, without verifying it.
+
+    Args:
+        source: what `open_model` takes.
+        config: how.
+        place: the file to write; or where all workers find one and the same file, so that what is
+            the same is lowered once.
+    """
     from llm_coreml.lower.coreml import lower_coreml
     from llm_coreml.lower.program import constant_methods
 
     model = open_model(source)
-    plan = make_plan(config, model.spec)
-    decoder, shapes = build_decoder(model, config, plan)
-    methods = constant_methods(model.spec, shapes, bos_id=1, eos_ids=(2, 5))
-    lower_coreml(decoder, config, shapes, methods, path)
-    return Artifact(path, decoder, plan, shapes)
+    job = resolve(config, model.spec)
+    plan = make_plan(job, model.spec)
+    decoder = build_decoder(model, job, plan)
+    methods = constant_methods(model.spec, job.shapes, bos_id=1, eos_ids=(2, 5))
+
+    def write(path: Path) -> None:
+        lower_coreml(decoder, job, job.shapes, methods, path)
+
+    if isinstance(place, Shared):
+        place = place.file("model.pte", (source, config), write)
+    else:
+        write(place)
+    return Artifact(place, decoder, plan, job.shapes)
 
 
 def method(path: Path) -> pte.Method:

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from shared import Shared
 from tiny import llama
 
 SHAPES = ("--context", "64", "--seq-lengths", "1,8")
@@ -128,9 +130,9 @@ def live_model() -> Any:
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory, live_model: Any) -> Path:
+def checkpoint(shared: Shared, live_model: Any) -> Path:
     """The tiny model, as a folder."""
-    return save_model(tmp_path_factory.mktemp("checkpoint") / "tiny-llama", live_model)
+    return shared.file("tiny-llama", [live_model], lambda folder: save_model(folder, live_model))
 
 
 @pytest.fixture(scope="session")
@@ -142,12 +144,18 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def export_run(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> tuple[Run, Path]:
+def export_run(shared: Shared, checkpoint: Path) -> tuple[Run, Path]:
     """What `llm-coreml export --format json` said, and the bundle that it wrote."""
-    bundle = tmp_path_factory.mktemp("exported") / "bundle"
-    done = run("export", checkpoint, "-o", bundle, *SHAPES, "--bits", "4", "--format", "json")
-    assert done.code == 0, done.err
-    return done, bundle
+    words = ("export", checkpoint, *SHAPES, "--bits", "4", "--format", "json")
+
+    def export(folder: Path) -> None:
+        (folder / "exports").mkdir()
+        done = run(*words, "-o", folder / "exports/bundle")
+        assert done.code == 0, done.err
+        (folder / "run.json").write_text(json.dumps(vars(done)))
+
+    folder = shared.folder("exported", [checkpoint, " ".join(map(str, words))], export)
+    return Run(**json.loads((folder / "run.json").read_text())), folder / "exports/bundle"
 
 
 @pytest.fixture(scope="session")

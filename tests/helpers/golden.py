@@ -26,6 +26,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+
 from exported import make_model, save_model
 from packers import checkpoint, gptq, mlx, mxfp4
 from tiny import llama, mistral, save

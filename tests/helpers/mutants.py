@@ -17,17 +17,17 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
-from artifacts import Artifact, lower
-from mutations import Mutation, Package, draw
-from tiny import llama
 
+from artifacts import Artifact, lower
 from llm_coreml.config import ExportConfig
 from llm_coreml.errors import ArtifactError, ConfigError, VerificationError
 from llm_coreml.reference.program.execution import Execution
 from llm_coreml.runtime.eager import EagerRunner
 from llm_coreml.runtime.reference import ReferenceRunner
 from llm_coreml.runtime.runner import Runner
-from llm_coreml.verify.logits import Reading, verify, verify_conversion
+from llm_coreml.verify.logits import ReadText, verify, verify_conversion
+from mutations import Mutation, Package, draw
+from tiny import llama
 
 CONTEXT, VOCABULARY, LENGTHS = 32, 64, (1, 4, 8)
 # Logits of one program, computed twice, are equal; a millionth is far below any rounding of fp16.
@@ -100,7 +100,7 @@ class Trial:
             EagerRunner(artifact.decoder, ""),
             PROGRAMS[name][1].get("logits") == "all",
         )
-        self._reading = Reading(eager.at, tokens, "random", LENGTHS, CONTEXT, every_row)
+        self._reading = ReadText(eager.at, tokens, "random", LENGTHS, CONTEXT, every_row)
 
     def judge(self, mutation: Mutation) -> Mutant:
         """Say whether `mutation` changes the function, and whether it is noticed."""

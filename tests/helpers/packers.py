@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+
 from tiny import llama, save
 
 Array = np.ndarray[Any, Any]

@@ -22,6 +22,7 @@ from coremltools.converters.mil.mil import Builder as mb
 from coremltools.converters.mil.mil import Function, Program, types
 
 from llm_coreml.reference import CoreMLProgram, load
+from shared import Shared
 
 DTYPES = {
     np.dtype(np.float32): types.fp32,
@@ -205,7 +206,9 @@ class Pair(torch.nn.Module):
         return torch.sigmoid(torch.relu(x + 1).flip(0) + 1)
 
 
-def _lower(module: torch.nn.Module, arguments: tuple[Any, ...], *, inline: bool, skip: Any) -> Any:
+def _lower(
+    path: Path, module: torch.nn.Module, arguments: tuple[Any, ...], *, inline: bool, skip: Any
+) -> None:
     from executorch.backends.apple.coreml.compiler import CoreMLBackend
     from executorch.backends.apple.coreml.partition import CoreMLPartitioner
     from executorch.exir import ExecutorchBackendConfig, to_edge_transform_and_lower
@@ -223,57 +226,53 @@ def _lower(module: torch.nn.Module, arguments: tuple[Any, ...], *, inline: bool,
             "get_zero": 0,
         },
     )
-    return edge.to_executorch(ExecutorchBackendConfig(extract_delegate_segments=not inline)).buffer
+    settings = ExecutorchBackendConfig(extract_delegate_segments=not inline)
+    path.write_bytes(edge.to_executorch(settings).buffer)
+
+
+def _pair(path: Path, *, inline: bool, skip: Any) -> None:
+    _lower(path, Pair(), (torch.zeros(2),), inline=inline, skip=skip)
 
 
 @pytest.fixture(scope="session")
-def sample_pte(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sample_pte(shared: Shared) -> Path:
     """A stateful method `forward(tokens int64 [1, 3], start_pos int64 [1])`, data inline."""
-    path = tmp_path_factory.mktemp("pte") / "sample.pte"
     arguments = (torch.tensor([[1, 2, 3]]), torch.tensor([0]))
-    path.write_bytes(
-        _lower(
-            Counter(),
-            arguments,
-            inline=True,
-            skip=["aten._to_copy.default", "dim_order_ops._to_dim_order_copy.default"],
-        )
+    skip = ["aten._to_copy.default", "dim_order_ops._to_dim_order_copy.default"]
+    return shared.file(
+        "sample.pte", [], lambda path: _lower(path, Counter(), arguments, inline=True, skip=skip)
     )
-    return path
 
 
 @pytest.fixture(scope="session")
-def segmented_pte(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def segmented_pte(shared: Shared) -> Path:
     """As `sample_pte`, with the delegate's data in a segment behind the program."""
-    path = tmp_path_factory.mktemp("pte") / "segmented.pte"
-    path.write_bytes(_lower(Pair(), (torch.zeros(2),), inline=False, skip=None))
-    return path
+    return shared.file("segmented.pte", [], lambda path: _pair(path, inline=False, skip=None))
 
 
 @pytest.fixture(scope="session")
-def portable_pte(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def portable_pte(shared: Shared) -> Path:
     """Two Core ML delegates with a kernel between them."""
-    path = tmp_path_factory.mktemp("pte") / "portable.pte"
-    path.write_bytes(_lower(Pair(), (torch.zeros(2),), inline=True, skip=["aten.flip.default"]))
-    return path
+    skip = ["aten.flip.default"]
+    return shared.file("portable.pte", [], lambda path: _pair(path, inline=True, skip=skip))
 
 
 @pytest.fixture(scope="session")
-def two_segments_pte(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def two_segments_pte(shared: Shared) -> Path:
     """As `portable_pte`, with each delegate's data in a segment of its own."""
-    path = tmp_path_factory.mktemp("pte") / "two_segments.pte"
-    path.write_bytes(_lower(Pair(), (torch.zeros(2),), inline=False, skip=["aten.flip.default"]))
-    return path
+    skip = ["aten.flip.default"]
+    return shared.file("two_segments.pte", [], lambda path: _pair(path, inline=False, skip=skip))
 
 
 @pytest.fixture(scope="session")
-def xnnpack_pte(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def xnnpack_pte(shared: Shared) -> Path:
     """A method lowered for another backend."""
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
 
-    exported = torch.export.export(torch.nn.Linear(2, 3).eval(), (torch.zeros(1, 2),))
-    edge = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()])
-    path = tmp_path_factory.mktemp("pte") / "xnnpack.pte"
-    path.write_bytes(edge.to_executorch().buffer)
-    return path
+    def write(path: Path) -> None:
+        exported = torch.export.export(torch.nn.Linear(2, 3).eval(), (torch.zeros(1, 2),))
+        edge = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()])
+        path.write_bytes(edge.to_executorch().buffer)
+
+    return shared.file("xnnpack.pte", [], write)

@@ -26,6 +26,22 @@ BASE: dict[str, Any] = {
 }
 
 
+def small_spec(**changes: Any) -> DecoderSpec:
+    """Return the spec of a small llama of two layers, its config changed by `changes`."""
+    config = {
+        "model_type": "llama",
+        "vocab_size": 1000,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 64,
+    }
+    return find_family(config).spec({**config, **changes})
+
+
 def randomize(model: Any, seed: int = 0, std: float = 0.15) -> Any:
     """Give every parameter random values, norms around one, and return the model for inference."""
     generator = torch.Generator().manual_seed(seed)
@@ -48,22 +64,6 @@ def mistral(**changes: Any) -> Any:
     from transformers import MistralConfig, MistralForCausalLM
 
     return randomize(MistralForCausalLM(MistralConfig(**{**BASE, **changes})))
-
-
-def small_spec(**changes: Any) -> DecoderSpec:
-    """Return the spec of a small llama of two layers, its config changed by `changes`."""
-    config = {
-        "model_type": "llama",
-        "vocab_size": 1000,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "max_position_embeddings": 64,
-    }
-    return find_family(config).spec({**config, **changes})
 
 
 def save(model: Any, folder: Path, **options: Any) -> Path:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from artifacts import (
     UNQUANTIZED,
     Artifact,
@@ -26,14 +27,15 @@ from artifacts import (
     program,
     weight_bytes,
 )
-from tiny import BASE, expected_logits, llama, mistral, random_split, save, tokens_for
-
+from cases import cases
 from llm_coreml.artifact.mil import StateType, TensorType
 from llm_coreml.config import ExportConfig
 from llm_coreml.decoder.states import CacheView
 from llm_coreml.pipeline import export
 from llm_coreml.runtime.eager import EagerRunner
 from llm_coreml.runtime.runner import split_lengths
+from shared import Shared
+from tiny import BASE, expected_logits, llama, mistral, random_split, save, tokens_for
 
 BOUND = 2e-2
 # fp32 activations and weights; what the fp16 states round is rounded in the eager decoder too.
@@ -134,8 +136,13 @@ ODD = {
 }
 
 
-@pytest.mark.parametrize("odd", ODD.values(), ids=ODD)
-def test_computes_what_transformers_computes(odd: Odd, tmp_path: Path) -> None:
+# Each of them differs in what others differ in too, or in the numbers of a table.
+FURTHER = ("mlp_bias, intermediate 100", "decomposed, all logits", "linear rope, head_dim 8")
+
+
+@pytest.mark.parametrize("name", cases(ODD, FURTHER))
+def test_computes_what_transformers_computes(name: str, tmp_path: Path) -> None:
+    odd = ODD[name]
     made = odd.make(**odd.model).to(odd.dtype)
     folder = save(made, tmp_path / "model", max_shard_size="60KB")
     reference = type(made).from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
@@ -148,10 +155,10 @@ def test_computes_what_transformers_computes(odd: Odd, tmp_path: Path) -> None:
     assert runner.every_row == (config.logits == "all")
     tokens = tokens_for(made.config.vocab_size, odd.context)
     expected = expected_logits(reference.eval(), tokens)
-    for name, parts in splits(odd.context, odd.lengths).items():
+    for split, parts in splits(odd.context, odd.lengths).items():
         ends = torch.tensor(parts).cumsum(0) - 1
         wanted = expected if runner.every_row else expected[ends]
-        assert relative_error(feed(runner, tokens, parts), wanted) < BOUND, name
+        assert relative_error(feed(runner, tokens, parts), wanted) < BOUND, split
 
 
 def test_computes_what_the_quantized_decoder_computes(
@@ -283,7 +290,7 @@ def test_nothing_of_the_build_machine_is_inside(three_layers: Artifact) -> None:
     assert not any("debug" in name for name in files(three_layers.path))
 
 
-# Determinism
+# Determinism, which tests of the command and of live models show as well, of another format
 
 _EXPORT = """
 import sys
@@ -296,14 +303,19 @@ export(sys.argv[1], output=sys.argv[2], context=32, config=config)
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A model folder, and an export of it made in this process."""
-    root = tmp_path_factory.mktemp("exported")
-    folder = save(llama(tie_word_embeddings=True, vocab_size=96), root / "model")
+def exported(shared: Shared) -> tuple[Path, Path]:
+    """A model folder, and an export of it made in a worker's process."""
+    model = llama(tie_word_embeddings=True, vocab_size=96)
     config = ExportConfig(bits=2, scheme="codebook", embedding="int8-channel", seq_lengths=(1, 8))
-    return folder, export(folder, output=root / "here", context=32, config=config).folder
+
+    def make(root: Path) -> None:
+        export(save(model, root / "model"), output=root / "here", context=32, config=config)
+
+    root = shared.folder("determinism", [model, config], make)
+    return root / "model", root / "here"
 
 
+@pytest.mark.exhaustive
 def test_another_process_writes_the_same_bytes(exported: tuple[Path, Path], tmp_path: Path) -> None:
     folder, here = exported
     there = tmp_path / "deep" / "there"
@@ -325,6 +337,7 @@ def test_another_process_writes_the_same_bytes(exported: tuple[Path, Path], tmp_
         assert (there / path.name).read_bytes() == path.read_bytes(), path.name
 
 
+@pytest.mark.exhaustive
 def test_a_live_model_gives_the_program_of_its_folder(
     exported: tuple[Path, Path], tmp_path: Path
 ) -> None:

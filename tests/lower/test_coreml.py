@@ -6,12 +6,12 @@ import gc
 from pathlib import Path
 
 import pytest
-from tiny import llama
 
-from llm_coreml.config import ExportConfig
+from llm_coreml.config import ExportConfig, resolve
 from llm_coreml.model import open_model
 from llm_coreml.quantize.plan.choose import plan_for
 from llm_coreml.quantize.quantized import build_decoder
+from tiny import llama
 
 
 @pytest.mark.parametrize("target", ["gpu", "ane"])
@@ -25,8 +25,9 @@ def test_the_traced_program_has_nothing_to_decompose(target: str) -> None:
     scheme = "int4-channel" if target == "ane" else "int4-group"
     config = ExportConfig(target=target, scheme=scheme, context=64, seq_lengths=(1, 8))
     model = open_model(llama(vocab_size=96, intermediate_size=96))
-    decoder, shapes = build_decoder(model, config, plan_for(config, model))
-    exported = trace(decoder, shapes).run_decompositions({})
+    job = resolve(config, model.spec)
+    decoder = build_decoder(model, job, plan_for(job, model))
+    exported = trace(decoder, job.shapes).run_decompositions({})
     table = _default_decomposition_table()
     kept, _ = WholeMethodPartitioner("", []).ops_to_not_decompose(exported)
     called = {node.target for node in exported.graph.nodes if node.op == "call_function"}
@@ -39,7 +40,8 @@ def test_garbage_is_collected_again_after_a_lowering_that_failed(tmp_path: Path)
 
     model = open_model(llama(vocab_size=96, intermediate_size=96))
     config = ExportConfig(context=64, seq_lengths=(1, 8))
-    decoder, shapes = build_decoder(model, config, plan_for(config, model))
+    job = resolve(config, model.spec)
+    decoder = build_decoder(model, job, plan_for(job, model))
     seen = []
     with pytest.raises(ZeroDivisionError):
 
@@ -47,5 +49,5 @@ def test_garbage_is_collected_again_after_a_lowering_that_failed(tmp_path: Path)
             seen.append(gc.isenabled())
             raise ZeroDivisionError
 
-        lower_coreml(decoder, config, shapes, {}, tmp_path / "model.pte", fail)
+        lower_coreml(decoder, job, job.shapes, {}, tmp_path / "model.pte", fail)
     assert seen == [False] and gc.isenabled()

@@ -8,11 +8,10 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from artifacts import feed
 from coremltools.converters.mil.frontend.torch.torch_op_registry import _TORCH_OPS_REGISTRY
-from tiny import random_split, tokens_for
 from torch import nn
 
+from artifacts import feed
 from llm_coreml.config import ExportConfig, Shapes
 from llm_coreml.decoder import Decoder, DecoderSpec
 from llm_coreml.decoder.spec import (
@@ -31,6 +30,7 @@ from llm_coreml.runtime.eager import EagerRunner
 from llm_coreml.runtime.executorch import ExecutorchRunner
 from llm_coreml.runtime.reference import ReferenceRunner
 from llm_coreml.runtime.runner import Runner
+from tiny import random_split, tokens_for
 
 NORM = NormSpec()
 HEADS = AttentionSpec(4, 2, 16)

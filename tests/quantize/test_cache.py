@@ -17,11 +17,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SCHEMES
 from safetensors.torch import load_file, save_file
-from tiny import llama, save
 
-from llm_coreml.config import ExportConfig
+from artifacts import SCHEMES
+from llm_coreml.config import ExportConfig, resolve
 from llm_coreml.model import open_model
 from llm_coreml.quantize import cache, make_plan
 from llm_coreml.quantize.cache import WeightCache, default_folder
@@ -31,6 +30,7 @@ from llm_coreml.quantize.formats import round as apply
 from llm_coreml.quantize.formats.round import dense_rows
 from llm_coreml.quantize.formats.schemes import IntGroup
 from llm_coreml.quantize.quantized import build_decoder
+from tiny import llama, save
 
 CONFIG = ExportConfig(context=32)
 CALIBRATED = replace(CONFIG, calibrate="bundled")
@@ -77,10 +77,11 @@ def build(
     """Return the names and bytes of all parameters, and what was noted."""
     notes: list[str] = []
     model = open_model(source)
-    decoder, _ = build_decoder(
+    job = resolve(config, model.spec)
+    decoder = build_decoder(
         model,
-        config,
-        make_plan(config, model.spec),
+        job,
+        make_plan(job, model.spec),
         calibration=text if config.calibrate else None,
         cache=WeightCache(kept, notes.append) if kept else None,
     )

@@ -10,23 +10,24 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import llama, save
 
 from llm_coreml.checkpoint import Checkpoint
-from llm_coreml.config import ExportConfig
+from llm_coreml.config import ExportConfig, resolve
 from llm_coreml.errors import CheckpointError, UnsupportedError
 from llm_coreml.model import open_model
 from llm_coreml.quantize import make_plan
 from llm_coreml.quantize.formats.round import quantize_weight
 from llm_coreml.quantize.formats.schemes import Codebook, IntChannel, IntGroup, Scheme
 from llm_coreml.quantize.quantized import build_decoder, build_original
+from tiny import llama, save
 
 CONFIG = ExportConfig(context=32)
 
 
 def build(folder: Path, config: ExportConfig = CONFIG) -> Any:
     model = open_model(folder)
-    return build_decoder(model, config, make_plan(config, model.spec))[0]
+    job = resolve(config, model.spec)
+    return build_decoder(model, job, make_plan(job, model.spec))
 
 
 @pytest.fixture
@@ -57,7 +58,8 @@ def test_every_tensor_is_read_once(tied: bool, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(Checkpoint, "tensor", counted)
     model = open_model(llama(num_hidden_layers=2, intermediate_size=96, tie_word_embeddings=tied))
     assert not reads, "opening reads no data"
-    decoder, _ = build_decoder(model, CONFIG, make_plan(CONFIG, model.spec))
+    job = resolve(CONFIG, model.spec)
+    decoder = build_decoder(model, job, make_plan(job, model.spec))
     assert set(reads) == {
         name for made in model.family.stored(model.spec).values() for name in made.names
     }
@@ -70,7 +72,8 @@ def test_every_tensor_is_read_once(tied: bool, monkeypatch: pytest.MonkeyPatch) 
 def test_a_tied_head_in_a_format_of_its_own_reads_the_table_again() -> None:
     config = ExportConfig(context=32, lm_head="int4-channel")
     model = open_model(llama(intermediate_size=96, tie_word_embeddings=True))
-    decoder, _ = build_decoder(model, config, make_plan(config, model.spec))
+    job = resolve(config, model.spec)
+    decoder = build_decoder(model, job, make_plan(job, model.spec))
     table, head = decoder.embed_tokens.weight, decoder.lm_head.weight
     assert table is not head
     distance = (table.dequantize() - head.dequantize()).abs().max()
@@ -80,7 +83,8 @@ def test_a_tied_head_in_a_format_of_its_own_reads_the_table_again() -> None:
 def test_progress_ends_at_one_and_never_falls(folder: Path) -> None:
     model = open_model(folder)
     shares: list[float] = []
-    build_decoder(model, CONFIG, make_plan(CONFIG, model.spec), shares.append)
+    job = resolve(CONFIG, model.spec)
+    build_decoder(model, job, make_plan(job, model.spec), shares.append)
     assert shares == sorted(shares)
     assert shares[-1] == 1.0 and shares[0] > 0
 

@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 import torch
 from coremltools.converters.mil.mil import Builder as mb
-from exported import Run, in_process
-from handmade import HALF, INT, package, tensor
 from safetensors.torch import load_file, save_file
 
+from exported import Run, in_process
+from handmade import HALF, INT, package, tensor
 from llm_coreml.runtime.tensor_files import write_tensors
 
 half = np.float16

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from fake_runner import FakeRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fake_runner import FakeRunner
 from llm_coreml.bundle.folder import open_bundle
 from llm_coreml.errors import ConfigError
 from llm_coreml.runtime.opening import open_runner

@@ -8,9 +8,8 @@ from typing import final
 
 import pytest
 import torch
-from artifacts import Artifact
-from tiny import tokens_for
 
+from artifacts import Artifact
 from llm_coreml.decoder import Decoder
 from llm_coreml.errors import VerificationError
 from llm_coreml.reference.program.execution import Execution
@@ -20,12 +19,13 @@ from llm_coreml.runtime.runner import Runner
 from llm_coreml.verify.logits import (
     MAX_RELATIVE_ERROR,
     Conversion,
-    Reading,
+    ReadText,
     conversion_bound,
     verification_passes,
     verify,
     verify_conversion,
 )
+from tiny import tokens_for
 
 VOCABULARY = 16
 CONTEXT = 128
@@ -57,11 +57,11 @@ class Formula(Runner):
 TOKENS = [(7 * n) % VOCABULARY for n in range(CONTEXT)]
 
 
-def read(every_row: bool = False) -> Reading:
+def read(every_row: bool = False) -> ReadText:
     def judge(tokens: Sequence[int], start: int, rows: Sequence[int]) -> torch.Tensor:
         return Formula(every_row=True).logits(tokens, start)[list(rows)]
 
-    return Reading(judge, TOKENS, "held-out text", (1, 8, 64), CONTEXT, every_row)
+    return ReadText(judge, TOKENS, "held-out text", (1, 8, 64), CONTEXT, every_row)
 
 
 READING = read()
@@ -125,7 +125,7 @@ def converted(artifact: Artifact, decoder: Decoder) -> Conversion:
     tokens = tokens_for(decoder.spec.vocab_size, decoder.context)
     unrounded = ReferenceRunner(artifact.path, Execution(mode="fp32"))
     judge, context = EagerRunner(decoder, "").at, decoder.context
-    reading = Reading(judge, tokens, "text", unrounded.seq_lengths, context, every_row=False)
+    reading = ReadText(judge, tokens, "text", unrounded.seq_lengths, context, every_row=False)
     return verify_conversion(unrounded, decoder, reading)
 
 

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from artifacts import Artifact
+from llm_coreml.errors import ArtifactError
 from mutants import Survey, mutants
 from mutations import Package, mutations
-
-from llm_coreml.errors import ArtifactError
 
 
 def test_wrong_programs_are_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from artifacts import UNQUANTIZED, Artifact, lower
-from tiny import llama
 from torchao.utils import TorchAOBaseTensor
 
+from artifacts import UNQUANTIZED, Artifact, lower
 from llm_coreml.artifact.mil import Constant, TensorType
 from llm_coreml.config import ExportConfig
 from llm_coreml.errors import VerificationError
@@ -21,6 +20,7 @@ from llm_coreml.reference.program.execution import Execution
 from llm_coreml.reference.program.numerics import numerics
 from llm_coreml.runtime.reference import ReferenceRunner
 from llm_coreml.verify.weights import check_weights
+from tiny import llama
 
 Constants = list[tuple[str, torch.Tensor | PackedWeight]]
 

@@ -4,7 +4,7 @@
     scheme.check("layers.0.mlp.down_proj", (2048, 8192))   # refuses what does not divide
     scheme.bits_per_weight((2048, 8192))                   # 4.5
 
-Adding a format: one dataclass here, one handler in `apply.py`, one row of golden values.
+Adding a format: one dataclass here, one handler in `round.py`, one row of golden values.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Scheme(ABC):
 
     @property
     def traits(self) -> tuple[str, ...]:
-        """What a target may be known not to take, see `targets.Target.misfits`."""
+        """What a target may be known not to take, see `rules`."""
         return (self.name,)
 
     @property

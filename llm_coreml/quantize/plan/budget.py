@@ -1,8 +1,8 @@
 """What mixed formats may take: the formats of every matrix, and the bits for all of them together.
 
-options = mixed_options(config, spec)
+options = mixed_options(job, spec)
 options["layers.0.mlp.down_proj"]                      # (Codebook(2, 16), ..., IntChannel(8))
-limit = matrix_bits(config, spec, options)             # what --bits 3.5 or --size 600MB leaves
+limit = matrix_bits(job, spec, options)             # what --bits 3.5 or --size 600MB leaves
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from dataclasses import replace
 
 from torch import nn
 
-from llm_coreml.config import ExportConfig, resolve_shapes
+from llm_coreml.config import Job
 from llm_coreml.decoder import Decoder, DecoderSpec
 from llm_coreml.errors import UnsupportedError
 from llm_coreml.quantize.formats.schemes import Scheme
 from llm_coreml.quantize.plan.plan import QuantizationPlan, linear_scheme, make_plan, matrices
-from llm_coreml.targets import get_target
+from llm_coreml.rules import Use, refused
 
 # By rising size. Codebooks of 1 bit lose everything, those of 8 bits more bytes than int8.
 _MIXED = (
@@ -36,17 +36,19 @@ _PROGRAM_BYTES, _LAYER_BYTES = 28 << 10, 34 << 10
 Options = Mapping[str, tuple[Scheme, ...]]
 
 
-def mixed_options(config: ExportConfig, spec: DecoderSpec) -> Options:
+def mixed_options(job: Job, spec: DecoderSpec) -> Options:
     """Return what each linear layer of the blocks may be stored as, by rising size.
 
     These are the formats that the target is not known to refuse and that hold a matrix of the
     layer's shape, with `--group-size` and `--codebook-rows` as given.
     """
-    alone = replace(config, size=None, plan=None)
+    alone = replace(job.weights, size=None, plan=None)
+    # By their names alone: they run on every system, and what --codebook-scale adds to them is
+    # refused for its own reason.
     schemes = [
-        linear_scheme(replace(alone, scheme=name, bits=bits))
+        linear_scheme(replace(job, weights=replace(alone, scheme=name, bits=bits)))
         for name, bits in _MIXED
-        if name not in get_target(config.target).misfits
+        if not refused(Use(job.target, job.opset, (name,), job.opset))
     ]
     return {
         name: tuple(scheme for scheme in schemes if _holds(scheme, name, shape))
@@ -62,8 +64,8 @@ def _holds(scheme: Scheme, name: str, shape: tuple[int, int]) -> bool:
     return True
 
 
-def matrix_bits(config: ExportConfig, spec: DecoderSpec, options: Options) -> int:
-    """Return the bits that `config` leaves for the linear layers of the blocks.
+def matrix_bits(job: Job, spec: DecoderSpec, options: Options) -> int:
+    """Return the bits that `job` leaves for the linear layers of the blocks.
 
     Raises:
         UnsupportedError: even the smallest formats need more, or the largest less.
@@ -74,38 +76,37 @@ def matrix_bits(config: ExportConfig, spec: DecoderSpec, options: Options) -> in
         return sum(choose(s.stored_bits(shapes[name]) for s in options[name]) for name in options)
 
     least, most = total(min), total(max)
-    if config.size is None:
+    if job.weights.size is None:
         weights = sum(rows * columns for rows, columns in shapes.values())
-        limit = math.floor((config.bits or 0) * weights)
+        limit = math.floor((job.weights.bits or 0) * weights)
         if not least <= limit <= most:
             # Rounded inwards: both can be asked for.
             low, high = math.ceil(100 * least / weights), math.floor(100 * most / weights)
             raise UnsupportedError(
-                f"--bits {config.bits} cannot be reached: mixed formats take {low / 100:.2f} to "
-                f"{high / 100:.2f} bits per weight of this model on --target {config.target}, "
-                "scales and tables included; give a number between."
+                f"--bits {job.weights.bits} cannot be reached: mixed formats take "
+                f"{low / 100:.2f} to {high / 100:.2f} bits per weight of this model on --target "
+                f"{job.target.name}, scales and tables included; give a number between."
             )
         return limit
     smallest = {name: schemes[0] for name, schemes in options.items()}
-    rest = other_bytes(config, spec, make_plan(config, spec, smallest))
-    limit = 8 * (config.size - rest)
+    rest = other_bytes(job, spec, make_plan(job, spec, smallest))
+    limit = 8 * (job.weights.size - rest)
     if limit < least:
         raise UnsupportedError(
-            f"--size {config.size:,} bytes cannot be reached: mixed formats make this model "
+            f"--size {job.weights.size:,} bytes cannot be reached: mixed formats make this model "
             f"{rest + -(-least // 8):,} to {rest + -(-most // 8):,} bytes on --target "
-            f"{config.target}, {rest:,} of them for the tables and the program; give a size "
+            f"{job.target.name}, {rest:,} of them for the tables and the program; give a size "
             "between, or smaller tables such as --embedding int4-channel."
         )
     return limit
 
 
-def other_bytes(config: ExportConfig, spec: DecoderSpec, plan: QuantizationPlan) -> int:
+def other_bytes(job: Job, spec: DecoderSpec, plan: QuantizationPlan) -> int:
     """Return what a `.pte` takes beside the linear layers of the blocks, at most."""
     table = (spec.vocab_size, spec.hidden_size)
     bits = plan.embedding.stored_bits(table)
     bits += 0 if plan.tied else plan.lm_head.stored_bits(table)
-    number = 4 if config.compute_precision == "fp32" else 2
-    context = resolve_shapes(config, spec.max_position_embeddings).context
+    number, context = job.precision.bits // 8, job.shapes.context
     # A cosine and a sine for every pair of rotated numbers, and an int32 for every position.
     turned = sum(rope.dim for rope in spec.rotary)
     numbers = _vectors(spec) * number + context * (turned * number + 4)

@@ -1,6 +1,6 @@
 """Decide the format of every matrix: by flags, by an earlier plan, or by what each costs the model.
 
-plan, measured = choose_plan(model, config, tokenizer)
+plan, measured = choose_plan(model, job, tokenizer)
 measured.losses["layers.0.mlp.down_proj"]              # of the format that the plan gives it
 """
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm_coreml.config import ExportConfig, resolve_shapes
+from llm_coreml.config import Job
 from llm_coreml.decoder import DecoderSpec
 from llm_coreml.model import Model
 from llm_coreml.quantize import QuantizationPlan, make_plan
@@ -48,7 +48,7 @@ class Measured:
     losses: dict[str, float]
 
 
-def plan_without_weights(config: ExportConfig, spec: DecoderSpec) -> QuantizationPlan:
+def plan_without_weights(job: Job, spec: DecoderSpec) -> QuantizationPlan:
     """Return the plan that settings alone decide; of mixed formats, the smallest possible one.
 
     Raises:
@@ -56,18 +56,18 @@ def plan_without_weights(config: ExportConfig, spec: DecoderSpec) -> Quantizatio
         UnsupportedError: Core ML, the target or a shape does not allow it, or no mix of formats
             comes to the bits or bytes asked for.
     """
-    if config.plan is not None:
-        return make_plan(config, spec, read_plan(Path(config.plan), config, spec))
-    if not config.mixed:
-        return make_plan(config, spec)
-    options = mixed_options(config, spec)
-    matrix_bits(config, spec, options)
-    return make_plan(config, spec, {name: schemes[0] for name, schemes in options.items()})
+    if job.weights.plan is not None:
+        return make_plan(job, spec, read_plan(Path(job.weights.plan), job, spec))
+    if not job.weights.mixed:
+        return make_plan(job, spec)
+    options = mixed_options(job, spec)
+    matrix_bits(job, spec, options)
+    return make_plan(job, spec, {name: schemes[0] for name, schemes in options.items()})
 
 
 def choose_plan(
     model: Model,
-    config: ExportConfig,
+    job: Job,
     tokenizer: Path,
     on_progress: Callable[[float], None] = lambda _: None,
 ) -> tuple[QuantizationPlan, Measured | None]:
@@ -75,7 +75,7 @@ def choose_plan(
 
     Args:
         model: What is exported.
-        config: Settings.
+        job: Settings.
         tokenizer: The model's `tokenizer.json`, which may be absent.
         on_progress: Called with the share of measuring done, 0 to 1.
 
@@ -84,13 +84,13 @@ def choose_plan(
             for the text.
     """
     if import_report(model.checkpoint) is not None:
-        return plan_for(config, model), None
-    if not config.mixed:
-        return plan_without_weights(config, model.spec), None
-    options = mixed_options(config, model.spec)
-    budget = matrix_bits(config, model.spec, options)
-    text = _text(model, config, tokenizer)
-    weights, spec = rotated(model.weights, model.spec, config.rotate)
+        return plan_for(job, model), None
+    if not job.weights.mixed:
+        return plan_without_weights(job, model.spec), None
+    options = mixed_options(job, model.spec)
+    budget = matrix_bits(job, model.spec, options)
+    text = _text(job, tokenizer)
+    weights, spec = rotated(model.weights, model.spec, job.weights.rotate)
     losses = sensitivities(weights, spec, text.windows, options, on_progress)
     shapes = dict(matrices(model.spec))
     items = [
@@ -101,11 +101,11 @@ def choose_plan(
         for name, schemes in options.items()
     ]
     chosen = dict(zip(options, allocate(items, budget), strict=True))
-    plan = make_plan(config, model.spec, {name: options[name][at] for name, at in chosen.items()})
+    plan = make_plan(job, model.spec, {name: options[name][at] for name, at in chosen.items()})
     return plan, Measured(text, {name: losses[name][at] for name, at in chosen.items()})
 
 
-def plan_for(config: ExportConfig, model: Model) -> QuantizationPlan:
+def plan_for(job: Job, model: Model) -> QuantizationPlan:
     """Choose the scheme of each matrix, or find it in a checkpoint that is quantized already.
 
     Raises:
@@ -115,36 +115,33 @@ def plan_for(config: ExportConfig, model: Model) -> QuantizationPlan:
     """
     report = import_report(model.checkpoint)
     if report is None:
-        return make_plan(config, model.spec)
-    refuse_inexact(report, config)
+        return make_plan(job, model.spec)
+    refuse_inexact(report, job)
     held = {name.removesuffix(".weight"): form for name, form in model.weights.forms().items()}
-    plan = make_plan(refuse_choices(config), model.spec)
-    return with_imports(plan, config, model.spec, held)
+    plan = make_plan(refuse_choices(job), model.spec)
+    return with_imports(plan, job, model.spec, held)
 
 
-def plan_of(
-    quantization: dict[str, Any], config: ExportConfig, spec: DecoderSpec
-) -> QuantizationPlan:
+def plan_of(quantization: dict[str, Any], job: Job, spec: DecoderSpec) -> QuantizationPlan:
     """Return the plan that a manifest records; earlier ones leave it to the settings.
 
     Raises:
         ConfigError: it does not fit the model.
     """
     recorded = quantization.get("plan")
-    chosen = None if recorded is None else parse_plan(recorded, config, spec)
-    return make_plan(config, spec, chosen)
+    chosen = None if recorded is None else parse_plan(recorded, job, spec)
+    return make_plan(job, spec, chosen)
 
 
-def _text(model: Model, config: ExportConfig, tokenizer: Path) -> CalibrationText:
+def _text(job: Job, tokenizer: Path) -> CalibrationText:
     """Return the beginning of the text that calibration reads, or of the bundled one."""
-    source = config.calibrate or BUNDLED_TEXT
-    context = resolve_shapes(config, model.spec.max_position_embeddings).context
-    flag = "--size" if config.bits is None else f"--bits {config.bits}"
+    source = job.calibration.calibrate or BUNDLED_TEXT
+    flag = "--size" if job.weights.bits is None else f"--bits {job.weights.bits}"
     return tokenize(
         source,
         read_content(source),
         tokenizer,
-        min(_TOKENS, config.calibration_tokens),
-        min(_WINDOW, context),
+        min(_TOKENS, job.calibration.calibration_tokens),
+        min(_WINDOW, job.shapes.context),
         flag,
     )

@@ -17,21 +17,19 @@ import torch
 
 from llm_coreml.checkpoint import Checkpoint
 from llm_coreml.checkpoint.matrix import Packed, PackedForm
-from llm_coreml.config import ExportConfig
+from llm_coreml.config import Job, WeightSettings
 from llm_coreml.decoder import Decoder, DecoderSpec
 from llm_coreml.decoder.linear import Linear
 from llm_coreml.errors import ConfigError, UnsupportedError
 from llm_coreml.quantize.formats.schemes import IntChannel, IntGroup, Scheme, TableGroup
 from llm_coreml.quantize.formats.tensors import integer_tensor, lookup_tensor
-from llm_coreml.quantize.plan.plan import QuantizationPlan, matrices
-from llm_coreml.targets import get_target, opset_of
+from llm_coreml.quantize.plan.plan import QuantizationPlan, matrices, use_of
+from llm_coreml.rules import refused
 
 _ORDER_ADVICE = (
     "which cannot be imported. Quantize with desc_act=False, or give the unquantized checkpoint "
     "and --calibrate."
 )
-# What chooses codes, and so cannot be asked for where they are chosen already.
-_CHOICES = ("bits", "size", "plan", "scheme", "calibrate")
 
 
 @final
@@ -64,29 +62,36 @@ class ImportReport:
         )
 
 
-def refuse_choices(config: ExportConfig) -> ExportConfig:
-    """Return `config` for a quantized checkpoint, which leaves no codes to choose.
+def refuse_choices(job: Job) -> Job:
+    """Return `job` for a quantized checkpoint, which leaves no codes to choose.
 
     Linear layers that it holds unquantized stay so.
 
     Raises:
         ConfigError: codes are to be chosen.
     """
-    for name in _CHOICES:
-        value = getattr(config, name)
+    weights = job.weights
+    choices: dict[str, object] = {
+        "--bits": weights.bits,
+        "--size": weights.size,
+        "--plan": weights.plan,
+        "--scheme": weights.scheme,
+        "--calibrate": job.calibration.calibrate,
+    }
+    for flag, value in choices.items():
         if value is not None:
             raise ConfigError(
-                f"--{name} {value} chooses codes, but the checkpoint's linear layers are quantized "
-                f"already and are taken as they are; drop --{name}, or give the unquantized "
+                f"{flag} {value} chooses codes, but the checkpoint's linear layers are quantized "
+                f"already and are taken as they are; drop {flag}, or give the unquantized "
                 "checkpoint that it was made from."
             )
-    if config.rotate != "none":
+    if weights.rotate != "none":
         raise ConfigError(
-            f"--rotate {config.rotate} changes weights, but the checkpoint's are quantized already "
-            "and are taken as they are; drop --rotate, or give the unquantized checkpoint that it "
-            "was made from."
+            f"--rotate {weights.rotate} changes weights, but the checkpoint's are quantized "
+            "already and are taken as they are; drop --rotate, or give the unquantized checkpoint "
+            "that it was made from."
         )
-    return replace(config, scheme="none")
+    return replace(job, weights=replace(weights, scheme="none"))
 
 
 def import_report(checkpoint: Checkpoint) -> ImportReport | None:
@@ -111,7 +116,7 @@ def import_report(checkpoint: Checkpoint) -> ImportReport | None:
 
 def with_imports(
     plan: QuantizationPlan,
-    config: ExportConfig,
+    job: Job,
     spec: DecoderSpec,
     held: Mapping[str, PackedForm],
 ) -> QuantizationPlan:
@@ -119,7 +124,7 @@ def with_imports(
 
     Args:
         plan: For all others.
-        config: As the user gave it.
+        job: As the user gave it.
         spec: Sizes of the decoder.
         held: How the checkpoint stores matrices, by their modules' names in the decoder.
 
@@ -127,17 +132,20 @@ def with_imports(
         ConfigError: another format is asked for the token table or the head.
         UnsupportedError: the target refuses a scheme.
     """
-    schemes = {name: _scheme(form, config) for name, form in held.items()}
-    _refuse_misfits(config, schemes)
+    schemes = {name: _scheme(form, job) for name, form in held.items()}
+    _refuse_misfits(job, schemes)
     linears = {name: schemes.get(name, plan.linear) for name, _ in matrices(spec)}
     linear = Counter(linears.values()).most_common(1)[0][0]
     embedding = schemes.get("embed_tokens", plan.embedding)
     lm_head = schemes.get("lm_head", plan.lm_head)
     if spec.tie_word_embeddings and "embed_tokens" in schemes:
         lm_head = embedding
-    for name, flag in (("embed_tokens", "embedding"), ("lm_head", "lm_head")):
-        shared = "embed_tokens" if spec.tie_word_embeddings else name
-        _refuse_table(config, flag, held.get(name, held.get(shared)))
+    head = held.get("lm_head", held.get("embed_tokens") if spec.tie_word_embeddings else None)
+    usual, weights = WeightSettings(), job.weights
+    if weights.embedding != usual.embedding:
+        _refuse_table(f"--embedding {weights.embedding}", held.get("embed_tokens"))
+    if weights.lm_head != usual.lm_head:
+        _refuse_table(f"--lm-head {weights.lm_head}", head)
     tied = spec.tie_word_embeddings and embedding == lm_head
     return QuantizationPlan(
         linear,
@@ -186,47 +194,41 @@ def set_input_order(decoder: Decoder, name: str, order: torch.Tensor | None) -> 
         first.input_order = wanted
 
 
-def refuse_inexact(report: ImportReport, config: ExportConfig) -> None:
-    """Raise UnsupportedError for an import that is not exact, unless `config` allows it."""
-    if report.exactness == "inexact" and not config.allow_inexact:
+def refuse_inexact(report: ImportReport, job: Job) -> None:
+    """Raise UnsupportedError for an import that is not exact, unless `job` allows it."""
+    if report.exactness == "inexact" and not job.weights.allow_inexact:
         raise UnsupportedError(
             f"These {report.format} weights cannot be stored for Core ML as they are: "
             f"{report.sentence}. Give --allow-inexact to take that, or the unquantized checkpoint."
         )
 
 
-def _scheme(form: PackedForm, config: ExportConfig) -> Scheme:
+def _scheme(form: PackedForm, job: Job) -> Scheme:
     """Return what a matrix is held in: its own bits, or the next integers where those fail."""
-    scale_bits = 32 if config.compute_precision == "fp32" else 16
+    scale_bits = job.precision.bits
     wide = 4 if form.bits <= 4 else 8
     if form.group_size is None:
         return IntChannel(wide, scale_bits, form.zero_point)
     if form.table:
         return TableGroup(form.bits, form.group_size, scale_bits)
     own = IntGroup(form.bits, form.group_size, scale_bits, form.zero_point)
-    misfits = get_target(config.target).misfits
-    fails = opset_of(config.minimum_os) < own.minimum_os or any(t in misfits for t in own.traits)
-    return replace(own, bits=wide) if fails else own
+    return replace(own, bits=wide) if refused(use_of(job, own)) else own
 
 
-def _refuse_misfits(config: ExportConfig, schemes: Mapping[str, Scheme]) -> None:
-    target = get_target(config.target)
+def _refuse_misfits(job: Job, schemes: Mapping[str, Scheme]) -> None:
     for name, scheme in schemes.items():
-        for trait in scheme.traits:
-            if trait in target.misfits and not config.force:
-                raise UnsupportedError(
-                    f"The checkpoint holds {name} as {scheme.label}, and --target {target.name} "
-                    f"does not take {scheme.name}: {target.misfits[trait]}. Use --target gpu, give "
-                    "the unquantized checkpoint, or --force to export it all the same."
-                )
+        for rule in [] if job.force else refused(use_of(job, scheme)):
+            raise UnsupportedError(
+                f"The checkpoint holds {name} as {scheme.label}, and --target {job.target.name} "
+                f"does not take {scheme.name}: {rule.sentence}. Use --target gpu, give "
+                "the unquantized checkpoint, or --force to export it all the same."
+            )
 
 
-def _refuse_table(config: ExportConfig, field: str, form: PackedForm | None) -> None:
-    """Refuse a format for a table that has one; the default is what nobody asked for."""
-    value = getattr(config, field)
-    if form is not None and value != getattr(ExportConfig(), field):
-        flag = field.replace("_", "-")
+def _refuse_table(asked: str, form: PackedForm | None) -> None:
+    """Refuse a format for a table that has one."""
+    if form is not None:
         raise ConfigError(
-            f"--{flag} {value} chooses a format, but the checkpoint's is quantized already "
-            f"({form.label}, {form.bits} bit) and is taken as it is; drop --{flag}."
+            f"{asked} chooses a format, but the checkpoint's is quantized already ({form.label}, "
+            f"{form.bits} bit) and is taken as it is; drop {asked.split()[0]}."
         )

@@ -1,7 +1,7 @@
 """From flags to one scheme per kind of matrix, refusing what cannot work before any work is done.
 
-plan = make_plan(config, spec)                            # one format for all linear layers
-plan = make_plan(config, spec, {"layers.0.mlp.down_proj": ...})    # or one for each
+plan = make_plan(job, spec)                               # one format for all linear layers
+plan = make_plan(job, spec, {"layers.0.mlp.down_proj": ...})    # or one for each
 plan.linear.label, plan.embedding.label, plan.lm_head.label, plan.tied
 plan.scheme_of("layers.0.mlp.down_proj")
 """
@@ -15,7 +15,8 @@ from types import MappingProxyType
 
 from torch import nn
 
-from llm_coreml.config import DEFAULT_CODEBOOK_ROWS, ExportConfig
+from llm_coreml.config import Job
+from llm_coreml.config.values import DEFAULT_CODEBOOK_ROWS
 from llm_coreml.decoder import Decoder, DecoderSpec
 from llm_coreml.errors import ConfigError, UnsupportedError, nearest
 from llm_coreml.quantize.formats.schemes import (
@@ -28,7 +29,7 @@ from llm_coreml.quantize.formats.schemes import (
     Scheme,
     Unquantized,
 )
-from llm_coreml.targets import get_target, opset_of
+from llm_coreml.rules import TOO_OLD, Use, refused
 
 
 @dataclass(frozen=True)
@@ -66,14 +67,14 @@ def matrices(spec: DecoderSpec) -> Iterator[tuple[str, tuple[int, int]]]:
 
 
 def make_plan(
-    config: ExportConfig, spec: DecoderSpec, chosen: Mapping[str, Scheme] | None = None
+    job: Job, spec: DecoderSpec, chosen: Mapping[str, Scheme] | None = None
 ) -> QuantizationPlan:
     """Choose the schemes and check them against every matrix of the model.
 
     Args:
-        config: Settings.
+        job: Settings.
         spec: Sizes of the model.
-        chosen: Schemes of all linear layers of the blocks, where `config` leaves these open; those
+        chosen: Schemes of all linear layers of the blocks, where `job` leaves these open; those
             of `embed_tokens` and `lm_head` may be among them, and win.
 
     Raises:
@@ -82,39 +83,42 @@ def make_plan(
     """
     shapes = dict(matrices(spec))
     if chosen is None:
-        linear, exceptions = linear_scheme(config), {}
+        linear, exceptions = linear_scheme(job), {}
     else:
         linear = _prevalent(chosen, shapes)
         exceptions = {name: chosen[name] for name in shapes if chosen[name] != linear}
     tables = chosen or {}
-    embedding = tables.get("embed_tokens") or _table_scheme(config.embedding, config, "--embedding")
+    embedding = tables.get("embed_tokens") or _table_scheme(
+        job.weights.embedding, job, "--embedding"
+    )
     lm_head = tables.get("lm_head") or _table_scheme(
-        config.lm_head or config.embedding, config, "--lm-head"
+        job.weights.lm_head or job.weights.embedding, job, "--lm-head"
     )
     schemes = {linear, *exceptions.values()}
-    if config.calibrate is not None and any(isinstance(s, Unquantized) for s in schemes):
+    calibrated = job.calibration.calibrate is not None
+    if calibrated and any(isinstance(s, Unquantized) for s in schemes):
         raise ConfigError(
             "--calibrate chooses codes, and unquantized linear layers have none; drop it, or give "
             "--bits 1 to 8."
         )
     for scheme in schemes:
-        if config.calibrate is not None and not scheme.calibrated:
+        if calibrated and not scheme.calibrated:
             raise ConfigError(
                 f"--calibrate cannot choose the codes of '{scheme.label}'; drop it, or give "
                 "integers, or a codebook without --codebook-vector and --codebook-scale."
             )
     flag = "--scheme" if chosen is None else "--plan"
     for scheme in sorted(schemes, key=lambda scheme: scheme.label):
-        _check_target(config, flag, scheme)
-    _check_target(config, "--embedding", embedding)
-    _check_target(config, "--lm-head", lm_head)
+        _check_target(job, flag, scheme)
+    _check_target(job, "--embedding", embedding)
+    _check_target(job, "--lm-head", lm_head)
     for name, shape in shapes.items():
         exceptions.get(name, linear).check(name, shape)
     table = (spec.vocab_size, spec.hidden_size)
     embedding.check("the token table", table)
     lm_head.check("the output head", table)
     # A rotated head holds the gain of the last norm, which the table must not.
-    same = embedding == lm_head and config.rotate not in ("residual", "both")
+    same = embedding == lm_head and job.weights.rotate not in ("residual", "both")
     tied = spec.tie_word_embeddings and same
     cost = 0
     if spec.tie_word_embeddings and not tied:
@@ -130,11 +134,17 @@ def _prevalent(chosen: Mapping[str, Scheme], shapes: Mapping[str, tuple[int, int
     return weights.most_common(1)[0][0]
 
 
-def _check_target(config: ExportConfig, flag: str, scheme: Scheme) -> None:
+def use_of(job: Job, scheme: Scheme) -> Use:
+    """Return what the rules are held against when a matrix is stored by `scheme`."""
+    return Use(job.target, job.opset, scheme.traits, scheme.minimum_os)
+
+
+def _check_target(job: Job, flag: str, scheme: Scheme) -> None:
     """Refuse a scheme that the target, or the oldest system, is known not to take."""
-    if config.force:
+    rules = [] if job.force else refused(use_of(job, scheme))
+    if not rules:
         return
-    target = get_target(config.target)
+    target = job.target
     fitting = target.default_scheme if flag == "--scheme" else "int8-channel"
     remedy, other = f"Use {flag} {fitting}", f"{flag} {fitting}"
     if flag == "--plan":
@@ -142,34 +152,31 @@ def _check_target(config: ExportConfig, flag: str, scheme: Scheme) -> None:
         other = "another plan"
     elif fitting == scheme.name:
         remedy = "Drop --codebook-scale"
-    for trait in scheme.traits:
-        if trait in target.misfits:
-            raise UnsupportedError(
-                f"--target {target.name} does not take {scheme.name}: {target.misfits[trait]}. "
-                f"{remedy}, or --force to export it all the same."
-            )
-    # All have two digits, so that they stand in the order of the alphabet.
-    if opset_of(config.minimum_os) < scheme.minimum_os:
+    if rules[0] is TOO_OLD:
         raise UnsupportedError(
-            f"{config.minimum_os} is too old for {scheme.name}, which Core ML runs from "
+            f"{job.minimum_os} is too old for {scheme.name}, which Core ML runs from "
             f"{scheme.minimum_os} on; use --minimum-os {scheme.minimum_os}, {other}, or "
             "--force to export it all the same."
         )
+    raise UnsupportedError(
+        f"--target {target.name} does not take {scheme.name}: {rules[0].sentence}. "
+        f"{remedy}, or --force to export it all the same."
+    )
 
 
-def linear_scheme(config: ExportConfig) -> Scheme:
+def linear_scheme(job: Job) -> Scheme:
     """Resolve `--bits`, `--scheme` and the target's default into one scheme."""
-    name, bits = config.scheme, config.bits
+    name, bits = job.weights.scheme, job.weights.bits
     if isinstance(bits, float):
         raise ValueError("mixed bits are no single scheme")
     if name is None:
-        name = _scheme_for_bits(bits, get_target(config.target).default_scheme)
+        name = _scheme_for_bits(bits, job.target.default_scheme)
     if name not in SCHEMES:
         raise ConfigError(
             f"There is no scheme '{name}'; the schemes are {', '.join(SCHEMES)}."
             + nearest(name, SCHEMES)
         )
-    return _build(name, bits, config, "--bits")
+    return _build(name, bits, job, "--bits")
 
 
 def _scheme_for_bits(bits: int | None, default: str) -> str:
@@ -180,7 +187,7 @@ def _scheme_for_bits(bits: int | None, default: str) -> str:
     return "none" if bits == 16 else "codebook"
 
 
-def _table_scheme(text: str, config: ExportConfig, flag: str) -> Scheme:
+def _table_scheme(text: str, job: Job, flag: str) -> Scheme:
     """Parse `--embedding` or `--lm-head`: a scheme name, for codebooks with `:bits`."""
     name, _, suffix = text.partition(":")
     if name not in SCHEMES or (suffix and not suffix.isdigit()):
@@ -188,30 +195,30 @@ def _table_scheme(text: str, config: ExportConfig, flag: str) -> Scheme:
             f"{flag} {text} is not known; give one of {', '.join(SCHEMES)}, codebooks as "
             "codebook:4." + nearest(name, SCHEMES)
         )
-    return _build(name, int(suffix) if suffix else None, config, flag)
+    return _build(name, int(suffix) if suffix else None, job, flag)
 
 
-def _build(name: str, bits: int | None, config: ExportConfig, flag: str) -> Scheme:
-    full = 32 if config.compute_precision == "fp32" else 16
+def _build(name: str, bits: int | None, job: Job, flag: str) -> Scheme:
+    weights, full = job.weights, job.precision.bits
     if name == "codebook":
         bits = 4 if bits is None else bits
         if bits not in CODEBOOK_BITS:
             raise UnsupportedError(
                 f"{flag} asks for a {bits} bit codebook; Core ML holds 1, 2, 3, 4, 6 and 8 bits."
             )
-        rows = config.codebook_rows
-        if rows is None and config.codebook_columns is None:
+        rows = weights.codebook_rows
+        if rows is None and weights.codebook_columns is None:
             rows = DEFAULT_CODEBOOK_ROWS
-        columns, vector = config.codebook_columns, config.codebook_vector
-        return Codebook(bits, rows, full, columns, vector, config.codebook_scale)
+        columns, vector = weights.codebook_columns, weights.codebook_vector
+        return Codebook(bits, rows, full, columns, vector, weights.codebook_scale)
     schemes: dict[str, Scheme] = {
-        "int4-group": IntGroup(4, config.group_size, full, config.zero_point),
-        "int4-channel": IntChannel(4, full, config.zero_point),
-        "int8-group": IntGroup(8, config.group_size, full, config.zero_point),
-        "int8-channel": IntChannel(8, full, config.zero_point),
-        "int2-group": IntGroup(2, config.group_size, full, config.zero_point),
-        "int3-group": IntGroup(3, config.group_size, full, config.zero_point),
-        "int6-group": IntGroup(6, config.group_size, full, config.zero_point),
+        "int4-group": IntGroup(4, weights.group_size, full, weights.zero_point),
+        "int4-channel": IntChannel(4, full, weights.zero_point),
+        "int8-group": IntGroup(8, weights.group_size, full, weights.zero_point),
+        "int8-channel": IntChannel(8, full, weights.zero_point),
+        "int2-group": IntGroup(2, weights.group_size, full, weights.zero_point),
+        "int3-group": IntGroup(3, weights.group_size, full, weights.zero_point),
+        "int6-group": IntGroup(6, weights.group_size, full, weights.zero_point),
         "mxfp4": Mxfp4(4, full),
         "none": Unquantized(full),
     }

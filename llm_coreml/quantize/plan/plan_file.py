@@ -1,7 +1,7 @@
 """A plan as JSON: what a manifest records of it, and what `--plan` reads.
 
     recorded = plan_json(plan, spec, losses={})
-    schemes = read_plan(Path("out/manifest.json"), config, spec)     # as `make_plan` takes them
+    schemes = read_plan(Path("out/manifest.json"), job, spec)        # as `make_plan` takes them
 
     {"matrices": {"layers.0.mlp.down_proj": {"shape": [2048, 8192],
                                              "scheme": {"type": "Codebook", "bits": 3, ...}}, ...}}
@@ -18,7 +18,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from llm_coreml.config import ExportConfig
+from llm_coreml.config import Job
 from llm_coreml.decoder import DecoderSpec
 from llm_coreml.errors import ConfigError, LlmCoreMLError, nearest
 from llm_coreml.quantize.formats.schemes import (
@@ -78,7 +78,7 @@ def _all_matrices(spec: DecoderSpec) -> Iterator[tuple[str, tuple[int, int]]]:
         yield name, (spec.vocab_size, spec.hidden_size)
 
 
-def read_plan(path: Path, config: ExportConfig, spec: DecoderSpec) -> dict[str, Scheme]:
+def read_plan(path: Path, job: Job, spec: DecoderSpec) -> dict[str, Scheme]:
     """Read a plan, or the plan in a manifest, and hold it against a model.
 
     Raises:
@@ -95,7 +95,7 @@ def read_plan(path: Path, config: ExportConfig, spec: DecoderSpec) -> dict[str, 
     if isinstance(content, dict) and isinstance(content.get("quantization"), dict):
         content = content["quantization"].get("plan")
     try:
-        schemes = parse_plan(content, config, spec)
+        schemes = parse_plan(content, job, spec)
         for name, scheme in schemes.items():
             if isinstance(scheme, TableGroup):
                 raise ConfigError(
@@ -107,12 +107,12 @@ def read_plan(path: Path, config: ExportConfig, spec: DecoderSpec) -> dict[str, 
         raise ConfigError(f"--plan '{path}': {error}") from None
 
 
-def parse_plan(content: object, config: ExportConfig, spec: DecoderSpec) -> dict[str, Scheme]:
+def parse_plan(content: object, job: Job, spec: DecoderSpec) -> dict[str, Scheme]:
     """Return the schemes of a plan's matrices by name.
 
     Args:
         content: A parsed plan, not trusted.
-        config: Says the precision, in which scales and tables are stored.
+        job: Says the precision, in which scales and tables are stored.
         spec: The model that it is for.
 
     Raises:
@@ -132,10 +132,10 @@ def parse_plan(content: object, config: ExportConfig, spec: DecoderSpec) -> dict
     if absent:
         more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
         raise ConfigError(f"it lacks {absent[0]}{more}; give every matrix of the model a scheme.")
-    return {name: _entry(name, found[name], shape, config) for name, shape in expected.items()}
+    return {name: _entry(name, found[name], shape, job) for name, shape in expected.items()}
 
 
-def _entry(name: str, entry: object, shape: tuple[int, int], config: ExportConfig) -> Scheme:
+def _entry(name: str, entry: object, shape: tuple[int, int], job: Job) -> Scheme:
     """Return the scheme of one matrix."""
     if not isinstance(entry, dict) or entry.get("shape") != list(shape):
         given = entry.get("shape") if isinstance(entry, dict) else entry
@@ -144,24 +144,29 @@ def _entry(name: str, entry: object, shape: tuple[int, int], config: ExportConfi
             "model's."
         )
     try:
-        scheme = _scheme(entry.get("scheme"))
+        scheme = scheme_from_json(entry.get("scheme"))
         scheme.check(name, shape)
     except LlmCoreMLError as error:
         raise ConfigError(f"{name}: {error}") from None
-    full = 32 if config.compute_precision == "fp32" else 16
+    full = job.precision.bits
     numbers = (
         scheme.bits if isinstance(scheme, Unquantized) else getattr(scheme, "scale_bits", full)
     )
     if numbers != full:
         raise ConfigError(
             f"{name} holds fp{numbers} numbers, and --compute-precision is "
-            f"{config.compute_precision}; give the precision that the plan was made for."
+            f"{job.precision.name}; give the precision that the plan was made for."
         )
     return scheme
 
 
-def _scheme(entry: object) -> Scheme:
-    """Build a scheme from the name of its class and all of its fields."""
+def scheme_from_json(entry: object) -> Scheme:
+    """Build a scheme from the name of its class and all of its fields.
+
+    Raises:
+        ConfigError: there is no such scheme.
+        UnsupportedError: it cannot be.
+    """
     kind = entry.get("type") if isinstance(entry, dict) else None
     if not isinstance(entry, dict) or not isinstance(kind, str) or kind not in _TYPES:
         raise ConfigError(

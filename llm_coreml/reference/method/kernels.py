@@ -21,7 +21,7 @@ import torch
 from llm_coreml.artifact.limits import FAILURES
 from llm_coreml.artifact.method_plan import SCALAR_TYPES, Method, TensorSpec, ValueList
 from llm_coreml.errors import ArtifactError, nearest
-from llm_coreml.reference.method.memory import PlanMemory, Values, check_tensor, dtype_of
+from llm_coreml.reference.method.memory import MethodMemory, Values, check_tensor, dtype_of
 
 Step = Callable[[Values], None]
 
@@ -120,7 +120,7 @@ _VIEW = "executorch_prim::et_view.default"
 KERNELS = COPIES | OPERATORS | IN_PLACE | NUMBERS.keys() | {_VIEW}
 
 
-def kernel(name: str, args: tuple[int, ...], method: Method, memory: PlanMemory) -> Step:
+def kernel(name: str, args: tuple[int, ...], method: Method, memory: MethodMemory) -> Step:
     """Return the step that runs the kernel `name` on the values `args`.
 
     Args:
@@ -197,7 +197,7 @@ def _expect(args: tuple[int, ...], count: int, name: str) -> None:
         raise ArtifactError(f"Kernel '{name}' is called with {len(args)} values, not {count}.")
 
 
-def _copy(args: tuple[int, ...], method: Method, memory: PlanMemory, name: str) -> Step:
+def _copy(args: tuple[int, ...], method: Method, memory: MethodMemory, name: str) -> Step:
     if len(args) < 2:
         raise ArtifactError(f"Kernel '{name}' is called with {len(args)} values.")
     result = method.values[args[-1]]
@@ -249,7 +249,7 @@ class _Operator:
     """A call of torch's operator of a kernel's name."""
 
     def __init__(
-        self, name: str, args: tuple[int, ...], method: Method, memory: PlanMemory
+        self, name: str, args: tuple[int, ...], method: Method, memory: MethodMemory
     ) -> None:
         space, _, rest = name.partition("::")
         packet, _, overload = rest.partition(".")

@@ -4,7 +4,7 @@ The exporter decides which tensors share memory: a view of another tensor has it
 computed by no instruction, and a buffer that lives across calls has a place that nothing else uses.
 So the layout is followed, not second-guessed.
 
-    memory = PlanMemory(method)
+    memory = MethodMemory(method)
     values = memory.values()
     memory.store(values, number, result, "aten::add.out")
 """
@@ -23,7 +23,7 @@ from llm_coreml.errors import ArtifactError
 Values = list[Any]
 
 
-class PlanMemory:
+class MethodMemory:
     """The arenas of one method, zero at first except where the file holds initial data.
 
     Raises:

@@ -18,7 +18,7 @@ from llm_coreml.artifact.method_plan import Constant, Instruction, Method, Tenso
 from llm_coreml.artifact.packages import Lowered, Packages
 from llm_coreml.errors import ArtifactError
 from llm_coreml.reference.method.kernels import convert, kernel, present
-from llm_coreml.reference.method.memory import PlanMemory, Values, dtype_of
+from llm_coreml.reference.method.memory import MethodMemory, Values, dtype_of
 from llm_coreml.reference.program.constants import ConstantPool
 from llm_coreml.reference.program.program import INTERFACE_TYPES, CoreMLProgram
 
@@ -52,7 +52,7 @@ class LoadedMethod:
         self.outputs = tuple(_tensor_spec(method, number) for number in method.outputs)
         self.programs: list[CoreMLProgram] = []
         self._method = method
-        self._memory = PlanMemory(method)
+        self._memory = MethodMemory(method)
         self._lowered = [packages.open(delegate) for delegate in method.delegates]
         self.programs = [
             CoreMLProgram(item.package.model, item.function, pool, compiled=compiled)

@@ -5,9 +5,9 @@ only if nobody can see the difference: the updated value is what the state becom
 value that shares the state's memory is looked at afterwards. This module decides that before the
 first call, from the operations alone, and keeps the copy wherever it is not sure.
 
-    plan = plan_updates(function, owned)
-    plan.in_place    # numbers of the slice_update operations that write directly
-    plan.settled     # numbers of the write_state operations that then have nothing left to do
+    updates = choose_updates(function, owned)
+    updates.in_place    # numbers of the slice_update operations that write directly
+    updates.settled     # numbers of the write_state operations that then have nothing left to do
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from llm_coreml.reference.ops import OPS
 
 
 @dataclass(frozen=True)
-class UpdatePlan:
+class StateUpdates:
     """The decision; numbers refer to the function's operations."""
 
     in_place: frozenset[int]
     settled: frozenset[int]
 
 
-def plan_updates(function: Function, owned: frozenset[str]) -> UpdatePlan:
+def choose_updates(function: Function, owned: frozenset[str]) -> StateUpdates:
     """Decide which updates of `function` write in place.
 
     Args:
         function: its operations are looked at, not executed.
         owned: names of the values that rounding copies to fresh memory.
     """
-    return _Planner(function, owned).plan()
+    return _Chooser(function, owned).choose()
 
 
-class _Planner:
+class _Chooser:
     def __init__(self, function: Function, owned: frozenset[str]) -> None:
         self.operations = function.operations
         self.outputs = function.outputs
@@ -67,7 +67,7 @@ class _Planner:
             last[name] = len(self.operations)
         return last
 
-    def plan(self) -> UpdatePlan:
+    def choose(self) -> StateUpdates:
         in_place: set[int] = set()
         settled: set[int] = set()
         for number, operation in enumerate(self.operations):
@@ -83,7 +83,7 @@ class _Planner:
                 self.whole[result] = self.whole[source]
             else:
                 self._compute(operation)
-        return UpdatePlan(frozenset(in_place), frozenset(settled))
+        return StateUpdates(frozenset(in_place), frozenset(settled))
 
     def _of(self, name: str) -> frozenset[int]:
         if name not in self.shares:

@@ -23,7 +23,7 @@ from llm_coreml.artifact.mil import (
 from llm_coreml.errors import ArtifactError
 from llm_coreml.reference.ops import Spec
 from llm_coreml.reference.ops.slicing import slice_update_in_place
-from llm_coreml.reference.program.aliasing import UpdatePlan, plan_updates
+from llm_coreml.reference.program.aliasing import StateUpdates, choose_updates
 from llm_coreml.reference.program.arguments import Arguments, arguments, label, result_types
 from llm_coreml.reference.program.constants import ConstantPool, PackedWeight, Source
 from llm_coreml.reference.program.control import CONTROL, Rounds, branches, loop
@@ -89,8 +89,8 @@ class _Compiler:
         for operation in nested(operations):
             if self._widens(operation):
                 self.wide |= self.constants.keys() & set(operation.names())
-        plan = plan_updates(self.function, self._owned(operations))
-        steps = self._steps(operations, plan)
+        updates = choose_updates(self.function, self._owned(operations))
+        steps = self._steps(operations, updates)
         outputs = {name: self._slot(name, False, "An output") for name in self.function.outputs}
         names = [item.name for item in self.function.inputs]
         return Compiled(
@@ -149,7 +149,7 @@ class _Compiler:
 
     # Steps.
 
-    def _steps(self, operations: Sequence[Operation], plan: UpdatePlan) -> list[Step]:
+    def _steps(self, operations: Sequence[Operation], updates: StateUpdates) -> list[Step]:
         last: dict[str, int] = {}
         for number, operation in enumerate(operations):
             for name in (*operation.names(), *(item.name for item in operation.outputs)):
@@ -157,7 +157,7 @@ class _Compiler:
         kept = {*self.states, *self.function.outputs}
         steps = []
         for number, operation in enumerate(operations):
-            if number in plan.settled:
+            if number in updates.settled:
                 continue
             names = {*operation.names(), *(item.name for item in operation.outputs)}
             frees = tuple(
@@ -165,7 +165,7 @@ class _Compiler:
                 for name in sorted(names - kept)
                 if last[name] == number and name in self.slots
             )
-            steps.append(self._step(operation, number in plan.in_place, frees))
+            steps.append(self._step(operation, number in updates.in_place, frees))
         return steps
 
     def _step(

@@ -21,7 +21,7 @@ from llm_coreml.errors import ArtifactError, nearest
 from llm_coreml.reference.program.compiler import compile_function
 from llm_coreml.reference.program.constants import ConstantPool, PackedWeight
 from llm_coreml.reference.program.execution import Execution
-from llm_coreml.reference.program.specialize import Plan, analyse, make_plan
+from llm_coreml.reference.program.specialize import Specialized, analyse, specialize
 from llm_coreml.reference.program.steps import Observer, Step, Values, run_all
 
 INTERFACE_TYPES = {
@@ -32,8 +32,8 @@ INTERFACE_TYPES = {
 }
 
 
-# Plans for that many combinations of input shapes are kept.
-_MOST_PLANS = 32
+# Programs for that many combinations of input shapes are kept.
+_MOST_SHAPES = 32
 _MOST_NUMBERS = 1 << 10
 
 
@@ -82,7 +82,7 @@ class CoreMLProgram:
         self._check_interface(interface)
         self._input_names = {feature.name for feature in self.inputs}
         self._known = analyse(self._compiled)
-        self._plans: dict[tuple[torch.Size, ...], Plan] = {}
+        self._specialized: dict[tuple[torch.Size, ...], Specialized] = {}
         self._fuses = compiled
         self._state_values: dict[str, torch.Tensor] = {}
         self._observe: Observer | None = None
@@ -120,18 +120,18 @@ class CoreMLProgram:
         compiled, held = self._compiled, self._pool.numerics.held
         compiled.rounds.reset()
         shapes = tuple(given[name].shape for name in compiled.inputs)
-        plan = None if self._observe else self._plans.get(shapes)
-        values = (plan or compiled).initial.copy()
+        special = None if self._observe else self._specialized.get(shapes)
+        values = (special or compiled).initial.copy()
         for name, slot in compiled.inputs.items():
             dtype = held(compiled.types[name].dtype)
             values[slot] = given[name].to(self._pool.device, dtype)
         for name, slot in compiled.states.items():
             values[slot] = self._state_values[name]
         with torch.inference_mode():
-            if plan is None:
+            if special is None:
                 self._run_checked(values, shapes)
             else:
-                plan.run(values)
+                special.run(values)
             for name, slot in compiled.states.items():
                 self._state_values[name] = values[slot]
         # Outside of the inference mode, so that the caller may change them.
@@ -153,11 +153,13 @@ class CoreMLProgram:
                 self._observe(step, values)
 
         run_all(self._compiled.steps, values, observe)
-        if shapes in self._plans:
+        if shapes in self._specialized:
             return
-        if len(self._plans) >= _MOST_PLANS:
-            self._plans.pop(next(iter(self._plans)))
-        self._plans[shapes] = make_plan(self._compiled, self._known, seen, compiled=self._fuses)
+        if len(self._specialized) >= _MOST_SHAPES:
+            self._specialized.pop(next(iter(self._specialized)))
+        self._specialized[shapes] = specialize(
+            self._compiled, self._known, seen, compiled=self._fuses
+        )
 
     def constants(self) -> Iterator[tuple[str, torch.Tensor | PackedWeight]]:
         """Yield each constant tensor that an operation uses, with its name.

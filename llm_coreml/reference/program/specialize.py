@@ -2,11 +2,11 @@
 
 Much of a program computes sizes: the shape of an input, the end of a slice, a target of a reshape.
 For given input shapes these values are the same in every call, and so are the shapes of nearly all
-others. After one checked call a plan holds the former as constants and checks only the shapes that
-data may still decide; what it computes is the same.
+others. After one checked call a specialized program holds the former as constants and checks only
+the shapes that data may still decide; what it computes is the same.
 
     known = analyse(compiled)
-    plan = make_plan(compiled, known, values_seen)
+    specialized = specialize(compiled, known, values_seen)
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def analyse(compiled: Compiled) -> Known:
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class Specialized:
     """A function for given input shapes.
 
     Attributes:
@@ -71,10 +71,10 @@ class Plan:
     run: Callable[[Values], None]
 
 
-def make_plan(
+def specialize(
     function: Compiled, known: Known, seen: Mapping[int, torch.Tensor], *, compiled: bool = False
-) -> Plan:
-    """Return the plan for the shapes of a call.
+) -> Specialized:
+    """Return what is left of a function for the shapes of a call.
 
     Args:
         function: the function.
@@ -105,7 +105,7 @@ def make_plan(
         for part in parts:
             part(values)
 
-    return Plan(initial, run)
+    return Specialized(initial, run)
 
 
 def _with_numbers(step: Step, seen: Mapping[int, torch.Tensor]) -> Step:

@@ -9,19 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from exported import SHAPES, TEXT, Run, in_process, manifest_of
-from llm_coreml.recipes import bundled_model
-from tiny import llama, save, tokens_for
 
 import llm_coreml
+from exported import SHAPES, TEXT, Run, in_process, manifest_of
 from llm_coreml.bundle.folder import open_bundle
-from llm_coreml.config import ExportConfig
+from llm_coreml.config import ExportConfig, resolve
 from llm_coreml.decoder import Decoder
 from llm_coreml.decoder.linear import Linear
 from llm_coreml.errors import CheckpointError, UnsupportedError
 from llm_coreml.model import open_model
 from llm_coreml.progress import Silent
 from llm_coreml.quantize import make_plan
+from llm_coreml.quantize.calibrate import calibration
 from llm_coreml.quantize.calibrate.calibration import calibrated as calibrate
 from llm_coreml.quantize.calibrate.moments import Moments
 from llm_coreml.quantize.calibrate.text import (
@@ -33,7 +32,9 @@ from llm_coreml.quantize.calibrate.text import (
 from llm_coreml.quantize.formats.round import dense_rows
 from llm_coreml.quantize.formats.schemes import IntChannel, Unquantized
 from llm_coreml.quantize.quantized import build_decoder
+from llm_coreml.recipes import bundled_model
 from llm_coreml.tokenizer import Tokenizer
+from tiny import llama, save, tokens_for
 
 SIZES: dict[str, Any] = {"num_hidden_layers": 3, "intermediate_size": 96}
 LENGTHS = (*[32] * 16, 9)  # several times as many tokens as a layer has inputs
@@ -52,7 +53,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def build(folder: Path, config: ExportConfig) -> Decoder:
     model = open_model(folder)
     text = CALIBRATION if config.calibrate else None
-    return build_decoder(model, config, make_plan(config, model.spec), calibration=text)[0]
+    job = resolve(config, model.spec)
+    return build_decoder(model, job, make_plan(job, model.spec), calibration=text)
 
 
 def inputs_of(decoder: Decoder, layer: str) -> torch.Tensor:
@@ -79,7 +81,7 @@ def test_each_layer_is_calibrated_on_what_the_quantized_ones_before_it_give(
         found.append(Moments(hessian.clone(), drift, of_outputs))
         return calibrate(weights, scheme_of, moments)
 
-    monkeypatch.setattr("llm_coreml.quantize.calibrate.calibration.calibrated", recorded)
+    monkeypatch.setattr(calibration, "calibrated", recorded)
     calibrated, judge = build(folder, CALIBRATED), build(folder, UNQUANTIZED)
     original = build(folder, UNQUANTIZED)
     shared = judge.block(0).wiring.shared
@@ -187,7 +189,8 @@ def test_calibration_brings_the_logits_closer_and_leaves_no_trace(folder: Path) 
 def test_a_config_and_a_text_belong_together(folder: Path) -> None:
     model = open_model(folder)
     with pytest.raises(ValueError, match="belong together"):
-        build_decoder(model, CALIBRATED, make_plan(CALIBRATED, model.spec))
+        job = resolve(CALIBRATED, model.spec)
+        build_decoder(model, job, make_plan(job, model.spec))
 
 
 # The text

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from llm_coreml.errors import CheckpointError, UnsupportedError
+from llm_coreml.quantize.calibrate import hessian as hessians
 from llm_coreml.quantize.calibrate.gptq import gptq
 from llm_coreml.quantize.calibrate.hessian import DAMPING, Hessian
 from llm_coreml.quantize.formats.grids import CodebookGrid, Grid, IntegerGrid, grid_of
@@ -178,7 +179,7 @@ def test_a_hessian_beyond_repair_is_refused() -> None:
 
 
 def test_the_factor_solves_and_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llm_coreml.quantize.calibrate.hessian._STRIP", 64)
+    monkeypatch.setattr(hessians, "_STRIP", 64)
     weight, inputs = problem(seed=6)
     inputs[:, 3] = 0
     wanted = hessian_of(inputs)

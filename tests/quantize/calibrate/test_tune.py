@@ -7,18 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import llama, save, tokens_for
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from llm_coreml.config import ExportConfig
+from llm_coreml.config import ExportConfig, resolve
 from llm_coreml.decoder import Decoder
 from llm_coreml.errors import CheckpointError
 from llm_coreml.fidelity import kl_divergence
 from llm_coreml.model import open_model
 from llm_coreml.quantize import make_plan
+from llm_coreml.quantize.calibrate import tune as tuner
 from llm_coreml.quantize.calibrate.tune import Tuning, _Student, tune
 from llm_coreml.quantize.formats.round import dense_rows
 from llm_coreml.quantize.quantized import build_decoder
+from tiny import llama, save, tokens_for
 
 SIZES: dict[str, Any] = {"num_hidden_layers": 2, "intermediate_size": 96}
 TEXT = [tokens_for(97, 32, seed) for seed in range(24)]
@@ -38,7 +39,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def build(folder: Path, config: ExportConfig) -> Decoder:
     model = open_model(folder)
-    return build_decoder(model, config, make_plan(config, model.spec))[0]
+    job = resolve(config, model.spec)
+    return build_decoder(model, job, make_plan(job, model.spec))
 
 
 def original(folder: Path) -> Decoder:
@@ -60,7 +62,7 @@ def divergence(decoder: Decoder, teacher: Decoder, windows: list[list[int]]) -> 
 
 
 def test_what_fp16_cannot_hold_is_not_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llm_coreml.quantize.calibrate.tune._RATE", 1e9)
+    monkeypatch.setattr(tuner, "_RATE", 1e9)
     decoder, teacher = build(folder, CONFIGS["int4-channel"]), original(folder)
     before = [torch.cat(list(dense_rows(p))) for p in decoder.parameters()]
     tuning = tune(decoder, teacher, TEXT, 3)
@@ -110,7 +112,7 @@ def test_tuning_twice_gives_the_same(folder: Path) -> None:
 
 
 def test_what_does_not_help_is_not_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llm_coreml.quantize.calibrate.tune._RATE", 10.0)
+    monkeypatch.setattr(tuner, "_RATE", 10.0)
     decoder, teacher = build(folder, CONFIGS["int4-channel"]), original(folder)
     before = divergence(decoder, teacher, TEXT)
     tuning = tune(decoder, teacher, TEXT, 5)

@@ -9,12 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from artifacts import UNQUANTIZED, constant_operations, matrices, matrix_names
-from tiny import llama
 from torch import nn
 
+from artifacts import UNQUANTIZED, constant_operations, matrices, matrix_names
 from llm_coreml.cli.main import export_command
-from llm_coreml.config import ExportConfig
+from llm_coreml.config import ExportConfig, resolve
 from llm_coreml.decoder import Decoder
 from llm_coreml.errors import UnsupportedError
 from llm_coreml.model import open_model
@@ -36,11 +35,14 @@ from llm_coreml.quantize.formats.tensors import (
 )
 from llm_coreml.quantize.plan.plan import linear_scheme
 from llm_coreml.quantize.quantized import build_decoder
+from llm_coreml.reference.program import constants as packing
 from llm_coreml.reference.program.constants import PackedWeight
 from llm_coreml.reference.program.execution import Execution
+from llm_coreml.rules import RULES, TOO_OLD, Use, refused
 from llm_coreml.runtime.reference import ReferenceRunner
 from llm_coreml.targets import TARGETS
 from llm_coreml.verify.weights import check_weights
+from tiny import llama, small_spec
 
 Shape = tuple[int, int]
 
@@ -188,8 +190,9 @@ def lowered(tmp_path_factory: pytest.TempPathFactory) -> Lowered:
 
     model = open_model(llama(num_hidden_layers=3, vocab_size=96, intermediate_size=96))
     config = ExportConfig(context=32, seq_lengths=(1,), **UNQUANTIZED)
-    decoder, shapes = build_decoder(model, config, make_plan(config, model.spec))
-    methods = constant_methods(model.spec, shapes, None, ())
+    job = resolve(config, model.spec)
+    decoder = build_decoder(model, job, make_plan(job, model.spec))
+    methods = constant_methods(model.spec, job.shapes, None, ())
     random, made = np.random.default_rng(0), {}
     for name, maker in MAKERS.items():
         module = decoder.get_submodule(name)
@@ -197,7 +200,7 @@ def lowered(tmp_path_factory: pytest.TempPathFactory) -> Lowered:
         made[name] = maker(random, (rows, columns))
         module.weight = nn.Parameter(made[name].weight, requires_grad=False)
     path = tmp_path_factory.mktemp("formats") / "model.pte"
-    lower_coreml(decoder, config, shapes, methods, path)
+    lower_coreml(decoder, job, job.shapes, methods, path)
     return Lowered(path, decoder, made)
 
 
@@ -268,8 +271,8 @@ def test_weights_that_stay_packed_are_expanded_row_by_row(
     lowered: Lowered, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = ReferenceRunner(lowered.path, Execution(mode="fp32"))
-    monkeypatch.setattr("llm_coreml.reference.program.constants._SMALL", 0)
-    monkeypatch.setattr("llm_coreml.reference.program.constants._SLICE", 1000)
+    monkeypatch.setattr(packing, "_SMALL", 0)
+    monkeypatch.setattr(packing, "_SLICE", 1000)
     packed = ReferenceRunner(lowered.path, Execution(mode="fp32", memory_budget=0))
     kept = [value for _, value in packed.constants() if isinstance(value, PackedWeight)]
     assert sum(len(value.shape) == 2 for value in kept) >= len(lowered.made)
@@ -307,7 +310,8 @@ def scheme_of(flags: str) -> Scheme:
     """Return what the command line makes of `flags`."""
     context = export_command.make_context("export", ["model", *flags.split()])
     names = {field.name for field in fields(ExportConfig)}
-    return linear_scheme(ExportConfig(**{k: v for k, v in context.params.items() if k in names}))
+    config = ExportConfig(**{k: v for k, v in context.params.items() if k in names})
+    return linear_scheme(resolve(config, small_spec()))
 
 
 def kind(scheme: Scheme) -> tuple[object, ...]:
@@ -318,12 +322,16 @@ def kind(scheme: Scheme) -> tuple[object, ...]:
 
 def described(flags: str, module: str | None, chains: dict[str, str]) -> str:
     scheme = scheme_of(flags)
-    refused = [name for name, target in TARGETS.items() if set(scheme.traits) & set(target.misfits)]
+    refusing = [
+        name
+        for name, target in TARGETS.items()
+        if refused(Use(target, "iOS26", scheme.traits, scheme.minimum_os))
+    ]
     cells = [
         f"`{flags}`",
         *(f"{scheme.bits_per_weight((2048, columns)):.3f}" for columns in (2048, 8192)),
         scheme.minimum_os,
-        ", ".join(refused) or "none",
+        ", ".join(refusing) or "none",
         "`const`" if module is None else chains[module],
     ]
     return f"| {' | '.join(cells)} |"
@@ -339,5 +347,5 @@ def test_the_document_says_what_the_code_does(lowered: Lowered) -> None:
     held = [line for line in text.splitlines() if line.startswith("| `--scheme")]
     assert held == table, "\n" + "\n".join(table)
     words = " ".join(text.split())
-    for target in TARGETS.values():
-        assert all(reason in words for reason in target.misfits.values())
+    assert all(rule.sentence in words for rule in RULES if rule is not TOO_OLD)
+    assert TOO_OLD.source.split()[-1] in words

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from artifacts import Artifact, matrices, weight_bytes
 from torch import nn
+
+from artifacts import Artifact, matrices, weight_bytes
 
 # weight.bin pads each blob to 64 bytes and puts 64 bytes of metadata before it.
 PER_BLOB = 128

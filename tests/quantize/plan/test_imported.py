@@ -9,6 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
+from llm_coreml.config import ExportConfig, resolve
+from llm_coreml.errors import UnsupportedError
+from llm_coreml.model import open_model
+from llm_coreml.pipeline import export
+from llm_coreml.quantize import make_plan
+from llm_coreml.quantize.formats.round import dense_rows
+from llm_coreml.quantize.formats.schemes import IntGroup
+from llm_coreml.quantize.plan.choose import plan_for
+from llm_coreml.quantize.plan.imported import import_report
+from llm_coreml.quantize.quantized import build_decoder
+from llm_coreml.reference.program.execution import Execution
+from llm_coreml.runtime.reference import ReferenceRunner
 from packers import (
     FLOATS,
     Array,
@@ -26,19 +39,6 @@ from packers import (
     plain_bytes,
 )
 from tiny import llama
-
-from llm_coreml.config import ExportConfig
-from llm_coreml.errors import UnsupportedError
-from llm_coreml.model import open_model
-from llm_coreml.pipeline import export
-from llm_coreml.quantize import make_plan
-from llm_coreml.quantize.formats.round import dense_rows
-from llm_coreml.quantize.formats.schemes import IntGroup
-from llm_coreml.quantize.plan.choose import plan_for
-from llm_coreml.quantize.plan.imported import import_report
-from llm_coreml.quantize.quantized import build_decoder
-from llm_coreml.reference.program.execution import Execution
-from llm_coreml.runtime.reference import ReferenceRunner
 
 CONFIG = ExportConfig(context=32, seq_lengths=(1, 8))
 
@@ -97,7 +97,8 @@ INEXACT: dict[str, tuple[dict[str, Any], tuple[Packer, ...], float]] = {
 def decoder_values(folder: Path, config: ExportConfig = CONFIG) -> dict[str, Array]:
     """Return every matrix of the decoder, by its checkpoint's name."""
     model = open_model(folder)
-    decoder, _ = build_decoder(model, config, plan_for(config, model))
+    job = resolve(config, model.spec)
+    decoder = build_decoder(model, job, plan_for(job, model))
     stored = model.family.stored(model.spec)
     found = {}
     for ours, parameter in decoder.named_parameters():
@@ -142,13 +143,17 @@ def test_activation_order_is_a_gather_of_the_inputs(
     model = open_model(folder)
     for name, values in meant.items():
         assert np.array_equal(model.checkpoint.tensor(name, torch.float32).numpy(), values), name
-    decoder, _ = build_decoder(model, CONFIG, plan_for(CONFIG, model))
+    job = resolve(CONFIG, model.spec)
+    decoder = build_decoder(model, job, plan_for(job, model))
     gathers = [name for name, _ in decoder.named_buffers() if name.endswith("input_order")]
     assert len(gathers) == 4, "one for q, k, v; for o; for gate, up; for down"
     tokens = torch.arange(20).view(1, -1)
     config = replace(CONFIG, embedding="none", logits="all")
-    decoder, _ = build_decoder(model, config, plan_for(config, model))
-    plain = build_decoder(model, config, make_plan(replace(config, scheme="none"), model.spec))[0]
+    job = resolve(config, model.spec)
+    decoder = build_decoder(model, job, plan_for(job, model))
+    plain = build_decoder(
+        model, job, make_plan(resolve(replace(config, scheme="none"), model.spec), model.spec)
+    )
     start = torch.zeros(1, dtype=torch.int64)
     with torch.inference_mode():
         found, expected = decoder(tokens, start), plain(tokens, start)
@@ -261,4 +266,5 @@ def test_few_bits_are_held_as_such_where_core_ml_can(
     for stored, held in bits.items():
         settings = {"quantization": {"group_size": 32, "bits": stored}}
         folder, _ = checkpoint(tmp_path / str(stored), settings, mlx(stored, 32, whole=True))
-        assert plan_for(config, open_model(folder)).linear == IntGroup(held, 32)
+        model = open_model(folder)
+        assert plan_for(resolve(config, model.spec), model).linear == IntGroup(held, 32)

@@ -9,17 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from artifacts import Artifact
-from exported import SHAPES, TEXT, Run, in_process, manifest_of
-from llm_coreml.eval.heldout import cut, read_text
-from llm_coreml.recipes import bundled_model
-from tiny import small_spec
 
 import llm_coreml
+from artifacts import Artifact
+from exported import SHAPES, TEXT, Run, in_process, manifest_of
+from llm_coreml import pipeline
 from llm_coreml.bundle.folder import open_bundle
-from llm_coreml.config import ExportConfig
+from llm_coreml.config import ExportConfig, resolve
 from llm_coreml.decoder import Decoder, DecoderSpec
 from llm_coreml.errors import ConfigError, UnsupportedError
+from llm_coreml.eval.heldout import cut, read_text
 from llm_coreml.fidelity import kl_divergence
 from llm_coreml.model import Model, open_model
 from llm_coreml.quantize import QuantizationPlan, make_plan
@@ -28,7 +27,9 @@ from llm_coreml.quantize.plan.budget import matrix_bits, mixed_options, other_by
 from llm_coreml.quantize.plan.choose import choose_plan, plan_without_weights
 from llm_coreml.quantize.plan.plan import matrices
 from llm_coreml.quantize.quantized import build_decoder, build_original
+from llm_coreml.recipes import bundled_model
 from llm_coreml.tokenizer import Tokenizer
+from tiny import small_spec
 
 SPEC = small_spec(intermediate_size=104)
 CODEBOOKS = tuple(Codebook(bits, 16) for bits in (2, 3, 4, 6))
@@ -38,16 +39,20 @@ CODEBOOKS = tuple(Codebook(bits, 16) for bits in (2, 3, 4, 6))
 
 
 def test_formats_are_those_that_target_and_shapes_allow() -> None:
-    gpu = mixed_options(ExportConfig(bits=3.5), SPEC)
+    gpu = mixed_options(resolve(ExportConfig(bits=3.5), SPEC), SPEC)
     assert gpu.keys() == dict(matrices(SPEC)).keys()
     by_size = (*CODEBOOKS[:3], IntGroup(4, 32), CODEBOOKS[3], IntChannel(8))
     assert gpu["layers.0.self_attn.q_proj"] == by_size
     assert gpu["layers.1.mlp.up_proj"] == (IntGroup(4, 32), IntChannel(8)), "104 rows"
     assert gpu["layers.1.mlp.down_proj"] == (*CODEBOOKS, IntChannel(8)), "104 inputs"
     for target in ("ane", "all"):
-        options = mixed_options(ExportConfig(bits=3.5, target=target, force=True), SPEC)
+        options = mixed_options(
+            resolve(ExportConfig(bits=3.5, target=target, force=True), SPEC), SPEC
+        )
         assert options["layers.0.self_attn.q_proj"] == (*CODEBOOKS, IntChannel(8))
-    other = mixed_options(ExportConfig(bits=3.5, codebook_rows=8, group_size=8), SPEC)
+    other = mixed_options(
+        resolve(ExportConfig(bits=3.5, codebook_rows=8, group_size=8), SPEC), SPEC
+    )
     assert other["layers.1.mlp.up_proj"][3] == IntGroup(4, 8)
     assert other["layers.1.mlp.up_proj"][0] == Codebook(2, 8)
 
@@ -63,29 +68,29 @@ def test_bits_beyond_the_formats_are_refused_with_what_is_reachable() -> None:
     message = f"formats take {low + 0.005:.2f} to {high - 0.005:.2f} bits per weight of this model"
     for bits in (1.5, low - 0.01, high + 0.01, 15.5):
         with pytest.raises(UnsupportedError) as caught:
-            plan_without_weights(ExportConfig(bits=bits), SPEC)
+            plan_without_weights(resolve(ExportConfig(bits=bits), SPEC), SPEC)
         assert message in str(caught.value) and f"--bits {bits} cannot" in str(caught.value)
     for bits in (low + 0.01, high - 0.01):
-        config = ExportConfig(bits=bits)
-        limit = matrix_bits(config, SPEC, mixed_options(config, SPEC))
+        job = resolve(ExportConfig(bits=bits), SPEC)
+        limit = matrix_bits(job, SPEC, mixed_options(job, SPEC))
         assert 0 <= bits * 2 * weights - limit < 1
-        plan_without_weights(config, SPEC)
+        plan_without_weights(job, SPEC)
 
 
 def test_sizes_below_the_least_are_refused_with_what_is_reachable() -> None:
     with pytest.raises(UnsupportedError) as caught:
-        plan_without_weights(ExportConfig(size=100_000), SPEC)
+        plan_without_weights(resolve(ExportConfig(size=100_000), SPEC), SPEC)
     words = str(caught.value).replace(",", "").split()
     least, most = (int(words[words.index("to") + step]) for step in (-1, 1))
     assert "--size 100,000 bytes cannot be reached" in str(caught.value)
     with pytest.raises(UnsupportedError):
-        plan_without_weights(ExportConfig(size=least - 1), SPEC)
+        plan_without_weights(resolve(ExportConfig(size=least - 1), SPEC), SPEC)
     for size in (least, most, 10**12):
-        plan_without_weights(ExportConfig(size=size), SPEC)
+        plan_without_weights(resolve(ExportConfig(size=size), SPEC), SPEC)
     small = ExportConfig(size=least, embedding="int4-channel")
     limits = [
-        matrix_bits(config, SPEC, mixed_options(config, SPEC))
-        for config in (ExportConfig(size=least), small)
+        matrix_bits(job, SPEC, mixed_options(job, SPEC))
+        for job in (resolve(config, SPEC) for config in (ExportConfig(size=least), small))
     ]
     assert limits[1] - limits[0] == 2 * 1000 * 64 * 4, "both tables at half the bits"
 
@@ -105,7 +110,7 @@ def test_programs_take_no_more_than_is_set_aside(
     plan, spec = artifact.plan, artifact.decoder.spec
     linear = sum(plan.scheme_of(name).stored_bits(shape) for name, shape in matrices(spec)) / 8
     beside = artifact.path.stat().st_size - linear
-    foreseen = other_bytes(ExportConfig(context=32, **settings), spec, plan)
+    foreseen = other_bytes(resolve(ExportConfig(context=32, **settings), spec), spec, plan)
     assert foreseen - 16_000 < beside <= foreseen
 
 
@@ -137,15 +142,15 @@ def test_whole_bits_mean_one_format() -> None:
     for bits in (3, 3.0):
         config = ExportConfig(bits=bits, codebook_rows=8)
         assert not config.mixed and isinstance(config.bits, int)
-        assert make_plan(config, SPEC).linear == Codebook(3, 8)
+        assert make_plan(resolve(config, SPEC), SPEC).linear == Codebook(3, 8)
 
 
 # What it is worth
 
 
 def divergence(model: Model, plan: QuantizationPlan, wanted: torch.Tensor) -> float:
-    config = ExportConfig(scheme="none", context=256)
-    return float(kl_divergence(wanted, rows(build_decoder(model, config, plan)[0])).mean())
+    job = resolve(ExportConfig(scheme="none", context=256), model.spec)
+    return float(kl_divergence(wanted, rows(build_decoder(model, job, plan))).mean())
 
 
 def rows(decoder: Decoder) -> torch.Tensor:
@@ -172,14 +177,16 @@ def test_mixed_formats_beat_a_uniform_one_and_a_plain_mix_of_more_bytes() -> Non
     """On text that the formats were not chosen on."""
     model = open_model("llama")
     spec, wanted = model.spec, rows(build_original(model, context=256))
-    config = ExportConfig(bits=3.4)
-    mixed, _ = choose_plan(model, config, bundled_model() / "tokenizer.json")
+    job = resolve(ExportConfig(bits=3.4), spec)
+    mixed, _ = choose_plan(model, job, bundled_model() / "tokenizer.json")
     assert 3.39 < mean_bits(mixed, spec) <= 3.4
     halves = {name: Codebook(3 + int(name[7]) // 2) for name, _ in matrices(spec)}
     found = divergence(model, mixed, wanted)
     for other in (
-        make_plan(ExportConfig(bits=3, codebook_rows=1), spec),  # more tables: 3.42 bits
-        make_plan(ExportConfig(), spec, halves),  # 3.54 bits
+        make_plan(
+            resolve(ExportConfig(bits=3, codebook_rows=1), spec), spec
+        ),  # more tables: 3.42 bits
+        make_plan(resolve(ExportConfig(), spec), spec, halves),  # 3.54 bits
     ):
         assert mean_bits(other, spec) > 3.4
         assert found < 0.9 * divergence(model, other, wanted)
@@ -245,7 +252,9 @@ def test_what_is_calibrated_on_a_text_is_measured_on_it(checkpoint: Path, tmp_pa
     text = tmp_path / "mine.txt"
     text.write_text(TEXT * 2)
     config = ExportConfig(bits=3.5, calibrate=str(text), calibration_tokens=200, context=64)
-    _, measured = choose_plan(open_model(checkpoint), config, checkpoint / "tokenizer.json")
+    model = open_model(checkpoint)
+    job = resolve(config, model.spec)
+    _, measured = choose_plan(model, job, checkpoint / "tokenizer.json")
     assert measured is not None
     assert (measured.text.name, measured.text.tokens) == ("mine.txt", 200)
 
@@ -254,7 +263,7 @@ def test_a_program_that_comes_out_larger_is_not_written(
     export: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     large = bytes(79_601)
-    monkeypatch.setattr("llm_coreml.pipeline._lower", lambda *given: given[-1].write_bytes(large))
+    monkeypatch.setattr(pipeline, "_lower", lambda *given: given[-1].write_bytes(large))
     done = export(tmp_path / "out", "--size", "79.6KB")
     assert done.code == 5
     assert "takes 79,601 bytes, more than --size 79,600: this model needs more" in done.err

@@ -6,14 +6,14 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from tiny import small_spec
 
 from llm_coreml.bundle.manifest import bits_per_weight
-from llm_coreml.config import ExportConfig
+from llm_coreml.config import ExportConfig, resolve
 from llm_coreml.errors import ConfigError, LlmCoreMLError, UnsupportedError
 from llm_coreml.quantize import SCHEMES, Scheme, make_plan
 from llm_coreml.quantize.formats.schemes import Codebook, IntChannel, IntGroup, Mxfp4, Unquantized
 from llm_coreml.quantize.plan.plan import linear_scheme
+from tiny import small_spec
 
 SPEC = small_spec(intermediate_size=96)
 TIED = replace(SPEC, tie_word_embeddings=True)
@@ -59,7 +59,7 @@ SCALED_TABLES = (
     ],
 )
 def test_what_bits_and_scheme_mean(settings: dict[str, Any], expected: Scheme) -> None:
-    assert linear_scheme(ExportConfig(**settings)) == expected
+    assert linear_scheme(resolve(ExportConfig(**settings), SPEC)) == expected
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ def test_what_cannot_be_held_is_refused_before_any_work(
 ) -> None:
     spec = replace(SPEC, hidden_size=48) if settings.get("scheme") == "mxfp4" else SPEC
     with pytest.raises(kind) as caught:
-        make_plan(ExportConfig(**settings), spec)
+        make_plan(resolve(ExportConfig(**settings), spec), spec)
     assert str(caught.value) == message
 
 
@@ -243,13 +243,15 @@ def test_codebooks_of_5_and_7_bits_are_no_setting_at_all(bits: int) -> None:
 
 @pytest.mark.parametrize("target", ["ane", "all"])
 def test_force_exports_what_the_target_is_known_to_refuse(target: str) -> None:
-    plan = make_plan(ExportConfig(scheme="int4-group", target=target, force=True), SPEC)
+    plan = make_plan(
+        resolve(ExportConfig(scheme="int4-group", target=target, force=True), SPEC), SPEC
+    )
     assert plan.linear == IntGroup(4, 32)
 
 
 def test_a_table_that_the_target_refuses_is_refused_too() -> None:
     with pytest.raises(UnsupportedError, match="--target ane does not take int4-group"):
-        make_plan(ExportConfig(target="ane", embedding="int4-group"), SPEC)
+        make_plan(resolve(ExportConfig(target="ane", embedding="int4-group"), SPEC), SPEC)
 
 
 @pytest.mark.parametrize(
@@ -264,19 +266,25 @@ def test_a_table_that_the_target_refuses_is_refused_too() -> None:
     ],
 )
 def test_table_schemes_are_parsed(text: str, expected: Scheme) -> None:
-    plan = make_plan(ExportConfig(embedding=text, codebook_rows=8), SPEC)
+    plan = make_plan(resolve(ExportConfig(embedding=text, codebook_rows=8), SPEC), SPEC)
     assert plan.embedding == plan.lm_head == expected
-    plan = make_plan(ExportConfig(embedding="none", lm_head=text, codebook_rows=8), SPEC)
+    plan = make_plan(
+        resolve(ExportConfig(embedding="none", lm_head=text, codebook_rows=8), SPEC), SPEC
+    )
     assert (plan.embedding, plan.lm_head) == (Unquantized(16), expected)
 
 
 def test_a_tied_table_costs_twice_where_the_formats_differ() -> None:
-    same = make_plan(ExportConfig(embedding="int8-channel"), TIED)
+    same = make_plan(resolve(ExportConfig(embedding="int8-channel"), TIED), TIED)
     assert same.tied and same.untied_bytes == 0
-    differing = make_plan(ExportConfig(embedding="int8-channel", lm_head="int4-group"), TIED)
+    differing = make_plan(
+        resolve(ExportConfig(embedding="int8-channel", lm_head="int4-group"), TIED), TIED
+    )
     assert not differing.tied
     assert differing.untied_bytes == 1000 * 64 // 2 + 1000 * 2 * 2
-    untied = make_plan(ExportConfig(embedding="int8-channel", lm_head="int4-group"), SPEC)
+    untied = make_plan(
+        resolve(ExportConfig(embedding="int8-channel", lm_head="int4-group"), SPEC), SPEC
+    )
     assert not untied.tied and untied.untied_bytes == 0
 
 
@@ -318,11 +326,11 @@ def test_bits_per_weight_of_a_model_count_a_tied_table_once() -> None:
     per_row = 8 + 16 / 64
     once = (16 * blocks + per_row * table) / (blocks + table)
     twice = (16 * blocks + 2 * per_row * table) / (blocks + 2 * table)
-    assert bits_per_weight(make_plan(config, TIED), TIED) == pytest.approx(once)
-    assert bits_per_weight(make_plan(config, SPEC), SPEC) == pytest.approx(twice)
+    assert bits_per_weight(make_plan(resolve(config, TIED), TIED), TIED) == pytest.approx(once)
+    assert bits_per_weight(make_plan(resolve(config, SPEC), SPEC), SPEC) == pytest.approx(twice)
 
 
 def test_every_scheme_is_described() -> None:
-    plans = [linear_scheme(ExportConfig(scheme=name)) for name in SCHEMES]
+    plans = [linear_scheme(resolve(ExportConfig(scheme=name), SPEC)) for name in SCHEMES]
     assert [scheme.name for scheme in plans] == list(SCHEMES)
     assert len({scheme.label for scheme in plans}) == len(plans)

@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import small_spec
 
-from llm_coreml.config import ExportConfig
+from llm_coreml.config import ExportConfig, resolve
 from llm_coreml.decoder.spec import NormSpec
 from llm_coreml.errors import ConfigError, UnsupportedError
 from llm_coreml.quantize import QuantizationPlan, make_plan
@@ -25,11 +24,13 @@ from llm_coreml.quantize.formats.schemes import (
     Scheme,
     Unquantized,
 )
+from llm_coreml.quantize.plan import plan_file
 from llm_coreml.quantize.plan.plan import matrices
 from llm_coreml.quantize.plan.plan_file import parse_plan, plan_json, read_plan
+from tiny import small_spec
 
 SPEC = small_spec(intermediate_size=96, tie_word_embeddings=True)
-CONFIG = ExportConfig()
+JOB = resolve(ExportConfig(), SPEC)
 SCHEMES = (Codebook(2, 8), IntGroup(4, 16), IntChannel(8), IntChannel(4), Unquantized(16))
 DOWN = "layers.1.mlp.down_proj"
 
@@ -38,7 +39,9 @@ def plan_of_all_schemes() -> QuantizationPlan:
     chosen: dict[str, Scheme] = {
         name: SCHEMES[at % len(SCHEMES)] for at, (name, _) in enumerate(matrices(SPEC))
     }
-    return make_plan(ExportConfig(embedding="int4-channel", lm_head="none"), SPEC, chosen)
+    return make_plan(
+        resolve(ExportConfig(embedding="int4-channel", lm_head="none"), SPEC), SPEC, chosen
+    )
 
 
 GOOD = json.dumps(plan_json(plan_of_all_schemes(), SPEC, {}))
@@ -53,15 +56,14 @@ def good() -> dict[str, Any]:
 def test_a_plan_is_read_back_as_it_was() -> None:
     plan = plan_of_all_schemes()
     assert plan.embedding == IntChannel(4) and plan.lm_head == Unquantized(16) and not plan.tied
-    assert make_plan(CONFIG, SPEC, parse_plan(good(), CONFIG, SPEC)) == plan
+    assert make_plan(JOB, SPEC, parse_plan(good(), JOB, SPEC)) == plan
     for name, scheme in ((DOWN, plan.scheme_of(DOWN)), ("embed_tokens", IntChannel(4))):
         assert good()["matrices"][name]["scheme"]["bits"] == scheme.bits
 
 
 def test_a_plan_of_one_scheme_is_the_plan_of_the_flags() -> None:
-    config = ExportConfig(bits=3)
-    plain = make_plan(config, SPEC)
-    assert make_plan(CONFIG, SPEC, parse_plan(plan_json(plain, SPEC, {}), CONFIG, SPEC)) == plain
+    plain = make_plan(resolve(ExportConfig(bits=3), SPEC), SPEC)
+    assert make_plan(JOB, SPEC, parse_plan(plan_json(plain, SPEC, {}), JOB, SPEC)) == plain
 
 
 def test_bytes_and_losses_are_told() -> None:
@@ -132,12 +134,12 @@ def test_a_plan_that_does_not_fit_is_refused(
     plan = good()
     change(plan)
     with pytest.raises(ConfigError) as caught:
-        parse_plan(plan, CONFIG, SPEC)
+        parse_plan(plan, JOB, SPEC)
     assert message in str(caught.value)
     file = tmp_path / "plan.json"
     file.write_text(json.dumps(plan))
     with pytest.raises(ConfigError) as caught:
-        read_plan(file, CONFIG, SPEC)
+        read_plan(file, JOB, SPEC)
     assert str(caught.value).startswith(f"--plan '{file}': ") and message in str(caught.value)
 
 
@@ -156,7 +158,7 @@ def test_a_file_that_is_no_plan_is_refused(content: bytes, message: str, tmp_pat
     file = tmp_path / "plan.json"
     file.write_bytes(content)
     with pytest.raises(ConfigError) as caught:
-        read_plan(file, CONFIG, SPEC)
+        read_plan(file, JOB, SPEC)
     assert message in str(caught.value)
 
 
@@ -164,13 +166,13 @@ def test_files_that_are_absent_or_endless_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ConfigError, match=r"cannot be read: .*No such file"):
-        read_plan(tmp_path / "absent", CONFIG, SPEC)
+        read_plan(tmp_path / "absent", JOB, SPEC)
     with pytest.raises(ConfigError, match="cannot be read: "):
-        read_plan(tmp_path, CONFIG, SPEC)
-    monkeypatch.setattr("llm_coreml.quantize.plan.plan_file._LARGEST_FILE", 1 << 10)
+        read_plan(tmp_path, JOB, SPEC)
+    monkeypatch.setattr(plan_file, "_LARGEST_FILE", 1 << 10)
     (tmp_path / "long.json").write_text(json.dumps(good()))
     with pytest.raises(ConfigError, match="cannot be read: it is larger than"):
-        read_plan(tmp_path / "long.json", CONFIG, SPEC)
+        read_plan(tmp_path / "long.json", JOB, SPEC)
 
 
 JSON = st.recursive(
@@ -193,40 +195,42 @@ def test_whatever_stands_in_a_plan_is_refused_in_a_sentence(where: str, value: A
     if where == "field" and type(value) is int and value in CODEBOOK_BITS:
         return
     with pytest.raises(ConfigError):
-        parse_plan(plan, CONFIG, SPEC)
+        parse_plan(plan, JOB, SPEC)
 
 
 def test_what_the_target_refuses_is_refused_in_a_plan_too() -> None:
-    chosen = parse_plan(good(), CONFIG, SPEC)
+    chosen = parse_plan(good(), JOB, SPEC)
     with pytest.raises(UnsupportedError, match=r"--target ane does not take int4-group.*Make it"):
-        make_plan(ExportConfig(target="ane"), SPEC, chosen)
-    forced = make_plan(ExportConfig(target="ane", force=True), SPEC, chosen)
+        make_plan(resolve(ExportConfig(target="ane"), SPEC), SPEC, chosen)
+    forced = make_plan(resolve(ExportConfig(target="ane", force=True), SPEC), SPEC, chosen)
     assert forced == plan_of_all_schemes()
 
 
 def test_calibration_wants_codes_everywhere() -> None:
     with pytest.raises(ConfigError, match="unquantized linear layers have none"):
-        make_plan(ExportConfig(calibrate="bundled"), SPEC, parse_plan(good(), CONFIG, SPEC))
+        make_plan(
+            resolve(ExportConfig(calibrate="bundled"), SPEC), SPEC, parse_plan(good(), JOB, SPEC)
+        )
 
 
 def test_a_plan_fits_other_models_of_the_same_sizes_only() -> None:
-    fine_tuned = replace(SPEC, norm=NormSpec(1e-6))
-    assert parse_plan(good(), CONFIG, fine_tuned) == parse_plan(good(), CONFIG, SPEC)
+    fine_tuned = replace(SPEC, norm=NormSpec(1e-4))
+    assert parse_plan(good(), JOB, fine_tuned) == parse_plan(good(), JOB, SPEC)
     with pytest.raises(ConfigError, match=r"embed_tokens is \[1001, 64\] in the model"):
-        parse_plan(good(), CONFIG, replace(SPEC, vocab_size=1001))
+        parse_plan(good(), JOB, replace(SPEC, vocab_size=1001))
     with pytest.raises(ConfigError, match=r"no matrix 'layers\.1\.\S+'; the plan is another"):
-        parse_plan(good(), CONFIG, replace(SPEC, layers=SPEC.layers[:1]))
+        parse_plan(good(), JOB, replace(SPEC, layers=SPEC.layers[:1]))
 
 
 def test_tables_of_an_import_are_not_for_others(tmp_path: Path) -> None:
     plan = good()
     scheme = {"type": "TableGroup", "bits": 4, "group_size": 32, "scale_bits": 16}
     plan["matrices"][DOWN]["scheme"] = scheme
-    assert parse_plan(plan, CONFIG, SPEC)[DOWN].bits == 4
+    assert parse_plan(plan, JOB, SPEC)[DOWN].bits == 4
     path = tmp_path / "plan.json"
     path.write_text(json.dumps(plan))
     with pytest.raises(ConfigError, match="only a quantized checkpoint holds"):
-        read_plan(path, CONFIG, SPEC)
+        read_plan(path, JOB, SPEC)
     scheme["group_size"] = 0
     with pytest.raises(ConfigError, match="it must be at least 1"):
-        parse_plan(plan, CONFIG, SPEC)
+        parse_plan(plan, JOB, SPEC)

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from tiny import llama, tokens_for
 from torch import nn
 
 from llm_coreml.decoder import Decoder
@@ -17,9 +16,11 @@ from llm_coreml.fidelity import kl_divergence
 from llm_coreml.model import Model, open_model
 from llm_coreml.quantize.formats.round import dense_rows, quantized
 from llm_coreml.quantize.formats.schemes import Codebook, IntChannel, IntGroup, Scheme
+from llm_coreml.quantize.plan import sensitivity
 from llm_coreml.quantize.plan.plan import matrices
 from llm_coreml.quantize.plan.sensitivity import Losses, sensitivities
 from llm_coreml.quantize.quantized import build_original
+from tiny import llama, tokens_for
 
 WINDOWS = [tokens_for(97, 32, seed) for seed in range(20)]
 
@@ -115,7 +116,7 @@ def test_no_block_is_held_twice(monkeypatch: pytest.MonkeyPatch) -> None:
         return quantized(scheme, weight)
 
     monkeypatch.setattr(Decoder, "__init__", kept)
-    monkeypatch.setattr("llm_coreml.quantize.plan.sensitivity.quantized", counted)
+    monkeypatch.setattr(sensitivity, "quantized", counted)
     losses_of(model, WINDOWS[:1])
     held_on = [n for n, p in held[-1].named_parameters() if p.ndim == 2 and not p.is_meta]
     assert held_on == ["embed_tokens.weight", "lm_head.weight"]

@@ -8,14 +8,13 @@ from typing import Any
 import jsonschema
 import pytest
 import torch
-from exported import SHAPES, in_process, manifest_of
 from safetensors.torch import load_file, save_file
-from tiny import expected_logits, llama, mistral, save, tokens_for
 
 import llm_coreml
+from exported import SHAPES, in_process, manifest_of
 from llm_coreml.bundle.folder import manifest_schema, open_bundle
 from llm_coreml.checkpoint.weights import FamilyWeights, Stored
-from llm_coreml.config import ExportConfig
+from llm_coreml.config import ExportConfig, resolve
 from llm_coreml.decoder import Decoder
 from llm_coreml.errors import CheckpointError, ConfigError, UnsupportedError
 from llm_coreml.fidelity import kl_divergence
@@ -25,6 +24,7 @@ from llm_coreml.quantize.calibrate.text import CalibrationText
 from llm_coreml.quantize.quantized import build_decoder
 from llm_coreml.quantize.rotate.hadamard import Rotation, paley
 from llm_coreml.quantize.rotate.rotation import rotated
+from tiny import expected_logits, llama, mistral, save, tokens_for
 
 EXACT: dict[str, Any] = {"scheme": "none", "embedding": "none", "compute_precision": "fp32"}
 START = torch.tensor([0])
@@ -37,7 +37,8 @@ def build(source: Any, **settings: Any) -> Decoder:
     if config.calibrate:
         windows = tuple(tuple(tokens_for(97, 60, seed)) for seed in range(16))
         text = CalibrationText(config.calibrate, 960, windows)
-    return build_decoder(model, config, make_plan(config, model.spec), calibration=text)[0]
+    job = resolve(config, model.spec)
+    return build_decoder(model, job, make_plan(job, model.spec), calibration=text)
 
 
 def logits_of(decoder: Decoder, tokens: list[int]) -> torch.Tensor:
@@ -150,13 +151,15 @@ def test_a_tied_head_is_stored_apart_only_where_the_last_norm_moves_into_it() ->
     model = open_model(source)
     for rotate, apart in (("none", False), ("heads", False), ("residual", True), ("both", True)):
         config = ExportConfig(context=64, rotate=rotate)  # type: ignore[arg-type]
-        plan = make_plan(config, model.spec)
+        job = resolve(config, model.spec)
+        plan = make_plan(job, model.spec)
         assert plan.tied != apart
         assert plan.untied_bytes == apart * 97 * (64 + 2)
         decoder = build(source, rotate=rotate)
         assert (decoder.lm_head.weight is decoder.embed_tokens.weight) != apart
     own = ExportConfig(context=64, rotate="residual", lm_head="int4-channel")
-    assert make_plan(own, model.spec).untied_bytes == 97 * (64 // 2 + 2)
+    job = resolve(own, model.spec)
+    assert make_plan(job, model.spec).untied_bytes == 97 * (64 // 2 + 2)
 
 
 def test_rotations_are_the_same_every_time() -> None:

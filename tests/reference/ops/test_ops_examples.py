@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from op_examples import EXAMPLES, PACKED
-from single_op import build, close, evaluate
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -19,6 +17,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
 from llm_coreml.reference.ops import OPS
+from op_examples import EXAMPLES, PACKED
+from single_op import build, close, evaluate
 
 # These look at values, which fake tensors have not: to check a range, or to find a shape.
 LOOKS_AT_VALUES = {

@@ -10,10 +10,10 @@ import pytest
 import torch
 from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
-from op_examples import narrow
-from single_op import agree, build, close, evaluate
 
 from llm_coreml.reference.ops import reduction
+from op_examples import narrow
+from single_op import agree, build, close, evaluate
 
 # Shrinking a failure would build thousands of operations.
 _ONCE = (Phase.explicit, Phase.generate)

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from single_op import build, close, evaluate
 from torch.nn import functional as F
 
 from llm_coreml.errors import ArtifactError
 from llm_coreml.reference.ops import linear, normalization, spatial
+from single_op import build, close, evaluate
 
 RNG = np.random.default_rng(3)
 

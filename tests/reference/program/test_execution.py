@@ -1,4 +1,4 @@
-"""What a caller chooses and what it must not change: budget, plans, fusion, snapshots, names."""
+"""What a caller chooses and what it must not change: budget, shapes, fusion, snapshots, names."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from coremltools.proto import Model_pb2
 from llm_coreml.artifact.packages import model_of_folder
 from llm_coreml.errors import ArtifactError, ConfigError
 from llm_coreml.reference import CoreMLProgram, Execution, load
+from llm_coreml.reference.program import compiler as compiler_module
+from llm_coreml.reference.program import program as program_module
 from llm_coreml.reference.program.constants import PackedWeight, expanded, rows, unit, whole
 from llm_coreml.reference.program.numerics import numerics
 
@@ -180,10 +182,10 @@ def lengths_path(harness: Any, tmp_path_factory: pytest.TempPathFactory) -> Path
     return path
 
 
-def test_plans_follow_the_shapes(lengths_path: Path) -> None:
+def test_programs_follow_the_shapes(lengths_path: Path) -> None:
     program = load(lengths_path)
     check_lengths(program)
-    assert len(program._plans) == 2
+    assert len(program._specialized) == 2
     known = program._known
     names = {
         output.name: output.slot for step in program._compiled.steps for output in step.outputs
@@ -193,14 +195,16 @@ def test_plans_follow_the_shapes(lengths_path: Path) -> None:
     assert names["out_3"] not in known.shapes
 
 
-def test_plans_are_few(lengths_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llm_coreml.reference.program.program._MOST_PLANS", 1)
+def test_specialized_programs_are_few(lengths_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(program_module, "_MOST_SHAPES", 1)
     program = load(lengths_path)
     check_lengths(program)
-    assert len(program._plans) == 1
+    assert len(program._specialized) == 1
 
 
-def test_plan_drops_what_shapes_decide(lengths_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_specialized_program_drops_what_shapes_decide(
+    lengths_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     program = load(lengths_path)
     given = {"x": torch.ones(4, 3), "size": torch.tensor([1, 1], dtype=torch.int32)}
     computed: list[str] = []
@@ -264,7 +268,7 @@ def test_only_the_unrounded_mode_is_fused(mlp_path: Path) -> None:
 def test_state_takes_a_constant_that_is_kept_wide_or_packed(
     harness: Any, tmp_path: Path, budget: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llm_coreml.reference.program.compiler._LARGE", 0)
+    monkeypatch.setattr(compiler_module, "_LARGE", 0)
     path = tmp_path / "model.mlpackage"
     inputs = {
         "x": mb.placeholder(shape=(1, WIDTH)),
@@ -339,14 +343,14 @@ def filled(variables: dict[str, Any]) -> list[Any]:
     return [mb.reduce_sum(x=table), mb.shape(x=table)]
 
 
-def test_large_values_are_not_kept_in_plans(load_program: Any) -> None:
+def test_large_values_are_not_kept_in_specialized_programs(load_program: Any) -> None:
     program = load_program({"x": mb.placeholder(shape=(2, 3))}, filled)
     for _ in range(2):
         results = program(x=torch.zeros(2, 3))
         assert results["out_0"].item() == 6 * 4096
         assert results["out_1"].tolist() == [2, 3, 4096]
-    (plan,) = program._plans.values()
-    kept = [value for value in plan.initial if isinstance(value, torch.Tensor)]
+    (special,) = program._specialized.values()
+    kept = [value for value in special.initial if isinstance(value, torch.Tensor)]
     assert max(value.numel() for value in kept) <= 1024
 
 

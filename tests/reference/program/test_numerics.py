@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 from coremltools.converters.mil.mil import Builder as mb
-from op_examples import EXAMPLES
-from single_op import build
 
 from llm_coreml.errors import ConfigError
 from llm_coreml.reference import Execution, load
 from llm_coreml.reference.ops import OPS, STRICT_OPS
 from llm_coreml.reference.ops.strict import multiply
+from op_examples import EXAMPLES
+from single_op import build
 
 EVERY_HALF = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.float16)
 ARITHMETIC = sorted(name for name, spec in OPS.items() if spec.half and not spec.exact)

@@ -6,9 +6,9 @@ PyTorch on held-out text. "recovered" is the share of the loss of torchao's roun
 of the perplexity, and of the divergence from the unquantized blocks. With --artifacts every format
 is also exported as it was calibrated on the bundled text, and the file is measured instead.
 
-    python benchmarks/calibration.py --formats int4-group-32,codebook-3 --tokens 14000 --tune 200
-    python scripts/train_demo_model.py --output other --seed 1 --steps 200 --decay-steps 60
-    python benchmarks/calibration.py --model other
+    python benchmarks/calibration_quality.py --formats int4-group-32 --tokens 14000 --tune 200
+    python scripts/demo/train_demo_model.py --output other --seed 1 --steps 200 --decay-steps 60
+    python benchmarks/calibration_quality.py --model other
 """
 
 from __future__ import annotations
@@ -23,18 +23,17 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from llm_coreml.eval.heldout import cut
-from llm_coreml.eval.quality import measure_quality
-from llm_coreml.eval.results import Quality
-from llm_coreml.recipes import bundled_model
 from torchao.prototype.quantization.codebook_coreml import CodebookWeightOnlyConfig
 from torchao.quantization import IntxWeightOnlyConfig, quantize_
 from torchao.quantization.granularity import PerAxis, PerGroup
 from torchao.quantization.quant_primitives import MappingType
 
 import llm_coreml
-from llm_coreml.config import ExportConfig
+from llm_coreml.config import ExportConfig, resolve
 from llm_coreml.decoder import Decoder
+from llm_coreml.eval.heldout import cut
+from llm_coreml.eval.quality import measure_quality
+from llm_coreml.eval.results import Quality
 from llm_coreml.model import Model, open_model
 from llm_coreml.quantize.calibrate.text import CalibrationText, tokenize
 from llm_coreml.quantize.calibrate.tune import tune
@@ -42,6 +41,7 @@ from llm_coreml.quantize.formats.schemes import Codebook, IntChannel, IntGroup, 
 from llm_coreml.quantize.plan.choose import plan_for
 from llm_coreml.quantize.plan.plan import linear_scheme
 from llm_coreml.quantize.quantized import build_decoder
+from llm_coreml.recipes import bundled_model
 from llm_coreml.runtime.eager import EagerRunner
 from llm_coreml.tokenizer import Tokenizer
 
@@ -84,7 +84,8 @@ def segments(folder: Path, tokens: int, count: int) -> Iterator[CalibrationText]
 def made(model: Model, config: ExportConfig, text: CalibrationText | None = None) -> Decoder:
     """Return a model quantized as `config` says, calibrated if there is a text."""
     config = replace(config, context=CONTEXT, calibrate=None if text is None else text.name)
-    return build_decoder(model, config, plan_for(config, model), calibration=text)[0]
+    job = resolve(config, model.spec)
+    return build_decoder(model, job, plan_for(job, model), calibration=text)
 
 
 def unquantized(model: Model) -> Decoder:
@@ -134,7 +135,9 @@ def measure(
 
     for name in formats:
         config = ExportConfig(**FORMATS[name])
-        like = linear_scheme(ExportConfig(**FORMATS[BASELINES.get(name, name)]))
+        like = linear_scheme(
+            resolve(ExportConfig(**FORMATS[BASELINES.get(name, name)]), model.spec)
+        )
         plainly = {"torchao": by_torchao(model, like), "rounded": made(model, config)}
         before, plain, rounded = read(name, plainly)
         calibrated, tuned = [], []

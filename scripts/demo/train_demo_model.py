@@ -8,7 +8,7 @@ batch and dropout depend on the seed and the step's number alone, so a run conti
 `--resume` sees what an unbroken one would have seen.
 
 Example:
-    python scripts/train_demo_model.py --output llm_coreml/demo
+    python scripts/demo/train_demo_model.py --output llm_coreml/demo
 """
 
 import argparse
@@ -20,13 +20,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import LlamaConfig, LlamaForCausalLM
+
 from demo_corpus import Corpus, Document, build_corpus, size
 from demo_evaluation import score
 from demo_report import write_report
 from demo_tokenizer import BOS_ID, EOS_ID, encode, save_tokenizer, train_tokenizer
-from torch import Tensor, nn
-from torch.nn import functional
-from transformers import LlamaConfig, LlamaForCausalLM
 
 CONTEXT = 1024
 # Enough for three texts of 64,000 tokens that have nothing in common.

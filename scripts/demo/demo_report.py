@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
+from transformers import LlamaForCausalLM
+
 from demo_baseline import Trigram
 from demo_corpus import Corpus, size
 from demo_evaluation import quantized, score
 from demo_tokenizer import BOS_ID, EOS_ID, encode
-from tokenizers import Tokenizer
-from transformers import LlamaForCausalLM
 
 QUANTIZED_BITS = (4, 3, 2)
 GROUP = 32
@@ -66,7 +67,7 @@ document ends with `<|end_of_text|>` ({eos}).
 on a separate validation text (step {best_step}). `training.json` holds the full record. To
 rebuild the folder:
 
-    python scripts/train_demo_model.py --output llm_coreml/demo
+    python scripts/demo/train_demo_model.py --output llm_coreml/demo
 
 The text comes from the Python installation the script runs in, here {python}; another
 version gives other text and so slightly other figures.

@@ -3,7 +3,7 @@
 Every format is made with each rotation, at the same bytes but for the head, and read in PyTorch.
 Token table and head are left as they are, so divergences are those of the linear layers alone.
 
-    python benchmarks/rotation.py --formats int4-channel,codebook-3 --calibrate 7000
+    python benchmarks/rotation_quality.py --formats int4-channel,codebook-3 --calibrate 7000
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ import argparse
 from typing import get_args
 
 import torch
+
+from llm_coreml.config import ExportConfig, Rotate, resolve
 from llm_coreml.eval.heldout import cut, read_text
 from llm_coreml.eval.quality import measure_quality
 from llm_coreml.eval.results import Quality
-from llm_coreml.recipes import bundled_model
-
-from llm_coreml.config import ExportConfig, Rotate
 from llm_coreml.model import Model, open_model
 from llm_coreml.quantize import make_plan
 from llm_coreml.quantize.quantized import build_decoder, read_calibration
+from llm_coreml.recipes import bundled_model
 from llm_coreml.runtime.eager import EagerRunner
 from llm_coreml.runtime.runner import Runner
 from llm_coreml.tokenizer import Tokenizer
@@ -36,9 +36,10 @@ ROTATIONS: tuple[Rotate, ...] = get_args(Rotate)
 
 def runner(model: Model, config: ExportConfig) -> Runner:
     """Return the model quantized as `config` says."""
-    text = read_calibration(model, config, TOKENIZER)
-    plan = make_plan(config, model.spec)
-    return EagerRunner(build_decoder(model, config, plan, calibration=text)[0], "eager")
+    job = resolve(config, model.spec)
+    text = read_calibration(job, TOKENIZER)
+    plan = make_plan(job, model.spec)
+    return EagerRunner(build_decoder(model, job, plan, calibration=text), "eager")
 
 
 def measure(formats: list[str], calibrate: int, limit: int) -> dict[str, Quality]:

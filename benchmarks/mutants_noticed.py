@@ -4,7 +4,7 @@ Every mutant is one random change to the program or the weights of a small expor
 how many of those that compute something else were noticed and by which check, then every one that
 was missed and every one that computes the same.
 
-    python benchmarks/mutants.py --count 1000 --seed 1
+    python benchmarks/mutants_noticed.py --count 1000 --seed 1
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ process with one thread. Errors are those of tables rounded to fp16, as a progra
 least error is that of `kmeans1d` (`pip install kmeans1d`), on a few groups of every case; without
 it the column stays empty.
 
-    python benchmarks/kmeans.py
-    python benchmarks/kmeans.py --shapes 2048x2048 --bits 4 --repeats 3 --format json
+    python benchmarks/kmeans_speed.py
+    python benchmarks/kmeans_speed.py --shapes 2048x2048 --bits 4 --repeats 3 --format json
 
 The matrices are Gaussian, Student's t with three degrees of freedom and a few values a hundred
 times as large, and the token table of the bundled model.

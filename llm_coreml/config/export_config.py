@@ -1,0 +1,102 @@
+"""What an export is asked to do: one frozen object from the command line to the manifest.
+
+config = ExportConfig(bits=4, target="gpu", context=2048)
+config.to_json()                     # {"weights": {"bits": 4, ...}, "calibration": ..., ...}
+config.flags()                       # ["--bits", "4", "--context", "2048"]
+config.section(WeightSettings)       # its part that says what weights are stored as
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+from llm_coreml.config.schema import complaint, sections_schema
+from llm_coreml.config.sections import (
+    SECTIONS,
+    CalibrationSettings,
+    ProgramSettings,
+    TargetSettings,
+    WeightSettings,
+)
+from llm_coreml.config.setting import Section, settings_of
+from llm_coreml.errors import ConfigError, nearest
+
+S = TypeVar("S", bound=Section)
+
+
+# A dataclass has the fields of its last base first, so these are in the order of SECTIONS.
+@dataclass(frozen=True)
+class ExportConfig(TargetSettings, ProgramSettings, CalibrationSettings, WeightSettings):
+    """Every setting of an export: the sections' fields together, see `sections`.
+
+    Raises:
+        ConfigError: a value breaks a rule of its own, or contradicts another; rules between model
+            and settings are checked where both are known.
+        UnsupportedError: `minimum_os` is too old.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.size is not None and self.backend == "xnnpack":
+            raise ConfigError(
+                "--size counts quantized weights, and --backend xnnpack stores fp32; give --bits."
+            )
+
+    def section(self, kind: type[S]) -> S:
+        """Return the settings of one section."""
+        return kind(**{each.name: getattr(self, each.name) for each in settings_of(kind)})
+
+    def flags(self) -> list[str]:
+        """Return the words that give these settings on the command line, defaults left out."""
+        return [
+            word
+            for each in settings_of(ExportConfig)
+            for word in each.words(getattr(self, each.name))
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the settings by section and name, as JSON values."""
+        return {title: asdict(self.section(kind)) for title, kind in SECTIONS.items()}  # type: ignore[call-overload]
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> ExportConfig:
+        """Build a config from `to_json` output, from a recipe's sections, or without sections.
+
+        Manifests of the first releases have none.
+
+        Raises:
+            ConfigError: an unknown key, or a value that the setting cannot have.
+            UnsupportedError: `minimum_os` is too old.
+        """
+        found = values if _has_sections(values) else _sectioned(values)
+        wrong = complaint(found, sections_schema(SECTIONS))
+        if wrong is not None:
+            raise ConfigError(wrong)
+        settings = {each.name: each for each in settings_of(cls)}
+        try:
+            given = {
+                name: settings[name].parsed(value)
+                for section in found.values()
+                for name, value in section.items()
+            }
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        return cls(**given)
+
+
+def _has_sections(values: Mapping[str, Any]) -> bool:
+    """Return whether settings lie in sections, one of which has the name of a setting."""
+    return any(isinstance(value, Mapping) for key, value in values.items())
+
+
+def _sectioned(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Put settings into their sections."""
+    homes = {each.name: title for title, kind in SECTIONS.items() for each in settings_of(kind)}
+    found: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        if name not in homes:
+            raise ConfigError(f"There is no setting '{name}'.{nearest(name, homes)}")
+        found.setdefault(homes[name], {})[name] = value
+    return found

@@ -1,0 +1,119 @@
+"""What settings come to for one model: everything decided and checked, once.
+
+job = resolve(ExportConfig(bits=4, target="ane"), spec)
+job.target.compute_unit, job.opset, job.precision.bits, job.shapes.context, job.attention
+job.weights.group_size                  # a section, where there is nothing left to decide
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from llm_coreml.config.export_config import ExportConfig
+from llm_coreml.config.sections import CalibrationSettings, WeightSettings
+from llm_coreml.config.values import CONTEXT_MULTIPLE, DEFAULT_CONTEXT, DEFAULT_SEQ_LENGTHS
+from llm_coreml.errors import ConfigError
+from llm_coreml.targets import PRECISIONS, Precision, Target, get_target, opset_of
+
+if TYPE_CHECKING:  # the decoder's package would bring torch
+    from llm_coreml.decoder.spec import DecoderSpec
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The sequence shapes of one artifact.
+
+    Attributes:
+        context: Positions of the KV cache.
+        seq_lengths: Accepted chunk lengths, ascending, beginning with 1.
+    """
+
+    context: int
+    seq_lengths: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Job:
+    """An export of one model, all of its settings resolved.
+
+    Attributes:
+        config: The settings as they were given, for the record alone.
+        weights: What the weights are stored as.
+        calibration: What the codes are chosen on.
+        target: Compute unit.
+        minimum_os: Oldest system that must run the artifact.
+        opset: coremltools' name of what that system brings, `iOS18` or `iOS26`.
+        precision: Of activations, scales, tables and what is not quantized.
+        backend: `coreml`, or `xnnpack` for a twin that runs on Linux.
+        attention: `fused` or `decomposed`, see `decoder.attention`.
+        logits: `last` row of each chunk, or `all` rows.
+        shapes: Context and chunk lengths.
+        force: Take formats that the target is known to refuse.
+    """
+
+    config: ExportConfig
+    weights: WeightSettings
+    calibration: CalibrationSettings
+    target: Target
+    minimum_os: str
+    opset: str
+    precision: Precision
+    backend: Literal["coreml", "xnnpack"]
+    attention: Literal["fused", "decomposed"]
+    logits: Literal["last", "all"]
+    shapes: Shapes
+    force: bool
+
+
+def resolve(config: ExportConfig, spec: DecoderSpec) -> Job:
+    """Decide what settings mean for a model, and check them against it.
+
+    Raises:
+        ConfigError: a context beyond the model's, or a length beyond the context.
+    """
+    target = get_target(config.target)
+    return Job(
+        config=config,
+        weights=config.section(WeightSettings),
+        calibration=config.section(CalibrationSettings),
+        target=target,
+        minimum_os=config.minimum_os,
+        opset=opset_of(config.minimum_os),
+        precision=PRECISIONS[config.compute_precision],
+        backend=config.backend,
+        # XNNPACK has no fused attention.
+        attention=target.attention if config.backend == "coreml" else "decomposed",
+        logits=config.logits,
+        shapes=resolve_shapes(config, spec.max_position_embeddings),
+        force=config.force,
+    )
+
+
+def resolve_shapes(config: ExportConfig, max_position_embeddings: int) -> Shapes:
+    """Fill in the defaults of context and lengths for a model, and check them against it.
+
+    Raises:
+        ConfigError: a context beyond the model's, or a length beyond the context.
+    """
+    longest = max_position_embeddings - max_position_embeddings % CONTEXT_MULTIPLE
+    context = config.context or min(DEFAULT_CONTEXT, longest)
+    if context > max_position_embeddings:
+        raise ConfigError(
+            f"--context {context} is longer than the {max_position_embeddings} positions that "
+            f"the model was trained for; use {longest} or less."
+        )
+    if context < CONTEXT_MULTIPLE:
+        raise ConfigError(
+            f"The model has {max_position_embeddings} positions; the KV cache needs "
+            f"{CONTEXT_MULTIPLE} at least."
+        )
+    if config.seq_lengths is None:
+        return Shapes(context, tuple(n for n in DEFAULT_SEQ_LENGTHS if n <= context))
+    for length in config.seq_lengths:
+        if length > context:
+            raise ConfigError(
+                f"--seq-lengths holds {length}, which is longer than the context of {context}; "
+                "drop it or raise --context."
+            )
+    return Shapes(context, tuple(sorted(config.seq_lengths)))

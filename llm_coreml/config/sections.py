@@ -1,0 +1,197 @@
+"""Every setting of an export, in four sections: weights, calibration, program, target.
+
+A field's text is its documentation: the help page, the recipes' schema and the documents show it.
+Rules between a setting and a model are held where both are known, see `job.resolve`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+from llm_coreml.config.setting import Section, setting, settings_of
+from llm_coreml.config.values import (
+    DEFAULT_CODEBOOK_ROWS,
+    DEFAULT_CONTEXT,
+    DEFAULT_SEQ_LENGTHS,
+    checked_bits,
+    checked_context,
+    checked_lengths,
+    checked_system,
+    checked_target,
+    read_bytes,
+    read_lengths,
+)
+from llm_coreml.errors import ConfigError
+
+Rotate = Literal["none", "residual", "heads", "both"]
+# Chosen by a plan, for every matrix.
+_FORMAT_SETTINGS = (
+    "group_size",
+    "zero_point",
+    "codebook_rows",
+    "codebook_columns",
+    "codebook_vector",
+    "codebook_scale",
+    "embedding",
+)
+
+
+@dataclass(frozen=True)
+class WeightSettings(Section):
+    """What the weights are stored as.
+
+    Raises:
+        ConfigError: a value breaks a rule of its own, or two of them decide the same.
+    """
+
+    bits: float | None = setting(
+        None,
+        "Bits per weight: 1, 2, 3, 4, 6, 8 or 16, or a mean such as 3.5.",
+        shown="4",
+        check=checked_bits,
+    )
+    size: int | None = setting(
+        None, "Mix formats to fit: 600MB, 1.2GB.", metavar="BYTES", read=read_bytes
+    )
+    plan: str | None = setting(
+        None, "Formats of an earlier export: its manifest.json.", metavar="FILE"
+    )
+    scheme: str | None = setting(
+        None, "Weight format, see `llm-coreml ls`; the target's by default."
+    )
+    group_size: int = setting(32, "int4-group and such: inputs.")
+    zero_point: Literal["none", "int", "float"] = setting(
+        "none", "Integer formats: what is subtracted from codes, one for every scale."
+    )
+    codebook_rows: int | None = setting(
+        None, "codebook: rows per table.", shown=str(DEFAULT_CODEBOOK_ROWS)
+    )
+    codebook_columns: int | None = setting(None, "codebook: inputs per table.", shown="all")
+    codebook_vector: int = setting(1, "codebook: rows per entry.")
+    codebook_scale: bool = setting(False, "codebook: a factor for each row.")
+    embedding: str = setting("int8-channel", "Scheme of the token table.")
+    lm_head: str | None = setting(None, "Scheme of the output head; the token table's by default.")
+    rotate: Rotate = setting(
+        "none",
+        "Spread outlying weights first, by rotations that leave the model's function as it is.",
+    )
+    allow_inexact: bool = setting(
+        False, "Take a quantized checkpoint that Core ML cannot hold exactly."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.size is not None and self.size < 1:
+            raise ConfigError(f"--size is {self.size}; give bytes, such as 600MB.")
+        decided = "--plan" if self.plan is not None else "--size" if self.size is not None else None
+        others: dict[str, object] = {"--scheme": self.scheme}
+        if decided is not None:
+            others["--bits"] = self.bits
+        elif self.mixed:
+            decided = f"--bits {self.bits}"
+        if decided == "--plan":
+            others |= {"--size": self.size, "--lm-head": self.lm_head, **self._formats()}
+        for flag, value in others.items():
+            if decided is not None and value is not None:
+                raise ConfigError(f"{decided} decides what {flag} {value} would; drop one of them.")
+
+    @property
+    def mixed(self) -> bool:
+        """Whether formats are to be chosen by what they cost the model."""
+        return self.size is not None or isinstance(self.bits, float)
+
+    def _formats(self) -> dict[str, object]:
+        """Return what was asked for of single formats, by flag."""
+        values = {each: getattr(self, each.name) for each in settings_of(WeightSettings)}
+        return {
+            each.flag: value
+            for each, value in values.items()
+            if each.name in _FORMAT_SETTINGS and value != each.default
+        }
+
+
+@dataclass(frozen=True)
+class CalibrationSettings(Section):
+    """What the codes are chosen on.
+
+    Raises:
+        ConfigError: a value breaks a rule of its own, or tuning has no text.
+    """
+
+    calibrate: str | None = setting(
+        None,
+        "Choose the linear layers' codes for what this text makes of them.",
+        metavar="bundled|FILE",
+    )
+    calibration_tokens: int = setting(16384, "Tokens of the text to read.")
+    tune: int = setting(
+        0,
+        "Then tune scales, tables and norms on it; holds the whole model.",
+        metavar="STEPS",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.calibration_tokens < 1:
+            raise ConfigError(
+                f"--calibration-tokens is {self.calibration_tokens}; it must be at least 1, and "
+                "some thousands to be of use."
+            )
+        if self.tune < 0 or (self.tune and self.calibrate is None):
+            raise ConfigError(
+                f"--tune is {self.tune}; it must be a number of steps, some hundreds, and needs a "
+                "text to read: --calibrate."
+            )
+
+
+@dataclass(frozen=True)
+class ProgramSettings(Section):
+    """What the program takes and returns.
+
+    Raises:
+        ConfigError: a value breaks a rule of its own.
+    """
+
+    logits: Literal["last", "all"] = setting("last", "Rows of logits that a call returns.")
+    context: int | None = setting(
+        None, "Positions of the KV cache.", shown=f"up to {DEFAULT_CONTEXT}", check=checked_context
+    )
+    seq_lengths: tuple[int, ...] | None = setting(
+        None,
+        "Chunk lengths to accept.",
+        metavar="N,N,...",
+        shown=",".join(map(str, DEFAULT_SEQ_LENGTHS)),
+        check=checked_lengths,
+        read=read_lengths,
+    )
+
+
+@dataclass(frozen=True)
+class TargetSettings(Section):
+    """What the program is to run on.
+
+    Raises:
+        ConfigError: there is no such target or system.
+        UnsupportedError: the system is too old.
+    """
+
+    target: str = setting("gpu", "Compute unit: gpu, ane, cpu or all.", check=checked_target)
+    minimum_os: str = setting("iOS18", "Oldest system to run on.", check=checked_system)
+    compute_precision: Literal["fp16", "fp32"] = setting("fp16", "Precision of activations.")
+    backend: Literal["coreml", "xnnpack"] = setting(
+        "coreml", "xnnpack makes a twin that ExecuTorch's stock runner runs on Linux."
+    )
+    force: bool = setting(False, "Export a scheme that the target is known to refuse.")
+
+
+SECTIONS: Mapping[str, type[Section]] = MappingProxyType(
+    {
+        "weights": WeightSettings,
+        "calibration": CalibrationSettings,
+        "program": ProgramSettings,
+        "target": TargetSettings,
+    }
+)

@@ -1,0 +1,134 @@
+"""One setting: a field of a frozen dataclass that knows its help, its flag and what it may hold.
+
+@dataclass(frozen=True)
+class ProgramSettings(Section):
+    context: int | None = setting(None, "Positions of the KV cache.", shown="up to 2048")
+
+(context,) = settings_of(ProgramSettings)
+context.flag, context.kind, context.about      # ('--context', int, 'Positions of ...')
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from llm_coreml.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A field, as the command line and the recipes' schema see it.
+
+    Attributes:
+        name: Of the field; a recipe's key.
+        kind: Type of the value, or of its elements.
+        optional: It may be None, which leaves the choice to others.
+        many: The value is a tuple.
+        choices: All values that there are; empty where any of `kind` will do.
+        default: Value that nobody asked for.
+        about: One sentence.
+        metavar: What stands for the value in the help.
+        shown: What None comes to, in words.
+        check: Returns the value as it is kept; raises ConfigError or UnsupportedError.
+        read: Returns the value that a text means; raises ValueError.
+    """
+
+    name: str
+    kind: type
+    optional: bool
+    many: bool
+    choices: tuple[str, ...]
+    default: Any
+    about: str
+    metavar: str | None
+    shown: str | None
+    check: Callable[[Any], Any] | None
+    read: Callable[[str], Any] | None
+
+    @property
+    def flag(self) -> str:
+        """The option of the command line."""
+        return "--" + self.name.replace("_", "-")
+
+    def words(self, value: Any) -> list[str]:
+        """Return what gives `value` on the command line, nothing for the default."""
+        if value == self.default:
+            return []
+        if self.kind is bool:
+            return [self.flag]
+        return [self.flag, ",".join(map(str, value)) if self.many else str(value)]
+
+    def parsed(self, value: Any) -> Any:
+        """Return the value that a recipe or a manifest means. Raises ValueError if it has none."""
+        return self.read(value) if self.read is not None and isinstance(value, str) else value
+
+    def checked(self, value: Any) -> Any:
+        """Return `value` as it is kept.
+
+        Raises:
+            ConfigError: it breaks the setting's rule.
+            UnsupportedError: it is understood, and nothing can be done with it.
+        """
+        if self.choices and value not in self.choices:
+            allowed = " or ".join(self.choices)
+            raise ConfigError(f"{self.name} is '{value}'; it must be {allowed}.")
+        if value is None:
+            return None
+        value = tuple(value) if self.many else value
+        return value if self.check is None else self.check(value)
+
+
+def setting(
+    default: Any,
+    about: str,
+    *,
+    metavar: str | None = None,
+    shown: str | None = None,
+    check: Callable[[Any], Any] | None = None,
+    read: Callable[[str], Any] | None = None,
+) -> Any:
+    """Return a dataclass field; type and choices (a `Literal`) are those of its annotation.
+
+    Args:
+        default: Value that nobody asked for.
+        about: One sentence for help, schema and documents.
+        metavar: What stands for the value in the help, where its type says too little.
+        shown: What a default of None comes to, in words.
+        check: Returns the value as it is kept; raises ConfigError or UnsupportedError.
+        read: Returns the value that a text means, for types that a text does not say; raises
+            ValueError.
+    """
+    told = {"about": about, "metavar": metavar, "shown": shown, "check": check, "read": read}
+    return dataclasses.field(default=default, metadata={"setting": told})
+
+
+class Section:
+    """Base of frozen dataclasses whose fields are settings: each is checked by its own rule."""
+
+    def __post_init__(self) -> None:
+        for each in settings_of(type(self)):
+            object.__setattr__(self, each.name, each.checked(getattr(self, each.name)))
+
+
+def settings_of(section: Any) -> tuple[Setting, ...]:
+    """Return the settings of a section, in their order."""
+    hints = get_type_hints(section)
+    return tuple(
+        _described(field, hints[field.name])
+        for field in dataclasses.fields(section)
+        if "setting" in field.metadata
+    )
+
+
+def _described(field: dataclasses.Field[Any], hint: Any) -> Setting:
+    """Return a setting: what its annotation says of it, and what `setting` was told."""
+    optional = type(None) in get_args(hint)
+    (plain,) = [part for part in get_args(hint) if part is not type(None)] if optional else [hint]
+    many = get_origin(plain) is tuple
+    choices = get_args(plain) if get_origin(plain) is Literal else ()
+    kind = str if choices else get_args(plain)[0] if many else plain
+    told = field.metadata["setting"]
+    return Setting(field.name, kind, optional, many, choices, field.default, **told)

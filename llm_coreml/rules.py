@@ -1,0 +1,116 @@
+"""What is known not to work: one record each, with its reason and where that was reported.
+
+    for rule in broken(Use(target, "iOS18", ("int4-group",), "iOS18")):
+        rule.id, rule.reason, rule.source
+
+The plan refuses what breaks a rule; `llm-coreml show` names the rules that an artifact breaks.
+Facts about hardware come from public reports; this project has no Apple device and has measured
+none of them.
+
+Adding a rule: one record in `RULES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from llm_coreml.targets import Target
+
+
+@dataclass(frozen=True)
+class Use:
+    """A weight format on a target.
+
+    Attributes:
+        target: Where it is to run.
+        opset: What the oldest system brings, `iOS18` or `iOS26`.
+        traits: What a target may not take, see `Scheme.traits`; the format's name is the first.
+        minimum_os: Oldest system whose Core ML runs the format.
+    """
+
+    target: Target
+    opset: str
+    traits: tuple[str, ...]
+    minimum_os: str
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Something that is known not to work.
+
+    Attributes:
+        id: Short name.
+        level: An `error` is refused unless `--force` is given; a `warning` is only told of.
+        reason: What happens, without a full stop.
+        source: The public report.
+        flag: What mends it on the command line.
+        check: Whether a use breaks the rule.
+    """
+
+    id: str
+    level: Literal["error", "warning"]
+    reason: str
+    source: str
+    flag: str
+    check: Callable[[Use], bool]
+
+    @property
+    def sentence(self) -> str:
+        """The reason and its source."""
+        return f"{self.reason} ({self.source})"
+
+
+def _on_the_neural_engine(trait: str) -> Callable[[Use], bool]:
+    return lambda use: use.target.neural_engine and trait in use.traits
+
+
+TOO_OLD = Rule(
+    "system-too-old",
+    "error",
+    "Core ML runs the format on later systems only",
+    "coremltools, pass canonicalize_quantized_lut_pattern",
+    "--minimum-os iOS26",
+    # All have two digits, so that they stand in the order of the alphabet.
+    lambda use: use.opset < use.minimum_os,
+)
+RULES = (
+    Rule(
+        "ane-int4-group",
+        "error",
+        "the Neural Engine takes per-channel and palettized weights only and has been reported to "
+        "fall back or compute wrong values with per-block int4",
+        "coremltools issue 2510",
+        "--scheme codebook",
+        _on_the_neural_engine("int4-group"),
+    ),
+    Rule(
+        "ane-int8-group",
+        "error",
+        "the Neural Engine has been reported to compute wrong values with per-block int8, without "
+        "an error",
+        "coreai-models issue 279",
+        "--scheme int8-channel",
+        _on_the_neural_engine("int8-group"),
+    ),
+    Rule(
+        "ane-scaled-table",
+        "error",
+        "the Neural Engine's compiler has been reported to abort on a scale of what a table gives",
+        "coremltools pull request 2688",
+        "--scheme codebook",
+        _on_the_neural_engine("scaled table"),
+    ),
+    TOO_OLD,
+)
+
+
+def broken(use: Use) -> list[Rule]:
+    """Return the rules that a use breaks."""
+    return [rule for rule in RULES if rule.check(use)]
+
+
+def refused(use: Use) -> list[Rule]:
+    """Return the rules that a use breaks and that only `--force` passes over."""
+    return [rule for rule in broken(use) if rule.level == "error"]

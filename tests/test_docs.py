@@ -1,0 +1,113 @@
+"""The documents name what there is: files, links, flags; and the front door stays short."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+
+from llm_coreml.cli.main import cli
+
+ROOT = Path(__file__).parent.parent
+ARCHITECTURE = ROOT / "docs" / "architecture.md"
+README_BYTES = 6_000
+# What a user meets; each folder's README, and what benchmarks printed, belong to them.
+DOCUMENTS = sorted(
+    path
+    for pattern in ("*.md", "docs/*.md", "benchmarks/**/*.md")
+    for path in ROOT.glob(pattern)
+    # History names what was there then.
+    if path.name != "CHANGELOG.md"
+)
+PAGES = [pytest.param(path, id=str(path.relative_to(ROOT))) for path in DOCUMENTS]
+# Roots that a path in a document may begin from.
+ROOTS = (ROOT, ROOT / "llm_coreml", *sorted((ROOT / "llm_coreml").iterdir()))
+
+
+def tree() -> Iterator[tuple[str, str]]:
+    """Yield the path and the description of every line of the tree, folders with a slash."""
+    block = ARCHITECTURE.read_text().partition("\n## The tree\n")[2].partition("\n## ")[0]
+    folders: list[str] = []
+    for line in block.splitlines():
+        found = re.fullmatch(r"    ( *)(\S+) {2,}(\S.*)", line)
+        if found is None:
+            # Nothing indented is passed over.
+            assert not line.startswith("    "), line
+            continue
+        depth = len(found[1]) // 2
+        name = "".join(folders[:depth]) + found[2]
+        folders[depth:] = [found[2]]
+        yield name, found[3]
+
+
+def modules() -> set[str]:
+    """Return every module and folder of the package; a folder's line stands for `__init__`."""
+    found = set()
+    for top in ("llm_coreml", "eval", "recipes"):
+        for path in (ROOT / top).rglob("*.py"):
+            name = str(path.relative_to(ROOT))
+            found.add(name.removesuffix("__init__.py"))
+    return found
+
+
+def test_the_tree_has_a_line_for_every_module_and_none_for_others() -> None:
+    lines = list(tree())
+    names = [name for name, _ in lines]
+    assert len(set(names)) == len(names)
+    assert modules() - set(names) == set(), "not in the tree"
+    assert [name for name in names if not (ROOT / name).exists()] == [], "not in the repository"
+    assert all(about and about[0] != "?" and "TODO" not in about for _, about in lines)
+
+
+def test_the_front_door_is_short() -> None:
+    assert len((ROOT / "README.md").read_bytes()) <= README_BYTES
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if "://" in target:
+            continue
+        path, _, heading = target.partition("#")
+        linked = page.parent / path if path else page
+        assert linked.exists(), f"{page.name} links to {target}"
+        if heading:
+            titles = re.findall(r"^#+ (.+)$", linked.read_text(), re.M)
+            assert heading in {re.sub(r"[^\w -]", "", t).lower().replace(" ", "-") for t in titles}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_are_named_are_there(page: Path) -> None:
+    """A path with a folder is found from one of the roots, a bare name anywhere."""
+    names = {path.name for path in ROOT.rglob("*.py") if ".venv" not in path.parts}
+    for path in re.findall(r"(?<![\w/<>.{}*])([\w.-]+(?:/[\w.-]+)*\.py)\b", page.read_text()):
+        if "/" in path:
+            assert any((root / path).is_file() for root in ROOTS), f"{page.name} names {path}"
+        else:
+            assert path in names, f"{page.name} names {path}"
+
+
+def options() -> set[str]:
+    """Return the flags of all commands."""
+    context = click.Context(cli)
+    commands = [cli.get_command(context, name) for name in cli.list_commands(context)]
+    return {
+        word
+        for command in commands
+        if command is not None
+        for parameter in command.params
+        for word in (*parameter.opts, *parameter.secondary_opts)
+    }
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if "benchmarks" not in str(p.id)])
+def test_flags_that_are_named_are_there(page: Path) -> None:
+    known = options()
+    for line in page.read_text().splitlines():
+        # Scripts and other programs have flags of their own.
+        if not re.search(r"\bpython |\bpip |\bmypy |\bgit |\bruff ", line):
+            for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", line):
+                assert flag in known, f"{page.name} names {flag}"

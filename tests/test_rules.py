@@ -1,0 +1,66 @@
+"""Rules: what each of them refuses, that it says why, and that it can fail."""
+
+from __future__ import annotations
+
+import pytest
+
+from llm_coreml import rules
+from llm_coreml.quantize.formats.schemes import (
+    Codebook,
+    IntChannel,
+    IntGroup,
+    Mxfp4,
+    Scheme,
+    TableGroup,
+)
+from llm_coreml.rules import RULES, Rule, Use, broken, refused
+from llm_coreml.targets import TARGETS
+
+NEW, OLD = "iOS26", "iOS18"
+
+
+def broken_by(scheme: Scheme, target: str, opset: str = NEW) -> list[str]:
+    use = Use(TARGETS[target], opset, scheme.traits, scheme.minimum_os)
+    return [rule.id for rule in broken(use)]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "expected"),
+    [
+        (IntGroup(4), ["ane-int4-group"]),
+        (IntGroup(8), ["ane-int8-group"]),
+        (IntGroup(3), ["ane-scaled-table"]),
+        (Mxfp4(), ["ane-scaled-table"]),
+        (TableGroup(), ["ane-scaled-table"]),
+        (Codebook(4, row_scale=True), ["ane-scaled-table"]),
+        (Codebook(4), []),
+        (IntChannel(4), []),
+    ],
+    ids=lambda value: value.label if isinstance(value, Scheme) else None,
+)
+def test_the_neural_engine_refuses_what_was_reported(scheme: Scheme, expected: list[str]) -> None:
+    assert broken_by(scheme, "ane") == broken_by(scheme, "all") == expected
+    assert broken_by(scheme, "gpu") == broken_by(scheme, "cpu") == []
+
+
+def test_formats_of_later_systems_are_refused_on_every_target() -> None:
+    for target in ("gpu", "cpu"):
+        assert broken_by(IntGroup(3), target, OLD) == ["system-too-old"]
+    assert broken_by(IntGroup(3), "ane", OLD) == ["ane-scaled-table", "system-too-old"]
+    assert broken_by(IntGroup(4), "gpu", OLD) == []
+
+
+def test_every_rule_has_a_name_a_reason_and_a_public_source() -> None:
+    assert len({rule.id for rule in RULES}) == len(RULES)
+    for rule in RULES:
+        assert rule.id == rule.id.lower() and " " not in rule.id
+        assert rule.reason and not rule.reason.endswith(".") and rule.source
+        assert rule.flag.startswith("--")
+        assert rule.sentence == f"{rule.reason} ({rule.source})"
+
+
+def test_warnings_are_told_and_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    use = Use(TARGETS["gpu"], OLD, ("codebook",), OLD)
+    rule = Rule("odd", "warning", "it is odd", "a report", "--bits 4", lambda _: True)
+    monkeypatch.setattr(rules, "RULES", (rule,))
+    assert broken(use) == [rule] and refused(use) == []
