@@ -7,7 +7,6 @@ import math
 import platform
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from llm_coreml.artifact.description import Description
@@ -68,7 +67,7 @@ def make_manifest(
     return Manifest(
         version=MANIFEST_VERSION,
         source=Source(source.kind, source.name, source.revision, model.sha256()),
-        spec=asdict(model.spec),
+        spec=model.spec.to_json(),
         config=job.config.to_json(),
         rebuild=tuple(rebuild_command(source, job.config)),
         quantization=Quantization(

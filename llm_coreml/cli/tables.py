@@ -28,8 +28,6 @@ from llm_coreml.inspect.contents import Contents, DelegateContents
 from llm_coreml.reference.observe.watch import FP16_MAX
 from llm_coreml.verify.verification import Conversion
 
-_KINDS = ("q", "k", "v", "o", "gate", "up", "down")
-
 
 def export_table(manifest: Manifest, folder: str, peak: int) -> Group:
     """Return what an export made, in a few rows, and the bytes of memory that it took."""
@@ -49,12 +47,15 @@ def _mixed_formats(stored: Quantization) -> list[Any]:
         if name.startswith("layers."):
             _, number, *_, kind = name.removesuffix("_proj").split(".")
             blocks.setdefault(int(number), {})[kind] = matrix
-    kinds = [kind for kind in _KINDS if kind in blocks[0]]
+    kinds = dict.fromkeys(kind for matrices in blocks.values() for kind in matrices)
     losses = {block: _loss(matrices) for block, matrices in blocks.items()}
     estimated = None not in losses.values()
-    table = _plain("bits per weight", *kinds, "bytes", *(["KL"] if estimated else []))
+    columns = [*kinds, "bytes", *(["KL"] if estimated else [])]
+    table = _plain("bits per weight", *columns, numeric=columns)
     for block, matrices in sorted(blocks.items()):
-        cells = [f"{matrices[kind].bits_per_weight:.2f}" for kind in kinds]
+        cells = [
+            f"{matrices[kind].bits_per_weight:.2f}" if kind in matrices else "" for kind in kinds
+        ]
         cells.append(f"{sum(matrix.bytes for matrix in matrices.values()):,}")
         if estimated:
             cells.append(f"{losses[block]:.1e}")
@@ -310,7 +311,7 @@ def _compared(metrics: Sequence[Metric]) -> str:
 
 def _plain(*columns: str, numeric: Collection[str] = ()) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=any(columns))
-    numbers = {"median", "tokens/s", "bytes", "KL", *_KINDS, *numeric}
+    numbers = {"median", "tokens/s", "bytes", "KL", *numeric}
     for number, column in enumerate(columns):
         right = number > 0 and column in numbers
         table.add_column(column, justify="right" if right else "left", overflow="fold")

@@ -21,6 +21,7 @@ from llm_coreml.artifact.description import INPUTS, MAIN_FUNCTION, Description, 
 from llm_coreml.artifact.method_plan import Constant
 from llm_coreml.config import Job
 from llm_coreml.decoder import Decoder, DecoderSpec
+from llm_coreml.decoder.states import state_specs
 from llm_coreml.lower.program import constant_methods, trace, trace_symbolic
 
 OnProgress = Callable[[float], None]
@@ -176,5 +177,4 @@ def form_for(
 
 
 def _states(spec: DecoderSpec, context: int, dtype: str) -> dict[str, str]:
-    sizes = [spec.num_hidden_layers, spec.num_key_value_heads, context, spec.head_dim]
-    return {name: f"{dtype} {sizes}" for name in ("cache_keys", "cache_values")}
+    return {state.name: f"{dtype} {list(state.shape)}" for state in state_specs(spec, context)}

@@ -53,7 +53,7 @@ def constant_methods(
         "get_max_seq_len": shapes.seq_lengths[-1],
         "get_max_context_len": shapes.context,
         "get_vocab_size": spec.vocab_size,
-        "get_n_layers": spec.num_hidden_layers,
+        "get_n_layers": len(spec.layers),
         "use_kv_cache": True,
         "use_sdpa_with_kv_cache": False,
         "enable_dynamic_shape": len(shapes.seq_lengths) > 1,

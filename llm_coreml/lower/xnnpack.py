@@ -6,8 +6,9 @@ program. XNNPACK holds none of the weight formats, so the twin stores the dequan
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
@@ -18,10 +19,12 @@ from executorch.exir import (
 )
 from executorch.exir.passes.init_mutable_pass import InitializedMutableBufferPass
 from torch import nn
+from torch._library.custom_ops import CustomOpDef
 from torchao.utils import TorchAOBaseTensor
 
 from llm_coreml.artifact.method_plan import Constant
 from llm_coreml.decoder import Decoder
+from llm_coreml.decoder.states import kv_write, state_specs
 from llm_coreml.lower.program import trace, trace_symbolic
 
 
@@ -32,6 +35,10 @@ def _kv_write(
     rows = start_pos.to(torch.int64) + torch.arange(update.shape[2])
     written = torch.ops.aten.index_put.default(cache[layer], [None, rows], update[0])
     return torch.select_scatter(cache, written, 0, layer)
+
+
+# The op that writes each kind of state -> the same in ops for which portable kernels exist.
+WRITES: Mapping[CustomOpDef, Callable[..., torch.Tensor]] = MappingProxyType({kv_write: _kv_write})
 
 
 def _dequantize(decoder: Decoder) -> None:
@@ -60,7 +67,8 @@ def lower_xnnpack(
     _dequantize(decoder)
     several = len(lengths) > 1
     traced = trace_symbolic(decoder, lengths[-1]) if several else trace(decoder, lengths[0])
-    exported = traced.run_decompositions({torch.ops.llm_coreml.kv_write.default: _kv_write})
+    writes = {state.write for state in decoder.states.values()}
+    exported = traced.run_decompositions({write._opoverload: WRITES[write] for write in writes})
     edge = to_edge_transform_and_lower(
         exported,
         partitioner=[XnnpackPartitioner()],
@@ -68,7 +76,8 @@ def lower_xnnpack(
         constant_methods=dict(constants),
     )
     # Without this the cache begins with whatever is in memory, and a masked NaN is still a NaN.
-    zeros = InitializedMutableBufferPass(["cache_keys", "cache_values"])
+    states = state_specs(decoder.spec, decoder.context)
+    zeros = InitializedMutableBufferPass([state.name for state in states])
     program = edge.to_executorch(ExecutorchBackendConfig(passes=[zeros]))
     with path.open("wb") as file:
         program.write_to_file(file)

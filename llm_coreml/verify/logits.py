@@ -39,8 +39,9 @@ def conversion_bound(decoder: Decoder) -> float:
     What fp16 activations may cost is scaled to the 13 more bits of fp32. There a product's sum is
     rounded as often as it has terms, not once, which in random directions counts as their root.
     """
-    spec = decoder.spec
-    terms = max(spec.hidden_size, spec.intermediate_size, decoder.context)
+    layers = decoder.spec.layers
+    inner = max(layer.feed_forward.intermediate_size for layer in layers)
+    terms = max(decoder.spec.hidden_size, inner, decoder.context)
     return MAX_RELATIVE_ERROR * 2.0**-13 * math.sqrt(terms)
 
 

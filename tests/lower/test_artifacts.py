@@ -223,8 +223,8 @@ def test_everything_but_two_casts_is_delegated(three_layers: Artifact) -> None:
 
 def test_two_states_hold_all_layers_in_fp16(three_layers: Artifact) -> None:
     (core,) = three_layers.runner().programs
-    spec = three_layers.decoder.spec
-    shape = (3, spec.num_key_value_heads, 32, spec.head_dim)
+    mixer = three_layers.decoder.spec.layers[0].mixer
+    shape = (3, mixer.num_key_value_heads, 32, mixer.head_dim)
     assert {(state.name, state.dtype, state.shape) for state in core.states} == {
         ("cache_keys", "fp16", shape),
         ("cache_values", "fp16", shape),

@@ -29,18 +29,9 @@ from llm_coreml.quantize.plan.plan import matrices
 from llm_coreml.quantize.quantized import build_decoder, build_original
 from llm_coreml.recipes import bundled_model
 from llm_coreml.tokenizer import Tokenizer
+from tiny import small_spec
 
-SPEC = DecoderSpec(
-    model_type="llama",
-    vocab_size=1000,
-    hidden_size=64,
-    intermediate_size=104,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    max_position_embeddings=64,
-)
+SPEC = small_spec(intermediate_size=104)
 CODEBOOKS = tuple(Codebook(bits, 16) for bits in (2, 3, 4, 6))
 
 
@@ -167,7 +158,7 @@ def rows(decoder: Decoder) -> torch.Tensor:
     tokenizer = Tokenizer(bundled_model() / "tokenizer.json")
     found = []
     for window in cut(tokenizer.encode(read_text(None)[1]), 256, tokenizer.bos_id, 512):
-        decoder.cache.reset()
+        decoder.reset()
         with torch.inference_mode():
             hidden = decoder.hidden(torch.tensor([list(window)]), torch.tensor([0]))
             found.append(decoder.head(hidden)[0])
