@@ -112,7 +112,7 @@ def rows_of(decoder: Any) -> torch.Tensor:
     """Return the logits of the text that formats are chosen on, `[tokens, vocab]`."""
     found = []
     for window in windows():
-        decoder.cache.reset()
+        decoder.reset()
         with torch.inference_mode():
             hidden = decoder.hidden(torch.tensor([list(window)]), torch.tensor([0]))
             found.append(decoder.head(hidden)[0])

@@ -2,4 +2,3 @@
 
 from llm_coreml.decoder.model import Decoder as Decoder
 from llm_coreml.decoder.spec import DecoderSpec as DecoderSpec
-from llm_coreml.decoder.spec import RopeSpec as RopeSpec

@@ -7,6 +7,7 @@ Grouped-query attention folds the query heads that share a key/value head into t
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Literal
 
 import torch
@@ -15,8 +16,11 @@ from torch import nn
 
 from llm_coreml.decoder.chunk import Chunk
 from llm_coreml.decoder.linear import Linear
+from llm_coreml.decoder.norm import RMSNorm
 from llm_coreml.decoder.rope import rotate
-from llm_coreml.decoder.spec import DecoderSpec
+from llm_coreml.decoder.spec import AttentionSpec
+from llm_coreml.decoder.states import Slot
+from llm_coreml.decoder.wiring import Halt, Matrix, Steps, Wiring
 
 AttentionForm = Literal["fused", "decomposed"]
 
@@ -25,57 +29,111 @@ class Attention(nn.Module):
     """Causal self-attention over the whole cache, masked past the current position.
 
     Args:
-        spec: Sizes of the decoder.
-        layer: Index of the layer, the row of the cache that it owns.
+        spec: Sizes and options.
+        hidden_size: Width of the residual stream.
+        slot: The part of the states that the layer owns.
         form: `fused` keeps `scaled_dot_product_attention` as one op; `decomposed` writes it as
-            matmul, softmax, matmul with the scale applied to the queries, safe in fp16.
+            matmul, softmax, matmul with the scale applied to the queries, safe in fp16. Capped
+            scores are always decomposed.
     """
 
-    scale: torch.Tensor
+    scale: torch.Tensor | None
 
-    def __init__(self, spec: DecoderSpec, layer: int, form: AttentionForm) -> None:
+    def __init__(
+        self, spec: AttentionSpec, hidden_size: int, slot: Slot, form: AttentionForm
+    ) -> None:
         super().__init__()
         self.spec = spec
-        self.layer = layer
-        self.form = form
-        if form == "decomposed":
-            scale = torch.tensor([1 / math.sqrt(spec.head_dim)])
-            self.register_buffer("scale", scale, persistent=False)
-        hidden, head_dim = spec.hidden_size, spec.head_dim
-        query_size = spec.num_attention_heads * head_dim
-        kv_size = spec.num_key_value_heads * head_dim
-        self.q_proj = Linear(hidden, query_size, bias=spec.attention_bias)
-        self.k_proj = Linear(hidden, kv_size, bias=spec.attention_bias)
-        self.v_proj = Linear(hidden, kv_size, bias=spec.attention_bias)
-        self.o_proj = Linear(query_size, hidden, bias=spec.attention_bias)
+        self.slot = slot
+        self.form: AttentionForm = form if spec.softcap is None else "decomposed"
+        factor = self._query_factor()
+        scale = None if factor is None else torch.tensor([factor])
+        self.register_buffer("scale", scale, persistent=False)
+        query_size = spec.num_attention_heads * spec.head_dim
+        kv_size = spec.num_key_value_heads * spec.head_dim
+        self.q_proj = Linear(hidden_size, query_size, bias=spec.qkv_bias)
+        self.k_proj = Linear(hidden_size, kv_size, bias=spec.qkv_bias)
+        self.v_proj = Linear(hidden_size, kv_size, bias=spec.qkv_bias)
+        self.o_proj = Linear(query_size, hidden_size, bias=spec.out_bias)
+        if spec.qk_norm is not None:
+            each = spec.qk_norm.over == "head"
+            self.q_norm = RMSNorm(spec.head_dim if each else query_size, spec.qk_norm.eps)
+            self.k_norm = RMSNorm(spec.head_dim if each else kv_size, spec.qk_norm.eps)
 
-    def forward(self, x: torch.Tensor, chunk: Chunk) -> torch.Tensor:
-        """Attend from `x` `[1, S, hidden]` to everything up to each token's own position."""
-        return self.o_proj(self.o_proj.arrange(self.joined(x, chunk)))  # type: ignore[no-any-return]
+    @property
+    def wiring(self) -> Wiring:
+        """What each matrix reads and writes."""
+        projections = (
+            Matrix("q_proj", reads="residual"),
+            Matrix("k_proj", reads="residual"),
+            Matrix("v_proj", reads="residual", writes="heads"),
+        )
+        output = Matrix("o_proj", reads="heads", writes="residual")
+        inner = () if self.spec.qk_norm is None else ("q_norm", "k_norm")
+        return Wiring((projections, (output,)), inner)
 
-    def joined(self, x: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+    def steps(self, inputs: Halt, chunk: Chunk) -> Steps:
+        """Attend from `inputs` `[1, S, hidden]` to all that each token sees, up to itself."""
+        heads = yield partial(self._joined, (yield inputs), chunk)
+        return self.o_proj(self.o_proj.arrange(heads))  # type: ignore[no-any-return]
+
+    def _joined(self, x: torch.Tensor, chunk: Chunk) -> torch.Tensor:
         """Return what the heads give, side by side: `[1, S, heads * head_dim]`."""
         spec = self.spec
-        heads = (1, -1, spec.num_key_value_heads, spec.head_dim)
         x = self.q_proj.arrange(x)  # which is that of keys and values, too
-        queries = self.q_proj(x).view(1, -1, spec.num_attention_heads, spec.head_dim)
-        queries = _heads_first(rotate(queries, chunk.cos, chunk.sin))  # [1, heads, S, head_dim]
+        queries = self._turned(self._queries(x), chunk)  # [1, heads, S, head_dim]
         queries = queries.reshape(1, spec.num_key_value_heads, -1, spec.head_dim)
-        keys = _heads_first(rotate(self.k_proj(x).view(heads), chunk.cos, chunk.sin))
-        values = _heads_first(self.v_proj(x).view(heads))
-        keys, values = chunk.cache.update(self.layer, keys, values, chunk.start_pos)
-        attended = self._attend(queries, keys, values, chunk.mask)
+        keys = self._turned(self._keys(x), chunk)
+        values = _heads_first(self.v_proj(x).view(1, -1, spec.num_key_value_heads, spec.head_dim))
+        cache = chunk.cache(self.slot.state)
+        keys, values = cache.update(self.slot.row, keys, values, chunk.start_pos)
+        attended = self._attend(queries, keys, values, chunk.mask(spec))
         attended = attended.reshape(1, spec.num_attention_heads, -1, spec.head_dim)
         width = spec.num_attention_heads * spec.head_dim
         return _heads_first(attended).reshape(1, -1, width)
 
+    def _queries(self, x: torch.Tensor) -> torch.Tensor:
+        """Return queries `[1, S, heads, head_dim]`."""
+        norm = None if self.spec.qk_norm is None else self.q_norm
+        return self._split(self.q_proj(x), norm)
+
+    def _keys(self, x: torch.Tensor) -> torch.Tensor:
+        """Return keys `[1, S, kv_heads, head_dim]`."""
+        norm = None if self.spec.qk_norm is None else self.k_norm
+        return self._split(self.k_proj(x), norm)
+
+    def _split(self, x: torch.Tensor, norm: RMSNorm | None) -> torch.Tensor:
+        """Return heads `[1, S, heads, head_dim]` of `x` `[1, S, heads * head_dim]`, normed."""
+        width, head_dim = x.shape[-1], self.spec.head_dim
+        if norm is not None and len(norm.weight) != head_dim:
+            return norm(x).view(1, -1, width // head_dim, head_dim)  # type: ignore[no-any-return]
+        heads = x.view(1, -1, width // head_dim, head_dim)
+        return heads if norm is None else norm(heads)
+
+    def _turned(self, x: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+        if self.spec.rope is not None:
+            x = rotate(x, *chunk.rotary[self.spec.rope])
+        return _heads_first(x)
+
     def _attend(
         self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
+        if self.scale is not None:
+            queries = queries * self.scale
         if self.form == "fused":
             return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
-        scores = (queries * self.scale) @ keys.permute(0, 1, 3, 2)
+        scores = queries @ keys.permute(0, 1, 3, 2)
+        if self.spec.softcap is not None:
+            scores = torch.tanh(scores / self.spec.softcap) * self.spec.softcap
         return torch.softmax(scores + mask, dim=-1) @ values
+
+    def _query_factor(self) -> float | None:
+        """Return what queries are multiplied by; the fused op has a scale of its own."""
+        own = 1 / math.sqrt(self.spec.head_dim)
+        scale = own if self.spec.scale is None else self.spec.scale
+        if self.form == "decomposed":
+            return scale
+        return None if self.spec.scale is None else scale / own
 
 
 def _heads_first(x: torch.Tensor) -> torch.Tensor:

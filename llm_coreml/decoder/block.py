@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import nn
 
@@ -9,20 +11,64 @@ from llm_coreml.decoder.attention import Attention, AttentionForm
 from llm_coreml.decoder.chunk import Chunk
 from llm_coreml.decoder.mlp import MLP
 from llm_coreml.decoder.norm import RMSNorm
-from llm_coreml.decoder.spec import DecoderSpec
+from llm_coreml.decoder.spec import DecoderSpec, NormSpec
+from llm_coreml.decoder.states import Slot
+from llm_coreml.decoder.wiring import Halt, Steps, Wiring, joined, run
 
 
 class Block(nn.Module):
-    """One decoder layer: attention and MLP, each behind a norm and added to the residual."""
+    """One decoder layer: attention and MLP, each between norms and added to the residual.
 
-    def __init__(self, spec: DecoderSpec, layer: int, form: AttentionForm) -> None:
+    Args:
+        spec: Of the decoder.
+        index: Which of its layers.
+        slot: The part of the states that the layer owns.
+        form: See `Attention`.
+    """
+
+    def __init__(self, spec: DecoderSpec, index: int, slot: Slot, form: AttentionForm) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
-        self.self_attn = Attention(spec, layer, form)
-        self.post_attention_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
-        self.mlp = MLP(spec)
+        layer, hidden = spec.layers[index], spec.hidden_size
+        self.input_layernorm = _norm(hidden, layer.mixer.norm)
+        self.self_attn = Attention(layer.mixer, hidden, slot, form)
+        self.post_attention_layernorm = _norm(hidden, layer.feed_forward.norm)
+        self.mlp = MLP(layer.feed_forward, hidden)
+        self.attention_out_norm = _norm(hidden, layer.mixer.out_norm)
+        self.mlp_out_norm = _norm(hidden, layer.feed_forward.out_norm)
+        self.residual_multiplier = spec.residual_multiplier
+
+    @property
+    def wiring(self) -> Wiring:
+        """What each matrix reads and writes. A norm of what is written lets no rotation pass."""
+        attention = None if self.input_layernorm is None else "input_layernorm"
+        mlp = None if self.post_attention_layernorm is None else "post_attention_layernorm"
+        return joined(
+            self.self_attn.wiring.inside("self_attn").behind(attention),
+            self.mlp.wiring.inside("mlp").behind(mlp),
+        )
 
     def forward(self, x: torch.Tensor, chunk: Chunk) -> torch.Tensor:
         """Map `[1, S, hidden]` to the same shape."""
-        x = x + self.self_attn(self.input_layernorm(x), chunk)
-        return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
+        return run(self.steps(x, chunk))
+
+    def steps(self, x: torch.Tensor, chunk: Chunk) -> Steps:
+        """Do what `forward` does, halting before the matrices of each stage of `wiring`."""
+        change = yield from self.self_attn.steps(_behind(self.input_layernorm, x), chunk)
+        x = self._changed(x, change, self.attention_out_norm)
+        change = yield from self.mlp.steps(_behind(self.post_attention_layernorm, x))
+        return self._changed(x, change, self.mlp_out_norm)
+
+    def _changed(self, x: torch.Tensor, change: torch.Tensor, norm: RMSNorm | None) -> torch.Tensor:
+        if norm is not None:
+            change = norm(change)
+        if self.residual_multiplier != 1:
+            change = change * self.residual_multiplier
+        return x + change
+
+
+def _norm(size: int, spec: NormSpec | None) -> RMSNorm | None:
+    return None if spec is None else RMSNorm(size, spec.eps)
+
+
+def _behind(norm: RMSNorm | None, x: torch.Tensor) -> Halt:
+    return (lambda: x) if norm is None else partial(norm, x)

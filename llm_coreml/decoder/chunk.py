@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 
-from llm_coreml.decoder.states import CacheView
+from llm_coreml.decoder.spec import AttentionSpec
+from llm_coreml.decoder.states import CacheView, View
+
+# Far below any score, far inside fp16: exp() of it is zero, and no -inf meets the hardware.
+_MASKED = -4.0e4
+
+# What a mask follows from: query heads of a key/value head, and the window.
+MaskKey = tuple[int, int | None]
 
 
 @dataclass(frozen=True)
@@ -14,15 +22,56 @@ class Chunk:
     """What every layer is told of the chunk that it works on.
 
     Attributes:
-        cos: Cosines of the S positions, `[S, 1, head_dim / 2]`.
-        sin: Sines, same shape.
-        mask: Added to the scores, `[1, 1, group * S, context]`.
-        cache: Keys and values, updated by each layer.
+        rotary: Cosines and sines of the S positions, `[S, 1, dim / 2]` each, for every table.
+        masks: Added to the scores, `[1, 1, group * S, positions]`, by what they follow from.
+        views: States by name, updated by each layer.
         start_pos: int `[1]`, position of the first token.
     """
 
-    cos: torch.Tensor
-    sin: torch.Tensor
-    mask: torch.Tensor
-    cache: CacheView
+    rotary: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    masks: Mapping[MaskKey, torch.Tensor]
+    views: Mapping[str, View]
     start_pos: torch.Tensor
+
+    def mask(self, spec: AttentionSpec) -> torch.Tensor:
+        """Return the mask of an attention's scores."""
+        return self.masks[mask_key(spec)]
+
+    def cache(self, name: str) -> CacheView:
+        """Return the keys and values of a cache."""
+        view = self.views[name]
+        assert isinstance(view, CacheView)
+        return view
+
+    def to(self, device: torch.device) -> Chunk:
+        """Return the same on another device, but for the states, which stay where they are."""
+        return replace(
+            self,
+            rotary=tuple((cos.to(device), sin.to(device)) for cos, sin in self.rotary),
+            masks={key: mask.to(device) for key, mask in self.masks.items()},
+            start_pos=self.start_pos.to(device),
+        )
+
+
+def mask_key(spec: AttentionSpec) -> MaskKey:
+    """Return what the mask of an attention follows from."""
+    return spec.num_queries_per_kv, spec.window
+
+
+def make_mask(key: MaskKey, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Return what is added to the scores: zero for what a token sees, and far below for the rest.
+
+    Args:
+        key: See `mask_key`.
+        rows: int32 `[S]`, positions of the tokens.
+        columns: int32 `[positions]`, positions that there may be something at.
+
+    Returns:
+        float32 `[1, 1, group * S, positions]`.
+    """
+    group, window = key
+    repeated = torch.cat([rows] * group).view(1, 1, -1, 1)
+    mask = (columns > repeated).to(torch.float32) * _MASKED
+    if window is None:
+        return mask
+    return mask + (columns <= repeated - window).to(torch.float32) * _MASKED

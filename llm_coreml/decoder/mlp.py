@@ -2,30 +2,62 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import MappingProxyType
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from llm_coreml.decoder.linear import Linear
-from llm_coreml.decoder.spec import DecoderSpec
+from llm_coreml.decoder.spec import Activation, MLPSpec
+from llm_coreml.decoder.wiring import Halt, Matrix, Steps, Wiring
+
+
+def _relu2(x: torch.Tensor) -> torch.Tensor:
+    return torch.relu(x) * torch.relu(x)
+
+
+_ACTIVATIONS: Mapping[Activation, Callable[[torch.Tensor], torch.Tensor]] = MappingProxyType(
+    {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "relu2": _relu2}
+)
 
 
 class MLP(nn.Module):
-    """Gated feed-forward: `down(silu(gate(x)) * up(x))` (SwiGLU, arXiv 2002.05202)."""
+    """Feed-forward, gated or plain: `down(act(gate(x)) * up(x))` (arXiv 2002.05202).
 
-    def __init__(self, spec: DecoderSpec) -> None:
+    Args:
+        spec: Sizes and options.
+        hidden_size: Width of the residual stream.
+    """
+
+    def __init__(self, spec: MLPSpec, hidden_size: int) -> None:
         super().__init__()
-        hidden, inner = spec.hidden_size, spec.intermediate_size
-        self.gate_proj = Linear(hidden, inner, bias=spec.mlp_bias)
-        self.up_proj = Linear(hidden, inner, bias=spec.mlp_bias)
-        self.down_proj = Linear(inner, hidden, bias=spec.mlp_bias)
+        self.spec = spec
+        inner = spec.intermediate_size
+        if spec.gated:
+            self.gate_proj = Linear(hidden_size, inner, bias=spec.bias)
+        self.up_proj = Linear(hidden_size, inner, bias=spec.bias)
+        self.down_proj = Linear(inner, hidden_size, bias=spec.bias)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map `[1, S, hidden]` to the same shape."""
-        return self.down_proj(self.down_proj.arrange(self.inner(x)))  # type: ignore[no-any-return]
+    @property
+    def wiring(self) -> Wiring:
+        """What each matrix reads and writes."""
+        names = ("gate_proj", "up_proj") if self.spec.gated else ("up_proj",)
+        projections = tuple(Matrix(name, reads="residual") for name in names)
+        return Wiring((projections, (Matrix("down_proj", writes="residual"),)))
 
-    def inner(self, x: torch.Tensor) -> torch.Tensor:
-        """Return `silu(gate(x)) * up(x)`, `[1, S, intermediate]`."""
+    def steps(self, inputs: Halt) -> Steps:
+        """Map `inputs` `[1, S, hidden]` to the same shape."""
+        inner = yield partial(self._inner, (yield inputs))
+        return self.down_proj(self.down_proj.arrange(inner))  # type: ignore[no-any-return]
+
+    def _inner(self, x: torch.Tensor) -> torch.Tensor:
+        """Return `act(gate(x)) * up(x)`, `[1, S, intermediate]`."""
+        activation = _ACTIVATIONS[self.spec.activation]
+        if not self.spec.gated:
+            return activation(self.up_proj(self.up_proj.arrange(x)))
         x = self.gate_proj.arrange(x)  # which is that of `up_proj`, too
-        gate: torch.Tensor = self.gate_proj(x)
-        return F.silu(gate) * self.up_proj(x)  # type: ignore[no-any-return]
+        gate = activation(self.gate_proj(x))
+        return gate * self.up_proj(x)  # type: ignore[no-any-return]

@@ -8,6 +8,8 @@ The same module runs eagerly (the judge of every artifact) and is exported for C
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -16,17 +18,15 @@ from torch import nn
 
 from llm_coreml.decoder.attention import AttentionForm
 from llm_coreml.decoder.block import Block
-from llm_coreml.decoder.chunk import Chunk
+from llm_coreml.decoder.chunk import Chunk, make_mask, mask_key
 from llm_coreml.decoder.linear import Embedding, Linear
 from llm_coreml.decoder.norm import RMSNorm
 from llm_coreml.decoder.rope import rope_tables
 from llm_coreml.decoder.spec import DecoderSpec
-from llm_coreml.decoder.states import KVCache
+from llm_coreml.decoder.states import State, View, make_states, numbered, slots
+from llm_coreml.decoder.wiring import Matrix, Wiring, joined
 
 LogitsForm = Literal["last", "all"]
-
-# Far below any score, far inside fp16: exp() of it is zero, and no -inf meets the hardware.
-_MASKED = -4.0e4
 
 
 class Decoder(nn.Module):
@@ -34,13 +34,11 @@ class Decoder(nn.Module):
 
     Args:
         spec: Sizes and options.
-        context: Positions that the KV cache holds.
+        context: Positions that the states hold.
         attention: `fused` or `decomposed`, see `Attention`.
         logits: `last` returns the last row of a chunk, `all` every row.
     """
 
-    cos: torch.Tensor
-    sin: torch.Tensor
     positions: torch.Tensor
 
     def __init__(
@@ -53,28 +51,49 @@ class Decoder(nn.Module):
         super().__init__()
         self.spec = spec
         self.context = context
+        self.attention = attention
         self.logits = logits
         self.embed_tokens = Embedding(spec.vocab_size, spec.hidden_size)
         self.layers = nn.ModuleList(
-            Block(spec, layer, attention) for layer in range(spec.num_hidden_layers)
+            Block(spec, index, slot, attention) for index, slot in enumerate(slots(spec))
         )
-        self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
+        self.norm = RMSNorm(spec.hidden_size, spec.norm.eps)
         self.lm_head = Linear(spec.hidden_size, spec.vocab_size, bias=False)
-        self.cache = KVCache(
-            spec.num_hidden_layers, spec.num_key_value_heads, context, spec.head_dim
-        )
-        cos, sin = rope_tables(spec.rope, spec.head_dim, context)
-        self.register_buffer("cos", cos.to(torch.float32), persistent=False)
-        self.register_buffer("sin", sin.to(torch.float32), persistent=False)
+        for name, state in make_states(spec, context).items():
+            self.add_module(name, state)
+        for names, rope in zip(self._rotary_names(), spec.rotary, strict=True):
+            for name, table in zip(names, rope_tables(rope, context), strict=True):
+                self.register_buffer(name, table.to(torch.float32), persistent=False)
         positions = torch.arange(context, dtype=torch.int32)
         self.register_buffer("positions", positions, persistent=False)
+
+    @property
+    def states(self) -> dict[str, State]:
+        """What is remembered between calls, by name."""
+        return {name: part for name, part in self.named_children() if isinstance(part, State)}
+
+    @functools.cached_property
+    def wiring(self) -> Wiring:
+        """What each matrix reads and writes, the token table's rows being what it writes."""
+        table = Wiring(((Matrix("embed_tokens", writes="residual"),),))
+        blocks = [
+            self.block(index).wiring.inside(f"layers.{index}") for index in range(len(self.layers))
+        ]
+        head = Wiring(((Matrix("lm_head", reads="residual", norm="norm"),),))
+        return joined(table, *blocks, head)
+
+    def block(self, index: int) -> Block:
+        """Return one of the layers."""
+        block = self.layers[index]
+        assert isinstance(block, Block)
+        return block
 
     def forward(self, tokens: torch.Tensor, start_pos: torch.Tensor) -> torch.Tensor:
         """Run one chunk that continues the sequence at `start_pos`.
 
         Args:
             tokens: int64 `[1, S]`, 1 <= S, `start_pos` + S <= context.
-            start_pos: int64 `[1]`, how many positions of the cache are filled.
+            start_pos: int64 `[1]`, how many positions of the states are filled.
 
         Returns:
             float32 logits, `[1, 1, vocab]` (`last`) or `[1, S, vocab]` (`all`).
@@ -84,29 +103,77 @@ class Decoder(nn.Module):
 
     def hidden(self, tokens: torch.Tensor, start_pos: torch.Tensor) -> torch.Tensor:
         """Do what `forward` does up to the head, for every row: float32 `[1, S, hidden]`."""
-        return self.blocks(self.embed_tokens(tokens.to(torch.int32)), start_pos)
+        return self.blocks(self.embed(tokens), start_pos)
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return what the first block gets for int `tokens` `[1, S]`: float32 `[1, S, hidden]`."""
+        return self.entering(self.embed_tokens(tokens.to(torch.int32)))
+
+    def entering(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return what the first block gets for rows of the token table, `[..., hidden]`."""
+        multiplier = self.spec.embedding_multiplier
+        return rows if multiplier == 1 else rows * multiplier
 
     def blocks(self, x: torch.Tensor, start_pos: torch.Tensor) -> torch.Tensor:
-        """Do what `hidden` does, for tokens whose rows of the table are `x` `[1, S, hidden]`."""
+        """Do what `hidden` does, for tokens of which the first block gets `x` `[1, S, hidden]`."""
         chunk = self.chunk(x.shape[1], start_pos)
         for block in self.layers:
             x = block(x, chunk)
-        self.cache.close(chunk.cache)
+        for name, state in self.states.items():
+            state.close(chunk.views[name])
         return x
 
     def chunk(self, length: int, start_pos: torch.Tensor) -> Chunk:
         """Return what every block is told of `length` tokens from `start_pos` int64 `[1]` on."""
         start_pos = start_pos.to(torch.int32)
         rows = self.positions[:length] + start_pos  # [S]
-        cos = F.embedding(rows, self.cos).unsqueeze(1)  # [S, 1, head_dim / 2]
-        sin = F.embedding(rows, self.sin).unsqueeze(1)
-        return Chunk(cos, sin, self._mask(rows), self.cache.open(), start_pos)
+        views = {name: state.open() for name, state in self.states.items()}
+        return self._chunk(rows, self.positions, views, start_pos)
+
+    def window(self, length: int) -> Chunk:
+        """Return what every block is told of `length` tokens that are all there is.
+
+        No state is read or written.
+        """
+        rows = self.positions[:length]
+        views = {name: state.window() for name, state in self.states.items()}
+        return self._chunk(rows, rows, views, self.positions[:1])
 
     def head(self, x: torch.Tensor) -> torch.Tensor:
         """Return the logits of rows that `hidden` gave, `[..., hidden]` -> `[..., vocab]`."""
-        return self.lm_head(self.norm(x))  # type: ignore[no-any-return]
+        return self.leaving(self.lm_head(self.norm(x)))
 
-    def _mask(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return `[1, 1, group * S, context]`: zero up to each row's position, then far below."""
-        repeated = torch.cat([rows] * self.spec.num_queries_per_kv).view(1, 1, -1, 1)
-        return (self.positions > repeated).to(torch.float32) * _MASKED
+    def leaving(self, products: torch.Tensor) -> torch.Tensor:
+        """Return the logits that the head's products `[..., vocab]` become."""
+        multiplier, cap = self.spec.logits_multiplier, self.spec.logits_softcap
+        logits = products if multiplier == 1 else products * multiplier
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def reset(self) -> None:
+        """Forget the sequence."""
+        for state in self.states.values():
+            state.reset()
+
+    def _chunk(
+        self,
+        rows: torch.Tensor,
+        columns: torch.Tensor,
+        views: Mapping[str, View],
+        start_pos: torch.Tensor,
+    ) -> Chunk:
+        rotary = tuple(
+            (self._rotary_rows(cos, rows), self._rotary_rows(sin, rows))
+            for cos, sin in self._rotary_names()
+        )
+        keys = dict.fromkeys(mask_key(layer.mixer) for layer in self.spec.layers)
+        masks = {key: make_mask(key, rows, columns) for key in keys}
+        return Chunk(rotary, masks, views, start_pos)
+
+    def _rotary_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        """Return what a table holds of positions `[S]`: `[S, 1, dim / 2]`."""
+        return F.embedding(rows, self.get_buffer(name)).unsqueeze(1)
+
+    def _rotary_names(self) -> list[tuple[str, str]]:
+        """Return what the buffers of cosines and sines of every table are called."""
+        indices = range(len(self.spec.rotary))
+        return [(numbered("cos", index), numbered("sin", index)) for index in indices]

@@ -1,27 +1,30 @@
-"""What a decoder is, as data: sizes, norms, rotary embedding.
+"""What a decoder is, as data: its layers one by one, and what they share.
 
 A family turns its `config.json` into a `DecoderSpec`; nothing below this line knows
 the name of a family. New architectures add fields here, not branches in callers.
 
-    spec = DecoderSpec(vocab_size=32000, hidden_size=2048, ...)
-    spec.num_queries_per_kv
+    layer = LayerSpec(AttentionSpec(32, 8, 64, norm=NormSpec()), MLPSpec(8192, norm=NormSpec()))
+    spec = DecoderSpec("llama", vocab_size=128256, ..., layers=16 * (layer,))
+    spec.layers[0].mixer.num_queries_per_kv
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 from llm_coreml.errors import CheckpointError
 
 RopeKind = Literal["default", "linear", "dynamic", "llama3"]
+Activation = Literal["silu", "gelu_tanh", "relu2"]
 
 
 @dataclass(frozen=True)
 class RopeSpec:
-    """Rotary position embedding: the base, and how positions past training are scaled.
+    """A table of rotary position embedding: its base, and how positions past training are scaled.
 
     Attributes:
+        dim: How many numbers of a head are rotated, its first ones; the others stay as they are.
         theta: Base of the geometric series of frequencies.
         kind: `default`, `linear` (all frequencies divided by `factor`), `dynamic` (unscaled
             inside `original_max_position_embeddings`) or `llama3` (low frequencies divided).
@@ -29,8 +32,12 @@ class RopeSpec:
         low_freq_factor: `llama3`: wavelengths above context / this are divided by `factor`.
         high_freq_factor: `llama3`: wavelengths below context / this stay as they are.
         original_max_position_embeddings: The context that the model was first trained on.
+
+    Raises:
+        CheckpointError: `dim` is odd.
     """
 
+    dim: int
     theta: float = 10000.0
     kind: RopeKind = "default"
     factor: float = 1.0
@@ -38,10 +45,146 @@ class RopeSpec:
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 0
 
+    def __post_init__(self) -> None:
+        _check_size("head_dim", self.dim)
+        if self.dim % 2:
+            raise CheckpointError(
+                f"config.json gives head_dim = {self.dim}; rotary embeddings need an even one."
+            )
+
+
+@dataclass(frozen=True)
+class NormSpec:
+    """A root-mean-square norm with a gain.
+
+    Attributes:
+        eps: Added to the mean square.
+    """
+
+    eps: float = 1e-5
+
+
+@dataclass(frozen=True)
+class QKNormSpec:
+    """Norms of queries and keys before they are rotated.
+
+    Attributes:
+        eps: Added to the mean square.
+        over: What is one row: each `head`, or all heads of a token at once.
+    """
+
+    eps: float = 1e-5
+    over: Literal["head", "all"] = "head"
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """Causal self-attention, which mixes positions.
+
+    Attributes:
+        num_attention_heads: Heads of queries.
+        num_key_value_heads: Heads of keys and values, which divide those of queries.
+        head_dim: Width of one head.
+        norm: Of what enters; None reads the residual stream as it is.
+        out_norm: Of what is added to the residual stream.
+        rope: Which of the decoder's rotary tables turns queries and keys; None turns neither.
+        window: How many positions are seen, each token's own the last; None sees all before it.
+        scale: What scores are multiplied by; None is `1 / sqrt(head_dim)`.
+        softcap: Scores become `softcap * tanh(scores / softcap)`.
+        qk_norm: Norms of queries and keys.
+        qkv_bias: Queries, keys and values have biases.
+        out_bias: The output projection has one.
+
+    Raises:
+        CheckpointError: a size is not positive, or two contradict each other.
+    """
+
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    norm: NormSpec | None = NormSpec()
+    out_norm: NormSpec | None = None
+    rope: int | None = 0
+    window: int | None = None
+    scale: float | None = None
+    softcap: float | None = None
+    qk_norm: QKNormSpec | None = None
+    qkv_bias: bool = False
+    out_bias: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("num_attention_heads", "num_key_value_heads", "head_dim"):
+            _check_size(name, getattr(self, name))
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise CheckpointError(
+                f"config.json gives {self.num_attention_heads} attention heads and "
+                f"{self.num_key_value_heads} key/value heads; the first must be a multiple "
+                "of the second."
+            )
+
+    @property
+    def num_queries_per_kv(self) -> int:
+        """Query heads that share one key/value head (1 for plain multi-head attention)."""
+        return self.num_attention_heads // self.num_key_value_heads
+
+
+@dataclass(frozen=True)
+class MLPSpec:
+    """A feed-forward layer: `down(act(gate(x)) * up(x))`, or `down(act(up(x)))` without a gate.
+
+    Attributes:
+        intermediate_size: Width between the two.
+        norm: Of what enters; None reads the residual stream as it is.
+        out_norm: Of what is added to the residual stream.
+        activation: `silu`, `gelu_tanh` (GELU by its tanh formula) or `relu2` (the square of ReLU).
+        gated: There is a gate.
+        bias: All of them have biases.
+
+    Raises:
+        CheckpointError: the size is not positive.
+    """
+
+    intermediate_size: int
+    norm: NormSpec | None = NormSpec()
+    out_norm: NormSpec | None = None
+    activation: Activation = "silu"
+    gated: bool = True
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        _check_size("intermediate_size", self.intermediate_size)
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One layer: what mixes positions, then what each position goes through by itself.
+
+    Attributes:
+        mixer: Attention.
+        feed_forward: A gated or a plain MLP.
+    """
+
+    mixer: AttentionSpec
+    feed_forward: MLPSpec
+
 
 @dataclass(frozen=True)
 class DecoderSpec:
     """Everything that fixes the decoder's graph and the shapes of its tensors.
+
+    Attributes:
+        model_type: The family.
+        vocab_size: Rows of the token table and of the head.
+        hidden_size: Width of the residual stream.
+        max_position_embeddings: The longest context that the model is meant for.
+        layers: In order.
+        norm: Of what the head reads.
+        rotary: Tables of rotary position embedding, which layers name by their index.
+        tie_word_embeddings: The head is the token table.
+        embedding_multiplier: What rows of the token table are multiplied by.
+        residual_multiplier: What every layer's two changes of the residual stream are.
+        logits_multiplier: What logits are.
+        logits_softcap: Logits become `softcap * tanh(logits / softcap)` at last.
 
     Raises:
         CheckpointError: a size is not positive, or two sizes contradict each other.
@@ -50,47 +193,36 @@ class DecoderSpec:
     model_type: str
     vocab_size: int
     hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
     max_position_embeddings: int
-    rms_norm_eps: float = 1e-5
-    rope: RopeSpec = RopeSpec()
+    layers: tuple[LayerSpec, ...]
+    norm: NormSpec = NormSpec()
+    rotary: tuple[RopeSpec, ...] = ()
     tie_word_embeddings: bool = False
-    attention_bias: bool = False
-    mlp_bias: bool = False
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_multiplier: float = 1.0
+    logits_softcap: float | None = None
 
     def __post_init__(self) -> None:
-        sizes = (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-            "max_position_embeddings",
-        )
-        for name in sizes:
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        for name in ("vocab_size", "hidden_size", "max_position_embeddings"):
+            _check_size(name, getattr(self, name))
+        _check_size("num_hidden_layers", len(self.layers))
+        for layer in self.layers:
+            rope, head_dim = layer.mixer.rope, layer.mixer.head_dim
+            if rope is not None and self.rotary[rope].dim > head_dim:
                 raise CheckpointError(
-                    f"config.json gives {name} = {value!r}; it must be a positive whole number."
+                    f"config.json has {self.rotary[rope].dim} numbers of each head rotated, and "
+                    f"gives head_dim = {head_dim}. Download or save the model again."
                 )
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise CheckpointError(
-                f"config.json gives {self.num_attention_heads} attention heads and "
-                f"{self.num_key_value_heads} key/value heads; the first must be a multiple "
-                "of the second."
-            )
-        if self.head_dim % 2:
-            raise CheckpointError(
-                f"config.json gives head_dim = {self.head_dim}; rotary embeddings need an even one."
-            )
 
-    @property
-    def num_queries_per_kv(self) -> int:
-        """Query heads that share one key/value head (1 for plain multi-head attention)."""
-        return self.num_attention_heads // self.num_key_value_heads
+    def to_json(self) -> dict[str, Any]:
+        """Return all fields as JSON values, a table for each layer."""
+        found = asdict(self)
+        return {**found, "layers": list(found["layers"]), "rotary": list(found["rotary"])}
+
+
+def _check_size(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise CheckpointError(
+            f"config.json gives {name} = {value!r}; it must be a positive whole number."
+        )

@@ -1,15 +1,85 @@
-"""The KV cache: two packed buffers that become two Core ML states.
+"""What a decoder remembers between calls: packed buffers that become Core ML states.
 
-All layers share one buffer for keys and one for values, `[layers, kv_heads, context, head_dim]`:
-programs with more than two states have been reported to compile and then fail on device. In an
-exported graph a write is the custom op `llm_coreml::kv_write`, which the Core ML lowering turns
-into `read_state -> slice_update -> write_state`, in place; eagerly it is a plain slice assignment.
+    states = make_states(spec, context)                # {"cache": KVCache(...)}
+    for state in state_specs(spec, context): ...       # cache_keys, cache_values and their shapes
+
+Each kind of state is a class here: its buffers, what a pass sees of them, and the custom op that
+writes them. For every such op there is a Core ML lowering (`lower/coreml_ops.py`) and a form in
+ATen ops (`lower/xnnpack.py`). There is one kind: keys and values. Layers of the same sizes share a
+buffer for keys and one for values, `[layers, kv_heads, context, head_dim]`: programs with more than
+two states have been reported to compile and then fail on device. In an exported graph a write is
+the op `llm_coreml::kv_write`, which the Core ML lowering turns into `read_state -> slice_update ->
+write_state`, in place; eagerly it is a plain slice assignment.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 from torch import nn
+from torch._library.custom_ops import CustomOpDef
+
+from llm_coreml.decoder.spec import DecoderSpec
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """One tensor that a program remembers between calls.
+
+    Attributes:
+        name: As programs call it: `cache_keys`.
+        shape: Its sizes.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a layer's part of the states lies.
+
+    Attributes:
+        state: The state's name in the decoder.
+        row: Which row of its buffers.
+    """
+
+    state: str
+    row: int
+
+
+class View:
+    """What the layers see of a state, and write to it, during one pass."""
+
+
+class State(nn.Module, ABC):
+    """What a decoder remembers of one sequence, of one kind; all buffers are fp32.
+
+    Attributes:
+        write: The custom op that an exported graph writes it with.
+    """
+
+    write: ClassVar[CustomOpDef]
+
+    @abstractmethod
+    def open(self) -> View:
+        """Return the view that one pass reads and updates."""
+
+    @abstractmethod
+    def close(self, view: View) -> None:
+        """Keep what a pass wrote to the view that `open` gave."""
+
+    @abstractmethod
+    def window(self) -> View:
+        """Return the view of a pass over all tokens that there are: nothing before, none kept."""
+
+    def reset(self) -> None:
+        """Forget the sequence: every entry becomes zero."""
+        for buffer in self.buffers():
+            buffer.zero_()
 
 
 @torch.library.custom_op("llm_coreml::kv_write", mutates_args=())
@@ -37,7 +107,7 @@ def _(
     return torch.empty_like(cache)
 
 
-class CacheView:
+class CacheView(View):
     """The cache during one forward pass.
 
     Eagerly it writes into the buffers. In an exported graph it carries the updated tensors from
@@ -67,16 +137,30 @@ class CacheView:
         return self.keys[layer : layer + 1], self.values[layer : layer + 1]
 
 
-class KVCache(nn.Module):
-    """Keys and values of every layer for one sequence.
+class _WindowView(CacheView):
+    """No cache: what is attended to is what was just computed."""
+
+    def __init__(self) -> None:
+        """Hold nothing."""
+
+    def update(
+        self, layer: int, keys: torch.Tensor, values: torch.Tensor, start_pos: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys and values as they are."""
+        return keys, values
+
+
+class KVCache(State):
+    """Keys and values of several layers for one sequence.
 
     Args:
-        num_layers: Decoder layers.
+        num_layers: Layers of these sizes.
         num_key_value_heads: Key/value heads of one layer.
         context: Positions that fit.
         head_dim: Width of one head.
     """
 
+    write = kv_write
     keys: torch.Tensor
     values: torch.Tensor
 
@@ -92,13 +176,55 @@ class KVCache(nn.Module):
         """Return the view that one forward pass reads and updates."""
         return CacheView(self.keys, self.values)
 
-    def close(self, view: CacheView) -> None:
+    def close(self, view: View) -> None:
         """Keep what the pass wrote; eagerly it is in the buffers already."""
+        assert isinstance(view, CacheView)
         if torch.compiler.is_exporting():
             self.keys.copy_(view.keys)
             self.values.copy_(view.values)
 
-    def reset(self) -> None:
-        """Forget the sequence: every entry becomes zero."""
-        self.keys.zero_()
-        self.values.zero_()
+    def window(self) -> CacheView:
+        """Return a view that hands keys and values on, and holds nothing."""
+        return _WindowView()
+
+
+def slots(spec: DecoderSpec) -> tuple[Slot, ...]:
+    """Return where the part of every layer lies."""
+    found = {}
+    for number, layers in enumerate(_caches(spec).values()):
+        for row, layer in enumerate(layers):
+            found[layer] = Slot(numbered("cache", number), row)
+    return tuple(found[index] for index in range(len(spec.layers)))
+
+
+def make_states(spec: DecoderSpec, context: int) -> dict[str, State]:
+    """Return empty states for `context` positions, by their names in the decoder."""
+    return {
+        numbered("cache", number): KVCache(len(layers), heads, context, head_dim)
+        for number, ((heads, head_dim), layers) in enumerate(_caches(spec).items())
+    }
+
+
+def state_specs(spec: DecoderSpec, context: int) -> tuple[StateSpec, ...]:
+    """Return every tensor that programs of `context` positions remember."""
+    with torch.device("meta"):
+        states = make_states(spec, context)
+    return tuple(
+        StateSpec(f"{name}_{part}", tuple(buffer.shape))
+        for name, state in states.items()
+        for part, buffer in state.named_buffers()
+    )
+
+
+def numbered(name: str, number: int) -> str:
+    """Return the name of one of several, the first of which has no number."""
+    return f"{name}_{number}" if number else name
+
+
+def _caches(spec: DecoderSpec) -> dict[tuple[int, int], list[int]]:
+    """Return the layers whose caches have the same number of heads and head size."""
+    found: dict[tuple[int, int], list[int]] = {}
+    for index, layer in enumerate(spec.layers):
+        sizes = (layer.mixer.num_key_value_heads, layer.mixer.head_dim)
+        found.setdefault(sizes, []).append(index)
+    return found

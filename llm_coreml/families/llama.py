@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 
 from llm_coreml.checkpoint.weights import Stored
-from llm_coreml.decoder.spec import DecoderSpec, RopeKind, RopeSpec
+from llm_coreml.decoder.spec import (
+    AttentionSpec,
+    DecoderSpec,
+    LayerSpec,
+    MLPSpec,
+    NormSpec,
+    RopeKind,
+    RopeSpec,
+)
 from llm_coreml.errors import CheckpointError, UnsupportedError
 from llm_coreml.families.family import Family
 from llm_coreml.families.fields import number, table, whole
@@ -37,26 +45,36 @@ def spec(config: Mapping[str, Any]) -> DecoderSpec:
         )
     heads = whole(config, "num_attention_heads")
     hidden = whole(config, "hidden_size")
+    head_dim = whole(config, "head_dim", max(1, hidden // heads))
+    norm = NormSpec(number(config, "rms_norm_eps", _EPSILON))
+    bias = bool(config.get("attention_bias"))
+    attention = AttentionSpec(
+        num_attention_heads=heads,
+        num_key_value_heads=whole(config, "num_key_value_heads", heads),
+        head_dim=head_dim,
+        norm=norm,
+        qkv_bias=bias,
+        out_bias=bias,
+    )
+    mlp = MLPSpec(whole(config, "intermediate_size"), norm=norm, bias=bool(config.get("mlp_bias")))
     return DecoderSpec(
         model_type=str(config["model_type"]),
         vocab_size=whole(config, "vocab_size"),
         hidden_size=hidden,
-        intermediate_size=whole(config, "intermediate_size"),
-        num_hidden_layers=whole(config, "num_hidden_layers"),
-        num_attention_heads=heads,
-        num_key_value_heads=whole(config, "num_key_value_heads", heads),
-        head_dim=whole(config, "head_dim", max(1, hidden // heads)),
         max_position_embeddings=whole(config, "max_position_embeddings", _POSITIONS),
-        rms_norm_eps=number(config, "rms_norm_eps", _EPSILON),
-        rope=rope_spec(config),
+        layers=whole(config, "num_hidden_layers") * (LayerSpec(attention, mlp),),
+        norm=norm,
+        rotary=(rope_spec(config, head_dim),),
         tie_word_embeddings=bool(config.get("tie_word_embeddings")),
-        attention_bias=bool(config.get("attention_bias")),
-        mlp_bias=bool(config.get("mlp_bias")),
     )
 
 
-def rope_spec(config: Mapping[str, Any]) -> RopeSpec:
+def rope_spec(config: Mapping[str, Any], dim: int) -> RopeSpec:
     """Read `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before).
+
+    Args:
+        config: `config.json`.
+        dim: How many numbers of a head are rotated.
 
     Raises:
         CheckpointError: a parameter of the scaling is missing or of another type.
@@ -66,13 +84,15 @@ def rope_spec(config: Mapping[str, Any]) -> RopeSpec:
     kind = values.get("rope_type") or values.get("type") or "default"
     for known in get_args(RopeKind):
         if kind == known:
-            return _rope_spec(known, values, config)
+            return _rope_spec(known, dim, values, config)
     raise UnsupportedError(
         f"config.json scales RoPE by '{kind}'; supported are {', '.join(get_args(RopeKind))}."
     )
 
 
-def _rope_spec(kind: RopeKind, values: dict[str, Any], config: Mapping[str, Any]) -> RopeSpec:
+def _rope_spec(
+    kind: RopeKind, dim: int, values: dict[str, Any], config: Mapping[str, Any]
+) -> RopeSpec:
     scaled = kind in ("linear", "llama3")
     by_band = kind == "llama3"
     trained = "original_max_position_embeddings"
@@ -86,6 +106,7 @@ def _rope_spec(kind: RopeKind, values: dict[str, Any], config: Mapping[str, Any]
             "must be the larger. Download or save the model again."
         )
     return RopeSpec(
+        dim=dim,
         theta=number(values, "rope_theta", number(config, "rope_theta", _THETA)),
         kind=kind,
         factor=number(values, "factor", where=where) if scaled else 1.0,
@@ -99,19 +120,23 @@ def _rope_spec(kind: RopeKind, values: dict[str, Any], config: Mapping[str, Any]
 def stored(spec: DecoderSpec) -> dict[str, Stored]:
     """Return what every parameter is made of: one tensor each, named as in the decoder."""
     inner = ["embed_tokens.weight", "norm.weight"]
-    linears = ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
-    linears += [f"self_attn.{kind}_proj" for kind in "qkvo"]
-    parts = [f"{linear}.weight" for linear in linears]
-    parts += ["input_layernorm.weight", "post_attention_layernorm.weight"]
-    for linear in linears:
-        if spec.mlp_bias if linear.startswith("mlp") else spec.attention_bias:
-            parts.append(f"{linear}.bias")
-    for layer in range(spec.num_hidden_layers):
-        inner += [f"layers.{layer}.{part}" for part in parts]
+    for index, layer in enumerate(spec.layers):
+        inner += [f"layers.{index}.{part}" for part in _parts(layer)]
     found = {name: Stored((f"model.{name}",)) for name in inner}
     if not spec.tie_word_embeddings:
         found["lm_head.weight"] = Stored(("lm_head.weight",))
     return found
+
+
+def _parts(layer: LayerSpec) -> Iterator[str]:
+    """Yield the parameters of a layer."""
+    attention, mlp = layer.mixer, layer.feed_forward
+    biased = {f"mlp.{kind}_proj": mlp.bias for kind in ("gate", "up", "down")}
+    biased |= {f"self_attn.{kind}_proj": attention.qkv_bias for kind in "qkv"}
+    biased["self_attn.o_proj"] = attention.out_bias
+    yield from (f"{linear}.weight" for linear in biased)
+    yield from ("input_layernorm.weight", "post_attention_layernorm.weight")
+    yield from (f"{linear}.bias" for linear, has_bias in biased.items() if has_bias)
 
 
 # Old checkpoints store RoPE frequencies; a tied head may be written out beside its table.

@@ -1,4 +1,4 @@
-"""The Core ML lowering of torch ops that coremltools or ExecuTorch lack.
+"""The Core ML lowering of the ops that write states, one for each kind of state.
 
 Importing the module registers them with coremltools; the partitioner then accepts them.
 """
@@ -12,11 +12,17 @@ from coremltools.converters.mil import Builder as mb
 from coremltools.converters.mil.frontend.torch.ops import _get_inputs
 from coremltools.converters.mil.frontend.torch.torch_op_registry import register_torch_op
 from coremltools.converters.mil.mil import types
+from torch._library.custom_ops import CustomOpDef
 
-_NAMES = ["llm_coreml::kv_write", "llm_coreml.kv_write"]
+from llm_coreml.decoder import states
 
 
-@register_torch_op(torch_alias=_NAMES, override=True)  # type: ignore[untyped-decorator]
+def _names(write: CustomOpDef) -> list[str]:
+    """Return what coremltools may call the op that writes a kind of state."""
+    return [write._qualname, write._qualname.replace("::", ".")]
+
+
+@register_torch_op(torch_alias=_names(states.kv_write), override=True)  # type: ignore[untyped-decorator]
 def kv_write(context: Any, node: Any) -> None:
     """Lower a cache write to `slice_update` on the state's value and a state write right after.
 

@@ -6,7 +6,9 @@ program. XNNPACK holds none of the weight formats, so the twin stores the dequan
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
@@ -17,11 +19,13 @@ from executorch.exir import (
 )
 from executorch.exir.passes.init_mutable_pass import InitializedMutableBufferPass
 from torch import nn
+from torch._library.custom_ops import CustomOpDef
 from torchao.utils import TorchAOBaseTensor
 
-from llm_coreml.config import Shapes
+from llm_coreml.artifact.method_plan import Constant
 from llm_coreml.decoder import Decoder
-from llm_coreml.lower.program import trace
+from llm_coreml.decoder.states import kv_write, state_specs
+from llm_coreml.lower.program import trace, trace_symbolic
 
 
 def _kv_write(
@@ -31,6 +35,10 @@ def _kv_write(
     rows = start_pos.to(torch.int64) + torch.arange(update.shape[2])
     written = torch.ops.aten.index_put.default(cache[layer], [None, rows], update[0])
     return torch.select_scatter(cache, written, 0, layer)
+
+
+# The op that writes each kind of state -> the same in ops for which portable kernels exist.
+WRITES: Mapping[CustomOpDef, Callable[..., torch.Tensor]] = MappingProxyType({kv_write: _kv_write})
 
 
 def _dequantize(decoder: Decoder) -> None:
@@ -46,21 +54,30 @@ def _dequantize(decoder: Decoder) -> None:
 
 
 def lower_xnnpack(
-    decoder: Decoder, shapes: Shapes, methods: dict[str, int | bool | list[int]], path: Path
+    decoder: Decoder, lengths: Sequence[int], constants: Mapping[str, Constant], path: Path
 ) -> None:
-    """Write the twin's program to `path`. `decoder` is left with dequantized weights."""
+    """Write the twin's program to `path`. `decoder` is left with dequantized weights.
+
+    Args:
+        decoder: Quantized decoder.
+        lengths: What a call may have, ascending.
+        constants: Constant methods, see `program.constant_methods`.
+        path: Where to write the `.pte`.
+    """
     _dequantize(decoder)
-    exported = trace(decoder, shapes).run_decompositions(
-        {torch.ops.llm_coreml.kv_write.default: _kv_write}
-    )
+    several = len(lengths) > 1
+    traced = trace_symbolic(decoder, lengths[-1]) if several else trace(decoder, lengths[0])
+    writes = {state.write for state in decoder.states.values()}
+    exported = traced.run_decompositions({write._opoverload: WRITES[write] for write in writes})
     edge = to_edge_transform_and_lower(
         exported,
         partitioner=[XnnpackPartitioner()],
         compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
-        constant_methods=dict(methods),
+        constant_methods=dict(constants),
     )
     # Without this the cache begins with whatever is in memory, and a masked NaN is still a NaN.
-    zeros = InitializedMutableBufferPass(["cache_keys", "cache_values"])
+    states = state_specs(decoder.spec, decoder.context)
+    zeros = InitializedMutableBufferPass([state.name for state in states])
     program = edge.to_executorch(ExecutorchBackendConfig(passes=[zeros]))
     with path.open("wb") as file:
         program.write_to_file(file)

@@ -64,7 +64,6 @@ def fill(
         for name in filling.group(index, list(members)):
             done += decoder.get_parameter(name).numel()
             on_progress(done / total)
-    decoder.cache.reset()
     if decoder.spec.tie_word_embeddings:
         filling.tie()
     on_progress(1.0)
@@ -112,7 +111,7 @@ class _Filling:
                 scheme = None if calibrated else self._scheme_of(owner)
                 order = self._read(module, name, scheme)
                 if attribute == "weight" and _is_matrix(module):
-                    set_input_order(self._modules, owner, order)
+                    set_input_order(self._decoder, owner, order)
             yield name
         if weights is None and calibrated:
             self._calibrate(index)

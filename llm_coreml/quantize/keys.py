@@ -14,7 +14,6 @@ import torch
 
 from llm_coreml.checkpoint.weights import Weights
 from llm_coreml.decoder import Decoder
-from llm_coreml.decoder.attention import Attention
 from llm_coreml.quantize.cache import make_key
 from llm_coreml.quantize.plan.plan import QuantizationPlan
 
@@ -59,7 +58,5 @@ class Keys:
     def _begin(self) -> str:
         """Return what the text is when it meets the first block, and how blocks compute."""
         table = self.block(["embed_tokens.weight"], ["embed_tokens"], calibrated=False)
-        attention = self._decoder.layers[0].get_submodule("self_attn")
-        assert isinstance(attention, Attention)
-        decoder = repr((self._decoder.spec, attention.form))
+        decoder = repr((self._decoder.spec, self._decoder.attention))
         return make_key({"table": table, "decoder": decoder, "text": repr(self._windows)})

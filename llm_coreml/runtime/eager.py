@@ -46,14 +46,14 @@ class EagerRunner(Runner):
             inside = (tokens >= start) & (tokens < start + len(rows))
             x[inside] = rows[tokens[inside] - start]
             start += len(rows)
-        return self.decoder.blocks(x, start_pos)
+        return self.decoder.blocks(self.decoder.entering(x), start_pos)
 
     def _head(self, x: torch.Tensor) -> torch.Tensor:
         """Do what `Decoder.head` does without expanding the head as a whole."""
         x = self.decoder.norm(x)
-        return torch.cat(
-            [F.linear(x, rows) for rows in dense_rows(self.decoder.lm_head.weight)], -1
-        )
+        weight = self.decoder.lm_head.weight
+        products = torch.cat([F.linear(x, rows) for rows in dense_rows(weight)], -1)
+        return self.decoder.leaving(products)
 
     def at(self, tokens: Sequence[int], position: int, rows: Sequence[int]) -> torch.Tensor:
         """Return the logits after some of `tokens` only, read as `logits` does.
@@ -80,4 +80,4 @@ class EagerRunner(Runner):
 
     def _clear(self) -> None:
         with torch.no_grad():
-            self.decoder.cache.reset()
+            self.decoder.reset()

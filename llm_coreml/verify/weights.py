@@ -96,10 +96,11 @@ def _missing(name: str, content: _Content, unknown: dict[_Content, str]) -> str:
 
 
 def _held(decoder: Decoder) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield what the decoder computes with; the cache is what it remembers."""
+    """Yield what the decoder computes with; its states are what it remembers."""
     yield from decoder.named_parameters()
+    remembered = {id(buffer) for state in decoder.states.values() for buffer in state.buffers()}
     for name, buffer in decoder.named_buffers():
-        if not name.startswith("cache."):
+        if id(buffer) not in remembered:
             yield name, buffer
 
 

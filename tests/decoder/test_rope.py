@@ -16,7 +16,7 @@ from llm_coreml.errors import UnsupportedError
 @pytest.mark.parametrize("head_dim", [2, 16, 48, 128])
 def test_tables_hold_the_angle_of_every_position(theta: float, head_dim: int) -> None:
     context = 512
-    cos, sin = rope_tables(RopeSpec(theta=theta), head_dim, context)
+    cos, sin = rope_tables(RopeSpec(head_dim, theta=theta), context)
     assert cos.shape == sin.shape == (context, head_dim // 2)
     assert cos.dtype == sin.dtype == torch.float64
     for position in (0, 1, 77, context - 1):
@@ -29,10 +29,10 @@ def test_tables_hold_the_angle_of_every_position(theta: float, head_dim: int) ->
 @pytest.mark.parametrize(
     "rope",
     [
-        RopeSpec(kind="linear", factor=4.0, original_max_position_embeddings=256),
-        RopeSpec(500000.0, "llama3", 8.0, 1.0, 4.0, 64),
-        RopeSpec(500000.0, "llama3", 32.0, 2.0, 8.0, 128),
-        RopeSpec(kind="dynamic", original_max_position_embeddings=256),
+        RopeSpec(64, kind="linear", factor=4.0, original_max_position_embeddings=256),
+        RopeSpec(64, 500000.0, "llama3", 8.0, 1.0, 4.0, 64),
+        RopeSpec(64, 500000.0, "llama3", 32.0, 2.0, 8.0, 128),
+        RopeSpec(64, kind="dynamic", original_max_position_embeddings=256),
     ],
     ids=["linear", "llama3-8", "llama3-32", "dynamic"],
 )
@@ -51,14 +51,14 @@ def test_scaled_frequencies_are_those_of_transformers(rope: RopeSpec) -> None:
         parameters["original_max_position_embeddings"] = rope.original_max_position_embeddings
     config = LlamaConfig(head_dim=64, max_position_embeddings=256, rope_parameters=parameters)
     theirs, _ = ROPE_INIT_FUNCTIONS[rope.kind](config, torch.device("cpu"))
-    ours = inverse_frequencies(rope, 64)
+    ours = inverse_frequencies(rope)
     assert torch.allclose(ours.to(torch.float32), theirs, rtol=2e-6, atol=0)
 
 
 def test_llama3_keeps_short_waves_and_divides_long_ones() -> None:
-    rope = RopeSpec(500000.0, "llama3", 8.0, 1.0, 4.0, 256)
-    plain = inverse_frequencies(RopeSpec(theta=500000.0), 64)
-    ratio = plain / inverse_frequencies(rope, 64)
+    rope = RopeSpec(64, 500000.0, "llama3", 8.0, 1.0, 4.0, 256)
+    plain = inverse_frequencies(RopeSpec(64, theta=500000.0))
+    ratio = plain / inverse_frequencies(rope)
     assert float(ratio[0]) == 1.0
     assert float(ratio[-1]) == pytest.approx(8.0)
     assert ((ratio > 1.001) & (ratio < 7.999)).any(), "some frequencies lie between"
@@ -75,7 +75,7 @@ def test_rotation_turns_pairs_half_a_head_apart() -> None:
 
 
 def test_dynamic_tables_end_at_the_trained_length() -> None:
-    rope = RopeSpec(kind="dynamic", original_max_position_embeddings=128)
-    assert rope_tables(rope, 16, 128)[0].shape == (128, 8)
+    rope = RopeSpec(16, kind="dynamic", original_max_position_embeddings=128)
+    assert rope_tables(rope, 128)[0].shape == (128, 8)
     with pytest.raises(UnsupportedError, match="use --context 128 or less"):
-        rope_tables(rope, 16, 160)
+        rope_tables(rope, 160)

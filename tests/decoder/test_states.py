@@ -19,6 +19,12 @@ def decoder() -> Decoder:
     return built
 
 
+def cache_of(decoder: Decoder) -> KVCache:
+    (cache,) = decoder.states.values()
+    assert isinstance(cache, KVCache)
+    return cache
+
+
 def arguments(layer: int, length: int, first: int) -> tuple[object, ...]:
     cache = torch.arange(3 * 2 * 16 * 4, dtype=torch.float32).reshape(3, 2, 16, 4)
     update = -torch.ones(1, 2, length, 4)
@@ -57,26 +63,26 @@ def test_eager_writes_equal_the_op() -> None:
 @torch.inference_mode()
 def test_chunks_fill_the_cache_as_one_call_does(decoder: Decoder) -> None:
     tokens = torch.tensor([tokens_for(97, 32)])
-    decoder.cache.reset()
+    decoder.reset()
     decoder(tokens, torch.tensor([0]))
-    whole = decoder.cache.keys.clone(), decoder.cache.values.clone()
-    decoder.cache.reset()
+    whole = cache_of(decoder).keys.clone(), cache_of(decoder).values.clone()
+    decoder.reset()
     for first, last in ((0, 1), (1, 20), (20, 32)):
         decoder(tokens[:, first:last], torch.tensor([first]))
-    assert torch.allclose(decoder.cache.keys, whole[0], atol=1e-5)
-    assert torch.allclose(decoder.cache.values, whole[1], atol=1e-5)
+    assert torch.allclose(cache_of(decoder).keys, whole[0], atol=1e-5)
+    assert torch.allclose(cache_of(decoder).values, whole[1], atol=1e-5)
 
 
 @torch.inference_mode()
 def test_reset_and_a_fresh_start_forget_the_sequence_before(decoder: Decoder) -> None:
     old, new = torch.tensor([tokens_for(97, 32, 1)]), torch.tensor([tokens_for(97, 9, 2)])
     start = torch.tensor([0])
-    decoder.cache.reset()
+    decoder.reset()
     expected = decoder(new, start).clone()
     decoder(old, start)
     # What lies past the current position is masked, so a restart needs no reset to be right.
     assert torch.equal(decoder(new, start), expected)
     decoder(old, start)
-    decoder.cache.reset()
-    assert not decoder.cache.keys.any() and not decoder.cache.values.any()
+    decoder.reset()
+    assert not cache_of(decoder).keys.any() and not cache_of(decoder).values.any()
     assert torch.equal(decoder(new, start), expected)

@@ -60,7 +60,7 @@ SPLITS = {
 def run(decoder: Decoder, tokens: Sequence[int], parts: Sequence[int]) -> torch.Tensor:
     """Feed `tokens` in chunks of the lengths `parts`; returns the rows of all calls."""
     rows, start = [], 0
-    decoder.cache.reset()
+    decoder.reset()
     with torch.inference_mode():
         for length in parts:
             chunk = torch.tensor([list(tokens[start : start + length])])

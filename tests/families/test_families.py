@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from llm_coreml.decoder.spec import RopeSpec
+from llm_coreml.decoder.spec import AttentionSpec, LayerSpec, MLPSpec, NormSpec, RopeSpec
 from llm_coreml.errors import CheckpointError, UnsupportedError
 from llm_coreml.families import find_family, known_model_types
 from llm_coreml.model import open_model
@@ -32,10 +32,13 @@ def spec_of(**changes: Any) -> Any:
 
 def test_silent_options_take_the_defaults_of_transformers() -> None:
     spec = spec_of()
-    assert (spec.num_key_value_heads, spec.head_dim, spec.max_position_embeddings) == (4, 16, 2048)
-    assert spec.rms_norm_eps == 1e-6
-    assert spec.rope == RopeSpec(original_max_position_embeddings=2048)
-    assert not (spec.tie_word_embeddings or spec.attention_bias or spec.mlp_bias)
+    norm = NormSpec(1e-6)
+    attention, mlp = AttentionSpec(4, 4, 16, norm=norm), MLPSpec(80, norm=norm)
+    assert spec.layers == 2 * (LayerSpec(attention, mlp),)
+    assert spec.max_position_embeddings == 2048
+    assert spec.norm == norm
+    assert spec.rotary == (RopeSpec(16, original_max_position_embeddings=2048),)
+    assert not spec.tie_word_embeddings
 
 
 @pytest.mark.parametrize(
@@ -48,8 +51,8 @@ def test_silent_options_take_the_defaults_of_transformers() -> None:
     ids=["type", "rope_type", "transformers-5"],
 )
 def test_rope_is_read_in_its_three_spellings(changes: dict[str, Any]) -> None:
-    expected = RopeSpec(theta=5e5, kind="linear", factor=4.0, original_max_position_embeddings=2048)
-    assert spec_of(**changes).rope == expected
+    expected = RopeSpec(16, 5e5, "linear", factor=4.0, original_max_position_embeddings=2048)
+    assert spec_of(**changes).rotary == (expected,)
 
 
 @pytest.mark.parametrize(
@@ -181,5 +184,5 @@ def test_the_trained_length_beside_the_sizes_wins() -> None:
         "original_max_position_embeddings": 4096,
     }
     spec = spec_of(rope_scaling=scaling, original_max_position_embeddings=8192)
-    assert spec.rope.original_max_position_embeddings == 8192
-    assert spec_of(rope_scaling=scaling).rope.original_max_position_embeddings == 4096
+    assert spec.rotary[0].original_max_position_embeddings == 8192
+    assert spec_of(rope_scaling=scaling).rotary[0].original_max_position_embeddings == 4096

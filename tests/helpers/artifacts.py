@@ -59,15 +59,6 @@ SCHEMES: dict[str, dict[str, Any]] = {
 TIED = ("int4-channel", "codebook-3", "codebook-6")
 # Codebooks of 1, 6 and 8 bits are in matrices of the others too, tied and untied.
 FURTHER = ("codebook-1", "codebook-6", "codebook-8")
-PROJECTIONS = (
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-)
 
 
 @dataclass(frozen=True)
@@ -107,17 +98,16 @@ def lower(source: Any, config: ExportConfig, place: Path | Shared) -> Artifact:
         place: the file to write; or where all workers find one and the same file, so that what is
             the same is lowered once.
     """
-    from llm_coreml.lower.coreml import lower_coreml
-    from llm_coreml.lower.program import constant_methods
+    from llm_coreml.lower.forms import form_for
 
     model = open_model(source)
     job = resolve(config, model.spec)
     plan = make_plan(job, model.spec)
     decoder = build_decoder(model, job, plan)
-    methods = constant_methods(model.spec, job.shapes, bos_id=1, eos_ids=(2, 5))
+    form = form_for(job, model.spec, bos_id=1, eos_ids=(2, 5))
 
     def write(path: Path) -> None:
-        lower_coreml(decoder, job, job.shapes, methods, path)
+        form.write(decoder, path)
 
     if isinstance(place, Shared):
         place = place.file("model.pte", (source, config), write)
@@ -200,11 +190,11 @@ def _sources(path: Path) -> dict[str, Operation]:
 def _matrix_operations(path: Path, spec: DecoderSpec) -> dict[str, Operation]:
     """Return the operation that gives each matrix, under the decoder's name of its module."""
     sources, operations = _sources(path), program(path).operations
-    names = [f"layers.{i}.{part}" for i in range(spec.num_hidden_layers) for part in PROJECTIONS]
+    table, *names = [name for stage in Decoder(spec, context=1).wiring.shared for name in stage]
     linears = [_source(sources, op, "weight") for op in operations if op.type == "linear"]
     tables = [_source(sources, op, "x") for op in operations if op.type == "gather"]
-    (table,) = [op for op in tables if op is not None and _shape(op)[0] == spec.vocab_size]
-    return {**dict(zip([*names, "lm_head"], linears, strict=True)), "embed_tokens": table}
+    (gathered,) = [op for op in tables if op is not None and _shape(op)[0] == spec.vocab_size]
+    return {**dict(zip(names, linears, strict=True)), table: gathered}
 
 
 def _source(sources: dict[str, Operation], op: Operation, parameter: str) -> Any:

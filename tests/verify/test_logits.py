@@ -145,7 +145,7 @@ def test_the_bound_without_rounding_grows_with_the_root_of_the_widest_sum(
     quantized: Callable[[str], Artifact],
 ) -> None:
     decoder = quantized("int4-channel").decoder
-    assert decoder.spec.intermediate_size == 96
+    assert decoder.spec.layers[0].feed_forward.intermediate_size == 96
     assert conversion_bound(decoder) == pytest.approx(2e-2 / 8192 * 96**0.5)
 
 

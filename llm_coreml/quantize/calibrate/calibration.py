@@ -11,6 +11,7 @@ earlier blocks is known, and can be made up for (as in GPTAQ, arXiv:2504.02692).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -23,7 +24,7 @@ from llm_coreml.quantize.calibrate.gptq import gptq
 from llm_coreml.quantize.calibrate.hessian import Hessian
 from llm_coreml.quantize.calibrate.moments import Moments, Sums
 from llm_coreml.quantize.calibrate.refit import refit
-from llm_coreml.quantize.calibrate.stream import SHARED_INPUTS, Passage, Texts, chunks, widened
+from llm_coreml.quantize.calibrate.stream import Passage, Texts, widened
 from llm_coreml.quantize.formats.grids import grid_of
 from llm_coreml.quantize.formats.schemes import Scheme
 
@@ -38,9 +39,9 @@ class Calibration:
 
     def __init__(self, decoder: Decoder, windows: Sequence[Sequence[int]]) -> None:
         self._decoder = decoder
-        self._chunk_of = chunks(decoder)
+        self._chunk_of = functools.cache(decoder.window)
         with torch.inference_mode():
-            states = [decoder.embed_tokens(torch.tensor([list(w)])) for w in windows]
+            states = [decoder.embed(torch.tensor([list(w)])) for w in windows]
         self._texts = Texts(states, list(states))
 
     def quantize(self, index: int, scheme_of: Callable[[str], Scheme]) -> None:
@@ -54,9 +55,9 @@ class Calibration:
             CheckpointError: the inputs of a layer are not finite.
             UnsupportedError: the format cannot hold a value.
         """
-        block = self._decoder.layers[index]
+        block = self._decoder.block(index)
         passage = Passage(block, self._texts, self._chunk_of)
-        for names in SHARED_INPUTS:
+        for names in block.wiring.shared:
             owners = {f"layers.{index}.{name}": name for name in names}
             weights = {owner: passage.weight(name) for owner, name in owners.items()}
             moments = _moments(passage, weights)

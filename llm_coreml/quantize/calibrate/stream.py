@@ -1,7 +1,7 @@
 """A text on its way through a block of a decoder, halted wherever linear layers read.
 
-    passage = Passage(block, texts, chunks(decoder))
-    for names in SHARED_INPUTS:
+    passage = Passage(block, texts, decoder.window)
+    for names in block.wiring.shared:
         for inputs, others in passage.windows():           # what the layers `names` get
             ...
         passage.replace(names[0], weight)                  # before the text goes on
@@ -15,25 +15,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from llm_coreml.decoder import Decoder
 from llm_coreml.decoder.block import Block
 from llm_coreml.decoder.chunk import Chunk
-from llm_coreml.decoder.states import CacheView
+from llm_coreml.decoder.wiring import Steps
 from llm_coreml.quantize.formats.round import dense_rows
-
-# Linear layers that get the same inputs, in the order in which a block computes them.
-SHARED_INPUTS = (
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    ("self_attn.o_proj",),
-    ("mlp.gate_proj", "mlp.up_proj"),
-    ("mlp.down_proj",),
-)
 
 
 class Texts(NamedTuple):
@@ -68,7 +58,7 @@ class Passage:
                 (self._block, original), texts, (True, False), strict=True
             )
         )
-        self._left = len(SHARED_INPUTS)
+        self._left = len(original.wiring.stages)
         self._originals: list[torch.Tensor] = []
 
     def weight(self, name: str) -> torch.Tensor:
@@ -105,41 +95,37 @@ def _halts(
 ) -> Iterator[torch.Tensor]:
     """Yield the inputs of each set of layers, and at last the block's output.
 
-    With `again` the widest inputs are not kept, and computed twice: a text stays halted there.
+    With `again` the last inputs, the widest, are not kept, and computed twice: a text stays halted
+    there.
     """
-    inputs = block.input_layernorm(x)
-    yield inputs
-    inputs = block.self_attn.joined(inputs, chunk_of(x.shape[1]))
-    yield inputs
-    x = x + block.self_attn.o_proj(inputs)
-    inputs = block.post_attention_layernorm(x)
-    yield inputs
+    steps = block.steps(x, chunk_of(x.shape[1]))
+    del x
+    halt = next(steps)
+    for _ in block.wiring.stages[:-1]:
+        inputs = halt()
+        del halt  # and what the inputs were computed from
+        yield inputs
+        halt = steps.send(inputs)
+        del inputs
     if again:
-        yield block.mlp.inner(inputs)
-    inputs = block.mlp.inner(inputs)
+        yield halt()
+    inputs = halt()
+    del halt
     if not again:
         yield inputs
-    x = x + block.mlp.down_proj(inputs)
+    output = _end(steps, inputs)
     del inputs  # the next window needs the space
-    yield x
+    yield output
 
 
-def chunks(decoder: Decoder) -> Callable[[int], Chunk]:
-    """Return a function from a number of tokens to what blocks are told of a window of so many.
-
-    Blocks then attend to the window, and not to the rest of the cache.
-    """
-    known: dict[int, Chunk] = {}
-
-    def chunk_of(length: int) -> Chunk:
-        if length not in known:
-            chunk = decoder.chunk(length, torch.zeros(1, dtype=torch.int64))
-            keys, values = chunk.cache.keys[:, :, :length], chunk.cache.values[:, :, :length]
-            mask = chunk.mask[..., :length].contiguous()
-            known[length] = replace(chunk, mask=mask, cache=CacheView(keys, values))
-        return known[length]
-
-    return chunk_of
+def _end(steps: Steps, inputs: torch.Tensor) -> torch.Tensor:
+    """Return what a block gives once its last layers get their inputs."""
+    try:
+        steps.send(inputs)
+    except StopIteration as done:
+        output: torch.Tensor = done.value
+        return output
+    raise AssertionError("a block halts once for every stage of its wiring")
 
 
 def widened(block: nn.Module) -> nn.Module:

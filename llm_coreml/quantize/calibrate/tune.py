@@ -20,9 +20,7 @@ from torch import nn
 from torch.func import functional_call
 
 from llm_coreml.decoder import Decoder
-from llm_coreml.decoder.chunk import Chunk
 from llm_coreml.decoder.norm import RMSNorm
-from llm_coreml.decoder.states import CacheView
 from llm_coreml.errors import CheckpointError, UnsupportedError
 from llm_coreml.quantize.formats.adjustable import Adjustable, Values, adjustable
 from llm_coreml.quantize.formats.round import dense_rows
@@ -33,19 +31,6 @@ from llm_coreml.quantize.formats.serialize import moved
 _RATE = 3e-3
 _BETAS = (0.9, 0.99)
 _WARMUP = 10
-
-
-class _Memoryless(CacheView):
-    """A cache for windows that are read at once: what is attended to is what was just computed."""
-
-    def __init__(self) -> None:
-        """Hold nothing."""
-
-    def update(
-        self, layer: int, keys: torch.Tensor, values: torch.Tensor, start_pos: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return keys and values as they are."""
-        return keys, values
 
 
 class _Round(torch.autograd.Function):
@@ -111,20 +96,12 @@ class _Student:
         """Return what the decoder makes of a text, fp32 `[tokens, vocab]`."""
         decoder, weights = self._decoder, self._weights()
         tokens = torch.tensor([list(window)])
-        chunk = decoder.chunk(len(window), torch.zeros(1, dtype=torch.int64))
-        chunk = Chunk(
-            chunk.cos.to(self._device),
-            chunk.sin.to(self._device),
-            chunk.mask[..., : len(window)].to(self._device),
-            _Memoryless(),
-            chunk.start_pos.to(self._device),
-        )
-        x = decoder.embed_tokens(tokens).to(self._device)
+        chunk = decoder.window(len(window)).to(self._device)
+        x = decoder.embed(tokens).to(self._device)
         for index, block in enumerate(decoder.layers):
             x = functional_call(block, weights[f"layers.{index}"], (x, chunk))
         x = functional_call(decoder.norm, weights["norm"], (x,))
-        logits: torch.Tensor = x.squeeze(0) @ self._head.T
-        return logits
+        return decoder.leaving(x.squeeze(0) @ self._head.T)
 
     def _weights(self) -> dict[str, dict[str, torch.Tensor]]:
         """Return the tensors of each block, and of the last norm, by their names in it."""

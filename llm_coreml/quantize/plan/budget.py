@@ -107,9 +107,10 @@ def other_bytes(job: Job, spec: DecoderSpec, plan: QuantizationPlan) -> int:
     bits = plan.embedding.stored_bits(table)
     bits += 0 if plan.tied else plan.lm_head.stored_bits(table)
     number, context = job.precision.bits // 8, job.shapes.context
-    # A cosine and a sine for every pair of a head's dimensions, and an int32 for every position.
-    numbers = _vectors(spec) * number + context * (spec.head_dim * number + 4)
-    return -(-bits // 8) + numbers + _PROGRAM_BYTES + spec.num_hidden_layers * _LAYER_BYTES
+    # A cosine and a sine for every pair of rotated numbers, and an int32 for every position.
+    turned = sum(rope.dim for rope in spec.rotary)
+    numbers = _vectors(spec) * number + context * (turned * number + 4)
+    return -(-bits // 8) + numbers + _PROGRAM_BYTES + len(spec.layers) * _LAYER_BYTES
 
 
 def _vectors(spec: DecoderSpec) -> int:

@@ -14,12 +14,11 @@ from types import MappingProxyType
 from typing import Literal, final
 
 import torch
-from torch import nn
 
 from llm_coreml.checkpoint import Checkpoint
 from llm_coreml.checkpoint.matrix import Packed, PackedForm
 from llm_coreml.config import Job, WeightSettings
-from llm_coreml.decoder import DecoderSpec
+from llm_coreml.decoder import Decoder, DecoderSpec
 from llm_coreml.decoder.linear import Linear
 from llm_coreml.errors import ConfigError, UnsupportedError
 from llm_coreml.quantize.formats.schemes import IntChannel, IntGroup, Scheme, TableGroup
@@ -27,8 +26,6 @@ from llm_coreml.quantize.formats.tensors import integer_tensor, lookup_tensor
 from llm_coreml.quantize.plan.plan import QuantizationPlan, matrices, use_of
 from llm_coreml.rules import refused
 
-# The layer whose order of inputs others share.
-_FIRST = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 _ORDER_ADVICE = (
     "which cannot be imported. Quantize with desc_act=False, or give the unquantized checkpoint "
     "and --calibrate."
@@ -169,32 +166,30 @@ def imported_weight(packed: Packed, bits: int) -> torch.Tensor:
     return integer_tensor(packed.codes, levels.scale, levels.zero_point, bits)
 
 
-def set_input_order(
-    modules: Mapping[str, nn.Module], name: str, order: torch.Tensor | None
-) -> None:
-    """Have the inputs of a linear layer put in the order of its weight's columns.
+def set_input_order(decoder: Decoder, name: str, order: torch.Tensor | None) -> None:
+    """Have the inputs of a matrix put in the order of its weight's columns.
 
     Args:
-        modules: The decoder's, by name.
-        name: Of the layer. Layers with the same inputs are set after the first of them.
+        decoder: Whose matrix it is.
+        name: Of its module. Those with the same inputs are set after the first of them.
         order: int64 `[in_features]`; None is their own.
 
     Raises:
-        UnsupportedError: layers with the same inputs want them in different orders.
+        UnsupportedError: matrices with the same inputs want them in different orders.
     """
-    block, _, kind = name.rpartition(".")
     wanted = None if order is None else order.to(torch.int32)
-    first = modules[f"{block}.{_FIRST[kind]}"] if kind in _FIRST else modules[name]
+    shared = decoder.wiring.first_of(name)
+    first = decoder.get_submodule(shared)
     found = first.input_order if isinstance(first, Linear) else None
-    if kind in _FIRST:
+    if name != shared:
         same = found is wanted or not (found is None or wanted is None or (found != wanted).any())
         if not same:
             raise UnsupportedError(
-                f"{name} has its inputs in another order than {_FIRST[kind]}, which reads the "
-                f"same, {_ORDER_ADVICE}"
+                f"{name} has its inputs in another order than {shared.rpartition('.')[2]}, which "
+                f"reads the same, {_ORDER_ADVICE}"
             )
     elif wanted is not None:
-        if not block or not isinstance(first, Linear):
+        if first is decoder.lm_head or not isinstance(first, Linear):
             raise UnsupportedError(f"{name} was quantized in activation order, {_ORDER_ADVICE}")
         first.input_order = wanted
 

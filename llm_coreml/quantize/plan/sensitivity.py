@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
 from torch import nn
@@ -26,7 +25,6 @@ from torch import nn
 from llm_coreml.checkpoint.weights import Weights
 from llm_coreml.decoder import Decoder, DecoderSpec
 from llm_coreml.decoder.chunk import Chunk
-from llm_coreml.decoder.states import CacheView
 from llm_coreml.errors import CheckpointError, UnsupportedError
 from llm_coreml.quantize.formats.round import dense_rows, quantized
 from llm_coreml.quantize.formats.schemes import Scheme
@@ -67,7 +65,7 @@ def sensitivities(
         UnsupportedError: a format cannot hold a value.
     """
     stream = _Stream(weights, spec, max(map(len, windows)))
-    count, losses = spec.num_hidden_layers, {}
+    count, losses = len(spec.layers), {}
     states = [stream.embed(windows)]
     for index in range(count):
         with stream.block(index) as block, torch.no_grad():
@@ -123,13 +121,11 @@ class _Stream:
     def embed(self, windows: Sequence[Sequence[int]]) -> list[torch.Tensor]:
         """Return the rows of the token table, `[1, S, hidden]` for each window."""
         with torch.no_grad():
-            return [self._decoder.embed_tokens(torch.tensor([list(w)])) for w in windows]
+            return [self._decoder.embed(torch.tensor([list(w)])) for w in windows]
 
     def chunk(self, states: torch.Tensor) -> Chunk:
-        """Return what a block is told of a window; its cache is written to, so it is a copy."""
-        chunk = self._decoder.chunk(states.shape[1], torch.zeros(1, dtype=torch.int64))
-        cache = self._decoder.cache
-        return replace(chunk, cache=CacheView(cache.keys.clone(), cache.values.clone()))
+        """Return what a block is told of a window."""
+        return self._decoder.window(states.shape[1])
 
     def head_gradients(self, states: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
         """Return roots of the metric for every window and draw, taken back through the head."""

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import MappingProxyType
-from typing import Literal, final
+from typing import final
 
 import torch
 
@@ -24,54 +24,33 @@ from llm_coreml.checkpoint.checkpoint import cast_checked
 from llm_coreml.checkpoint.matrix import Packed, PackedForm
 from llm_coreml.checkpoint.weights import Weights
 from llm_coreml.config import Rotate
-from llm_coreml.decoder import DecoderSpec
+from llm_coreml.decoder import Decoder, DecoderSpec
+from llm_coreml.decoder.wiring import Space, Wiring
 from llm_coreml.errors import UnsupportedError
 from llm_coreml.quantize.rotate.hadamard import SEED, Rotation
 
-Space = Literal["residual", "heads"]
 # Values rotated at a time, in fp64.
 _PIECE = 1 << 22
 _TABLE, _HEAD = "embed_tokens.weight", "lm_head.weight"
 
 
-@dataclass(frozen=True)
-class _Matrix:
-    """What lies on the two sides of a matrix.
-
-    Attributes:
-        inputs: The space that its inputs are of, None if it is not rotated.
-        outputs: The space of its outputs.
-        norm: Whose gain its inputs are multiplied by.
-    """
-
-    inputs: Space | None = None
-    outputs: Space | None = None
-    norm: str | None = None
-
-
-_MATRICES: Mapping[str, _Matrix] = MappingProxyType(
-    {
-        "embed_tokens": _Matrix("residual"),
-        "self_attn.q_proj": _Matrix("residual", norm="input_layernorm"),
-        "self_attn.k_proj": _Matrix("residual", norm="input_layernorm"),
-        "self_attn.v_proj": _Matrix("residual", "heads", norm="input_layernorm"),
-        "self_attn.o_proj": _Matrix("heads", "residual"),
-        "mlp.gate_proj": _Matrix("residual", norm="post_attention_layernorm"),
-        "mlp.up_proj": _Matrix("residual", norm="post_attention_layernorm"),
-        "mlp.down_proj": _Matrix(outputs="residual"),
-        "lm_head": _Matrix("residual", norm="norm"),
-    }
-)
-_NORMS = frozenset(matrix.norm for matrix in _MATRICES.values() if matrix.norm is not None)
-
-
 def rotations(kind: Rotate, spec: DecoderSpec) -> dict[Space, Rotation]:
-    """Return the rotation of each space that `kind` asks to rotate."""
+    """Return the rotation of each space that `kind` asks to rotate.
+
+    Raises:
+        UnsupportedError: the heads of some layers are wider than those of others.
+    """
     found: dict[Space, Rotation] = {}
     if kind in ("residual", "both"):
         found["residual"] = Rotation(spec.hidden_size)
     if kind in ("heads", "both"):
-        found["heads"] = Rotation(spec.head_dim)
+        widths = sorted({layer.mixer.head_dim for layer in spec.layers})
+        if len(widths) > 1:
+            raise UnsupportedError(
+                f"--rotate {kind} wants heads of one width, and this model has heads of "
+                f"{', '.join(map(str, widths))}; leave --rotate out, or give --rotate residual."
+            )
+        found["heads"] = Rotation(widths[0])
     return found
 
 
@@ -88,7 +67,8 @@ def rotated(weights: Weights, spec: DecoderSpec, kind: Rotate) -> tuple[Weights,
         return weights, spec
     found = rotations(kind, spec)
     apart = "residual" in found and spec.tie_word_embeddings
-    turned = RotatedWeights(weights, found, {_HEAD: _TABLE} if apart else {})
+    wiring = Decoder(spec, context=1).wiring
+    turned = RotatedWeights(weights, wiring, found, {_HEAD: _TABLE} if apart else {})
     return turned, replace(spec, tie_word_embeddings=spec.tie_word_embeddings and not apart)
 
 
@@ -98,18 +78,26 @@ class RotatedWeights(Weights):
 
     Args:
         weights: As they were.
+        wiring: What the decoder's matrices read and write.
         found: The rotation of each space.
         copies: Parameters that are made of another one's values, such as a head once tied.
     """
 
     def __init__(
-        self, weights: Weights, found: Mapping[Space, Rotation], copies: Mapping[str, str]
+        self,
+        weights: Weights,
+        wiring: Wiring,
+        found: Mapping[Space, Rotation],
+        copies: Mapping[str, str],
     ) -> None:
         self._weights = weights
+        self._matrices = wiring.matrices
+        self._norms = wiring.norms
         self._rotations = found
         self._copies = copies
+        known = {*self._matrices, *self._norms, *wiring.inner}
         for name in sorted(self.names()):
-            if _part(name) not in _MATRICES.keys() | _NORMS:
+            if _owner(name) not in known:
                 raise UnsupportedError(
                     f"--rotate does not know what {self._weights.described(name)} is multiplied "
                     "with; leave --rotate out for this family."
@@ -153,17 +141,18 @@ class RotatedWeights(Weights):
 
     def _rotated(self, name: str) -> torch.Tensor:
         values = self._weights.tensor(self._source(name), torch.float32)
-        part = _part(name)
-        if part in _NORMS:
-            return torch.ones_like(values) if "residual" in self._rotations else values
-        matrix = _MATRICES[part]
-        outputs = self._rotation(matrix.outputs)
+        matrix = self._matrices.get(_owner(name))
+        if matrix is None:
+            moved = "residual" in self._rotations and _owner(name) in self._norms
+            return torch.ones_like(values) if moved else values
+        inputs, outputs = self._rotation(matrix.reads), self._rotation(matrix.writes)
         if name.endswith(".bias"):
             _turn(values[None], outputs)
-            return values
-        if (inputs := self._rotation(matrix.inputs)) is not None:
-            _turn(values, inputs, self._gain(name))
-        _turn(values.T, outputs)
+        elif name == _TABLE:
+            _turn(values, outputs)
+        else:
+            _turn(values, inputs, self._gain(name) if inputs is not None else None)
+            _turn(values.T, outputs)
         return values
 
     def _rotation(self, space: Space | None) -> Rotation | None:
@@ -171,11 +160,10 @@ class RotatedWeights(Weights):
 
     def _norm(self, name: str) -> str | None:
         """Return the gain of the norm through which a matrix reads the residual stream."""
-        part = _part(name)
-        matrix = _MATRICES.get(part)
+        matrix = self._matrices.get(_owner(name))
         if matrix is None or matrix.norm is None or name.endswith(".bias"):
             return None
-        return f"{name.removesuffix(f'{part}.weight')}{matrix.norm}.weight"
+        return f"{matrix.norm}.weight"
 
     def _gain(self, name: str) -> torch.Tensor | None:
         """Return that gain as fp64."""
@@ -194,7 +182,6 @@ def _turn(
         piece.copy_(rotation.apply(wide if gain is None else wide * gain))
 
 
-def _part(ours: str) -> str:
-    """Return the module of a parameter, without its block: `self_attn.q_proj`."""
-    module = ours.rpartition(".")[0]
-    return module.split(".", 2)[2] if module.startswith("layers.") else module
+def _owner(name: str) -> str:
+    """Return the module of a parameter."""
+    return name.rpartition(".")[0]

@@ -53,7 +53,7 @@ def divergence(decoder: Decoder, teacher: Decoder, windows: list[list[int]]) -> 
     for window in windows:
         logits = []
         for model in (teacher, decoder):
-            model.cache.reset()
+            model.reset()
             with torch.inference_mode():
                 hidden = model.hidden(torch.tensor([window]), torch.tensor([0]))
                 logits.append(model.head(hidden)[0])

@@ -7,25 +7,15 @@ from typing import Any
 
 import pytest
 
-from llm_coreml.bundle.manifest import bits_per_weight
+from llm_coreml.bundle.record import bits_per_weight
 from llm_coreml.config import ExportConfig, resolve
-from llm_coreml.decoder import DecoderSpec
 from llm_coreml.errors import ConfigError, LlmCoreMLError, UnsupportedError
 from llm_coreml.quantize import SCHEMES, Scheme, make_plan
 from llm_coreml.quantize.formats.schemes import Codebook, IntChannel, IntGroup, Mxfp4, Unquantized
 from llm_coreml.quantize.plan.plan import linear_scheme
+from tiny import small_spec
 
-SPEC = DecoderSpec(
-    model_type="llama",
-    vocab_size=1000,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    max_position_embeddings=64,
-)
+SPEC = small_spec(intermediate_size=96)
 TIED = replace(SPEC, tie_word_embeddings=True)
 NEURAL_ENGINE = (
     "the Neural Engine takes per-channel and palettized weights only and has been reported to "

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_coreml.config import ExportConfig, resolve
-from llm_coreml.decoder import DecoderSpec
+from llm_coreml.decoder.spec import NormSpec
 from llm_coreml.errors import ConfigError, UnsupportedError
 from llm_coreml.quantize import QuantizationPlan, make_plan
 from llm_coreml.quantize.formats.schemes import (
@@ -27,19 +27,9 @@ from llm_coreml.quantize.formats.schemes import (
 from llm_coreml.quantize.plan import plan_file
 from llm_coreml.quantize.plan.plan import matrices
 from llm_coreml.quantize.plan.plan_file import parse_plan, plan_json, read_plan
+from tiny import small_spec
 
-SPEC = DecoderSpec(
-    model_type="llama",
-    vocab_size=1000,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    max_position_embeddings=64,
-    tie_word_embeddings=True,
-)
+SPEC = small_spec(intermediate_size=96, tie_word_embeddings=True)
 JOB = resolve(ExportConfig(), SPEC)
 SCHEMES = (Codebook(2, 8), IntGroup(4, 16), IntChannel(8), IntChannel(4), Unquantized(16))
 DOWN = "layers.1.mlp.down_proj"
@@ -224,12 +214,12 @@ def test_calibration_wants_codes_everywhere() -> None:
 
 
 def test_a_plan_fits_other_models_of_the_same_sizes_only() -> None:
-    fine_tuned = replace(SPEC, rms_norm_eps=1e-6)
+    fine_tuned = replace(SPEC, norm=NormSpec(1e-4))
     assert parse_plan(good(), JOB, fine_tuned) == parse_plan(good(), JOB, SPEC)
     with pytest.raises(ConfigError, match=r"embed_tokens is \[1001, 64\] in the model"):
         parse_plan(good(), JOB, replace(SPEC, vocab_size=1001))
     with pytest.raises(ConfigError, match=r"no matrix 'layers\.1\.\S+'; the plan is another"):
-        parse_plan(good(), JOB, replace(SPEC, num_hidden_layers=1))
+        parse_plan(good(), JOB, replace(SPEC, layers=SPEC.layers[:1]))
 
 
 def test_tables_of_an_import_are_not_for_others(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def logits(decoder: Decoder) -> torch.Tensor:
     """Return the rows of all windows, `[tokens, vocab]`."""
     rows = []
     for window in WINDOWS:
-        decoder.cache.reset()
+        decoder.reset()
         with torch.inference_mode():
             hidden = decoder.hidden(torch.tensor([window]), torch.tensor([0]))
             rows.append(decoder.head(hidden)[0])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,19 @@ from safetensors.torch import load_file, save_file
 
 import llm_coreml
 from exported import SHAPES, in_process, manifest_of
-from llm_coreml.bundle.folder import manifest_schema, open_bundle
-from llm_coreml.checkpoint.weights import FamilyWeights, Stored
-from llm_coreml.config import ExportConfig, resolve
-from llm_coreml.decoder import Decoder
+from llm_coreml.bundle.folder import open_bundle
+from llm_coreml.bundle.manifest import manifest_schema
+from llm_coreml.checkpoint.weights import FamilyWeights, Stored, Weights
+from llm_coreml.config import ExportConfig, Rotate, resolve
+from llm_coreml.decoder import Decoder, DecoderSpec
+from llm_coreml.decoder.spec import (
+    AttentionSpec,
+    LayerSpec,
+    MLPSpec,
+    NormSpec,
+    QKNormSpec,
+    RopeSpec,
+)
 from llm_coreml.errors import CheckpointError, ConfigError, UnsupportedError
 from llm_coreml.fidelity import kl_divergence
 from llm_coreml.model import open_model
@@ -244,6 +255,86 @@ def test_a_family_with_an_unknown_tensor_is_refused() -> None:
         rotated(FamilyWeights(model.checkpoint, stored), model.spec, "heads")
 
 
+class Held(Weights):
+    """The weights of a decoder as they stand in it."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+
+    def names(self) -> frozenset[str]:
+        return frozenset(name for name, _ in self._decoder.named_parameters())
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._decoder.get_parameter(name).dtype
+
+    def described(self, name: str) -> str:
+        return f"'{name}'"
+
+    def tensor(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        return self._decoder.get_parameter(name).detach().to(dtype, copy=True)
+
+    def sha256(self, names: Collection[str]) -> str:
+        return repr(sorted(names))
+
+    def forms(self) -> Mapping[str, Any]:
+        return {}
+
+    def packed(self, name: str) -> None:
+        return None
+
+
+def random_decoder(*layers: LayerSpec) -> Decoder:
+    spec = DecoderSpec("tiny", 97, 64, 64, layers, rotary=(RopeSpec(16),), residual_multiplier=0.7)
+    decoder, generator = Decoder(spec, 64, logits="all"), torch.Generator().manual_seed(0)
+    for name, parameter in list(decoder.named_parameters()):
+        owner, _, attribute = name.rpartition(".")
+        noise = torch.randn(parameter.shape, generator=generator) * 0.15
+        values = torch.nn.Parameter(1 + noise if "norm" in name else noise, requires_grad=False)
+        setattr(decoder.get_submodule(owner), attribute, values)
+    return decoder
+
+
+HEADS, MLP = AttentionSpec(4, 2, 16), MLPSpec(80)
+
+
+@pytest.mark.parametrize("rotate", ["residual", "heads", "both"])
+def test_layers_that_differ_are_rotated_each_by_its_wiring(rotate: Rotate) -> None:
+    """Norms of queries and keys stay; what is read without a norm has no gain to take in."""
+    decoder = random_decoder(
+        LayerSpec(replace(HEADS, qk_norm=QKNormSpec(), qkv_bias=True, window=9), MLP),
+        LayerSpec(replace(HEADS, norm=None, num_key_value_heads=1), replace(MLP, gated=False)),
+    )
+    tokens, weights = tokens_for(97, 64), Held(decoder)
+    expected = logits_of(decoder, tokens)
+    turned, spec = rotated(weights, decoder.spec, rotate)
+    other = Decoder(spec, 64, logits="all")
+    changed = []
+    for name in sorted(weights.names()):
+        owner, _, attribute = name.rpartition(".")
+        values = turned.tensor(name, torch.float32)
+        if not torch.equal(values, weights.tensor(name, torch.float32)):
+            changed.append(name)
+        parameter = torch.nn.Parameter(values, requires_grad=False)
+        setattr(other.get_submodule(owner), attribute, parameter)
+    assert any("v_proj" in name for name in changed)
+    assert not any("q_norm" in name or "k_norm" in name for name in changed)
+    error = (logits_of(other, tokens) - expected).abs().max() / expected.abs().max()
+    assert error < 1e-5
+
+
+def test_a_norm_of_what_a_layer_writes_is_refused() -> None:
+    decoder = random_decoder(LayerSpec(replace(HEADS, out_norm=NormSpec()), MLP))
+    with pytest.raises(UnsupportedError, match=r"'layers.0.attention_out_norm.weight' is mult"):
+        rotated(Held(decoder), decoder.spec, "residual")
+
+
+def test_heads_of_several_widths_are_refused() -> None:
+    layers = LayerSpec(HEADS, MLP), LayerSpec(replace(HEADS, head_dim=32), MLP)
+    decoder = random_decoder(*layers)
+    with pytest.raises(UnsupportedError, match=r"--rotate both wants .* 16, 32; leave --rotate"):
+        rotated(Held(decoder), decoder.spec, "both")
+
+
 def test_an_unknown_rotation_is_refused() -> None:
     with pytest.raises(ConfigError, match="rotate is 'all'; it must be none or residual or heads"):
         ExportConfig(rotate="all")  # type: ignore[arg-type]
@@ -265,7 +356,7 @@ def test_a_rotated_export_is_verified_recorded_and_measured_against_the_original
     assert done.code == 0, done.err
     assert "the gain of the last norm" in done.err and f"{300 * 34:,} bytes" in done.err
     assert "residual stream (Sylvester 32), values of the heads (Sylvester 8)" in done.out
-    manifest = open_bundle(folder).manifest
+    manifest = open_bundle(folder).manifest.to_json()
     jsonschema.validate(manifest, manifest_schema())
     assert manifest["verification"]["conversion"]["weights"] > 0
     assert manifest["quantization"]["rotation"] == {

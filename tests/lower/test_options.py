@@ -1,0 +1,126 @@
+"""What layers may be told to do is lowered: to Core ML in both forms, and to the twin."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from coremltools.converters.mil.frontend.torch.torch_op_registry import _TORCH_OPS_REGISTRY
+from torch import nn
+
+from artifacts import feed
+from llm_coreml.config import ExportConfig, Shapes
+from llm_coreml.decoder import Decoder, DecoderSpec
+from llm_coreml.decoder.spec import (
+    AttentionSpec,
+    LayerSpec,
+    MLPSpec,
+    NormSpec,
+    QKNormSpec,
+    RopeSpec,
+)
+from llm_coreml.decoder.states import State, kv_write
+from llm_coreml.lower.coreml import lower_coreml
+from llm_coreml.lower.program import constant_methods
+from llm_coreml.lower.xnnpack import WRITES, lower_xnnpack
+from llm_coreml.runtime.eager import EagerRunner
+from llm_coreml.runtime.executorch import ExecutorchRunner
+from llm_coreml.runtime.reference import ReferenceRunner
+from llm_coreml.runtime.runner import Runner
+from tiny import random_split, tokens_for
+
+NORM = NormSpec()
+HEADS = AttentionSpec(4, 2, 16)
+MLP = MLPSpec(80)
+LAYERS = (
+    LayerSpec(
+        replace(HEADS, window=9, scale=0.3, qk_norm=QKNormSpec(), out_norm=NORM),
+        replace(MLP, activation="gelu_tanh", out_norm=NORM),
+    ),
+    LayerSpec(
+        replace(HEADS, rope=1, softcap=2.0, norm=None, qk_norm=QKNormSpec(over="all")),
+        replace(MLP, gated=False, activation="relu2", norm=None),
+    ),
+    LayerSpec(replace(HEADS, num_key_value_heads=1, rope=None, qkv_bias=True), MLP),
+)
+SPEC = DecoderSpec(
+    "tiny",
+    vocab_size=97,
+    hidden_size=64,
+    max_position_embeddings=32,
+    layers=LAYERS,
+    rotary=(RopeSpec(16, 100.0), RopeSpec(8)),
+    embedding_multiplier=3.0,
+    residual_multiplier=0.7,
+    logits_multiplier=0.5,
+    logits_softcap=3.0,
+)
+SHAPES = Shapes(32, (1, 8))
+# The states of Core ML are fp16, and XNNPACK guesses at tanh.
+BOUND = 2e-3
+
+
+def random_decoder(form: Literal["fused", "decomposed"]) -> Decoder:
+    decoder, generator = Decoder(SPEC, 32, form, "all"), torch.Generator().manual_seed(0)
+    for name, parameter in list(decoder.named_parameters()):
+        owner, _, attribute = name.rpartition(".")
+        noise = torch.randn(parameter.shape, generator=generator) * 0.15
+        values = nn.Parameter(1 + noise if "norm" in name else noise, requires_grad=False)
+        setattr(decoder.get_submodule(owner), attribute, values)
+    return decoder.eval()
+
+
+def assert_same(runner: Runner, expected: torch.Tensor) -> None:
+    tokens = tokens_for(97, 32)
+    for seed in range(3):
+        found = feed(runner, tokens, random_split(32, (1, 8), seed))
+        assert (found - expected).abs().max() < BOUND * expected.abs().max()
+
+
+@pytest.mark.parametrize("backend", ["fused", "decomposed", "twin"])
+@pytest.mark.filterwarnings("ignore:Input, 'cache_1:UserWarning:coremltools")
+def test_layers_with_all_options_are_lowered(backend: Any, tmp_path: Path) -> None:
+    decoder = random_decoder("decomposed" if backend == "twin" else backend)
+    expected = EagerRunner(decoder, "eager").logits(tokens_for(97, 32))
+    assert expected.abs().max() > 1
+    path, methods = tmp_path / "model.pte", constant_methods(SPEC, SHAPES, 1, (2,))
+    if backend == "twin":
+        lower_xnnpack(decoder, SHAPES, methods, path)
+        assert_same(ExecutorchRunner(path, (1, 8)), expected)
+        return
+    config = ExportConfig(
+        context=32,
+        target="gpu" if backend == "fused" else "ane",
+        scheme="none",
+        embedding="none",
+        compute_precision="fp32",
+    )
+    lower_coreml(decoder, config, SHAPES, methods, path)
+    runner = ReferenceRunner(path)
+    assert_same(runner, expected)
+    (core,) = runner._method.programs
+    states = {state.name: state.shape for state in core.states}
+    assert states == {
+        "cache_keys": (2, 2, 32, 16),
+        "cache_values": (2, 2, 32, 16),
+        "cache_1_keys": (1, 1, 32, 16),
+        "cache_1_values": (1, 1, 32, 16),
+    }
+
+
+def test_every_kind_of_state_is_written_by_both_lowerings() -> None:
+    kinds = State.__subclasses__()
+    assert kinds
+    for kind in kinds:
+        assert kind.write._qualname in _TORCH_OPS_REGISTRY
+        assert kind.write in WRITES
+
+
+@pytest.mark.parametrize(("layer", "length", "first"), [(0, 1, 0), (2, 5, 11), (1, 16, 0)])
+def test_the_twin_writes_what_the_op_writes(layer: int, length: int, first: int) -> None:
+    cache = torch.arange(3 * 2 * 16 * 4, dtype=torch.float32).reshape(3, 2, 16, 4)
+    given = (cache, -torch.ones(1, 2, length, 4), layer, torch.tensor([first], dtype=torch.int32))
+    assert torch.equal(WRITES[kv_write](*given), kv_write(*given))
