@@ -199,7 +199,7 @@ def export_all(formats: list[str], tokens: int, steps: int, limit: int) -> None:
             bundle = llm_coreml.export("llama", output=Path(folder) / "out", config=config)
             found = llm_coreml.evaluate(bundle.folder, tokens=limit, artifact_only=False)
             print(
-                f"{name}: {bundle.manifest['program']['bytes']:,} bytes, perplexity "
+                f"{name}: {bundle.manifest.program.bytes:,} bytes, perplexity "
                 f"{found.artifact.perplexity:.3f}, mean KL {found.artifact.mean_kl:.4f} "
                 f"({found.artifact.runtime})",
                 flush=True,

@@ -323,7 +323,7 @@ def export_ours(model: str, scratch: str, settings: str) -> None:
         "peaks": {**peaks, next(reversed(begun)): measure()},
         "peak_before_verify": peaks[list(begun)[-2]],
         "cpu_before_verify": cpu["verify"],
-        "verification": bundle.manifest["verification"],
+        "verification": bundle.manifest.verification.to_json(),
     }
     (folder / "notes.json").write_text(json.dumps(notes))
 

@@ -7,17 +7,17 @@ result = evaluate("out/", model=live_model)    # a model that is not on disk
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
+from llm_coreml.bundle.bundle_runner import open_runner
 from llm_coreml.bundle.folder import (
     RESULTS,
     Bundle,
     check_program,
-    check_writable,
     open_bundle,
-    write_json,
 )
 from llm_coreml.config import ExportConfig, resolve
 from llm_coreml.errors import CheckpointError, ConfigError
@@ -28,13 +28,13 @@ from llm_coreml.eval.quality import measure_quality
 from llm_coreml.eval.results import Evaluation
 from llm_coreml.eval.sizes import measure_bytes
 from llm_coreml.model import Model, open_model
+from llm_coreml.output import check_writable, write_json
 from llm_coreml.progress import Progress, Silent
 from llm_coreml.quantize.plan.choose import plan_of
 from llm_coreml.quantize.quantized import Quantized, build_original, quantize
 from llm_coreml.recipes import bundled_model
 from llm_coreml.reference.program.execution import Execution
 from llm_coreml.runtime.eager import EagerRunner
-from llm_coreml.runtime.opening import open_runner
 from llm_coreml.runtime.reference import DECLARED
 from llm_coreml.runtime.runner import Runner
 
@@ -74,7 +74,7 @@ def evaluate(
     progress = progress or Silent()
     progress.stage("open")
     opened = open_bundle(Path(bundle))
-    check_writable(opened.folder)
+    check_writable(opened.folder, RESULTS)
     artifact = open_runner(opened, execution)
     check_program(opened)
     tokenizer = opened.tokenizer if opened.tokenizer.is_file() else None
@@ -93,9 +93,9 @@ def evaluate(
         qualities=qualities,
         latencies=measure_latency(artifact, windows[0], progress.advance),
         bytes=measure_bytes(opened),
-        bits_per_weight=opened.manifest["quantization"]["bits_per_weight"],
-        source=opened.manifest["source"],
-        program_sha256=opened.manifest["program"]["sha256"],
+        bits_per_weight=opened.manifest.quantization.bits_per_weight,
+        source=asdict(opened.manifest.source),
+        program_sha256=opened.manifest.program.sha256,
         mode=execution.mode,
         device=execution.device,
     )
@@ -110,14 +110,14 @@ def _originals(
 
     A calibrated one is calibrated again, and left out where the text is not at hand.
     """
-    source = bundle.manifest["source"]
-    if model is None and source["kind"] == "live":
+    source = bundle.manifest.source
+    if model is None and source.kind == "live":
         raise CheckpointError(
             "This bundle was exported from a model in memory; give the same model with --model "
             "(a folder where it is saved) or model=, or measure with --artifact-only."
         )
-    original = bundled_model() if source["kind"] == "bundled" else source["name"]
-    revision = source["revision"] if model is None else None
+    original = bundled_model() if source.kind == "bundled" else source.name
+    revision = source.revision if model is None else None
     try:
         opened: Model = open_model(model or original, revision=revision)
     except CheckpointError as error:
@@ -127,12 +127,12 @@ def _originals(
             f"The original is not at hand: {error} Give it with --model, or measure with "
             "--artifact-only."
         ) from None
-    if opened.sha256() != source["sha256"]:
+    if opened.sha256() != source.sha256:
         raise CheckpointError(
             f"'{opened.source.name}' holds other weights than were exported; give the original "
             "with --model, or measure with --artifact-only."
         )
-    context = bundle.manifest["program"]["context"]
+    context = bundle.manifest.program.context
     runners = {"original": EagerRunner(build_original(opened, context), "PyTorch eager fp32")}
     quantized = _quantized(bundle, opened, progress)
     if quantized is not None:
@@ -142,10 +142,10 @@ def _originals(
 
 def _quantized(bundle: Bundle, model: Model, progress: Progress) -> Quantized | None:
     """Quantize a bundle's original again; None where the text of its calibration is not at hand."""
-    job = resolve(ExportConfig.from_json(bundle.manifest["config"]), model.spec)
-    recorded = bundle.manifest["quantization"]
-    plan = plan_of(recorded, job, model.spec)
-    text = (recorded.get("calibration") or {}).get("sha256")
+    job = resolve(ExportConfig.from_json(bundle.manifest.config), model.spec)
+    plan = plan_of(bundle.manifest.plan_json(), job, model.spec)
+    calibration = bundle.manifest.quantization.calibration
+    text = None if calibration is None else calibration.sha256
     try:
         return quantize(model, job, bundle.tokenizer, Silent(), plan=plan, text_sha256=text)
     except ConfigError as error:

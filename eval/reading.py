@@ -32,36 +32,24 @@ class Opened:
     tokenizer: Path | None
 
 
-def find_program(path: Path) -> tuple[Path, Path | None]:
-    """Return the `.pte` that `path` names or holds, and its tokenizer if it has one.
-
-    Args:
-        path: A bundle, the program in it, or any other `.pte`.
-
-    Raises:
-        ArtifactError: it is a damaged bundle or no bundle, or lowered for another runtime.
-    """
-    if path.is_dir() or (path.name == PROGRAM and (path.parent / MANIFEST).is_file()):
-        bundle = open_bundle(path)
-        backend = bundle.manifest["target"]["backend"]
-        if backend != "coreml":
-            raise ArtifactError(
-                f"'{path}' is lowered for {backend}, into which the reference runtime cannot look; "
-                "export with --backend coreml."
-            )
-        return bundle.program, bundle.tokenizer if bundle.tokenizer.is_file() else None
-    return path, None
-
-
 def open_artifact(path: Path, execution: Execution = DECLARED) -> Opened:
-    """Open the bundle or `.pte` at `path`.
+    """Open a bundle, the program in it, or any other `.pte`.
 
     Raises:
-        ArtifactError: it is damaged, or no language model for Core ML.
+        ArtifactError: it is damaged, no language model, or lowered for another runtime.
         ConfigError: the execution asks for what is not there.
     """
-    program, tokenizer = find_program(path)
-    return Opened(program, ReferenceRunner(program, execution), tokenizer)
+    if not path.is_dir() and not (path.name == PROGRAM and (path.parent / MANIFEST).is_file()):
+        return Opened(path, ReferenceRunner(path, execution), None)
+    bundle = open_bundle(path)
+    description = bundle.manifest.description
+    if description.backend != "coreml":
+        raise ArtifactError(
+            f"'{path}' is lowered for {description.backend}, into which the reference runtime "
+            "cannot look; export with --backend coreml."
+        )
+    runner = ReferenceRunner(bundle.program, execution, description)
+    return Opened(bundle.program, runner, bundle.tokenizer if bundle.tokenizer.is_file() else None)
 
 
 def read_tokens(

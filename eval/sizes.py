@@ -18,7 +18,7 @@ def measure_bytes(bundle: Bundle) -> dict[str, int]:
         for path in sorted(bundle.folder.iterdir())
         if path.is_file() and path.name != RESULTS
     }
-    if bundle.manifest["target"]["backend"] != "coreml":
+    if bundle.manifest.target.backend != "coreml":
         return sizes
     inside = 0
     for delegate in read_delegates(bundle.program):

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from llm_coreml.artifact.description import Description
 from llm_coreml.bundle.card import model_card
 from llm_coreml.bundle.folder import (
     CARD,
@@ -26,15 +27,15 @@ from llm_coreml.bundle.folder import (
     check_output,
     new_bundle,
     open_bundle,
-    write_json,
 )
-from llm_coreml.bundle.manifest import make_manifest
+from llm_coreml.bundle.record import make_manifest
 from llm_coreml.config import ExportConfig, Job, resolve
 from llm_coreml.decoder import Decoder, DecoderSpec
 from llm_coreml.errors import CheckpointError, UnsupportedError
-from llm_coreml.lower.program import constant_methods
+from llm_coreml.lower.forms import form_for
 from llm_coreml.machine import free_memory, trim_memory
 from llm_coreml.model import Model, open_model
+from llm_coreml.output import write_json
 from llm_coreml.progress import Progress, Silent
 from llm_coreml.quantize.cache import WeightCache, default_folder
 from llm_coreml.quantize.calibrate.text import read_content
@@ -44,10 +45,11 @@ from llm_coreml.quantize.quantized import quantize
 from llm_coreml.recipes import bundled_model, find_recipe
 from llm_coreml.reference.program.execution import Execution
 from llm_coreml.runtime.eager import EagerRunner
-from llm_coreml.runtime.opening import program_runner
+from llm_coreml.runtime.program_runner import program_runner
 from llm_coreml.runtime.reference import ReferenceRunner
 from llm_coreml.tokenizer import Tokenizer, convert, special_ids
-from llm_coreml.verify.logits import ReadText, Verification, verify, verify_conversion
+from llm_coreml.verify.logits import ReadText, verify, verify_conversion
+from llm_coreml.verify.verification import Verification
 
 # Share of a verification's time.
 _CONVERSION = 0.6
@@ -145,18 +147,17 @@ def _write(run: _Run, model: Model, draft: Path, cache: WeightCache) -> None:
     bos_id, eos_ids = special_ids(model.checkpoint.config, model.checkpoint.generation_config)
     _write_tokenizer(run, model, draft)
     quantized = quantize(model, job, draft / TOKENIZER, progress, cache)
-    decoder, shapes = quantized.decoder, job.shapes
-    methods = constant_methods(model.spec, shapes, bos_id, eos_ids)
+    form = form_for(job, model.spec, bos_id, eos_ids)
     free_memory()
     progress.stage("lower")
     program = draft / PROGRAM
-    _lower(run, job, decoder, methods, program)
+    form.write(quantized.decoder, program, progress.advance)
     _check_size(job, program)
     free_memory()
     progress.stage("verify")
-    verification = _verify(run, job, decoder, program)
-    manifest = make_manifest(quantized, program, methods, verification)
-    write_json(draft / MANIFEST, manifest)
+    verification = _verify(progress, form.description, quantized.decoder, program)
+    manifest = make_manifest(quantized, form.description, program, verification)
+    write_json(draft / MANIFEST, manifest.to_json())
     (draft / CARD).write_text(model_card(manifest))
 
 
@@ -190,24 +191,6 @@ def _verification_text(draft: Path, decoder: Decoder) -> tuple[str, list[int]]:
     return "held-out text", (tokens * (count // len(tokens) + 1))[:count]
 
 
-def _lower(
-    run: _Run,
-    job: Job,
-    decoder: Decoder,
-    methods: dict[str, int | bool | list[int]],
-    path: Path,
-) -> None:
-    # Imported here: these load coremltools and XNNPACK, and an export needs one of them.
-    if job.backend == "coreml":
-        from llm_coreml.lower.coreml import lower_coreml
-
-        lower_coreml(decoder, job, job.shapes, methods, path, run.progress.advance)
-    else:
-        from llm_coreml.lower.xnnpack import lower_xnnpack
-
-        lower_xnnpack(decoder, job.shapes, methods, path)
-
-
 def _check_size(job: Job, program: Path) -> None:
     """Hold the promise of `--size`, whatever the program was estimated to take."""
     size, limit = program.stat().st_size, job.weights.size
@@ -219,21 +202,29 @@ def _check_size(job: Job, program: Path) -> None:
         )
 
 
-def _verify(run: _Run, job: Job, decoder: Decoder, program: Path) -> Verification:
+def _verify(
+    progress: Progress, description: Description, decoder: Decoder, program: Path
+) -> Verification:
     def advance(share: float) -> None:
         trim_memory()
-        run.progress.advance(share)
+        progress.advance(share)
 
     text, tokens = _verification_text(program.parent, decoder)
-    eager, every_row = EagerRunner(decoder, "quantized"), job.logits == "all"
-    shapes = job.shapes
-    reading = ReadText(eager.at, tokens, text, shapes.seq_lengths, shapes.context, every_row)
+    reading = ReadText(
+        EagerRunner(decoder, "quantized").at,
+        tokens,
+        text,
+        description.seq_lengths,
+        description.context,
+        description.every_row,
+    )
     free_memory()
     conversion, begun = None, 0.0
-    if job.backend == "coreml":
+    if description.backend == "coreml":
+        unrounded = Execution(mode="fp32", memory_budget=_EXPANDED)
         # Held by nothing afterwards: the expanded weights of one mode exist at a time.
         conversion = verify_conversion(
-            ReferenceRunner(program, Execution(mode="fp32", memory_budget=_EXPANDED)),
+            ReferenceRunner(program, unrounded, description),
             decoder,
             reading,
             lambda share: advance(_CONVERSION * share),
@@ -241,7 +232,7 @@ def _verify(run: _Run, job: Job, decoder: Decoder, program: Path) -> Verificatio
         begun = _CONVERSION
         free_memory()
     execution = Execution(memory_budget=_EXPANDED)
-    artifact = program_runner(program, job.backend, shapes.seq_lengths, execution)
+    artifact = program_runner(program, description, execution)
     return verify(
         artifact,
         reading,

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_coreml.bundle.manifest import rebuild_command
+from llm_coreml.bundle.record import rebuild_command
 from llm_coreml.checkpoint import Source
 from llm_coreml.config import SECTIONS, ExportConfig, Shapes, resolve, resolve_shapes
 from llm_coreml.config.schema import sections_schema

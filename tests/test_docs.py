@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,6 +61,18 @@ def test_the_tree_has_a_line_for_every_module_and_none_for_others() -> None:
     assert modules() - set(names) == set(), "not in the tree"
     assert [name for name in names if not (ROOT / name).exists()] == [], "not in the repository"
     assert all(about and about[0] != "?" and "TODO" not in about for _, about in lines)
+
+
+def test_the_order_of_layers_is_the_tests_own() -> None:
+    order = ARCHITECTURE.read_text().partition("    errors <")[2].partition("\n\n")[0]
+    told = [names.split() for names in f"errors <{order}".split("<")]
+    parsed = ast.parse((ROOT / "tests" / "test_layers.py").read_text())
+    (layers,) = (
+        ast.literal_eval(node.value)
+        for node in parsed.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "LAYERS"
+    )
+    assert [sorted(names) for names in told] == [sorted(names) for names in layers]
 
 
 def test_the_front_door_is_short() -> None:

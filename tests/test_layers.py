@@ -20,7 +20,7 @@ FOLDERS = {"llm_coreml": ROOT / "llm_coreml", "eval": ROOT / "eval", "recipes": 
 
 # Lowest first; a module imports from its own line and the lines above it.
 LAYERS = (
-    ("errors",),
+    ("errors", "output"),
     ("targets", "progress", "machine", "fidelity", "tokenizer", "demo"),
     ("rules",),
     ("artifact",),
@@ -32,8 +32,10 @@ LAYERS = (
     ("model",),
     ("quantize",),
     ("reference",),
+    ("runtime",),
     ("lower",),
-    ("bundle", "runtime", "verify"),
+    ("verify",),
+    ("bundle",),
     ("inspect",),
     ("pipeline",),
     ("eval",),
@@ -101,7 +103,14 @@ def test_every_package_is_installed() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["llm_coreml", "llm_coreml.errors", "llm_coreml.config", "llm_coreml.recipes"]
+    "module",
+    [
+        "llm_coreml",
+        "llm_coreml.errors",
+        "llm_coreml.config",
+        "llm_coreml.recipes",
+        "llm_coreml.bundle.manifest",
+    ],
 )
 def test_light_modules_load_no_torch(module: str) -> None:
     heavy = "{'torch', 'coremltools', 'executorch', 'transformers', 'torchao'}"

@@ -3,114 +3,124 @@
 from __future__ import annotations
 
 import shlex
-from typing import Any
+
+from llm_coreml.bundle.manifest import (
+    Allocation,
+    Calibration,
+    Import,
+    Manifest,
+    Quantization,
+    Rotations,
+    Tuned,
+)
+from llm_coreml.verify.verification import Conversion
 
 
-def model_card(manifest: dict[str, Any]) -> str:
+def model_card(manifest: Manifest) -> str:
     """Return the `README.md` that goes beside the program described by `manifest`."""
-    source, program = manifest["source"], manifest["program"]
-    target, checked = manifest["target"], manifest["verification"]
-    quantization = manifest["quantization"]
-    base = f"base_model: {source['name']}\n" if source["kind"] == "hub" else ""
-    lengths = ", ".join(map(str, program["seq_lengths"]))
+    source, program, target = manifest.source, manifest.program, manifest.target
+    stored, checked = manifest.quantization, manifest.verification
+    base = f"base_model: {source.name}\n" if source.kind == "hub" else ""
+    lengths = ", ".join(map(str, program.seq_lengths))
+    described = manifest.description
+    inputs = ", ".join(described.methods[described.main].inputs)
     return f"""---
 {base}library_name: executorch
 tags: [coreml, executorch, llm-coreml]
 pipeline_tag: text-generation
 ---
 
-# {source["name"]} for ExecuTorch
+# {source.name} for ExecuTorch
 
-`{program["file"]}` is an ExecuTorch program, {program["bytes"]:,} bytes, made by llm-coreml
-{manifest["versions"]["llm-coreml"]}.
+`{program.file}` is an ExecuTorch program, {program.bytes:,} bytes, made by llm-coreml
+{manifest.versions["llm-coreml"]}.
 
 | | |
 |---|---|
-| backend | {target["backend"]}, compute unit {target["compute_unit"]}, \
-{target["minimum_os"]} or later |
-| weights | {quantization["linear"]["label"]}; token table {quantization["embedding"]["label"]}; \
-head {quantization["lm_head"]["label"]}{" (tied)" if quantization["tied"] else ""}; \
-{quantization["bits_per_weight"]:.2f} bits per weight |
-{_rotation(quantization.get("rotation"))}\
-| linear layers | {_mix(quantization.get("allocation"))}\
-{_choice(quantization.get("calibration"), quantization.get("import"))} |
-| precision | {target["compute_precision"]} |
-| method | `forward(tokens int64 [1, S], start_pos int64 [1])`, {program["output"]} |
+| backend | {target.backend}, compute unit {target.compute_unit}, \
+{target.minimum_os} or later |
+| weights | {stored.linear.label}; token table {stored.embedding.label}; \
+head {stored.lm_head.label}{" (tied)" if stored.tied else ""}; \
+{stored.bits_per_weight:.2f} bits per weight |
+{_rotation(stored.rotation)}\
+| linear layers | {_mix(stored.allocation)}\
+{_choice(stored)} |
+| precision | {target.compute_precision} |
+| method | `{described.main}({inputs})`, {program.output} |
 | lengths S | {lengths} |
-| context | {program["context"]} positions, KV cache inside the program |
+| context | {program.context} positions, KV cache inside the program |
 
 ## Verification
 
-Produced by: {checked["runtime"]}. {checked["rows"]} rows of logits on
-{checked["text"]}, up to position {checked["last_position"]}, against the quantized model in
-PyTorch, fp32: largest error {checked["max_relative_error"]:.2e} of the largest logit (bound
-{checked["max_relative_error_bound"]:.0e}), mean KL divergence {checked["mean_kl"]:.2e} nats (bound
-{checked["mean_kl_bound"]:.0e}). {_conversion(checked["conversion"])}No Apple device took part.
+Produced by: {checked.runtime}. {checked.rows} rows of logits on
+{checked.text}, up to position {checked.last_position}, against the quantized model in
+PyTorch, fp32: largest error {checked.max_relative_error:.2e} of the largest logit (bound
+{checked.max_relative_error_bound:.0e}), mean KL divergence {checked.mean_kl:.2e} nats (bound
+{checked.mean_kl_bound:.0e}). {_conversion(checked.conversion)}No Apple device took part.
 
 ## Rebuild
 
-    {shlex.join(manifest["rebuild"]) or "llm_coreml.export(model, tokenizer, ...)"}
+    {shlex.join(manifest.rebuild) or "llm_coreml.export(model, tokenizer, ...)"}
 """
 
 
-def _rotation(found: dict[str, Any] | None) -> str:
+def _rotation(found: Rotations | None) -> str:
     return "" if found is None else f"| rotated, in the weights | {rotated_spaces(found)} |\n"
 
 
-def rotated_spaces(found: dict[str, Any]) -> str:
-    """Return what a manifest's `rotation` rotates, and by what."""
-    names = {"residual": "residual stream", "heads": "values of the heads"}
-    return ", ".join(
-        f"{name} ({found[space]['factors']})" for space, name in names.items() if found[space]
-    )
+def rotated_spaces(found: Rotations) -> str:
+    """Return what is rotated, and by what."""
+    spaces = {"residual stream": found.residual, "values of the heads": found.heads}
+    return ", ".join(f"{name} ({space.factors})" for name, space in spaces.items() if space)
 
 
-def _mix(allocation: dict[str, Any] | None) -> str:
-    if allocation is None:
+def _mix(found: Allocation | None) -> str:
+    if found is None:
         return ""
-    return (
-        f"formats chosen by what they cost on {allocation['tokens']:,} tokens of "
-        f"{allocation['text']}; "
-    )
+    return f"formats chosen by what they cost on {found.tokens:,} tokens of {found.text}; "
 
 
-def _choice(calibration: dict[str, Any] | None, imported: dict[str, Any] | None) -> str:
-    if imported is not None:
-        return (
-            f"{imported['matrices']} matrices as the checkpoint quantized them, "
-            f"{imported['format']}, {_exactness(imported)}"
-        )
-    if calibration is None:
+def _choice(stored: Quantization) -> str:
+    if stored.imported is not None:
+        return _imported(stored.imported)
+    if stored.calibration is None:
         return "rounded to nearest"
+    return _calibrated(stored.calibration)
+
+
+def _imported(found: Import) -> str:
+    exactness = "exact"
+    if found.tensor is not None:
+        exactness = (
+            f"inexact: up to {found.largest_error:.2%} of the distance between two codes, in "
+            f"`{found.tensor}`"
+        )
     return (
-        f"calibrated by {calibration['method']} on {calibration['tokens']:,} tokens of "
-        f"{calibration['text']}{tuned(calibration.get('tuning'))}"
+        f"{found.matrices} matrices as the checkpoint quantized them, {found.format}, {exactness}"
     )
 
 
-def tuned(tuning: dict[str, Any] | None) -> str:
-    """Return what a manifest says of tuning, as the rest of a sentence."""
-    if tuning is None:
+def _calibrated(found: Calibration) -> str:
+    return (
+        f"calibrated by {found.method} on {found.tokens:,} tokens of "
+        f"{found.text}{tuned(found.tuning)}"
+    )
+
+
+def tuned(found: Tuned | None) -> str:
+    """Return what tuning did, as the rest of a sentence."""
+    if found is None:
         return ""
     return (
-        f", then tuned in {tuning['steps']:,} steps: KL divergence on it {tuning['kl_before']:.1e} "
-        f"-> {tuning['kl_after']:.1e}"
+        f", then tuned in {found.steps:,} steps: KL divergence on it {found.kl_before:.1e} "
+        f"-> {found.kl_after:.1e}"
     )
 
 
-def _exactness(imported: dict[str, Any]) -> str:
-    if imported["tensor"] is None:
-        return "exact"
-    return (
-        f"inexact: up to {imported['largest_error']:.2%} of the distance between two codes, in "
-        f"`{imported['tensor']}`"
-    )
-
-
-def _conversion(found: dict[str, Any] | None) -> str:
+def _conversion(found: Conversion | None) -> str:
     if found is None:
         return ""
     return f"""Run without rounding, the program
-holds all {found["weights"]} weights and tables of that model bit by bit, and the largest error of
-{found["rows"]} rows is {found["max_relative_error"]:.1e} (bound \
-{found["max_relative_error_bound"]:.0e}). """
+holds all {found.weights} weights and tables of that model bit by bit, and the largest error of
+{found.rows} rows is {found.max_relative_error:.1e} (bound \
+{found.max_relative_error_bound:.0e}). """

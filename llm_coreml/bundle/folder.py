@@ -3,37 +3,31 @@
 An export writes into the hidden folder that `new_bundle(Path("out"), overwrite=False)` gives. It is
 renamed to `out` when the block ends well, and removed when it does not. Everybody else reads:
 
-    open_bundle(Path("out")).manifest["verification"]
+    open_bundle(Path("out")).manifest.verification
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
-import importlib.resources
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import jsonschema
 
+from llm_coreml.bundle.manifest import MANIFEST_VERSION, Manifest, manifest_schema
 from llm_coreml.checkpoint.checkpoint import TOKENIZER_FILES
 from llm_coreml.errors import ArtifactError, OutputError
+from llm_coreml.output import folder_beside
 
 PROGRAM = "model.pte"
 MANIFEST = "manifest.json"
 RESULTS = "results.json"
 CARD = "README.md"
 TOKENIZER = "tokenizer.json"
-MANIFEST_VERSION = 1
-# Less than this is a full disk to whoever writes weights.
-_FULL_DISK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -42,11 +36,18 @@ class Bundle:
 
     Attributes:
         folder: Where it is.
-        manifest: The parsed and validated `manifest.json`.
+        manifest: What its `manifest.json` says.
     """
 
     folder: Path
-    manifest: dict[str, Any]
+    manifest: Manifest = field(repr=False)
+
+    def __str__(self) -> str:
+        manifest = self.manifest
+        return (
+            f"{self.folder}: {manifest.source.name} for {manifest.target.backend}, "
+            f"{manifest.quantization.linear.label}, {manifest.program.bytes:,} bytes"
+        )
 
     @property
     def program(self) -> Path:
@@ -99,16 +100,12 @@ def open_bundle(folder: Path) -> Bundle:
         ) from None
     if not (folder / PROGRAM).is_file():
         raise ArtifactError(f"'{folder}' holds no {PROGRAM}; export again.")
-    return Bundle(folder, manifest)
+    return Bundle(folder, Manifest.from_json(manifest))
 
 
-def manifest_schema() -> dict[str, Any]:
-    """Return the JSON schema of `manifest.json` that ships in the package."""
-    text = (
-        importlib.resources.files("llm_coreml.bundle").joinpath("manifest.schema.json").read_text()
-    )
-    schema: dict[str, Any] = json.loads(text)
-    return schema
+def program_at(path: Path) -> Path:
+    """Return the program in the bundle at `path`, or `path` if it is no bundle's folder."""
+    return path / PROGRAM if (path / PROGRAM).is_file() else path
 
 
 def check_program(bundle: Bundle) -> None:
@@ -117,7 +114,7 @@ def check_program(bundle: Bundle) -> None:
     Raises:
         ArtifactError: it is another file.
     """
-    expected = bundle.manifest["program"]["sha256"]
+    expected = bundle.manifest.program.sha256
     found = file_sha256(bundle.program)
     if found != expected:
         raise ArtifactError(
@@ -133,21 +130,6 @@ def file_sha256(path: Path) -> str:
         while piece := file.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write `value` beside `path` and rename it, so that a reader never sees half of it.
-
-    Raises:
-        OutputError: the file cannot be written.
-    """
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        draft.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
-        draft.replace(path)
-    except OSError as error:
-        draft.unlink(missing_ok=True)
-        raise output_error(path, error) from None
 
 
 def check_output(output: Path, overwrite: bool) -> None:
@@ -188,90 +170,9 @@ def _foreign_entry(output: Path) -> str | None:
 def new_bundle(output: Path, overwrite: bool) -> Iterator[Path]:
     """Give a draft folder beside `output` that becomes `output` when the block ends well.
 
-    Temporary files of the libraries called inside go into the draft as well, so that nothing is
-    left behind whatever ends the block.
-
     Raises:
         OutputError: the output exists, cannot be written, or the disk is full.
     """
     check_output(output, overwrite)
-    output = output.resolve()
-    draft: Path | None = None
-    previous = tempfile.tempdir
-    made = [folder for folder in output.parents if not folder.exists()]
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-        scratch = draft / ".scratch"
-        scratch.mkdir()
-        tempfile.tempdir = str(scratch)
+    with folder_beside(output, lambda place: check_output(place, overwrite)) as draft:
         yield draft
-        shutil.rmtree(scratch)
-        draft.chmod(0o755)
-        check_output(output, overwrite)
-        _replace(output, draft)
-    except (OSError, RuntimeError, OutputError) as error:
-        failure = _failed_write(error, output, draft)
-        if failure is None:
-            raise
-        raise failure from None
-    finally:
-        tempfile.tempdir = previous
-        if draft is not None:
-            shutil.rmtree(draft, ignore_errors=True)
-        if not output.exists():
-            for folder in made:
-                with contextlib.suppress(OSError):
-                    folder.rmdir()
-
-
-def _replace(output: Path, draft: Path) -> None:
-    """Put `draft` in the place of `output`; whatever interrupts it, one of the two is there."""
-    old = draft.with_name(draft.name + ".old")
-    try:
-        if output.exists():
-            output.rename(old)
-        draft.rename(output)
-    except BaseException:
-        if old.exists() and not output.exists():
-            old.rename(output)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _failed_write(error: Exception, output: Path, draft: Path | None) -> OutputError | None:
-    """Return the error to tell if `error` is about a file in the draft, else None."""
-    # A layer below says that its file in the draft failed; the user knows of the output alone.
-    cause = error.__context__ if isinstance(error, OutputError) else error
-    if not isinstance(cause, (OSError, RuntimeError)):
-        return None
-    # Libraries in C++, and shutil, report a full disk in words of their own.
-    number = getattr(cause, "errno", None)
-    if number is None and draft is not None and shutil.disk_usage(draft).free < _FULL_DISK:
-        number = errno.ENOSPC
-    if number is not None:
-        return output_error(output, OSError(number, str(cause)))
-    return output_error(output, cause) if isinstance(cause, OSError) else None
-
-
-def check_writable(folder: Path) -> None:
-    """Refuse a folder into which nothing can be written.
-
-    Raises:
-        OutputError: as said.
-    """
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise OutputError(
-            f"'{folder}' cannot be written to, and {RESULTS} belongs there; make it writable or "
-            "work on a copy."
-        )
-
-
-def output_error(path: Path, error: OSError) -> OutputError:
-    """Say in one sentence why `path` could not be written."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return OutputError(
-            f"The disk that holds '{path}' is full; free some space or give another -o. "
-            "Nothing was written."
-        )
-    return OutputError(f"'{path}' cannot be written: {error.strerror or error}. Give another -o.")

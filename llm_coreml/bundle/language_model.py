@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from llm_coreml.bundle.bundle_runner import open_runner
 from llm_coreml.bundle.folder import open_bundle
 from llm_coreml.errors import ArtifactError, ConfigError
 from llm_coreml.reference.program.execution import Execution
-from llm_coreml.runtime.opening import open_runner
 from llm_coreml.runtime.reference import DECLARED
 from llm_coreml.runtime.sampling import Sampler
 from llm_coreml.tokenizer import Tokenizer
@@ -42,8 +41,7 @@ class LanguageModel:
         bundle = open_bundle(folder)
         self.manifest = bundle.manifest
         self.runner = open_runner(bundle, execution)
-        methods: dict[str, Any] = self.manifest["program"]["constant_methods"]
-        self._stop: tuple[int, ...] = tuple(methods.get("get_eos_ids", ()))
+        self._stop = self.manifest.description.stop_tokens
         self._tokenizer: Tokenizer | None = None
         if bundle.tokenizer.is_file():
             self._tokenizer = Tokenizer(bundle.tokenizer)

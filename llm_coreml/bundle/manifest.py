@@ -1,221 +1,353 @@
-"""What `manifest.json` says of an export; its JSON schema is `manifest.schema.json`."""
+"""What `manifest.json` says of an export, typed; its JSON schema is `manifest.schema.json`.
+
+    manifest = Manifest.from_json(json.loads(text))      # what fits the schema
+    manifest.program.bytes, manifest.quantization.linear.label, manifest.verification.mean_kl
+
+Fields that default to None are what earlier releases did not record.
+"""
 
 from __future__ import annotations
 
-import importlib.metadata
-import math
-import platform
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
+import importlib.resources
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from llm_coreml.bundle.folder import MANIFEST_VERSION, file_sha256
-from llm_coreml.checkpoint import Source
-from llm_coreml.config import ExportConfig, Job
-from llm_coreml.decoder import DecoderSpec
-from llm_coreml.decoder.states import state_specs
-from llm_coreml.quantize import QuantizationPlan, Scheme
-from llm_coreml.quantize.calibrate.text import CalibrationText
-from llm_coreml.quantize.calibrate.tune import Tuning
-from llm_coreml.quantize.plan.choose import Measured
-from llm_coreml.quantize.plan.imported import ImportReport, import_report
-from llm_coreml.quantize.plan.plan import matrices
-from llm_coreml.quantize.plan.plan_file import plan_json
-from llm_coreml.quantize.quantized import Quantized
-from llm_coreml.quantize.rotate.hadamard import SEED
-from llm_coreml.quantize.rotate.rotation import rotations
-from llm_coreml.verify.logits import Verification
+from llm_coreml.artifact.description import INPUTS, MAIN_FUNCTION, Description, MethodForm
+from llm_coreml.artifact.method_plan import Constant
+from llm_coreml.bundle.typed_json import LEFT_OUT, named, read_record, write_record
+from llm_coreml.verify.verification import Verification
 
-Stored = tuple[Scheme, tuple[int, int]]
-
-_PACKAGES = ("llm-coreml", "torch", "torchao", "executorch", "coremltools", "transformers")
+MANIFEST_VERSION = 1
 
 
-def make_manifest(
-    quantized: Quantized,
-    program: Path,
-    methods: dict[str, int | bool | list[int]],
-    verification: Verification,
-) -> dict[str, Any]:
-    """Describe an export; equal inputs give equal manifests.
+@dataclass(frozen=True)
+class Source:
+    """What was exported.
 
-    Args:
-        quantized: What was exported, and how it was quantized.
-        program: The `.pte`.
-        methods: Its constant methods.
-        verification: Its result.
+    Attributes:
+        kind: Where it came from.
+        name: Folder, hub id, recipe or class.
+        revision: Commit of a hub id.
+        sha256: Hash of the tensors that the decoder is made of.
     """
-    model, job, plan = quantized.model, quantized.job, quantized.plan
-    measured, calibration = quantized.measured, quantized.calibration
-    return {
-        "version": MANIFEST_VERSION,
-        "source": {**asdict(model.source), "sha256": model.sha256()},
-        "spec": model.spec.to_json(),
-        "config": job.config.to_json(),
-        "rebuild": rebuild_command(model.source, job.config),
-        "quantization": {
-            **_quantization(plan, model.spec, job.backend == "xnnpack"),
-            "rotation": _rotation(job, model.spec),
-            "calibration": None
-            if calibration is None
-            else _calibration(calibration, quantized.tuning),
-            "allocation": None if measured is None else _allocation(measured),
-            "plan": plan_json(plan, model.spec, {} if measured is None else measured.losses),
-            "import": _import(import_report(model.checkpoint)),
-        },
-        "program": {
-            "file": program.name,
-            "bytes": program.stat().st_size,
-            "sha256": file_sha256(program),
-            "method": "forward",
-            "inputs": {"tokens": "int64 [1, S]", "start_pos": "int64 [1]"},
-            "output": _output(job, model.spec),
-            "states": _states(job, model.spec),
-            "context": job.shapes.context,
-            "seq_lengths": list(job.shapes.seq_lengths),
-            "constant_methods": methods,
-        },
-        "target": _target(job),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in _PACKAGES},
-        },
-        "verification": verification.to_json(),
-    }
+
+    kind: Literal["folder", "hub", "live", "bundled"]
+    name: str
+    revision: str | None
+    sha256: str
 
 
-def rebuild_command(source: Source, config: ExportConfig) -> list[str]:
-    """Return the command line that makes the same artifact again; none for a live model."""
-    if source.kind == "live":
-        return []
-    words = ["llm-coreml", "export", source.name]
-    if source.revision is not None:
-        words += ["--revision", source.revision]
-    return [*words, *config.flags()]
+@dataclass(frozen=True)
+class Group:
+    """Matrices of one role, as they are stored.
+
+    Attributes:
+        scheme: The scheme's name, `mixed` if there are several.
+        label: The scheme in words.
+        bits: Bits of a code; None if there are several schemes.
+        bits_per_weight: Stored bits per weight, scales and tables included.
+        bytes: What they take; 0 where another group holds them.
+        matrices: How many there are.
+    """
+
+    scheme: str
+    label: str
+    bits: int | None
+    bits_per_weight: float
+    bytes: int
+    matrices: int
 
 
-def bits_per_weight(plan: QuantizationPlan, spec: DecoderSpec) -> float:
-    """Return stored bits per weight over all matrices, a tied table counted once."""
-    table = (spec.vocab_size, spec.hidden_size)
-    tables = (plan.embedding,) if plan.tied else (plan.embedding, plan.lm_head)
-    bits, weights = _cost([*_linear(plan, spec), *((scheme, table) for scheme in tables)])
-    return bits / weights
+@dataclass(frozen=True)
+class RotatedSpace:
+    """How one space of activations is rotated.
+
+    Attributes:
+        size: Its width.
+        factors: The matrices that the rotation is made of, in words.
+    """
+
+    size: int
+    factors: str
 
 
-def _linear(plan: QuantizationPlan, spec: DecoderSpec) -> list[Stored]:
-    return [(plan.scheme_of(name), shape) for name, shape in matrices(spec)]
+@dataclass(frozen=True)
+class Rotations:
+    """What was rotated before quantization.
+
+    Attributes:
+        residual: The residual stream.
+        heads: The values of the attention heads.
+        seed: Of the signs.
+    """
+
+    residual: RotatedSpace | None
+    heads: RotatedSpace | None
+    seed: int
 
 
-def _mixed_label(schemes: Counter[Scheme], stored: Sequence[Stored]) -> str:
-    """Return the mean bits per weight, and how many matrices have which scheme, the small first."""
-    bits, weights = _cost(stored)
-    ordered = sorted(schemes.items(), key=lambda item: (item[0].bits, item[0].label))
-    counts = "; ".join(f"{count} x {scheme.label}" for scheme, count in ordered)
-    return f"mixed, {bits / weights:.2f} bits per weight: {counts}"
+@dataclass(frozen=True)
+class UsedText:
+    """What was learnt from a text.
+
+    Attributes:
+        method: By which method.
+        text: The text's name.
+        tokens: How many were read.
+        windows: In how many pieces.
+        sha256: Hash of the pieces.
+    """
+
+    method: str
+    text: str
+    tokens: int
+    windows: int
+    sha256: str
 
 
-def _cost(stored: Sequence[Stored]) -> tuple[int, int]:
-    """Return bits and weights of matrices."""
-    bits = sum(scheme.stored_bits(shape) for scheme, shape in stored)
-    return bits, sum(rows * columns for _, (rows, columns) in stored)
+@dataclass(frozen=True)
+class Tuned:
+    """What tuning on the calibration text did.
+
+    Attributes:
+        steps: Steps taken.
+        kl_before: Divergence from the original on that text, in nats per token.
+        kl_after: The same, afterwards.
+    """
+
+    steps: int
+    kl_before: float
+    kl_after: float
 
 
-def _target(job: Job) -> dict[str, str]:
-    if job.backend == "xnnpack":
-        return {
-            "backend": "xnnpack",
-            "name": "cpu",
-            "compute_unit": "CPU",
-            "minimum_os": "any",
-            "opset": "none",
-            "compute_precision": "fp32",
-        }
-    return {
-        "backend": "coreml",
-        "name": job.target.name,
-        "compute_unit": job.target.compute_unit,
-        "minimum_os": job.minimum_os,
-        "opset": job.opset,
-        "compute_precision": job.precision.name,
-    }
+@dataclass(frozen=True)
+class Calibration(UsedText):
+    """The text that codes were chosen on.
+
+    Attributes:
+        tuning: What came after.
+    """
+
+    tuning: Tuned | None = None
 
 
-def _quantization(plan: QuantizationPlan, spec: DecoderSpec, dequantized: bool) -> dict[str, Any]:
-    """Describe the weights; the twin holds their dequantized values as fp32, a tied table once."""
-    table = (spec.vocab_size, spec.hidden_size)
-    groups = {
-        "linear": _linear(plan, spec),
-        "embedding": [(plan.embedding, table)],
-        "lm_head": [(plan.lm_head, table)],
-    }
-    described: dict[str, Any] = {}
-    for name, stored in groups.items():
-        schemes = Counter(scheme for scheme, _ in stored)
-        only = stored[0][0] if len(schemes) == 1 else None
-        label = only.label if only else _mixed_label(schemes, stored)
-        bits, weights = _cost(stored)
-        if dequantized:
-            bits = 32 * weights
-        described[name] = {
-            "scheme": only.name if only else "mixed",
-            "label": f"{label}, stored as fp32" if dequantized else label,
-            "bits": only.bits if only else None,
-            "bits_per_weight": bits / weights,
-            "bytes": 0 if name == "lm_head" and plan.tied else round(bits / 8),
-            "matrices": len(stored),
-        }
-    return {
-        **described,
-        "tied": plan.tied,
-        "untied_bytes": plan.untied_bytes,
-        "bits_per_weight": 32.0 if dequantized else bits_per_weight(plan, spec),
-    }
+@dataclass(frozen=True)
+class Allocation(UsedText):
+    """The text that mixed formats were chosen on.
+
+    Attributes:
+        kl: Estimated divergence of all linear layers, in nats per token.
+    """
+
+    kl: float
 
 
-def _rotation(job: Job, spec: DecoderSpec) -> dict[str, Any] | None:
-    found = rotations(job.weights.rotate, spec)
-    if not found:
-        return None
-    described: dict[str, Any] = {"residual": None, "heads": None, "seed": SEED}
-    for space, rotation in found.items():
-        described[space] = {"size": rotation.size, "factors": rotation.label}
-    return described
+@dataclass(frozen=True)
+class Matrix:
+    """The scheme of one matrix.
+
+    Attributes:
+        shape: Rows and columns.
+        scheme: The class of the scheme as `type`, and its fields.
+        bytes: What it takes.
+        kl: Estimated divergence if it alone were quantized, in nats per token; None if that was
+            not measured.
+    """
+
+    shape: tuple[int, ...]
+    scheme: Mapping[str, Any]
+    bytes: int
+    kl: float | None = field(default=None, metadata=LEFT_OUT)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per weight."""
+        rows, columns = self.shape
+        return 8 * self.bytes / (rows * columns)
 
 
-def _calibration(text: CalibrationText, tuning: Tuning | None) -> dict[str, Any]:
-    described = None
-    if tuning is not None:
-        described = {"steps": tuning.steps, "kl_before": tuning.before, "kl_after": tuning.after}
-    return {**_read("GPTQ", text), "tuning": described}
+@dataclass(frozen=True)
+class Plan:
+    """The scheme of every matrix; `--plan` takes it back.
+
+    Attributes:
+        matrices: By the decoder's names.
+    """
+
+    matrices: Mapping[str, Matrix]
 
 
-def _allocation(measured: Measured) -> dict[str, Any]:
-    # Divergences of matrices that are quantized one at a time add up, near enough.
-    return {**_read("Fisher", measured.text), "kl": math.fsum(measured.losses.values())}
+@dataclass(frozen=True)
+class Import:
+    """How true the export is to a checkpoint that was quantized already.
+
+    Attributes:
+        format: The formats of its matrices.
+        matrices: How many there are.
+        exactness: `exact` if each weight is the very number that the format defines.
+        largest_error: Largest difference, as a share of the distance between two codes.
+        tensor: The matrix that has it; None if there is none.
+    """
+
+    format: str
+    matrices: int
+    exactness: Literal["exact", "inexact"]
+    largest_error: float
+    tensor: str | None
 
 
-def _read(method: str, text: CalibrationText) -> dict[str, Any]:
-    return {
-        "method": method,
-        "text": text.name,
-        "tokens": text.tokens,
-        "windows": len(text.windows),
-        "sha256": text.sha256,
-    }
+@dataclass(frozen=True)
+class Quantization:
+    """How the weights are stored.
+
+    Attributes:
+        linear: The linear layers of all blocks.
+        embedding: The token table.
+        lm_head: The output head.
+        tied: One table is both.
+        untied_bytes: What it costs to store the head separately, though it has the same weights.
+        bits_per_weight: Stored bits per weight over all, a tied table counted once.
+        rotation: What was rotated before.
+        calibration: What the codes were chosen on; None if they are rounded to nearest.
+        allocation: What mixed formats were chosen on.
+        plan: The scheme of every matrix.
+        imported: None unless the checkpoint was quantized already.
+    """
+
+    linear: Group
+    embedding: Group
+    lm_head: Group
+    tied: bool
+    untied_bytes: int
+    bits_per_weight: float
+    rotation: Rotations | None = None
+    calibration: Calibration | None = None
+    allocation: Allocation | None = None
+    plan: Plan | None = field(default=None, metadata=LEFT_OUT)
+    imported: Import | None = field(default=None, metadata=named("import"))
 
 
-def _import(report: ImportReport | None) -> dict[str, Any] | None:
-    return None if report is None else asdict(report)
+@dataclass(frozen=True)
+class Program:
+    """The `.pte`.
+
+    Attributes:
+        file: Its name in the bundle.
+        bytes: Its size.
+        sha256: Its hash.
+        method: The method that reads single tokens; inputs, output and lengths are this one's.
+        inputs: Element type and shape of each argument by name.
+        output: Those of the logits.
+        states: Those of what the program remembers, by name.
+        context: Positions that it remembers.
+        seq_lengths: Chunk lengths that a call accepts.
+        constant_methods: What ExecuTorch's LLM runners ask of it.
+        form: The kind of lowering.
+        every_row: A call gives a row of logits for each of its tokens.
+        methods: All methods that read tokens.
+    """
+
+    file: str
+    bytes: int
+    sha256: str
+    method: str
+    inputs: Mapping[str, str]
+    output: str
+    states: Mapping[str, str]
+    context: int
+    seq_lengths: tuple[int, ...]
+    constant_methods: Mapping[str, Constant]
+    form: str | None = field(default=None, metadata=LEFT_OUT)
+    every_row: bool | None = field(default=None, metadata=LEFT_OUT)
+    methods: Mapping[str, MethodForm] | None = field(default=None, metadata=LEFT_OUT)
 
 
-def _output(job: Job, spec: DecoderSpec) -> str:
-    rows = "1" if job.logits == "last" else "S"
-    return f"float32 [1, {rows}, {spec.vocab_size}]"
+@dataclass(frozen=True)
+class Target:
+    """What the program is made for.
+
+    Attributes:
+        backend: What runs it: `coreml` or `xnnpack`.
+        name: The target's name.
+        compute_unit: Core ML's name of the compute unit.
+        minimum_os: Oldest system.
+        opset: Core ML's opset.
+        compute_precision: Precision of activations.
+    """
+
+    backend: Literal["coreml", "xnnpack"]
+    name: str
+    compute_unit: str
+    minimum_os: str
+    opset: str
+    compute_precision: str
 
 
-def _states(job: Job, spec: DecoderSpec) -> dict[str, str]:
-    dtype = "float16" if job.backend == "coreml" else "float32"
-    states = state_specs(spec, job.shapes.context)
-    return {state.name: f"{dtype} {list(state.shape)}" for state in states}
+@dataclass(frozen=True)
+class Manifest:
+    """An export, as its folder tells of it.
+
+    Attributes:
+        version: Of this form.
+        source: What was exported.
+        spec: Sizes and options of the decoder, see `DecoderSpec`.
+        config: Settings, see `ExportConfig`.
+        rebuild: The command line that makes the same program again; empty for a live model.
+        quantization: How the weights are stored.
+        program: The `.pte`.
+        target: What it is made for.
+        versions: Of Python and of the packages that made it.
+        verification: What verifying it found.
+    """
+
+    version: int
+    source: Source
+    spec: Mapping[str, Any]
+    config: Mapping[str, Any]
+    rebuild: tuple[str, ...]
+    quantization: Quantization
+    program: Program
+    target: Target
+    versions: Mapping[str, str]
+    verification: Verification
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Manifest:
+        """Return the manifest of a parsed `manifest.json` that fits `manifest_schema`."""
+        return read_record(cls, value)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the content of `manifest.json`."""
+        return write_record(self)
+
+    def plan_json(self) -> dict[str, Any] | None:
+        """Return the plan as `--plan` reads it; None where the release did not record it."""
+        plan = self.quantization.plan
+        return None if plan is None else write_record(plan)
+
+    @property
+    def description(self) -> Description:
+        """What the program offers to a runner; of earlier releases it follows from what is told."""
+        program, backend = self.program, self.target.backend
+        functions = (MAIN_FUNCTION,) if backend == "coreml" else ()
+        only = MethodForm(INPUTS, program.output, program.seq_lengths, functions)
+        return Description(
+            form=program.form or "unknown",
+            backend=backend,
+            methods=program.methods or {program.method: only},
+            every_row=" S," in program.output if program.every_row is None else program.every_row,
+            states=program.states,
+            context=program.context,
+            constant_methods=program.constant_methods,
+        )
+
+
+def manifest_schema() -> dict[str, Any]:
+    """Return the JSON schema of `manifest.json` that ships in the package."""
+    text = (
+        importlib.resources.files("llm_coreml.bundle").joinpath("manifest.schema.json").read_text()
+    )
+    schema: dict[str, Any] = json.loads(text)
+    return schema

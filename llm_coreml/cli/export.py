@@ -90,7 +90,8 @@ def export_command(
         screen.progress.close()
         peak = peak_memory()
         if form == "json":
-            print_json(screen.result.file, {**bundle.manifest, "peak_memory_bytes": peak})
+            told = {**bundle.manifest.to_json(), "peak_memory_bytes": peak}
+            print_json(screen.result.file, told)
         else:
             from llm_coreml.cli.tables import export_table
 

@@ -73,6 +73,7 @@ def run_command(
     from llm_coreml.cli.terminal import terminal
 
     with terminal(verbose) as screen:
+        from llm_coreml.bundle.folder import program_at
         from llm_coreml.cli.tables import interface_table, outputs_table
         from llm_coreml.reference.program.execution import Execution
         from llm_coreml.runtime.ports import open_runnable
@@ -84,7 +85,9 @@ def run_command(
         given = None if inputs is None else read_tensors(inputs)
         states = None if state_in is None else read_tensors(state_in)
         execution = Execution(mode, device, memory_budget, compiled)
-        runnable = open_runnable(file, function=function, method=method, execution=execution)
+        runnable = open_runnable(
+            program_at(file), function=function, method=method, execution=execution
+        )
         if given is None:
             interface = runnable.interface()
             if form == "json":

@@ -28,6 +28,6 @@ def show_command(path: Path, form: str, verbose: bool) -> None:
 
         found = contents(path)
         if form == "json":
-            print_json(screen.result.file, found)
+            print_json(screen.result.file, found.to_json())
         else:
             screen.result.print(contents_table(found))

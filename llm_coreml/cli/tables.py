@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from rich.console import Group
@@ -11,118 +11,123 @@ from rich.table import Table
 from rich.text import Text
 
 from llm_coreml.bundle.card import rotated_spaces, tuned
+from llm_coreml.bundle.manifest import (
+    Allocation,
+    Calibration,
+    Import,
+    Manifest,
+    Matrix,
+    Quantization,
+    Rotations,
+)
 from llm_coreml.eval.difference import Comparison
 from llm_coreml.eval.inspection import Inspection
 from llm_coreml.eval.metrics import Metric
 from llm_coreml.eval.results import Evaluation, Quality
+from llm_coreml.inspect.contents import Contents, DelegateContents
 from llm_coreml.reference.observe.watch import FP16_MAX
+from llm_coreml.verify.verification import Conversion
 
 
-def export_table(manifest: dict[str, Any], folder: str, peak: int) -> Group:
+def export_table(manifest: Manifest, folder: str, peak: int) -> Group:
     """Return what an export made, in a few rows, and the bytes of memory that it took."""
     table = _plain("", "")
     for name, value in _export_rows(manifest, folder).items():
         table.add_row(name, value)
     table.add_row("peak memory", f"{peak / 1e6:,.0f} MB resident, mapped files included")
-    return Group(table, *_mixed_formats(manifest["quantization"]))
+    return Group(table, *_mixed_formats(manifest.quantization))
 
 
-def _mixed_formats(quantization: dict[str, Any]) -> list[Any]:
+def _mixed_formats(stored: Quantization) -> list[Any]:
     """Return a table of bits per weight by block and kind of matrix, if formats are mixed."""
-    if quantization["linear"]["scheme"] != "mixed":
+    if stored.linear.scheme != "mixed" or stored.plan is None:
         return []
-    blocks: dict[int, dict[str, dict[str, Any]]] = {}
-    for name, matrix in quantization["plan"]["matrices"].items():
+    blocks: dict[int, dict[str, Matrix]] = {}
+    for name, matrix in stored.plan.matrices.items():
         if name.startswith("layers."):
-            _, block, *_, kind = name.removesuffix("_proj").split(".")
-            blocks.setdefault(int(block), {})[kind] = matrix
+            _, number, *_, kind = name.removesuffix("_proj").split(".")
+            blocks.setdefault(int(number), {})[kind] = matrix
     kinds = dict.fromkeys(kind for matrices in blocks.values() for kind in matrices)
-    columns = [*kinds, "bytes", *(["KL"] if _estimated(blocks) else [])]
+    losses = {block: _loss(matrices) for block, matrices in blocks.items()}
+    estimated = None not in losses.values()
+    columns = [*kinds, "bytes", *(["KL"] if estimated else [])]
     table = _plain("bits per weight", *columns, numeric=columns)
     for block, matrices in sorted(blocks.items()):
         cells = [
-            f"{_bits_per_weight(matrices[kind]):.2f}" if kind in matrices else "" for kind in kinds
+            f"{matrices[kind].bits_per_weight:.2f}" if kind in matrices else "" for kind in kinds
         ]
-        cells.append(f"{sum(matrix['bytes'] for matrix in matrices.values()):,}")
-        if _estimated(blocks):
-            cells.append(f"{sum(matrix['kl'] for matrix in matrices.values()):.1e}")
+        cells.append(f"{sum(matrix.bytes for matrix in matrices.values()):,}")
+        if estimated:
+            cells.append(f"{losses[block]:.1e}")
         table.add_row(f"block {block}", *cells)
     return [Text(""), table]
 
 
-def _estimated(blocks: dict[int, dict[str, dict[str, Any]]]) -> bool:
-    return all("kl" in matrix for matrices in blocks.values() for matrix in matrices.values())
+def _loss(matrices: Mapping[str, Matrix]) -> float | None:
+    """Return the sum of what matrices are estimated to cost, None if one was not measured."""
+    found = [matrix.kl for matrix in matrices.values() if matrix.kl is not None]
+    return sum(found) if len(found) == len(matrices) else None
 
 
-def _bits_per_weight(matrix: dict[str, Any]) -> float:
-    rows, columns = matrix["shape"]
-    return float(8 * matrix["bytes"] / (rows * columns))
-
-
-def _export_rows(manifest: dict[str, Any], folder: str) -> dict[str, str]:
-    program, target = manifest["program"], manifest["target"]
-    quantization, checked = manifest["quantization"], manifest["verification"]
-    tied = " (one table for both)" if quantization["tied"] else ""
+def _export_rows(manifest: Manifest, folder: str) -> dict[str, str]:
+    program, target = manifest.program, manifest.target
+    stored, checked = manifest.quantization, manifest.verification
+    tied = " (one table for both)" if stored.tied else ""
     return {
-        "program": f"{folder}/{program['file']}, {program['bytes']:,} bytes",
-        "weights": f"{quantization['linear']['label']}, "
-        f"{quantization['bits_per_weight']:.2f} bits per weight over all",
-        **_rotation_row(quantization.get("rotation")),
-        **_allocation_row(quantization.get("allocation")),
-        **_calibration_row(quantization.get("calibration")),
-        **_import_row(quantization.get("import")),
-        "embedding, head": f"{quantization['embedding']['label']}, "
-        f"{quantization['lm_head']['label']}{tied}",
-        "target": f"{target['backend']}, {target['compute_unit']}, {target['minimum_os']}, "
-        f"{target['compute_precision']}",
-        "lengths, context": f"{', '.join(map(str, program['seq_lengths']))}; {program['context']}",
-        **_conversion_row(checked.get("conversion")),
-        "verified by": f"{checked['runtime']}: {checked['rows']} rows, largest error "
-        f"{checked['max_relative_error']:.1e} (bound {checked['max_relative_error_bound']:.0e}), "
-        f"mean KL {checked['mean_kl']:.1e} (bound {checked['mean_kl_bound']:.0e})",
+        "program": f"{folder}/{program.file}, {program.bytes:,} bytes",
+        "weights": f"{stored.linear.label}, {stored.bits_per_weight:.2f} bits per weight over all",
+        **_rotation_row(stored.rotation),
+        **_allocation_row(stored.allocation),
+        **_calibration_row(stored.calibration),
+        **_import_row(stored.imported),
+        "embedding, head": f"{stored.embedding.label}, {stored.lm_head.label}{tied}",
+        "target": f"{target.backend}, {target.compute_unit}, {target.minimum_os}, "
+        f"{target.compute_precision}",
+        "lengths, context": f"{', '.join(map(str, program.seq_lengths))}; {program.context}",
+        **_conversion_row(checked.conversion),
+        "verified by": f"{checked.runtime}: {checked.rows} rows, largest error "
+        f"{checked.max_relative_error:.1e} (bound {checked.max_relative_error_bound:.0e}), "
+        f"mean KL {checked.mean_kl:.1e} (bound {checked.mean_kl_bound:.0e})",
     }
 
 
-def _rotation_row(found: dict[str, Any] | None) -> dict[str, str]:
+def _rotation_row(found: Rotations | None) -> dict[str, str]:
     return {} if found is None else {"rotated": rotated_spaces(found)}
 
 
-def _allocation_row(found: dict[str, Any] | None) -> dict[str, str]:
+def _allocation_row(found: Allocation | None) -> dict[str, str]:
     if found is None:
         return {}
     return {
-        "formats chosen": f"for a KL of {found['kl']:.1e}, estimated on {found['tokens']:,} tokens "
-        f"of text '{found['text']}'"
+        "formats chosen": f"for a KL of {found.kl:.1e}, estimated on {found.tokens:,} tokens "
+        f"of text '{found.text}'"
     }
 
 
-def _calibration_row(found: dict[str, Any] | None) -> dict[str, str]:
+def _calibration_row(found: Calibration | None) -> dict[str, str]:
     if found is None:
         return {}
     return {
-        "calibrated": f"by {found['method']} on {found['tokens']:,} tokens of text "
-        f"'{found['text']}'{tuned(found.get('tuning'))}"
+        "calibrated": f"by {found.method} on {found.tokens:,} tokens of text "
+        f"'{found.text}'{tuned(found.tuning)}"
     }
 
 
-def _import_row(found: dict[str, Any] | None) -> dict[str, str]:
+def _import_row(found: Import | None) -> dict[str, str]:
     if found is None:
         return {}
-    error = f", largest error {found['largest_error']:.2%} of a step" if found["tensor"] else ""
-    return {
-        "imported": f"{found['matrices']} matrices from {found['format']}, "
-        f"{found['exactness']}{error}"
-    }
+    error = f", largest error {found.largest_error:.2%} of a step" if found.tensor else ""
+    return {"imported": f"{found.matrices} matrices from {found.format}, {found.exactness}{error}"}
 
 
-def _conversion_row(found: dict[str, Any] | None) -> dict[str, str]:
+def _conversion_row(found: Conversion | None) -> dict[str, str]:
     """Return what an artifact was found to be without rounding; early manifests do not say."""
     if found is None:
         return {}
     return {
-        "the same model": f"{found['weights']} weights and tables bit by bit; {found['rows']} rows "
-        f"without rounding, largest error {found['max_relative_error']:.1e} "
-        f"(bound {found['max_relative_error_bound']:.0e})"
+        "the same model": f"{found.weights} weights and tables bit by bit; {found.rows} rows "
+        f"without rounding, largest error {found.max_relative_error:.1e} "
+        f"(bound {found.max_relative_error_bound:.0e})"
     }
 
 
@@ -233,43 +238,48 @@ def outputs_table(results: dict[str, Any]) -> Group:
     return Group(table)
 
 
-def contents_table(found: dict[str, Any]) -> Group:
+def contents_table(found: Contents) -> Group:
     """Return what `contents.contents` found in a bundle or `.pte`."""
     parts: list[Any] = []
-    if "manifest" in found:
-        manifest = found["manifest"]
-        source = manifest["source"]
-        rows = _export_rows(manifest, found["path"])
-        rows["rebuild"] = shlex.join(manifest["rebuild"]) or "from the same live model"
+    if found.manifest is not None:
+        manifest, source = found.manifest, found.manifest.source
+        rows = _export_rows(manifest, found.path)
+        rows["rebuild"] = shlex.join(manifest.rebuild) or "from the same live model"
         parts += [
-            listing_table(f"{source['name']} ({source['kind']})", rows),
-            *_mixed_formats(manifest["quantization"]),
+            listing_table(f"{source.name} ({source.kind})", rows),
+            *_mixed_formats(manifest.quantization),
             Text(""),
         ]
-    if "rules" in found:
+    if found.rules:
         rows = {
-            name: f"{rule['matrices']} matrices: {rule['reason']} ({rule['source']}); give "
-            f"{rule['flag']}"
-            for name, rule in found["rules"].items()
+            name: f"{rule.matrices} matrices: {rule.reason} ({rule.source}); give {rule.flag}"
+            for name, rule in found.rules.items()
         }
         parts += [listing_table("breaks the rules", rows), Text("")]
-    constants = {name: str(value) for name, value in found["constant_methods"].items()}
-    parts.append(listing_table(f"program, {found['bytes']:,} bytes", constants))
-    for method, delegates in found["methods"].items():
+    constants = {name: str(value) for name, value in found.constant_methods.items()}
+    parts.append(listing_table(f"program, {found.bytes:,} bytes", constants))
+    for method, delegates in found.methods.items():
         for delegate in delegates:
-            rows = {}
-            for kind in ("inputs", "outputs", "states"):
-                for name, shape in delegate.get(kind, {}).items():
-                    rows[f"{kind[:-1]} {name}"] = shape
-            for name, count in delegate.get("files", {}).items():
-                rows[name.rsplit("/", 1)[-1]] = f"{count:,} bytes"
-            ops = delegate.get("ops", {})
-            if ops:
-                counts = ", ".join(f"{count} {op}" for op, count in ops.items() if op != "const")
-                rows[f"{sum(ops.values()) - ops.get('const', 0)} ops"] = counts
-            title = f"{method}: {delegate['backend']}, {delegate['bytes']:,} bytes"
-            parts += [Text(""), listing_table(title, rows)]
+            title = f"{method}: {delegate.backend}, {delegate.bytes:,} bytes"
+            parts += [Text(""), listing_table(title, _delegate_rows(delegate))]
     return Group(*parts)
+
+
+def _delegate_rows(delegate: DelegateContents) -> dict[str, str]:
+    model = delegate.model
+    if model is None:
+        return {}
+    rows: dict[str, str] = {}
+    features = {"input": model.inputs, "output": model.outputs, "state": model.states}
+    for kind, shapes in features.items():
+        rows |= {f"{kind} {name}": shape for name, shape in shapes.items()}
+    for name, count in model.files.items():
+        rows[name.rsplit("/", 1)[-1]] = f"{count:,} bytes"
+    counts = {op: count for op, count in model.ops.items() if op != "const"}
+    if model.ops:
+        told = ", ".join(f"{count} {op}" for op, count in counts.items())
+        rows[f"{sum(counts.values())} ops"] = told
+    return rows
 
 
 def listing_table(title: str, rows: dict[str, str]) -> Table:

@@ -1,44 +1,58 @@
 """Which rules an artifact breaks: what an export with `--force` passed over.
 
-broken_rules(bundle.manifest)["ane-int4-group"]["matrices"]
+broken_rules(manifest.target, manifest.quantization.plan)["ane-int4-group"].matrices
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections import Counter
+from dataclasses import dataclass
 
+from llm_coreml.bundle.manifest import Plan, Target
 from llm_coreml.errors import ArtifactError, LlmCoreMLError
 from llm_coreml.quantize.plan.plan_file import scheme_from_json
 from llm_coreml.rules import Use, broken
 from llm_coreml.targets import get_target
 
 
-def broken_rules(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
+@dataclass(frozen=True)
+class BrokenRule:
+    """A rule that an artifact breaks, see `Rule`.
+
+    Attributes:
+        level: `error` or `warning`.
+        reason: What happens.
+        source: The public report.
+        flag: What mends it.
+        matrices: How many matrices break it.
+    """
+
+    level: str
+    reason: str
+    source: str
+    flag: str
+    matrices: int
+
+
+def broken_rules(target: Target, plan: Plan | None) -> dict[str, BrokenRule]:
     """Return the rules that the formats of a manifest break on its target, by name.
 
-    Each comes with its level, reason, source, the flag that mends it, and how many matrices break
-    it. Manifests of the first releases record no plan, and a twin holds no formats.
+    Manifests of the first releases record no plan, and a twin holds no formats.
 
     Raises:
         ArtifactError: there is no such target or format.
     """
-    target, plan = manifest["target"], manifest["quantization"].get("plan")
-    if plan is None or target["backend"] != "coreml":
+    if plan is None or target.backend != "coreml":
         return {}
-    found: dict[str, dict[str, Any]] = {}
     try:
-        unit = get_target(target["name"])
-        schemes = [scheme_from_json(matrix["scheme"]) for matrix in plan["matrices"].values()]
+        unit = get_target(target.name)
+        schemes = [scheme_from_json(matrix.scheme) for matrix in plan.matrices.values()]
     except LlmCoreMLError as error:
         raise ArtifactError(f"The manifest cannot be understood: {error}") from None
-    for scheme in schemes:
-        for rule in broken(Use(unit, target["opset"], scheme.traits, scheme.minimum_os)):
-            told = {
-                "level": rule.level,
-                "reason": rule.reason,
-                "source": rule.source,
-                "flag": rule.flag,
-                "matrices": 0,
-            }
-            found.setdefault(rule.id, told)["matrices"] += 1
-    return found
+    uses = [Use(unit, target.opset, scheme.traits, scheme.minimum_os) for scheme in schemes]
+    found = [rule for use in uses for rule in broken(use)]
+    counts = Counter(rule.id for rule in found)
+    return {
+        rule.id: BrokenRule(rule.level, rule.reason, rule.source, rule.flag, counts[rule.id])
+        for rule in found
+    }

@@ -1,63 +1,153 @@
 """What is inside a bundle or a `.pte`, without running it.
 
-contents(Path("out"))["ops"]["linear"]
+contents(Path("out")).methods["forward"][0].model.ops["linear"]
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from llm_coreml.artifact import pte
-from llm_coreml.artifact.method_plan import Delegate
+from llm_coreml.artifact.method_plan import Constant, Delegate
 from llm_coreml.artifact.mil import Feature
 from llm_coreml.artifact.packages import BACKEND, Packages
-from llm_coreml.bundle.folder import PROGRAM, open_bundle
-from llm_coreml.inspect.broken_rules import broken_rules
+from llm_coreml.bundle.folder import open_bundle
+from llm_coreml.bundle.manifest import Manifest
+from llm_coreml.inspect.broken_rules import BrokenRule, broken_rules
 
 
-def contents(path: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class ModelContents:
+    """A Core ML model, as one delegate runs it.
+
+    Attributes:
+        files: Bytes of the files of its package, by path.
+        function: The function that runs.
+        specification_version: Core ML's version of the model.
+        inputs: Element type and shapes, by name.
+        outputs: The same of what it gives.
+        states: The same of what it remembers.
+        ops: How many operations of each type the function has, the most frequent first.
+    """
+
+    files: Mapping[str, int]
+    function: str
+    specification_version: int
+    inputs: Mapping[str, str]
+    outputs: Mapping[str, str]
+    states: Mapping[str, str]
+    ops: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class DelegateContents:
+    """A part of a method that a backend runs.
+
+    Attributes:
+        backend: The backend's name.
+        bytes: What it is given.
+        model: What that is; None for another backend than Core ML.
+    """
+
+    backend: str
+    bytes: int
+    model: ModelContents | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return one object of all fields."""
+        model = {} if self.model is None else asdict(self.model)
+        return {"backend": self.backend, "bytes": self.bytes, **model}
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A bundle or a `.pte`.
+
+    Attributes:
+        path: Where it is.
+        manifest: The bundle's; None of a bare `.pte`.
+        bytes: Size of the `.pte`.
+        constant_methods: What its constant methods give.
+        methods: The delegates of each method that has any.
+        rules: What an export that was forced passed over, by the rule's name.
+    """
+
+    path: str
+    manifest: Manifest | None
+    bytes: int
+    constant_methods: Mapping[str, Constant]
+    methods: Mapping[str, tuple[DelegateContents, ...]]
+    rules: Mapping[str, BrokenRule]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
+        manifest = {} if self.manifest is None else {"manifest": self.manifest.to_json()}
+        rules = {name: asdict(rule) for name, rule in self.rules.items()}
+        return {
+            "path": self.path,
+            **manifest,
+            **({"rules": rules} if rules else {}),
+            "bytes": self.bytes,
+            "constant_methods": dict(self.constant_methods),
+            "methods": {
+                name: [delegate.to_json() for delegate in delegates]
+                for name, delegates in self.methods.items()
+            },
+        }
+
+
+def contents(path: Path) -> Contents:
     """Describe the bundle folder or `.pte` at `path`.
-
-    A bundle that was forced past rules has `rules`, see `broken_rules`.
 
     Raises:
         ArtifactError: it is damaged, or neither of the two.
     """
-    found: dict[str, Any] = {"path": str(path)}
-    if path.is_dir():
-        found["manifest"] = open_bundle(path).manifest
-        if rules := broken_rules(found["manifest"]):
-            found["rules"] = rules
-        path = path / PROGRAM
-    container = pte.read(path)
-    found["bytes"] = path.stat().st_size
-    found["constant_methods"] = pte.constants_of(container)
+    bundle = open_bundle(path) if path.is_dir() else None
+    program = path if bundle is None else bundle.program
+    container = pte.read(program)
     packages = Packages(container)
-    found["methods"] = {
-        name: [_delegate(delegate, packages) for delegate in method.delegates]
-        for name, method in container.methods.items()
-        if method.delegates
-    }
-    return found
+    manifest = None if bundle is None else bundle.manifest
+    rules = {} if manifest is None else broken_rules(manifest.target, manifest.quantization.plan)
+    return Contents(
+        path=str(path),
+        manifest=manifest,
+        bytes=program.stat().st_size,
+        constant_methods=pte.constants_of(container),
+        methods={
+            name: tuple(_delegate(delegate, packages) for delegate in method.delegates)
+            for name, method in container.methods.items()
+            if method.delegates
+        },
+        rules=rules,
+    )
 
 
-def _delegate(delegate: Delegate, packages: Packages) -> dict[str, Any]:
-    described: dict[str, Any] = {"backend": delegate.backend, "bytes": len(delegate.data)}
-    if delegate.backend != BACKEND:
-        return described
+def _delegate(delegate: Delegate, packages: Packages) -> DelegateContents:
+    model = None if delegate.backend != BACKEND else _model(delegate, packages)
+    return DelegateContents(delegate.backend, len(delegate.data), model)
+
+
+def _model(delegate: Delegate, packages: Packages) -> ModelContents:
     lowered = packages.open(delegate)
     model = lowered.package.model
     function, interface = model.functions[lowered.function], model.interfaces[lowered.function]
-    described["files"] = {name: len(content) for name, content in lowered.package.files.items()}
-    described["function"] = lowered.function
-    described["specification_version"] = model.specification_version
-    for kind in ("inputs", "outputs", "states"):
-        features = getattr(interface, kind)
-        described[kind] = {feature.name: _shape(feature) for feature in features}
-    described["ops"] = dict(Counter(op.type for op in function.operations).most_common())
-    return described
+    return ModelContents(
+        files={name: len(content) for name, content in lowered.package.files.items()},
+        function=lowered.function,
+        specification_version=model.specification_version,
+        inputs=_shapes(interface.inputs),
+        outputs=_shapes(interface.outputs),
+        states=_shapes(interface.states),
+        ops=dict(Counter(op.type for op in function.operations).most_common()),
+    )
+
+
+def _shapes(features: tuple[Feature, ...]) -> dict[str, str]:
+    return {feature.name: _shape(feature) for feature in features}
 
 
 def _shape(feature: Feature) -> str:

@@ -1,13 +1,13 @@
-"""Lower a decoder to an ExecuTorch program whose body is one Core ML program.
+"""Lower a torch program to an ExecuTorch program whose body is one Core ML program.
 
-lower_coreml(decoder, job, shapes, methods, Path("model.pte"))
+lower_coreml(lambda: trace(decoder, 1), job, constants, Path("model.pte"))
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,12 @@ from executorch.exir.backend.compile_spec_schema import CompileSpec
 from executorch.exir.lowered_backend_module import LoweredBackendModule
 from torch.export import ExportedProgram
 
-from llm_coreml.config import Job, Shapes
-from llm_coreml.decoder import Decoder
+from llm_coreml.artifact.description import TOKENS
+from llm_coreml.artifact.method_plan import Constant
+from llm_coreml.config import Job
 from llm_coreml.lower.backend import CoreMLFileBackend
 from llm_coreml.lower.mil_passes import pass_names
 from llm_coreml.lower.partition import AskTheCast, WholeMethodPartitioner
-from llm_coreml.lower.program import TOKENS, trace
 
 # Shares of a lowering's time, as measured on models of 4 and 16 layers.
 _TRACED, _PARTITIONED = 0.2, 0.5
@@ -39,40 +39,40 @@ _PRECISIONS = {"fp16": ct.precision.FLOAT16, "fp32": ct.precision.FLOAT32}
 
 
 def lower_coreml(
-    decoder: Decoder,
+    trace: Callable[[], ExportedProgram],
     job: Job,
-    shapes: Shapes,
-    methods: dict[str, int | bool | list[int]],
+    constants: Mapping[str, Constant],
     path: Path,
     on_progress: Callable[[float], None] = lambda _: None,
+    enumerated: Sequence[int] = (),
 ) -> None:
     """Write the program; identical inputs give identical bytes.
 
     Python collects no garbage in this process until it is done.
 
     Args:
-        decoder: Quantized decoder.
+        trace: Gives the torch program of the quantized decoder.
         job: Target, OS and precision.
-        shapes: Context and enumerated lengths.
-        methods: Constant methods, see `program.constant_methods`.
+        constants: Constant methods, see `program.constant_methods`.
         path: Where to write the `.pte`.
         on_progress: Called with the share of the usual time that is over, 0 to 1.
+        enumerated: The lengths that Core ML is told of, if the program has a symbolic one.
     """
     with _uncollected():
-        edge = _lowered(decoder, job, shapes, methods, on_progress)
+        edge = _lowered(trace, job, constants, on_progress, enumerated)
         _write(edge.to_executorch(), path)
 
 
 def _lowered(
-    decoder: Decoder,
+    trace: Callable[[], ExportedProgram],
     job: Job,
-    shapes: Shapes,
-    methods: dict[str, int | bool | list[int]],
+    constants: Mapping[str, Constant],
     on_progress: Callable[[float], None],
+    enumerated: Sequence[int],
 ) -> EdgeProgramManager:
-    exported = trace(decoder, shapes)
+    exported = trace()
     on_progress(_TRACED)
-    specs = _compile_specs(exported, job, shapes)
+    specs = _compile_specs(exported, job, enumerated)
     partitioner = WholeMethodPartitioner(
         CoreMLFileBackend.__name__, specs, lambda: on_progress(_PARTITIONED)
     )
@@ -81,7 +81,7 @@ def _lowered(
         transform_passes=[AskTheCast()],
         partitioner=[partitioner],
         compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
-        constant_methods=dict(methods),
+        constant_methods=dict(constants),
     )
     _name_backend(edge)
     return edge
@@ -99,21 +99,19 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def _compile_specs(exported: ExportedProgram, job: Job, shapes: Shapes) -> list[CompileSpec]:
+def _compile_specs(
+    exported: ExportedProgram, job: Job, enumerated: Sequence[int]
+) -> list[CompileSpec]:
     specs: list[CompileSpec] = CoreMLBackend.generate_compile_specs(
         compute_unit=ct.ComputeUnit[job.target.compute_unit],
         minimum_deployment_target=getattr(ct.target, job.opset),
         compute_precision=_PRECISIONS[job.precision.name],
         pass_names=pass_names(),
     )
-    if len(shapes.seq_lengths) > 1:
-        specs.append(_enumerated_shapes(exported, shapes))
+    if enumerated:
+        shapes = {TOKENS: [[1, length] for length in enumerated]}
+        specs.append(CoreMLBackend.generate_enumerated_shapes_compile_spec(exported, shapes))
     return specs
-
-
-def _enumerated_shapes(exported: ExportedProgram, shapes: Shapes) -> CompileSpec:
-    lengths = [[1, length] for length in shapes.seq_lengths]
-    return CoreMLBackend.generate_enumerated_shapes_compile_spec(exported, {TOKENS: lengths})
 
 
 def _name_backend(edge: EdgeProgramManager) -> None:

@@ -17,7 +17,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from llm_coreml.lower.program import START_POS, TOKENS
+from llm_coreml.artifact.description import START_POS, TOKENS
 
 _TAG = "whole_method"
 

@@ -1,49 +1,55 @@
 """The torch program of an artifact and what every backend's runner needs to know of it.
 
-exported = trace(decoder, shapes)
+exported = trace_symbolic(decoder, longest=64)
 methods = constant_methods(spec, shapes, bos_id=1, eos_ids=(2,))
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.export import Dim, ExportedProgram
 
+from llm_coreml.artifact.method_plan import Constant
 from llm_coreml.config import Shapes
 from llm_coreml.decoder import Decoder, DecoderSpec
 
-TOKENS = "tokens"
-START_POS = "start_pos"
+
+def trace(decoder: Decoder, length: int) -> ExportedProgram:
+    """Export `forward(tokens int64 [1, length], start_pos int64 [1])`."""
+    return _export(decoder, length, None)
 
 
-def trace(decoder: Decoder, shapes: Shapes) -> ExportedProgram:
-    """Export `forward(tokens int64 [1, S], start_pos int64 [1])`.
+def trace_symbolic(decoder: Decoder, longest: int) -> ExportedProgram:
+    """Export `forward(tokens int64 [1, S], start_pos int64 [1])` for any S up to the context.
 
-    S is symbolic when several lengths are accepted. torch never lets a symbol be 1, so the
-    range begins at 2; nothing in the graph depends on it, and 1 is enumerated for Core ML.
+    torch never lets a symbol be 1, so the range begins at 2; nothing in the graph depends on it,
+    and 1 is enumerated for Core ML.
+
+    Args:
+        decoder: What to export.
+        longest: The largest S that will be asked for, of which the example is half.
     """
-    lengths = shapes.seq_lengths
-    dynamic = len(lengths) > 1
-    example = max(2, lengths[-1] // 2) if dynamic else lengths[0]
-    tokens = torch.zeros(1, example, dtype=torch.int64)
+    symbol = Dim.AUTO(min=1, max=decoder.context)
+    return _export(decoder, max(2, longest // 2), {1: symbol})
+
+
+def _export(decoder: Decoder, length: int, dynamic: dict[int, Any] | None) -> ExportedProgram:
+    tokens = torch.zeros(1, length, dtype=torch.int64)
     start_pos = torch.zeros(1, dtype=torch.int64)
-    length = Dim.AUTO(min=1, max=shapes.context)
     with torch.no_grad():
         return torch.export.export(
-            decoder.eval(),
-            (tokens, start_pos),
-            dynamic_shapes=({1: length} if dynamic else None, None),
-            strict=False,
+            decoder.eval(), (tokens, start_pos), dynamic_shapes=(dynamic, None), strict=False
         )
 
 
 def constant_methods(
     spec: DecoderSpec, shapes: Shapes, bos_id: int | None, eos_ids: Sequence[int]
-) -> dict[str, int | bool | list[int]]:
+) -> dict[str, Constant]:
     """Return the constant methods that ExecuTorch's LLM runners read from a program."""
-    methods: dict[str, int | bool | list[int]] = {
+    methods: dict[str, Constant] = {
         "get_max_seq_len": shapes.seq_lengths[-1],
         "get_max_context_len": shapes.context,
         "get_vocab_size": spec.vocab_size,

@@ -6,7 +6,7 @@ program. XNNPACK holds none of the weight formats, so the twin stores the dequan
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -22,10 +22,10 @@ from torch import nn
 from torch._library.custom_ops import CustomOpDef
 from torchao.utils import TorchAOBaseTensor
 
-from llm_coreml.config import Shapes
+from llm_coreml.artifact.method_plan import Constant
 from llm_coreml.decoder import Decoder
 from llm_coreml.decoder.states import kv_write, state_specs
-from llm_coreml.lower.program import trace
+from llm_coreml.lower.program import trace, trace_symbolic
 
 
 def _kv_write(
@@ -54,22 +54,29 @@ def _dequantize(decoder: Decoder) -> None:
 
 
 def lower_xnnpack(
-    decoder: Decoder, shapes: Shapes, methods: dict[str, int | bool | list[int]], path: Path
+    decoder: Decoder, lengths: Sequence[int], constants: Mapping[str, Constant], path: Path
 ) -> None:
-    """Write the twin's program to `path`. `decoder` is left with dequantized weights."""
+    """Write the twin's program to `path`. `decoder` is left with dequantized weights.
+
+    Args:
+        decoder: Quantized decoder.
+        lengths: What a call may have, ascending.
+        constants: Constant methods, see `program.constant_methods`.
+        path: Where to write the `.pte`.
+    """
     _dequantize(decoder)
+    several = len(lengths) > 1
+    traced = trace_symbolic(decoder, lengths[-1]) if several else trace(decoder, lengths[0])
     writes = {state.write for state in decoder.states.values()}
-    exported = trace(decoder, shapes).run_decompositions(
-        {write._opoverload: WRITES[write] for write in writes}
-    )
+    exported = traced.run_decompositions({write._opoverload: WRITES[write] for write in writes})
     edge = to_edge_transform_and_lower(
         exported,
         partitioner=[XnnpackPartitioner()],
         compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
-        constant_methods=dict(methods),
+        constant_methods=dict(constants),
     )
     # Without this the cache begins with whatever is in memory, and a masked NaN is still a NaN.
-    states = state_specs(decoder.spec, shapes.context)
+    states = state_specs(decoder.spec, decoder.context)
     zeros = InitializedMutableBufferPass([state.name for state in states])
     program = edge.to_executorch(ExecutorchBackendConfig(passes=[zeros]))
     with path.open("wb") as file:

@@ -28,12 +28,13 @@ from typing import Any, BinaryIO
 
 import torch
 
+from llm_coreml.output import file_beside
 from llm_coreml.quantize.formats.serialize import from_parts, to_parts
 
 _VARIABLE = "LLM_COREML_CACHE"
 _SUFFIX = ".safetensors"
 _ENTRY = re.compile(r"[0-9a-f]{64}\.safetensors")
-_DRAFT = re.compile(r"\.[0-9a-f]{64}\.[0-9]+")
+_DRAFT = re.compile(r"\.[0-9a-f]{64}(\.safetensors)?\.[0-9]+")
 # What the weights of an entry are computed by.
 _SOURCES = ("checkpoint", "families", "decoder", "quantize")
 _PACKAGES = ("llm-coreml", "torch", "torchao")
@@ -113,14 +114,12 @@ class WeightCache:
             weights: By name, of the types of `stored`.
         """
         path = self._path(key)
-        draft = path.with_name(f".{key}.{os.getpid()}")
         if not self._writable:
             return dict(weights)
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with draft.open("wb") as file:
+            with file_beside(path) as draft, draft.open("wb") as file:
                 _write(file, weights)
-            draft.replace(path)
             return self._open(path, check=False)
         except OSError as error:
             self._writable = False
@@ -129,9 +128,6 @@ class WeightCache:
                 "interrupted export will begin again. Free some space, or give another --cache."
             )
             return dict(weights)
-        finally:
-            with contextlib.suppress(OSError):
-                draft.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def paged_out(self) -> Iterator[None]:

@@ -8,6 +8,7 @@ A `.pte` may hold one Core ML delegate or several; a method runs several togethe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from llm_coreml.artifact import pte
@@ -73,33 +74,42 @@ def load_method(
         ArtifactError: the file is damaged, has no such method, or the method does what the
             reference cannot run.
     """
-    container = pte.read(path)
-    if name not in container.methods:
-        raise ArtifactError(
-            f"'{path}' has no method '{name}', only {', '.join(sorted(container.methods))}."
-            f"{nearest(name, container.methods)}"
-        )
-    if not container.methods[name].delegates:
-        raise ArtifactError(f"Method '{name}' of '{path}' has no delegate.")
-    return _load(container, (name,), execution)[name]
+    return load_methods(path, execution, (name,))[name]
 
 
-def load_methods(path: str | Path, execution: Execution = _DEFAULT) -> dict[str, LoadedMethod]:
-    """Load all methods of the `.pte` at `path` that have delegates; shared weights exist once.
+def load_methods(
+    path: str | Path, execution: Execution = _DEFAULT, names: Sequence[str] | None = None
+) -> dict[str, LoadedMethod]:
+    """Load methods of the `.pte` at `path`; shared weights exist once.
 
     States are each method's own, as on a device.
 
+    Args:
+        path: the file.
+        execution: numerics, device and memory.
+        names: the methods; None takes all that have delegates.
+
     Raises:
         ConfigError: `execution` asks for what is not there.
-        ArtifactError: the file is damaged, or does what the reference cannot run.
+        ArtifactError: the file is damaged, has no such method, or does what the reference cannot
+            run.
     """
     container = pte.read(path)
-    names = tuple(name for name, method in container.methods.items() if method.delegates)
+    if names is None:
+        names = [name for name, method in container.methods.items() if method.delegates]
+    for name in names:
+        if name not in container.methods:
+            raise ArtifactError(
+                f"'{path}' has no method '{name}', only {', '.join(sorted(container.methods))}."
+                f"{nearest(name, container.methods)}"
+            )
+        if not container.methods[name].delegates:
+            raise ArtifactError(f"Method '{name}' of '{path}' has no delegate.")
     return _load(container, names, execution)
 
 
 def _load(
-    container: pte.Container, names: tuple[str, ...], execution: Execution
+    container: pte.Container, names: Sequence[str], execution: Execution
 ) -> dict[str, LoadedMethod]:
     packages, constants = Packages(container), pte.constants_of(container)
     pool = execution.pool()

@@ -8,14 +8,20 @@ from typing import Any, final
 
 import torch
 
+from llm_coreml.artifact.description import Description
 from llm_coreml.runtime.runner import Runner
 
 
 @final
 class ExecutorchRunner(Runner):
-    """A `.pte` on ExecuTorch's own runtime; on Linux the XNNPACK twin."""
+    """A `.pte` on ExecuTorch's own runtime; on Linux the XNNPACK twin.
 
-    def __init__(self, path: Path, seq_lengths: tuple[int, ...]) -> None:
+    Args:
+        path: The `.pte`.
+        description: What it offers.
+    """
+
+    def __init__(self, path: Path, description: Description) -> None:
         super().__init__()
         from executorch.runtime import Runtime, Verification
 
@@ -23,20 +29,24 @@ class ExecutorchRunner(Runner):
             path, verification=Verification.Minimal
         )
         self.label = "XNNPACK on CPU"
-        self.seq_lengths = seq_lengths
+        self._description = description
+        self.seq_lengths = description.seq_lengths
+        self.every_row = description.every_row
         self._clear()
         self.context = self._constant("get_max_context_len")
         self.vocab_size = self._constant("get_vocab_size")
-        self.every_row = False
 
     def _constant(self, name: str) -> int:
         return int(self._program.load_method(name).execute([])[0])
 
     def _forward(self, tokens: torch.Tensor, start_pos: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self._method.execute([tokens, start_pos])[0]
+        method = self._methods[self._description.method_for(tokens.shape[1])]
+        logits: torch.Tensor = method.execute([tokens, start_pos])[0]
         return logits.clone()
 
     def _clear(self) -> None:
-        # The cache lives in the loaded method and nothing resets it but loading it again.
+        # The cache lives in the loaded methods and nothing resets it but loading them again.
         self._program = self._load()
-        self._method = self._program.load_method("forward")
+        self._methods = {
+            name: self._program.load_method(name) for name in self._description.methods
+        }

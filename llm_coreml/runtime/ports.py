@@ -1,4 +1,4 @@
-"""Run any Core ML program by names: of a bundle, a .pte or a .mlpackage, or a method of a .pte.
+"""Run any Core ML program by names: of a .pte or a .mlpackage, or a method of a .pte.
 
 runnable = open_runnable(Path("model.mlpackage"), function=None, method=None, execution=Execution())
 outputs = runnable.run({"x": torch.zeros(1, 4)})
@@ -16,7 +16,6 @@ import torch
 
 from llm_coreml.artifact.method_plan import TensorSpec
 from llm_coreml.artifact.mil import Feature
-from llm_coreml.bundle.folder import PROGRAM
 from llm_coreml.errors import ArtifactError, ConfigError, nearest
 from llm_coreml.reference import load, load_method
 from llm_coreml.reference.method.memory import dtype_of
@@ -155,7 +154,7 @@ def open_runnable(
     """Load what is at `path`.
 
     Args:
-        path: a bundle, a `.pte`, or a `.mlpackage`.
+        path: a `.pte` or a `.mlpackage`.
         function: function of the Core ML program; its default one if None.
         method: method of a `.pte` to run as a whole, its kernels included; None runs the Core ML
             program alone.
@@ -165,8 +164,6 @@ def open_runnable(
         ArtifactError: it is damaged, has no such function or method, or cannot be run.
         ConfigError: both a function and a method, or a method of a `.mlpackage`, are asked for.
     """
-    if (path / PROGRAM).is_file():
-        path = path / PROGRAM
     if method is None:
         return _of_program(load(path, function, execution))
     if function is not None:

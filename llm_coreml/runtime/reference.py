@@ -5,71 +5,171 @@ ReferenceRunner(folder / "model.pte").logits([1, 42, 7])
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import final
 
 import torch
 
+from llm_coreml.artifact.description import INPUTS, Description, MethodForm
 from llm_coreml.errors import ArtifactError
-from llm_coreml.reference.load import load_method
+from llm_coreml.reference.load import load_methods
+from llm_coreml.reference.method.method import LoadedMethod
 from llm_coreml.reference.program.constants import PackedWeight
 from llm_coreml.reference.program.execution import Execution
+from llm_coreml.reference.program.program import CoreMLProgram
 from llm_coreml.runtime.runner import Runner
 
 # What a device is meant to compute, on any machine.
 DECLARED = Execution()
+# The method that ExecuTorch's own runners call.
+_FORWARD = "forward"
 
 
 @final
 class ReferenceRunner(Runner):
-    """The Core ML program inside a `.pte`, executed by the reference runtime.
+    """The Core ML programs inside a `.pte`, executed by the reference runtime.
 
     Args:
         path: The `.pte`.
         execution: Numerics, device and memory.
+        description: What the file offers; None finds it out, where the method `forward` is one
+            Core ML program.
 
     Attributes:
-        program: The Core ML program, for observers.
+        description: What the file offers.
+        programs: The Core ML programs of all methods.
 
     Raises:
-        ArtifactError: the file is damaged, or its method has another signature than an LLM's.
+        ArtifactError: the file is damaged, contradicts its description, or its method has another
+            signature than an LLM's.
         ConfigError: the execution asks for what is not there.
     """
 
-    def __init__(self, path: Path, execution: Execution = DECLARED) -> None:
+    def __init__(
+        self,
+        path: Path,
+        execution: Execution = DECLARED,
+        description: Description | None = None,
+    ) -> None:
         super().__init__()
-        self._method = load_method(path, execution=execution)
+        names = (_FORWARD,) if description is None else tuple(description.methods)
+        self._methods = load_methods(path, execution, names)
         self.label = "reference runtime" + execution_suffix(execution)
-        signature = [(spec.dtype, len(spec.shape)) for spec in self._method.inputs]
-        if signature != [("int64", 2), ("int64", 1)] or len(self._method.programs) != 1:
+        for method in self._methods.values():
+            _check_signature(method, path)
+        if description is None:
+            description = _describe(self._methods[_FORWARD], path)
+        else:
+            _check_description(description, self._methods, path)
+        self.description = description
+        self.programs = tuple(item for method in self._methods.values() for item in method.programs)
+        self.seq_lengths = description.seq_lengths
+        self.every_row = description.every_row
+        self.context = description.context
+        self.vocab_size = self._methods[description.main].outputs[0].shape[2]
+
+    @property
+    def program(self) -> CoreMLProgram:
+        """The only Core ML program, for observers. Raises ArtifactError if there are several."""
+        if len(self.programs) != 1:
             raise ArtifactError(
-                f"Method 'forward' of '{path}' takes {signature}; a language model takes tokens "
-                "int64 [1, S] and start_pos int64 [1]."
+                f"The file holds {len(self.programs)} Core ML programs; only a single one can be "
+                "watched."
             )
-        self.program, constants = self._method.programs[0], self._method.constants
-        tokens = [feature for feature in self.program.inputs if len(feature.shape) == 2]
-        given = [len(spec.shape) for spec in self._method.outputs]
-        if len(tokens) != 1 or given != [3]:
-            raise ArtifactError(
-                f"Method 'forward' of '{path}' gives outputs of {given} axes; a language model "
-                "gives logits [1, S, V] for tokens [1, S]."
-            )
-        shapes = tokens[0].enumerated or (tokens[0].shape,)
-        self.seq_lengths = tuple(sorted(shape[1] for shape in shapes))
-        _, rows, self.vocab_size = self._method.outputs[0].shape
-        self.every_row = rows != 1
-        self.context = _constant(constants, "get_max_context_len", path)
+        return self.programs[0]
 
     def constants(self) -> Iterator[tuple[str, torch.Tensor | PackedWeight]]:
-        """Yield the program's constants, see `CoreMLProgram.constants`."""
-        return self._method.programs[0].constants()
+        """Yield the constants of all programs, see `CoreMLProgram.constants`."""
+        return itertools.chain.from_iterable(program.constants() for program in self.programs)
 
     def _forward(self, tokens: torch.Tensor, start_pos: torch.Tensor) -> torch.Tensor:
-        return self._method(tokens, start_pos).cpu()
+        method = self._methods[self.description.method_for(tokens.shape[1])]
+        return method(tokens, start_pos).cpu()
 
     def _clear(self) -> None:
-        self._method.reset()
+        for method in self._methods.values():
+            method.reset()
+
+
+def _check_signature(method: LoadedMethod, path: Path) -> None:
+    """Refuse a method that does not take tokens and a position, and give logits."""
+    signature = [(spec.dtype, len(spec.shape)) for spec in method.inputs]
+    if signature != [("int64", 2), ("int64", 1)]:
+        raise ArtifactError(
+            f"Method '{method.name}' of '{path}' takes {signature}; a language model takes tokens "
+            "int64 [1, S] and start_pos int64 [1]."
+        )
+    given = [len(spec.shape) for spec in method.outputs]
+    if given != [3]:
+        raise ArtifactError(
+            f"Method '{method.name}' of '{path}' gives outputs of {given} axes; a language model "
+            "gives logits [1, S, V] for tokens [1, S]."
+        )
+
+
+def _describe(method: LoadedMethod, path: Path) -> Description:
+    """Return what a method that is one Core ML program offers."""
+    if len(method.programs) != 1:
+        raise ArtifactError(
+            f"Method '{method.name}' of '{path}' is {len(method.programs)} Core ML programs, of "
+            "which nothing tells the lengths; give the bundle that it belongs to."
+        )
+    (program,) = method.programs
+    lengths = _lengths(method, path)
+    _, rows, width = method.outputs[0].shape
+    output = f"{method.outputs[0].dtype} [1, {'S' if rows != 1 else 1}, {width}]"
+    form = MethodForm(INPUTS, output, lengths, (program.function_name,))
+    return Description(
+        form="enumerated" if len(lengths) > 1 else "static",
+        backend="coreml",
+        methods={method.name: form},
+        every_row=rows != 1,
+        states={feature.name: f"{feature.dtype} {feature.shape}" for feature in program.states},
+        context=_constant(method.constants, "get_max_context_len", path),
+        constant_methods=method.constants,
+    )
+
+
+def _check_description(
+    description: Description, methods: Mapping[str, LoadedMethod], path: Path
+) -> None:
+    """Hold a description against what the file tells of itself."""
+    for name, method in methods.items():
+        form = description.methods[name]
+        # Of several partitions in a row, nothing tells which takes the tokens.
+        single = len(method.programs) == 1
+        # A call with one token has one row either way.
+        every_row = description.every_row and form.seq_lengths != (1,)
+        compared: dict[str, tuple[object, object]] = {
+            "functions": (form.functions, tuple(item.function_name for item in method.programs)),
+            "lengths": (form.seq_lengths, _lengths(method, path) if single else form.seq_lengths),
+            "row for each token": (every_row, method.outputs[0].shape[1] != 1),
+            "context": (
+                description.context,
+                _constant(method.constants, "get_max_context_len", path),
+            ),
+        }
+        for what, (told, found) in compared.items():
+            if told != found:
+                raise ArtifactError(
+                    f"Method '{name}' of '{path}' is not what the manifest describes: its {what} "
+                    f"is {found}, not {told}. Export again."
+                )
+
+
+def _lengths(method: LoadedMethod, path: Path) -> tuple[int, ...]:
+    """Return the lengths that the only program of a method accepts, ascending."""
+    (program,) = method.programs
+    tokens = [feature for feature in program.inputs if len(feature.shape) == 2]
+    if len(tokens) != 1:
+        raise ArtifactError(
+            f"Method '{method.name}' of '{path}' has {len(tokens)} inputs of two axes; a language "
+            "model takes tokens [1, S]."
+        )
+    shapes = tokens[0].enumerated or (tokens[0].shape,)
+    return tuple(sorted(shape[1] for shape in shapes))
 
 
 def execution_suffix(execution: Execution) -> str:

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from llm_coreml.artifact.limits import machine_memory
-from llm_coreml.bundle.folder import output_error
 from llm_coreml.errors import ConfigError, OutputError
+from llm_coreml.output import file_beside, output_error
 
 _KINDS = (".npz", ".safetensors")
 # What reading a damaged archive, or one made to harm, raises.
@@ -107,20 +107,17 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], *, overwrite:
         OutputError: the file exists already, or cannot be written.
     """
     check_target(path, overwrite)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
     held = {name: value.cpu().contiguous() for name, value in tensors.items()}
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import save
+        with file_beside(path) as draft:
+            if path.suffix == ".safetensors":
+                from safetensors.torch import save
 
-            draft.write_bytes(save(held))
-        else:
-            _write_npz(draft, held)
-        draft.replace(path)
+                draft.write_bytes(save(held))
+            else:
+                _write_npz(draft, held)
     except OSError as error:
         raise output_error(path, error) from None
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def _write_npz(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:

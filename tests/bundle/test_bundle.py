@@ -20,19 +20,21 @@ from llm_coreml.bundle.folder import (
     MANIFEST,
     PROGRAM,
     check_output,
-    manifest_schema,
+    file_sha256,
     new_bundle,
     open_bundle,
-    write_json,
 )
-from llm_coreml.bundle.manifest import file_sha256, make_manifest
+from llm_coreml.bundle.manifest import Manifest, manifest_schema
+from llm_coreml.bundle.record import make_manifest
 from llm_coreml.config import ExportConfig, resolve
 from llm_coreml.errors import ArtifactError, ConfigError, OutputError
+from llm_coreml.lower.forms import form_for
 from llm_coreml.model import open_model
+from llm_coreml.output import write_json
 from llm_coreml.pipeline import export
-from llm_coreml.quantize import make_plan
-from llm_coreml.quantize.quantized import Quantized, build_decoder
-from llm_coreml.verify.logits import Conversion, Verification
+from llm_coreml.progress import Silent
+from llm_coreml.quantize.quantized import quantize
+from llm_coreml.verify.verification import Conversion, Verification
 from tiny import llama
 
 CONVERSION = Conversion(21, 60, 2e-7, 3e-5)
@@ -46,14 +48,14 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     model = open_model(llama(intermediate_size=96, tie_word_embeddings=True))
     config = ExportConfig(context=32, seq_lengths=(1, 8))
     job = resolve(config, model.spec)
-    plan = make_plan(job, model.spec)
-    decoder = build_decoder(model, job, plan)
-    return make_manifest(
-        Quantized(model, job, plan, None, None, None, decoder),
+    quantized = quantize(model, job, program.with_name("no tokenizer"), Silent())
+    made = make_manifest(
+        quantized,
+        form_for(job, model.spec, None, ()).description,
         program,
-        {"get_max_seq_len": 8},
         Verification("reference runtime", "held-out text", 64, 63, 40, 1e-3, 1e-6, CONVERSION),
     )
+    return made.to_json()
 
 
 @pytest.fixture
@@ -79,10 +81,10 @@ def test_a_manifest_fits_its_schema_and_is_read_back(
     jsonschema.Draft202012Validator.check_schema(manifest_schema())
     jsonschema.validate(manifest, manifest_schema())
     opened = open_bundle(bundle)
-    assert opened.manifest == json.loads(json.dumps(manifest))
+    assert opened.manifest.to_json() == json.loads(json.dumps(manifest))
     assert opened.program == bundle / PROGRAM
-    assert opened.manifest["program"]["sha256"] == file_sha256(opened.program)
-    assert opened.manifest["program"]["bytes"] == 7
+    assert opened.manifest.program.sha256 == file_sha256(opened.program)
+    assert opened.manifest.program.bytes == 7
     assert entries(bundle) == [MANIFEST, PROGRAM], "no draft of the manifest is left"
 
 
@@ -96,13 +98,13 @@ def test_bytes_of_the_groups_add_up(manifest: dict[str, Any]) -> None:
 
 
 def test_the_card_tells_what_the_manifest_holds(manifest: dict[str, Any]) -> None:
-    manifest = {**manifest}
-    card = model_card(manifest)
+    card = model_card(Manifest.from_json(manifest))
     for part in ("int4 group 32", "1.00e-03", "No Apple device took part", "float32 [1, 1, 97]"):
         assert part in card
     assert "all 21 weights and tables" in card and "2.0e-07 (bound 3e-05)" in card
-    manifest["verification"] = {**manifest["verification"], "conversion": None}
-    assert "without rounding" not in model_card(manifest)
+    checked = {**manifest["verification"], "conversion": None}
+    unrounded = Manifest.from_json({**manifest, "verification": checked})
+    assert "without rounding" not in model_card(unrounded)
     assert " ".join(manifest["rebuild"]) in card
 
 
@@ -305,8 +307,9 @@ def test_an_export_refuses_its_output_before_it_opens_the_model(bundle: Path) ->
 _FILL = """
 import sys
 from pathlib import Path
-from llm_coreml.bundle.folder import new_bundle, write_json
+from llm_coreml.bundle.folder import new_bundle
 from llm_coreml.errors import OutputError
+from llm_coreml.output import write_json
 
 way, output, cap = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 if cap:

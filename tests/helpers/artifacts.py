@@ -98,17 +98,16 @@ def lower(source: Any, config: ExportConfig, place: Path | Shared) -> Artifact:
         place: the file to write; or where all workers find one and the same file, so that what is
             the same is lowered once.
     """
-    from llm_coreml.lower.coreml import lower_coreml
-    from llm_coreml.lower.program import constant_methods
+    from llm_coreml.lower.forms import form_for
 
     model = open_model(source)
     job = resolve(config, model.spec)
     plan = make_plan(job, model.spec)
     decoder = build_decoder(model, job, plan)
-    methods = constant_methods(model.spec, job.shapes, bos_id=1, eos_ids=(2, 5))
+    form = form_for(job, model.spec, bos_id=1, eos_ids=(2, 5))
 
     def write(path: Path) -> None:
-        lower_coreml(decoder, job, job.shapes, methods, path)
+        form.write(decoder, path)
 
     if isinstance(place, Shared):
         place = place.file("model.pte", (source, config), write)

@@ -222,7 +222,7 @@ def test_everything_but_two_casts_is_delegated(three_layers: Artifact) -> None:
 
 
 def test_two_states_hold_all_layers_in_fp16(three_layers: Artifact) -> None:
-    (core,) = three_layers.runner()._method.programs
+    (core,) = three_layers.runner().programs
     mixer = three_layers.decoder.spec.layers[0].mixer
     shape = (3, mixer.num_key_value_heads, 32, mixer.head_dim)
     assert {(state.name, state.dtype, state.shape) for state in core.states} == {
@@ -269,7 +269,7 @@ def test_a_tied_table_is_stored_once(three_layers: Artifact) -> None:
 
 
 def test_constant_methods_tell_runners_what_they_need(three_layers: Artifact) -> None:
-    found = three_layers.runner()._method.constants
+    found = three_layers.runner().description.constant_methods
     assert found == {
         "get_max_seq_len": 16,
         "get_max_context_len": 32,
@@ -348,9 +348,10 @@ def test_a_live_model_gives_the_program_of_its_folder(
     assert live.program.read_bytes() == (here / "model.pte").read_bytes()
     from llm_coreml.bundle.folder import open_bundle
 
+    told = live.manifest.to_json()
     differing = {
-        key for key, value in open_bundle(here).manifest.items() if live.manifest[key] != value
+        key for key, value in open_bundle(here).manifest.to_json().items() if told[key] != value
     }
     assert differing <= {"source", "rebuild"}
-    assert live.manifest["source"]["kind"] == "live"
-    assert BASE["hidden_size"] == live.manifest["spec"]["hidden_size"]
+    assert live.manifest.source.kind == "live"
+    assert BASE["hidden_size"] == live.manifest.spec["hidden_size"]

@@ -20,14 +20,14 @@ def test_the_traced_program_has_nothing_to_decompose(target: str) -> None:
     from executorch.exir.tracer import _default_decomposition_table
 
     from llm_coreml.lower.partition import WholeMethodPartitioner
-    from llm_coreml.lower.program import trace
+    from llm_coreml.lower.program import trace_symbolic
 
     scheme = "int4-channel" if target == "ane" else "int4-group"
     config = ExportConfig(target=target, scheme=scheme, context=64, seq_lengths=(1, 8))
     model = open_model(llama(vocab_size=96, intermediate_size=96))
     job = resolve(config, model.spec)
     decoder = build_decoder(model, job, plan_for(job, model))
-    exported = trace(decoder, job.shapes).run_decompositions({})
+    exported = trace_symbolic(decoder, job.shapes.seq_lengths[-1]).run_decompositions({})
     table = _default_decomposition_table()
     kept, _ = WholeMethodPartitioner("", []).ops_to_not_decompose(exported)
     called = {node.target for node in exported.graph.nodes if node.op == "call_function"}
@@ -36,7 +36,7 @@ def test_the_traced_program_has_nothing_to_decompose(target: str) -> None:
 
 
 def test_garbage_is_collected_again_after_a_lowering_that_failed(tmp_path: Path) -> None:
-    from llm_coreml.lower.coreml import lower_coreml
+    from llm_coreml.lower.forms import form_for
 
     model = open_model(llama(vocab_size=96, intermediate_size=96))
     config = ExportConfig(context=64, seq_lengths=(1, 8))
@@ -49,5 +49,5 @@ def test_garbage_is_collected_again_after_a_lowering_that_failed(tmp_path: Path)
             seen.append(gc.isenabled())
             raise ZeroDivisionError
 
-        lower_coreml(decoder, job, job.shapes, {}, tmp_path / "model.pte", fail)
+        form_for(job, model.spec, None, ()).write(decoder, tmp_path / "model.pte", fail)
     assert seen == [False] and gc.isenabled()

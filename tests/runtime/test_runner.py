@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fake_runner import FakeRunner
+from llm_coreml.bundle.bundle_runner import open_runner
 from llm_coreml.bundle.folder import open_bundle
 from llm_coreml.errors import ConfigError
-from llm_coreml.runtime.opening import open_runner
 from llm_coreml.runtime.reference import ReferenceRunner
 from llm_coreml.runtime.runner import split_lengths
 from llm_coreml.runtime.sampling import Sampler

@@ -6,7 +6,7 @@ measured.losses["layers.0.mlp.down_proj"]              # of the format that the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,13 +122,12 @@ def plan_for(job: Job, model: Model) -> QuantizationPlan:
     return with_imports(plan, job, model.spec, held)
 
 
-def plan_of(quantization: dict[str, Any], job: Job, spec: DecoderSpec) -> QuantizationPlan:
-    """Return the plan that a manifest records; earlier ones leave it to the settings.
+def plan_of(recorded: Mapping[str, Any] | None, job: Job, spec: DecoderSpec) -> QuantizationPlan:
+    """Return the plan that a manifest records, or what the settings say if it records none.
 
     Raises:
         ConfigError: it does not fit the model.
     """
-    recorded = quantization.get("plan")
     chosen = None if recorded is None else parse_plan(recorded, job, spec)
     return make_plan(job, spec, chosen)
 

@@ -185,14 +185,12 @@ class Lowered:
 
 @pytest.fixture(scope="module")
 def lowered(tmp_path_factory: pytest.TempPathFactory) -> Lowered:
-    from llm_coreml.lower.coreml import lower_coreml
-    from llm_coreml.lower.program import constant_methods
+    from llm_coreml.lower.forms import form_for
 
     model = open_model(llama(num_hidden_layers=3, vocab_size=96, intermediate_size=96))
     config = ExportConfig(context=32, seq_lengths=(1,), **UNQUANTIZED)
     job = resolve(config, model.spec)
     decoder = build_decoder(model, job, make_plan(job, model.spec))
-    methods = constant_methods(model.spec, job.shapes, None, ())
     random, made = np.random.default_rng(0), {}
     for name, maker in MAKERS.items():
         module = decoder.get_submodule(name)
@@ -200,7 +198,7 @@ def lowered(tmp_path_factory: pytest.TempPathFactory) -> Lowered:
         made[name] = maker(random, (rows, columns))
         module.weight = nn.Parameter(made[name].weight, requires_grad=False)
     path = tmp_path_factory.mktemp("formats") / "model.pte"
-    lower_coreml(decoder, job, job.shapes, methods, path)
+    form_for(job, model.spec, None, ()).write(decoder, path)
     return Lowered(path, decoder, made)
 
 

@@ -239,7 +239,7 @@ def test_the_program_holds_every_kind_of_zero_point_and_its_order(tmp_path: Path
         index = dealt(3, values.shape[1], 32)
         ordered = values[:, np.argsort(index, kind="stable")]
         assert any(np.array_equal(ordered, matrix) for matrix in held), name
-    told = bundle.manifest["quantization"]
+    told = bundle.manifest.to_json()["quantization"]
     assert told["import"] == {
         "format": "GPTQ",
         "matrices": 7,

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from llm_coreml.bundle.manifest import bits_per_weight
+from llm_coreml.bundle.record import bits_per_weight
 from llm_coreml.config import ExportConfig, resolve
 from llm_coreml.errors import ConfigError, LlmCoreMLError, UnsupportedError
 from llm_coreml.quantize import SCHEMES, Scheme, make_plan

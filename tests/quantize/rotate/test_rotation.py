@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 import llm_coreml
 from exported import SHAPES, in_process, manifest_of
-from llm_coreml.bundle.folder import manifest_schema, open_bundle
+from llm_coreml.bundle.folder import open_bundle
+from llm_coreml.bundle.manifest import manifest_schema
 from llm_coreml.checkpoint.weights import FamilyWeights, Stored, Weights
 from llm_coreml.config import ExportConfig, Rotate, resolve
 from llm_coreml.decoder import Decoder, DecoderSpec
@@ -355,7 +356,7 @@ def test_a_rotated_export_is_verified_recorded_and_measured_against_the_original
     assert done.code == 0, done.err
     assert "the gain of the last norm" in done.err and f"{300 * 34:,} bytes" in done.err
     assert "residual stream (Sylvester 32), values of the heads (Sylvester 8)" in done.out
-    manifest = open_bundle(folder).manifest
+    manifest = open_bundle(folder).manifest.to_json()
     jsonschema.validate(manifest, manifest_schema())
     assert manifest["verification"]["conversion"]["weights"] > 0
     assert manifest["quantization"]["rotation"] == {

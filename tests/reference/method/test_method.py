@@ -131,7 +131,7 @@ def test_shared_model_is_described(shared_pte: Path) -> None:
     program = load(shared_pte)
     assert program.function_name == "decode"
     assert program.function_names == ("decode", "prefill")
-    described = contents(shared_pte)["methods"]
+    described = contents(shared_pte).to_json()["methods"]
     assert {name: item["inputs"] for name, (item,) in described.items()} == {
         "decode": {"x": "fp32 [1, 8]"},
         "prefill": {"x": "fp32 [4, 8]"},

@@ -1,0 +1,83 @@
+"""What a `.pte` offers to who runs it, as data: methods, lengths, states.
+
+A lowering writes a program of this description, a manifest records it, and runners, the model card
+and verification read it instead of knowing how one kind of program looks.
+
+    description.method_for(8), description.seq_lengths, description.every_row
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from llm_coreml.artifact.method_plan import Constant
+
+# What coremltools calls the only function of a model.
+MAIN_FUNCTION = "main"
+# What a language model's method takes, in order: S tokens, and how many came before them.
+TOKENS, START_POS = "tokens", "start_pos"
+INPUTS = (f"{TOKENS} int64 [1, S]", f"{START_POS} int64 [1]")
+
+
+@dataclass(frozen=True)
+class MethodForm:
+    """A method that reads tokens.
+
+    Attributes:
+        inputs: Name, element type and shape of each argument, in order: `tokens int64 [1, S]`.
+        output: Element type and shape of its logits: `float32 [1, 1, 32000]`.
+        seq_lengths: The lengths S that a call accepts, ascending.
+        functions: The Core ML function of each partition, in the order in which they run; none in
+            a method of another runtime.
+    """
+
+    inputs: tuple[str, ...]
+    output: str
+    seq_lengths: tuple[int, ...]
+    functions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Description:
+    """A program of a language model.
+
+    Attributes:
+        form: The kind of lowering, for people: `enumerated`, `static`, `twin`; `unknown` where a
+            file does not tell.
+        backend: What runs it: `coreml` or `xnnpack`.
+        methods: The methods that read tokens, by name.
+        every_row: A call gives a row of logits for each of its tokens, not for the last alone.
+        states: Element type and shape of what it remembers, by name.
+        context: Positions that it remembers.
+        constant_methods: What ExecuTorch's LLM runners ask of it, by the method's name.
+    """
+
+    form: str
+    backend: str
+    methods: Mapping[str, MethodForm]
+    every_row: bool
+    states: Mapping[str, str]
+    context: int
+    constant_methods: Mapping[str, Constant]
+
+    @property
+    def seq_lengths(self) -> tuple[int, ...]:
+        """Every length that a call may have, ascending."""
+        return tuple(sorted({n for form in self.methods.values() for n in form.seq_lengths}))
+
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """Tokens that end a text."""
+        given = self.constant_methods.get("get_eos_ids")
+        return tuple(map(int, given)) if isinstance(given, list) else ()
+
+    @property
+    def main(self) -> str:
+        """The method that reads single tokens, and so can read everything."""
+        return self.method_for(1)
+
+    def method_for(self, length: int) -> str:
+        """Return the method that reads `length` tokens; the first, which refuses, if none does."""
+        fitting = (name for name, form in self.methods.items() if length in form.seq_lengths)
+        return next(fitting, next(iter(self.methods)))

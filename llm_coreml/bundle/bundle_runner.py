@@ -1,0 +1,32 @@
+"""The runner that fits a bundle's program on this machine.
+
+runner = open_runner(open_bundle(Path("out")))
+"""
+
+from __future__ import annotations
+
+from llm_coreml.bundle.folder import Bundle, check_program
+from llm_coreml.errors import ConfigError
+from llm_coreml.reference.program.execution import Execution
+from llm_coreml.runtime.program_runner import program_runner
+from llm_coreml.runtime.reference import DECLARED
+from llm_coreml.runtime.runner import Runner
+
+
+def open_runner(bundle: Bundle, execution: Execution = DECLARED) -> Runner:
+    """Return the runner for a bundle's program on this machine.
+
+    Raises:
+        ArtifactError: the program is damaged, or contradicts the manifest.
+        ConfigError: the execution asks for what is not there.
+    """
+    description = bundle.manifest.description
+    if description.backend != "coreml":
+        if execution != DECLARED:
+            raise ConfigError(
+                f"'{bundle.folder}' is lowered for {description.backend}, whose runtime has no "
+                "choice of mode or device; leave both out, or export with --backend coreml."
+            )
+        # ExecuTorch trusts what it loads.
+        check_program(bundle)
+    return program_runner(bundle.program, description, execution)

@@ -1,0 +1,213 @@
+"""The manifest of an export, made from what the export did."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import platform
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from llm_coreml.artifact.description import Description
+from llm_coreml.bundle.folder import file_sha256
+from llm_coreml.bundle.manifest import (
+    MANIFEST_VERSION,
+    Allocation,
+    Calibration,
+    Group,
+    Import,
+    Manifest,
+    Plan,
+    Program,
+    Quantization,
+    RotatedSpace,
+    Rotations,
+    Source,
+    Target,
+    Tuned,
+)
+from llm_coreml.bundle.typed_json import read_record
+from llm_coreml.checkpoint import Source as CheckpointSource
+from llm_coreml.config import ExportConfig, Job
+from llm_coreml.decoder import DecoderSpec
+from llm_coreml.quantize import QuantizationPlan, Scheme
+from llm_coreml.quantize.calibrate.text import CalibrationText
+from llm_coreml.quantize.calibrate.tune import Tuning
+from llm_coreml.quantize.plan.choose import Measured
+from llm_coreml.quantize.plan.imported import ImportReport, import_report
+from llm_coreml.quantize.plan.plan import matrices
+from llm_coreml.quantize.plan.plan_file import plan_json
+from llm_coreml.quantize.quantized import Quantized
+from llm_coreml.quantize.rotate.hadamard import SEED
+from llm_coreml.quantize.rotate.rotation import rotations
+from llm_coreml.verify.verification import Verification
+
+Stored = tuple[Scheme, tuple[int, int]]
+
+_PACKAGES = ("llm-coreml", "torch", "torchao", "executorch", "coremltools", "transformers")
+
+
+def make_manifest(
+    quantized: Quantized, description: Description, program: Path, verification: Verification
+) -> Manifest:
+    """Describe an export; equal inputs give equal manifests.
+
+    Args:
+        quantized: What was exported, and how it was quantized.
+        description: What the program offers.
+        program: The `.pte`.
+        verification: Its result.
+    """
+    model, job, plan = quantized.model, quantized.job, quantized.plan
+    source, dequantized = model.source, description.backend == "xnnpack"
+    table = (model.spec.vocab_size, model.spec.hidden_size)
+    measured = quantized.measured
+    losses = {} if measured is None else measured.losses
+    return Manifest(
+        version=MANIFEST_VERSION,
+        source=Source(source.kind, source.name, source.revision, model.sha256()),
+        spec=model.spec.to_json(),
+        config=job.config.to_json(),
+        rebuild=tuple(rebuild_command(source, job.config)),
+        quantization=Quantization(
+            linear=_group(_linear(plan, model.spec), dequantized),
+            embedding=_group([(plan.embedding, table)], dequantized),
+            lm_head=_group([(plan.lm_head, table)], dequantized, elsewhere=plan.tied),
+            tied=plan.tied,
+            untied_bytes=plan.untied_bytes,
+            bits_per_weight=32.0 if dequantized else bits_per_weight(plan, model.spec),
+            rotation=_rotation(job, model.spec),
+            calibration=_calibration(quantized.calibration, quantized.tuning),
+            allocation=None if measured is None else _allocation(measured),
+            plan=read_record(Plan, plan_json(plan, model.spec, losses)),
+            imported=_import(import_report(model.checkpoint)),
+        ),
+        program=_program(description, program),
+        target=_target(job),
+        versions={
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in _PACKAGES},
+        },
+        verification=verification,
+    )
+
+
+def _program(description: Description, path: Path) -> Program:
+    main = description.methods[description.main]
+    return Program(
+        file=path.name,
+        bytes=path.stat().st_size,
+        sha256=file_sha256(path),
+        method=description.main,
+        inputs=dict(text.split(" ", 1) for text in main.inputs),
+        output=main.output,
+        states=description.states,
+        context=description.context,
+        seq_lengths=main.seq_lengths,
+        constant_methods=description.constant_methods,
+        form=description.form,
+        every_row=description.every_row,
+        methods=description.methods,
+    )
+
+
+def rebuild_command(source: CheckpointSource, config: ExportConfig) -> list[str]:
+    """Return the command line that makes the same artifact again; none for a live model."""
+    if source.kind == "live":
+        return []
+    words = ["llm-coreml", "export", source.name]
+    if source.revision is not None:
+        words += ["--revision", source.revision]
+    return [*words, *config.flags()]
+
+
+def bits_per_weight(plan: QuantizationPlan, spec: DecoderSpec) -> float:
+    """Return stored bits per weight over all matrices, a tied table counted once."""
+    table = (spec.vocab_size, spec.hidden_size)
+    tables = (plan.embedding,) if plan.tied else (plan.embedding, plan.lm_head)
+    bits, weights = _cost([*_linear(plan, spec), *((scheme, table) for scheme in tables)])
+    return bits / weights
+
+
+def _linear(plan: QuantizationPlan, spec: DecoderSpec) -> list[Stored]:
+    return [(plan.scheme_of(name), shape) for name, shape in matrices(spec)]
+
+
+def _mixed_label(schemes: Counter[Scheme], stored: Sequence[Stored]) -> str:
+    """Return the mean bits per weight, and how many matrices have which scheme, the small first."""
+    bits, weights = _cost(stored)
+    ordered = sorted(schemes.items(), key=lambda item: (item[0].bits, item[0].label))
+    counts = "; ".join(f"{count} x {scheme.label}" for scheme, count in ordered)
+    return f"mixed, {bits / weights:.2f} bits per weight: {counts}"
+
+
+def _cost(stored: Sequence[Stored]) -> tuple[int, int]:
+    """Return bits and weights of matrices."""
+    bits = sum(scheme.stored_bits(shape) for scheme, shape in stored)
+    return bits, sum(rows * columns for _, (rows, columns) in stored)
+
+
+def _target(job: Job) -> Target:
+    if job.backend == "xnnpack":
+        return Target("xnnpack", "cpu", "CPU", "any", opset="none", compute_precision="fp32")
+    return Target(
+        backend="coreml",
+        name=job.target.name,
+        compute_unit=job.target.compute_unit,
+        minimum_os=job.minimum_os,
+        opset=job.opset,
+        compute_precision=job.precision.name,
+    )
+
+
+def _group(stored: Sequence[Stored], dequantized: bool, elsewhere: bool = False) -> Group:
+    """Describe matrices; the twin holds their dequantized values as fp32.
+
+    Args:
+        stored: Scheme and shape of each.
+        dequantized: Whether it is the twin's.
+        elsewhere: Whether another group holds their bytes.
+    """
+    schemes = Counter(scheme for scheme, _ in stored)
+    only = stored[0][0] if len(schemes) == 1 else None
+    label = only.label if only else _mixed_label(schemes, stored)
+    bits, weights = _cost(stored)
+    if dequantized:
+        bits = 32 * weights
+    return Group(
+        scheme=only.name if only else "mixed",
+        label=f"{label}, stored as fp32" if dequantized else label,
+        bits=only.bits if only else None,
+        bits_per_weight=bits / weights,
+        bytes=0 if elsewhere else round(bits / 8),
+        matrices=len(stored),
+    )
+
+
+def _rotation(job: Job, spec: DecoderSpec) -> Rotations | None:
+    found = {
+        space: RotatedSpace(rotation.size, rotation.label)
+        for space, rotation in rotations(job.weights.rotate, spec).items()
+    }
+    return Rotations(found.get("residual"), found.get("heads"), SEED) if found else None
+
+
+def _calibration(text: CalibrationText | None, tuning: Tuning | None) -> Calibration | None:
+    if text is None:
+        return None
+    described = None if tuning is None else Tuned(tuning.steps, tuning.before, tuning.after)
+    return Calibration("GPTQ", text.name, text.tokens, len(text.windows), text.sha256, described)
+
+
+def _allocation(measured: Measured) -> Allocation:
+    text = measured.text
+    # Divergences of matrices that are quantized one at a time add up, near enough.
+    kl = math.fsum(measured.losses.values())
+    return Allocation("Fisher", text.name, text.tokens, len(text.windows), text.sha256, kl)
+
+
+def _import(found: ImportReport | None) -> Import | None:
+    if found is None:
+        return None
+    return Import(found.format, found.matrices, found.exactness, found.largest_error, found.tensor)

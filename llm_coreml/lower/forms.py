@@ -1,0 +1,181 @@
+"""The kinds of program that a decoder is lowered to: one class each.
+
+    form = form_for(job, spec, bos_id, eos_ids)
+    form.write(decoder, Path("model.pte"))
+    form.description                               # what runners, manifest and verification read
+
+A new kind is a class that says which settings it is for, how it describes itself and how it is
+written, and a place in `FORMS`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import ClassVar, final
+
+from llm_coreml.artifact.description import INPUTS, MAIN_FUNCTION, Description, MethodForm
+from llm_coreml.artifact.method_plan import Constant
+from llm_coreml.config import Job
+from llm_coreml.decoder import Decoder, DecoderSpec
+from llm_coreml.decoder.states import state_specs
+from llm_coreml.lower.program import constant_methods, trace, trace_symbolic
+
+OnProgress = Callable[[float], None]
+
+
+@dataclass(frozen=True)
+class Lowering(ABC):
+    """How a decoder becomes a file.
+
+    Attributes:
+        job: Settings.
+        description: What the file will offer.
+    """
+
+    name: ClassVar[str]
+    backend: ClassVar[str]
+    functions: ClassVar[tuple[str, ...]]
+    state_dtype: ClassVar[str]
+
+    job: Job
+    description: Description
+
+    @classmethod
+    @abstractmethod
+    def fits(cls, job: Job) -> bool:
+        """Return whether these settings ask for this form."""
+
+    @classmethod
+    def describe(
+        cls,
+        job: Job,
+        spec: DecoderSpec,
+        constants: dict[str, Constant],
+    ) -> Description:
+        """Return what a program with one method `forward` offers."""
+        every_row = job.logits == "all"
+        output = f"float32 [1, {'S' if every_row else 1}, {spec.vocab_size}]"
+        return Description(
+            form=cls.name,
+            backend=cls.backend,
+            methods={"forward": MethodForm(INPUTS, output, job.shapes.seq_lengths, cls.functions)},
+            every_row=every_row,
+            states=_states(spec, job.shapes.context, cls.state_dtype),
+            context=job.shapes.context,
+            constant_methods=constants,
+        )
+
+    @abstractmethod
+    def write(self, decoder: Decoder, path: Path, on_progress: OnProgress = lambda _: None) -> None:
+        """Write the program; equal decoders give equal bytes.
+
+        Args:
+            decoder: Quantized decoder; the twin leaves it with dequantized weights.
+            path: Where to write the `.pte`.
+            on_progress: Called with the share of the usual time that is over, 0 to 1.
+        """
+
+
+# Backends are imported where they are called: they load coremltools and XNNPACK, and an export
+# needs one of them.
+
+
+@final
+class Enumerated(Lowering):
+    """Core ML, whose tokens have one of several lengths, all of them told beforehand."""
+
+    name = "enumerated"
+    backend = "coreml"
+    functions = (MAIN_FUNCTION,)
+    state_dtype = "float16"
+
+    @classmethod
+    def fits(cls, job: Job) -> bool:
+        """Return whether it is Core ML with several lengths."""
+        return job.backend == cls.backend and len(job.shapes.seq_lengths) > 1
+
+    def write(self, decoder: Decoder, path: Path, on_progress: OnProgress = lambda _: None) -> None:
+        """Write the program, see `Lowering.write`."""
+        from llm_coreml.lower.coreml import lower_coreml
+
+        lengths = self.description.seq_lengths
+        constants = self.description.constant_methods
+        traced = partial(trace_symbolic, decoder, lengths[-1])
+        lower_coreml(traced, self.job, constants, path, on_progress, enumerated=lengths)
+
+
+@final
+class Static(Lowering):
+    """Core ML, whose tokens have one length."""
+
+    name = "static"
+    backend = "coreml"
+    functions = (MAIN_FUNCTION,)
+    state_dtype = "float16"
+
+    @classmethod
+    def fits(cls, job: Job) -> bool:
+        """Return whether it is Core ML with one length."""
+        return job.backend == cls.backend and len(job.shapes.seq_lengths) == 1
+
+    def write(self, decoder: Decoder, path: Path, on_progress: OnProgress = lambda _: None) -> None:
+        """Write the program, see `Lowering.write`."""
+        from llm_coreml.lower.coreml import lower_coreml
+
+        (length,) = self.description.seq_lengths
+        constants = self.description.constant_methods
+        lower_coreml(partial(trace, decoder, length), self.job, constants, path, on_progress)
+
+
+@final
+class Twin(Lowering):
+    """XNNPACK, which ExecuTorch's own runner runs on Linux; its weights are fp32."""
+
+    name = "twin"
+    backend = "xnnpack"
+    functions = ()
+    state_dtype = "float32"
+
+    @classmethod
+    def fits(cls, job: Job) -> bool:
+        """Return whether it is XNNPACK."""
+        return job.backend == cls.backend
+
+    def write(self, decoder: Decoder, path: Path, on_progress: OnProgress = lambda _: None) -> None:
+        """Write the program, see `Lowering.write`; it takes little time, and is not told of."""
+        from llm_coreml.lower.xnnpack import lower_xnnpack
+
+        lower_xnnpack(
+            decoder, self.description.seq_lengths, self.description.constant_methods, path
+        )
+
+
+FORMS: tuple[type[Lowering], ...] = (Enumerated, Static, Twin)
+
+
+def form_for(
+    job: Job,
+    spec: DecoderSpec,
+    bos_id: int | None,
+    eos_ids: Sequence[int],
+) -> Lowering:
+    """Return the form that settings ask for.
+
+    Args:
+        job: Settings.
+        spec: Sizes of the decoder.
+        bos_id: Token that begins a text, if there is one.
+        eos_ids: Tokens that end it.
+    """
+    kind = next(kind for kind in FORMS if kind.fits(job))
+    constants = constant_methods(spec, job.shapes, bos_id, eos_ids)
+    return kind(job, kind.describe(job, spec, constants))
+
+
+def _states(spec: DecoderSpec, context: int, dtype: str) -> dict[str, str]:
+    states = state_specs(spec, context)
+    return {state.name: f"{dtype} {list(state.shape)}" for state in states}
