@@ -177,5 +177,4 @@ def form_for(
 
 
 def _states(spec: DecoderSpec, context: int, dtype: str) -> dict[str, str]:
-    states = state_specs(spec, context)
-    return {state.name: f"{dtype} {list(state.shape)}" for state in states}
+    return {state.name: f"{dtype} {list(state.shape)}" for state in state_specs(spec, context)}
