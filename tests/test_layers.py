@@ -20,8 +20,8 @@ FOLDERS = {"llm_coreml": ROOT / "llm_coreml", "eval": ROOT / "eval", "recipes": 
 
 # Lowest first; a module imports from its own line and the lines above it.
 LAYERS = (
-    ("errors", "output"),
-    ("targets", "progress", "machine", "fidelity", "tokenizer", "demo"),
+    ("errors",),
+    ("output", "targets", "progress", "machine", "fidelity", "tokenizer", "demo"),
     ("rules",),
     ("artifact",),
     ("checkpoint",),
@@ -42,6 +42,19 @@ LAYERS = (
     ("cli",),
 )
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}
+# The same inside of rooms that have rooms.
+INNER = {
+    "quantize": (
+        ("formats",),
+        ("calibrate", "rotate"),
+        ("plan",),
+        ("cache",),
+        ("keys",),
+        ("fill",),
+        ("quantized",),
+    ),
+    "reference": (("ops",), ("program",), ("method", "observe"), ("load",)),
+}
 
 
 def modules() -> list[tuple[str, Path]]:
@@ -87,6 +100,54 @@ def test_lower_layers_never_import_higher_ones(layer: str, path: Path) -> None:
         assert LEVELS[imported] <= LEVELS[layer], (
             f"{path.relative_to(ROOT)}:{line}: {layer} lies below {imported}"
         )
+
+
+def inner_imports(room: str) -> Iterator[tuple[str, str, str]]:
+    """Yield the part, the imported part and the place of every import inside of a room."""
+    for path in sorted((ROOT / "llm_coreml" / room).rglob("*.py")):
+        part = path.relative_to(ROOT / "llm_coreml" / room).parts[0].removesuffix(".py")
+        if part == "__init__":  # shows what others define
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                words = [*node.module.split("."), *(alias.name for alias in node.names)]
+                if words[:2] == ["llm_coreml", room] and words[2] != part:
+                    yield part, words[2], f"{path.relative_to(ROOT)}:{node.lineno}"
+
+
+@pytest.mark.parametrize("room", INNER)
+def test_lower_parts_of_a_room_never_import_higher_ones(room: str) -> None:
+    levels = {name: level for level, names in enumerate(INNER[room]) for name in names}
+    found = list(inner_imports(room))
+    assert found
+    for part, imported, where in found:
+        assert levels[imported] < levels[part], f"{where}: {part} lies below {imported}"
+
+
+def dependencies() -> dict[str, set[str]]:
+    """Return the modules of ours that each of our modules imports."""
+    known = {}
+    for top, folder in FOLDERS.items():
+        base = () if top == "llm_coreml" else (top,)
+        for path in folder.rglob("*.py"):
+            parts = [*base, *path.relative_to(folder).with_suffix("").parts]
+            known[".".join(part for part in parts if part != "__init__")] = path
+    found: dict[str, set[str]] = {name: set() for name in known}
+    for name, path in known.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("llm_coreml"):
+                module = (node.module or "").removeprefix("llm_coreml").lstrip(".")
+                inner = (f"{module}.{alias.name}".lstrip(".") for alias in node.names)
+                found[name] |= {each if each in known else module for each in inner} - {name}
+    return found
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    left = dependencies()
+    while leaves := [name for name, needed in left.items() if not needed & left.keys()]:
+        for name in leaves:
+            del left[name]
+    assert not left, f"a circle, and what leads into it: {sorted(left)}"
 
 
 def test_every_package_is_installed() -> None:

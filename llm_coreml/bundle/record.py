@@ -31,12 +31,12 @@ from llm_coreml.bundle.typed_json import read_record
 from llm_coreml.checkpoint import Source as CheckpointSource
 from llm_coreml.config import ExportConfig, Job
 from llm_coreml.decoder import DecoderSpec
-from llm_coreml.quantize import QuantizationPlan, Scheme
 from llm_coreml.quantize.calibrate.text import CalibrationText
 from llm_coreml.quantize.calibrate.tune import Tuning
+from llm_coreml.quantize.formats.schemes import Scheme
 from llm_coreml.quantize.plan.choose import Measured
 from llm_coreml.quantize.plan.imported import ImportReport, import_report
-from llm_coreml.quantize.plan.plan import matrices
+from llm_coreml.quantize.plan.plan import QuantizationPlan, matrices
 from llm_coreml.quantize.plan.plan_file import plan_json
 from llm_coreml.quantize.quantized import Quantized
 from llm_coreml.quantize.rotate.hadamard import SEED

@@ -14,7 +14,6 @@ from typing import Any
 from llm_coreml.config import Job
 from llm_coreml.decoder import DecoderSpec
 from llm_coreml.model import Model
-from llm_coreml.quantize import QuantizationPlan, make_plan
 from llm_coreml.quantize.calibrate.text import BUNDLED_TEXT, CalibrationText, read_content, tokenize
 from llm_coreml.quantize.plan.allocate import Option, allocate
 from llm_coreml.quantize.plan.budget import matrix_bits, mixed_options
@@ -24,7 +23,7 @@ from llm_coreml.quantize.plan.imported import (
     refuse_inexact,
     with_imports,
 )
-from llm_coreml.quantize.plan.plan import matrices
+from llm_coreml.quantize.plan.plan import QuantizationPlan, make_plan, matrices
 from llm_coreml.quantize.plan.plan_file import parse_plan, read_plan
 from llm_coreml.quantize.plan.sensitivity import sensitivities
 from llm_coreml.quantize.rotate.rotation import rotated
