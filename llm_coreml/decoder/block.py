@@ -53,10 +53,11 @@ class Block(nn.Module):
 
     def steps(self, x: torch.Tensor, chunk: Chunk) -> Steps:
         """Do what `forward` does, halting before the matrices of each stage of `wiring`."""
-        change = yield from self.self_attn.steps(_behind(self.input_layernorm, x), chunk)
-        x = self._changed(x, change, self.attention_out_norm)
-        change = yield from self.mlp.steps(_behind(self.post_attention_layernorm, x))
-        return self._changed(x, change, self.mlp_out_norm)
+        # No change of `x` has a name here: while a text stays halted, it would be kept.
+        mixer = self.self_attn.steps(_behind(self.input_layernorm, x), chunk)
+        x = self._changed(x, (yield from mixer), self.attention_out_norm)
+        mlp = self.mlp.steps(_behind(self.post_attention_layernorm, x))
+        return self._changed(x, (yield from mlp), self.mlp_out_norm)
 
     def _changed(self, x: torch.Tensor, change: torch.Tensor, norm: RMSNorm | None) -> torch.Tensor:
         if norm is not None:

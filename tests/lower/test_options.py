@@ -12,7 +12,7 @@ from coremltools.converters.mil.frontend.torch.torch_op_registry import _TORCH_O
 from torch import nn
 
 from artifacts import feed
-from llm_coreml.config import ExportConfig, Shapes
+from llm_coreml.config import ExportConfig, resolve
 from llm_coreml.decoder import Decoder, DecoderSpec
 from llm_coreml.decoder.spec import (
     AttentionSpec,
@@ -23,9 +23,8 @@ from llm_coreml.decoder.spec import (
     RopeSpec,
 )
 from llm_coreml.decoder.states import State, kv_write
-from llm_coreml.lower.coreml import lower_coreml
-from llm_coreml.lower.program import constant_methods
-from llm_coreml.lower.xnnpack import WRITES, lower_xnnpack
+from llm_coreml.lower.forms import form_for
+from llm_coreml.lower.xnnpack import WRITES
 from llm_coreml.runtime.eager import EagerRunner
 from llm_coreml.runtime.executorch import ExecutorchRunner
 from llm_coreml.runtime.reference import ReferenceRunner
@@ -58,7 +57,6 @@ SPEC = DecoderSpec(
     logits_multiplier=0.5,
     logits_softcap=3.0,
 )
-SHAPES = Shapes(32, (1, 8))
 # The states of Core ML are fp16, and XNNPACK guesses at tanh.
 BOUND = 2e-3
 
@@ -86,22 +84,25 @@ def test_layers_with_all_options_are_lowered(backend: Any, tmp_path: Path) -> No
     decoder = random_decoder("decomposed" if backend == "twin" else backend)
     expected = EagerRunner(decoder, "eager").logits(tokens_for(97, 32))
     assert expected.abs().max() > 1
-    path, methods = tmp_path / "model.pte", constant_methods(SPEC, SHAPES, 1, (2,))
-    if backend == "twin":
-        lower_xnnpack(decoder, SHAPES, methods, path)
-        assert_same(ExecutorchRunner(path, (1, 8)), expected)
-        return
-    config = ExportConfig(
-        context=32,
-        target="gpu" if backend == "fused" else "ane",
-        scheme="none",
-        embedding="none",
-        compute_precision="fp32",
+    settings: dict[str, Any] = (
+        {"backend": "xnnpack"}
+        if backend == "twin"
+        else {
+            "target": "gpu" if backend == "fused" else "ane",
+            "compute_precision": "fp32",
+        }
     )
-    lower_coreml(decoder, config, SHAPES, methods, path)
-    runner = ReferenceRunner(path)
+    config = ExportConfig(
+        context=32, seq_lengths=(1, 8), logits="all", scheme="none", embedding="none", **settings
+    )
+    form = form_for(resolve(config, SPEC), SPEC, 1, (2,))
+    form.write(decoder, tmp_path / "model.pte")
+    if backend == "twin":
+        assert_same(ExecutorchRunner(tmp_path / "model.pte", form.description), expected)
+        return
+    runner = ReferenceRunner(tmp_path / "model.pte")
     assert_same(runner, expected)
-    (core,) = runner._method.programs
+    (core,) = runner.programs
     states = {state.name: state.shape for state in core.states}
     assert states == {
         "cache_keys": (2, 2, 32, 16),
@@ -109,6 +110,7 @@ def test_layers_with_all_options_are_lowered(backend: Any, tmp_path: Path) -> No
         "cache_1_keys": (1, 1, 32, 16),
         "cache_1_values": (1, 1, 32, 16),
     }
+    assert states.keys() == form.description.states.keys()
 
 
 def test_every_kind_of_state_is_written_by_both_lowerings() -> None:
