@@ -30,10 +30,11 @@ test: install
 test-all: install
 	$(PYTEST)
 
+# Types are checked as they are installed, without what an earlier build has left.
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf build  # a stale build/lib would be installed too
+	rm -rf build
 	$(BIN)/python -m pip install --quiet --no-deps --target build/typed .
 	cd build/typed && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p llm_coreml
 
