@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from llm_coreml.checkpoint import Checkpoint, Source, check_tensors, is_quantized, open_checkpoint
-from llm_coreml.checkpoint.weights import FamilyWeights, Weights, expected_tensors
+from llm_coreml.checkpoint.weights_view import FamilyWeights, Weights, expected_tensors
 from llm_coreml.decoder import Decoder, DecoderSpec
 from llm_coreml.families import Family, find_family
 from llm_coreml.recipes import BUNDLED, BUNDLED_RECIPE, find_recipe

@@ -46,7 +46,7 @@ class Job:
         opset: coremltools' name of what that system brings, `iOS18` or `iOS26`.
         precision: Of activations, scales, tables and what is not quantized.
         backend: `coreml`, or `xnnpack` for a twin that runs on Linux.
-        attention: `fused` or `decomposed`, see `decoder.attention`.
+        attention: `fused` or `decomposed`, see `decoder.self_attention`.
         logits: `last` row of each chunk, or `all` rows.
         shapes: Context and chunk lengths.
         force: Take formats that the target is known to refuse.

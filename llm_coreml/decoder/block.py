@@ -7,10 +7,10 @@ from functools import partial
 import torch
 from torch import nn
 
-from llm_coreml.decoder.attention import Attention, AttentionForm
 from llm_coreml.decoder.chunk import Chunk
 from llm_coreml.decoder.mlp import MLP
 from llm_coreml.decoder.norm import RMSNorm
+from llm_coreml.decoder.self_attention import Attention, AttentionForm
 from llm_coreml.decoder.spec import DecoderSpec, NormSpec
 from llm_coreml.decoder.states import Slot
 from llm_coreml.decoder.wiring import Halt, Steps, Wiring, joined, run

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from llm_coreml.decoder.linear import Linear
+from llm_coreml.decoder.matrices import Linear
 from llm_coreml.decoder.spec import Activation, MLPSpec
 from llm_coreml.decoder.wiring import Halt, Matrix, Steps, Wiring
 

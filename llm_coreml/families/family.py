@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llm_coreml.checkpoint.weights import Stored
+from llm_coreml.checkpoint.weights_view import Stored
 from llm_coreml.decoder.spec import DecoderSpec
 
 

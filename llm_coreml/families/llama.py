@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 
-from llm_coreml.checkpoint.weights import Stored
+from llm_coreml.checkpoint.weights_view import Stored
 from llm_coreml.decoder.spec import (
     AttentionSpec,
     DecoderSpec,

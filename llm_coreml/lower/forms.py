@@ -22,7 +22,7 @@ from llm_coreml.artifact.method_plan import Constant
 from llm_coreml.config import Job
 from llm_coreml.decoder import Decoder, DecoderSpec
 from llm_coreml.decoder.states import state_specs
-from llm_coreml.lower.program import constant_methods, trace, trace_symbolic
+from llm_coreml.lower.traced import constant_methods, trace, trace_symbolic
 
 OnProgress = Callable[[float], None]
 

@@ -25,7 +25,7 @@ from torchao.utils import TorchAOBaseTensor
 from llm_coreml.artifact.method_plan import Constant
 from llm_coreml.decoder import Decoder
 from llm_coreml.decoder.states import kv_write, state_specs
-from llm_coreml.lower.program import trace, trace_symbolic
+from llm_coreml.lower.traced import trace, trace_symbolic
 
 
 def _kv_write(

@@ -16,7 +16,7 @@ from itertools import groupby
 import torch
 from torch import nn
 
-from llm_coreml.checkpoint.weights import Weights
+from llm_coreml.checkpoint.weights_view import Weights
 from llm_coreml.decoder import Decoder
 from llm_coreml.errors import UnsupportedError
 from llm_coreml.quantize.cache import WeightCache

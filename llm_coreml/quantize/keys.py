@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from llm_coreml.checkpoint.weights import Weights
+from llm_coreml.checkpoint.weights_view import Weights
 from llm_coreml.decoder import Decoder
 from llm_coreml.quantize.cache import make_key
 from llm_coreml.quantize.plan.plan import QuantizationPlan

@@ -12,7 +12,7 @@ method; `observe` watches a run, and holds two against each other.
 
 from llm_coreml.reference.load import load, load_method, load_methods
 from llm_coreml.reference.method.method import LoadedMethod
+from llm_coreml.reference.program.coreml_program import CoreMLProgram
 from llm_coreml.reference.program.execution import Execution
-from llm_coreml.reference.program.program import CoreMLProgram
 
 __all__ = ["CoreMLProgram", "Execution", "LoadedMethod", "load", "load_method", "load_methods"]

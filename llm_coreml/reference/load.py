@@ -15,8 +15,8 @@ from llm_coreml.artifact import pte
 from llm_coreml.artifact.packages import BACKEND, Packages, model_of_folder
 from llm_coreml.errors import ArtifactError, nearest
 from llm_coreml.reference.method.method import LoadedMethod
+from llm_coreml.reference.program.coreml_program import CoreMLProgram
 from llm_coreml.reference.program.execution import Execution
-from llm_coreml.reference.program.program import CoreMLProgram
 
 _DEFAULT = Execution()
 

@@ -17,8 +17,8 @@ from llm_coreml.errors import ArtifactError
 from llm_coreml.reference.load import load_methods
 from llm_coreml.reference.method.method import LoadedMethod
 from llm_coreml.reference.program.constants import PackedWeight
+from llm_coreml.reference.program.coreml_program import CoreMLProgram
 from llm_coreml.reference.program.execution import Execution
-from llm_coreml.reference.program.program import CoreMLProgram
 from llm_coreml.runtime.runner import Runner
 
 # What a device is meant to compute, on any machine.

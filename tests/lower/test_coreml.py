@@ -20,7 +20,7 @@ def test_the_traced_program_has_nothing_to_decompose(target: str) -> None:
     from executorch.exir.tracer import _default_decomposition_table
 
     from llm_coreml.lower.partition import WholeMethodPartitioner
-    from llm_coreml.lower.program import trace_symbolic
+    from llm_coreml.lower.traced import trace_symbolic
 
     scheme = "int4-channel" if target == "ane" else "int4-group"
     config = ExportConfig(target=target, scheme=scheme, context=64, seq_lengths=(1, 8))

@@ -19,7 +19,7 @@ from llm_coreml.checkpoint import Checkpoint
 from llm_coreml.checkpoint.matrix import Packed, PackedForm
 from llm_coreml.config import Job, WeightSettings
 from llm_coreml.decoder import Decoder, DecoderSpec
-from llm_coreml.decoder.linear import Linear
+from llm_coreml.decoder.matrices import Linear
 from llm_coreml.errors import ConfigError, UnsupportedError
 from llm_coreml.quantize.formats.schemes import IntChannel, IntGroup, Scheme, TableGroup
 from llm_coreml.quantize.formats.tensors import integer_tensor, lookup_tensor

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from llm_coreml.checkpoint.weights import Weights
+from llm_coreml.checkpoint.weights_view import Weights
 from llm_coreml.decoder import Decoder, DecoderSpec
 from llm_coreml.decoder.chunk import Chunk
 from llm_coreml.errors import CheckpointError, UnsupportedError

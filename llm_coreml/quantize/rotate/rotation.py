@@ -22,7 +22,7 @@ import torch
 
 from llm_coreml.checkpoint.checkpoint import cast_checked
 from llm_coreml.checkpoint.matrix import Packed, PackedForm
-from llm_coreml.checkpoint.weights import Weights
+from llm_coreml.checkpoint.weights_view import Weights
 from llm_coreml.config import Rotate
 from llm_coreml.decoder import Decoder, DecoderSpec
 from llm_coreml.decoder.wiring import Space, Wiring

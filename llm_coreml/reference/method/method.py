@@ -20,7 +20,7 @@ from llm_coreml.errors import ArtifactError
 from llm_coreml.reference.method.kernels import convert, kernel, present
 from llm_coreml.reference.method.memory import MethodMemory, Values, dtype_of
 from llm_coreml.reference.program.constants import ConstantPool
-from llm_coreml.reference.program.program import INTERFACE_TYPES, CoreMLProgram
+from llm_coreml.reference.program.coreml_program import INTERFACE_TYPES, CoreMLProgram
 
 # A step returns the number of the next one if it is not the one that follows.
 Step = Callable[[Values], int | None]

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from llm_coreml.reference.program.program import CoreMLProgram
+from llm_coreml.reference.program.coreml_program import CoreMLProgram
 from llm_coreml.reference.program.steps import Observer, Step, Values
 
 First = TypeVar("First")

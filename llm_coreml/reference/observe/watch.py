@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from llm_coreml.reference.program.program import CoreMLProgram
+from llm_coreml.reference.program.coreml_program import CoreMLProgram
 from llm_coreml.reference.program.steps import Step, Values
 
 FP16_MAX = 65504.0

@@ -15,7 +15,7 @@ from exported import SHAPES, TEXT, Run, in_process, manifest_of
 from llm_coreml.bundle.folder import open_bundle
 from llm_coreml.config import ExportConfig, resolve
 from llm_coreml.decoder import Decoder
-from llm_coreml.decoder.linear import Linear
+from llm_coreml.decoder.matrices import Linear
 from llm_coreml.errors import CheckpointError, UnsupportedError
 from llm_coreml.model import open_model
 from llm_coreml.progress import Silent

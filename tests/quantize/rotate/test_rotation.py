@@ -16,7 +16,7 @@ import llm_coreml
 from exported import SHAPES, in_process, manifest_of
 from llm_coreml.bundle.folder import open_bundle
 from llm_coreml.bundle.manifest import manifest_schema
-from llm_coreml.checkpoint.weights import FamilyWeights, Stored, Weights
+from llm_coreml.checkpoint.weights_view import FamilyWeights, Stored, Weights
 from llm_coreml.config import ExportConfig, Rotate, resolve
 from llm_coreml.decoder import Decoder, DecoderSpec
 from llm_coreml.decoder.spec import (

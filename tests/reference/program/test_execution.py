@@ -19,7 +19,7 @@ from llm_coreml.artifact.packages import model_of_folder
 from llm_coreml.errors import ArtifactError, ConfigError
 from llm_coreml.reference import CoreMLProgram, Execution, load
 from llm_coreml.reference.program import compiler as compiler_module
-from llm_coreml.reference.program import program as program_module
+from llm_coreml.reference.program import coreml_program as program_module
 from llm_coreml.reference.program.constants import PackedWeight, expanded, rows, unit, whole
 from llm_coreml.reference.program.numerics import numerics
 

@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from llm_coreml.decoder.attention import AttentionForm
 from llm_coreml.decoder.block import Block
 from llm_coreml.decoder.chunk import Chunk, make_mask, mask_key
-from llm_coreml.decoder.linear import Embedding, Linear
+from llm_coreml.decoder.matrices import Embedding, Linear
 from llm_coreml.decoder.norm import RMSNorm
 from llm_coreml.decoder.rope import rope_tables
+from llm_coreml.decoder.self_attention import AttentionForm
 from llm_coreml.decoder.spec import DecoderSpec
 from llm_coreml.decoder.states import State, View, make_states, numbered, slots
 from llm_coreml.decoder.wiring import Matrix, Wiring, joined

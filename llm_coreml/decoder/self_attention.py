@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from llm_coreml.decoder.chunk import Chunk
-from llm_coreml.decoder.linear import Linear
+from llm_coreml.decoder.matrices import Linear
 from llm_coreml.decoder.norm import RMSNorm
 from llm_coreml.decoder.rope import rotate
 from llm_coreml.decoder.spec import AttentionSpec

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from llm_coreml.checkpoint import check_tensors, open_checkpoint
 from llm_coreml.checkpoint.value_maps import PlusOne, Rows, Stacked, Transposed, ValueMap
-from llm_coreml.checkpoint.weights import FamilyWeights, Stored, expected_tensors
+from llm_coreml.checkpoint.weights_view import FamilyWeights, Stored, expected_tensors
 from llm_coreml.config import ExportConfig, resolve
 from llm_coreml.decoder import Decoder
 from llm_coreml.errors import CheckpointError, UnsupportedError
