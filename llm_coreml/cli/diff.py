@@ -15,7 +15,6 @@ from llm_coreml.cli.options import (
     TEXT,
     THRESHOLD,
     VERBOSE,
-    print_json,
 )
 
 
@@ -63,8 +62,4 @@ def diff_command(
             threshold=threshold,
             progress=screen.progress,
         )
-        screen.progress.close()
-        if form == "json":
-            print_json(screen.result.file, found.to_json())
-        else:
-            screen.result.print(comparison_table(found))
+        screen.show(form, found.to_json(), lambda: comparison_table(found))

@@ -13,7 +13,6 @@ from llm_coreml.cli.options import (
     PATH,
     TEXT,
     VERBOSE,
-    print_json,
 )
 
 
@@ -58,8 +57,4 @@ def eval_command(
             execution=Execution(mode, device),
             progress=screen.progress,
         )
-        screen.progress.close()
-        if form == "json":
-            print_json(screen.result.file, result.to_json())
-        else:
-            screen.result.print(evaluation_table(result))
+        screen.show(form, result.to_json(), lambda: evaluation_table(result))

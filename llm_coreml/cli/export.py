@@ -12,7 +12,6 @@ from llm_coreml.cli.options import (
     FORMAT,
     PATH,
     VERBOSE,
-    print_json,
 )
 from llm_coreml.cli.settings import given_settings, settings_options
 from llm_coreml.config import ExportConfig
@@ -75,6 +74,7 @@ def export_command(
             screen.progress.note(
                 "Exporting the small Llama that ships in the package; --model takes any other."
             )
+        from llm_coreml.cli.tables import export_table
         from llm_coreml.pipeline import export
 
         bundle = export(
@@ -87,15 +87,9 @@ def export_command(
             cache=cache or not no_cache,
             progress=screen.progress,
         )
-        screen.progress.close()
         peak = peak_memory()
-        if form == "json":
-            told = {**bundle.manifest.to_json(), "peak_memory_bytes": peak}
-            print_json(screen.result.file, told)
-        else:
-            from llm_coreml.cli.tables import export_table
-
-            screen.result.print(export_table(bundle.manifest, str(folder), peak))
+        told = {**bundle.manifest.to_json(), "peak_memory_bytes": peak}
+        screen.show(form, told, lambda: export_table(bundle.manifest, str(folder), peak))
 
 
 def _config(call: click.Context, model: str | None, given: str | None) -> ExportConfig:

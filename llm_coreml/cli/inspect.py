@@ -15,7 +15,6 @@ from llm_coreml.cli.options import (
     TEXT,
     THRESHOLD,
     VERBOSE,
-    print_json,
 )
 
 
@@ -77,8 +76,4 @@ def inspect_command(
             top=top,
             progress=screen.progress,
         )
-        screen.progress.close()
-        if form == "json":
-            print_json(screen.result.file, found.to_json())
-        else:
-            screen.result.print(inspection_table(found))
+        screen.show(form, found.to_json(), lambda: inspection_table(found))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -51,6 +51,6 @@ def memory(_: click.Context, __: click.Parameter, value: str | None) -> int | No
         raise click.BadParameter(str(error)) from None
 
 
-def print_json(file: Any, value: dict[str, Any]) -> None:
+def print_json(file: Any, value: Mapping[str, Any]) -> None:
     """Print `value` for machines."""
     click.echo(json.dumps(value, indent=2, sort_keys=True), file=file)

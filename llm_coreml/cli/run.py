@@ -14,7 +14,6 @@ from llm_coreml.cli.options import (
     PATH,
     VERBOSE,
     memory,
-    print_json,
 )
 
 if TYPE_CHECKING:
@@ -90,16 +89,10 @@ def run_command(
         )
         if given is None:
             interface = runnable.interface()
-            if form == "json":
-                print_json(screen.result.file, interface)
-            else:
-                screen.result.print(interface_table(str(file), interface))
+            screen.show(form, interface, lambda: interface_table(str(file), interface))
             return
         results = _run(runnable, given, states, (output, state_out), overwrite)
-        if form == "json":
-            print_json(screen.result.file, {"outputs": results})
-        else:
-            screen.result.print(outputs_table(results))
+        screen.show(form, {"outputs": results}, lambda: outputs_table(results))
 
 
 def _run(

@@ -10,7 +10,6 @@ from llm_coreml.cli.options import (
     FORMAT,
     PATH,
     VERBOSE,
-    print_json,
 )
 
 
@@ -27,7 +26,4 @@ def show_command(path: Path, form: str, verbose: bool) -> None:
         from llm_coreml.inspect.contents import contents
 
         found = contents(path)
-        if form == "json":
-            print_json(screen.result.file, found.to_json())
-        else:
-            screen.result.print(contents_table(found))
+        screen.show(form, found.to_json(), lambda: contents_table(found))

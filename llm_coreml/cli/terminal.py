@@ -1,7 +1,7 @@
 """What a person sees: progress on stderr, results on stdout, nobody else's chatter.
 
 Inside `with terminal(verbose=False) as screen`, work is given `screen.progress`, and what it found
-is printed by `screen.result`.
+is printed by `screen.show`.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TextIO
+from typing import Any, TextIO
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     Progress,
@@ -25,6 +25,8 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+from llm_coreml.cli.options import print_json
 
 _LABELS = {
     "open": "opening the checkpoint",
@@ -52,6 +54,22 @@ class Screen:
 
     result: Console
     progress: Stages
+
+    def show(
+        self, form: str, value: Mapping[str, Any], table: Callable[[], RenderableType]
+    ) -> None:
+        """Print what a command found, and end its progress.
+
+        Args:
+            form: `json` for machines, or `human`.
+            value: The result for machines.
+            table: Makes the one for people.
+        """
+        self.progress.close()
+        if form == "json":
+            print_json(self.result.file, value)
+        else:
+            self.result.print(table())
 
 
 class Stages:
