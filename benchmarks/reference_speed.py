@@ -70,7 +70,7 @@ def prepare(model: str, folder: Path) -> tuple[Path, Path]:
         _call([sys.executable, script, str(folder), "1b", "4", "hf"])
         arguments = [str(original)]
     output = folder / model
-    command = [sys.executable, "-m", "llm_coreml.cli.main", "export", *arguments]
+    command = [sys.executable, "-m", "llm_coreml.cli", "export", *arguments]
     _call([*command, "--bits", "4", "--context", "1024", "-o", str(output)])
     return original, output / "model.pte"
 

@@ -31,7 +31,12 @@ from llm_coreml.model import Model, open_model
 from llm_coreml.output import check_writable, write_json
 from llm_coreml.progress import Progress, Silent
 from llm_coreml.quantize.plan.choose import plan_of
-from llm_coreml.quantize.quantized import Quantized, build_original, quantize
+from llm_coreml.quantize.quantized import (
+    Quantized,
+    build_original,
+    quantize,
+    read_calibration,
+)
 from llm_coreml.recipes import bundled_model
 from llm_coreml.reference.program.execution import Execution
 from llm_coreml.runtime.eager import EagerRunner
@@ -145,9 +150,10 @@ def _quantized(bundle: Bundle, model: Model, progress: Progress) -> Quantized | 
     job = resolve(ExportConfig.from_json(bundle.manifest.config), model.spec)
     plan = plan_of(bundle.manifest.plan_json(), job, model.spec)
     calibration = bundle.manifest.quantization.calibration
-    text = None if calibration is None else calibration.sha256
+    sha256 = None if calibration is None else calibration.sha256
     try:
-        return quantize(model, job, bundle.tokenizer, Silent(), plan=plan, text_sha256=text)
+        text = read_calibration(job, bundle.tokenizer, sha256)
     except ConfigError as error:
         progress.note(f"The quantized model is left out, for it is to be calibrated again: {error}")
         return None
+    return quantize(model, job, bundle.tokenizer, Silent(), plan=plan, calibration=text)

@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llm_coreml.artifact.limits import machine_memory
 from llm_coreml.errors import ConfigError
 from llm_coreml.eval.pair import chunks, read_in_pairs
 from llm_coreml.eval.reading import open_artifact, read_tokens
+from llm_coreml.machine import machine_memory
 from llm_coreml.progress import Progress, Silent
 from llm_coreml.reference.observe.divergence import Compared, Parting
 from llm_coreml.reference.observe.watch import Observed, Watch

@@ -94,7 +94,7 @@ class Evaluation:
         bits_per_weight: Stored bits per weight, a tied table counted once.
         source: What was exported, and the hash of its weights.
         program_sha256: The measured file.
-        mode: Numerics of the reference runtime, see `reference.numerics`.
+        mode: Numerics of the reference runtime, see `reference.program.numerics`.
         device: Where it computed.
     """
 
@@ -123,10 +123,18 @@ class Evaluation:
         """Return the content of `results.json`."""
         return {
             "version": RESULTS_VERSION,
-            **asdict(self),
+            "text": self.text,
+            "tokens": self.tokens,
+            "window": self.window,
             "qualities": [quality.to_json() for quality in self.qualities],
             "latencies": [
                 {**asdict(latency), "tokens_per_second": latency.tokens_per_second}
                 for latency in self.latencies
             ],
+            "bytes": self.bytes,
+            "bits_per_weight": self.bits_per_weight,
+            "source": self.source,
+            "program_sha256": self.program_sha256,
+            "mode": self.mode,
+            "device": self.device,
         }

@@ -1,5 +1,6 @@
-"""The memory of this process: how much it took, and how to give some back.
+"""Memory: what this machine has, what this process took, and how to give some back.
 
+machine_memory()       # bytes
 free_memory()
 peak_memory()          # bytes
 """
@@ -8,11 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import gc
+import os
 import resource
 import sys
 
 _M_ARENA_MAX = -8  # of glibc's malloc.h
+
+
+@functools.cache
+def machine_memory() -> int:
+    """Return the bytes of memory that this machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def peak_memory() -> int:

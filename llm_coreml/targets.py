@@ -24,7 +24,7 @@ class Target:
         name: The value of `--target`.
         compute_unit: Core ML's name of it.
         default_scheme: What `--bits 4` means here.
-        attention: `fused` or `decomposed`, see `decoder.layers.Attention`.
+        attention: `fused` or `decomposed`, see `decoder.self_attention`.
         summary: One line for `llm-coreml ls`.
     """
 

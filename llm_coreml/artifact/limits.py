@@ -6,8 +6,7 @@ if excess := beyond(4 * elements):
 
 from __future__ import annotations
 
-import functools
-import os
+from llm_coreml.machine import machine_memory
 
 # Manifests and metadata are a page or two.
 MAX_JSON = 1 << 20
@@ -16,12 +15,6 @@ MAX_PROGRAM = 1 << 27
 MAX_OPERATIONS = 1 << 20
 # Core ML's own limit is 5; compressed weights have two axes more.
 MAX_RANK = 16
-
-
-@functools.cache
-def machine_memory() -> int:
-    """Return the bytes of memory that this machine has."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def beyond(nbytes: int) -> str:

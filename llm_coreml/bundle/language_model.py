@@ -26,7 +26,7 @@ class LanguageModel:
 
     Attributes:
         manifest: The bundle's manifest.
-        runner: Executes the program, see `runtime.Runner`.
+        runner: Executes the program, see `runtime.runner.Runner`.
 
     Args:
         folder: Folder that an export wrote.

@@ -1,7 +1,7 @@
 """A checkpoint that is a `transformers` model in memory, as a training script holds it.
 
-It reads like the folder that `model.save_pretrained` would write, so a fine-tuned model is exported
-without a detour over the disk; of tied weights one name is kept, as `save_pretrained` does.
+It reads like the folder that `save_pretrained` would write, so a fine-tuned model is exported
+without a detour over the disk; of tied weights one name is kept, as there.
 
     open_checkpoint(model, tokenizer=tokenizer)
 """

@@ -87,7 +87,3 @@ def main() -> None:
         # Open temporary files of a failed library find their folder gone; nobody needs to know.
         sys.unraisablehook = lambda _: None
     sys.exit(code)
-
-
-if __name__ == "__main__":
-    main()

@@ -25,7 +25,10 @@ from llm_coreml.config.values import (
     read_lengths,
 )
 from llm_coreml.errors import ConfigError
+from llm_coreml.targets import TARGETS
 
+# "gpu, ane, cpu or all"
+_UNITS = " or ".join(", ".join(TARGETS).rsplit(", ", 1))
 Rotate = Literal["none", "residual", "heads", "both"]
 # Chosen by a plan, for every matrix.
 _FORMAT_SETTINGS = (
@@ -178,7 +181,7 @@ class TargetSettings(Section):
         UnsupportedError: the system is too old.
     """
 
-    target: str = setting("gpu", "Compute unit: gpu, ane, cpu or all.", check=checked_target)
+    target: str = setting("gpu", f"Compute unit: {_UNITS}.", check=checked_target)
     minimum_os: str = setting("iOS18", "Oldest system to run on.", check=checked_system)
     compute_precision: Literal["fp16", "fp32"] = setting("fp16", "Precision of activations.")
     backend: Literal["coreml", "xnnpack"] = setting(

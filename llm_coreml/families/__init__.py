@@ -4,9 +4,9 @@
     spec = family.spec(config)
     family.stored(spec)["layers.0.mlp.up_proj.weight"].names   # ('model.layers.0.mlp...',)
 
-In come parsed `config.json` files, not trusted; out go data and names. No tensor is read here, and
-options that the decoder does not compute are refused. Adding a family: one file named after its
-`model_type`, one line in `_MODULES`, one test line.
+In come parsed `config.json` files, not trusted; out go data and names. Nothing that comes in is
+changed, no tensor is read here, and options that the decoder does not compute are refused. Adding a
+family: one file named after its `model_type`, one line in `_MODULES`, one test line.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ def lower_coreml(
     Args:
         trace: Gives the torch program of the quantized decoder.
         job: Target, OS and precision.
-        constants: Constant methods, see `program.constant_methods`.
+        constants: Constant methods, see `traced.constant_methods`.
         path: Where to write the `.pte`.
         on_progress: Called with the share of the usual time that is over, 0 to 1.
         enumerated: The lengths that Core ML is told of, if the program has a symbolic one.

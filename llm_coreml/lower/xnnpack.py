@@ -61,7 +61,7 @@ def lower_xnnpack(
     Args:
         decoder: Quantized decoder.
         lengths: What a call may have, ascending.
-        constants: Constant methods, see `program.constant_methods`.
+        constants: Constant methods, see `traced.constant_methods`.
         path: Where to write the `.pte`.
     """
     _dequantize(decoder)

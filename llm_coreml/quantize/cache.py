@@ -111,7 +111,7 @@ class WeightCache:
 
         Args:
             key: See `make_key`.
-            weights: By name, of the types of `stored`.
+            weights: By name, of the types that `formats.serialize` knows.
         """
         path = self._path(key)
         if not self._writable:

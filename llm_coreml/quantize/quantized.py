@@ -59,7 +59,7 @@ def quantize(
     progress: Progress,
     cache: WeightCache | None = None,
     plan: QuantizationPlan | None = None,
-    text_sha256: str | None = None,
+    calibration: CalibrationText | None = None,
 ) -> Quantized:
     """Choose formats, read the text that is asked for, quantize every matrix, and tune.
 
@@ -70,11 +70,11 @@ def quantize(
         progress: Told of stages, shares and notes.
         cache: Where quantized weights are looked up and kept.
         plan: Formats that were chosen before; None chooses them.
-        text_sha256: The hash of the calibration text, where it was read before.
+        calibration: The text that `job` asks for, where it was read before; None reads it.
 
     Raises:
         CheckpointError: a tensor, or what a layer gets, is not finite.
-        ConfigError: settings contradict each other, or a text cannot be used or is another.
+        ConfigError: settings contradict each other, or a text cannot be used.
         UnsupportedError: Core ML, the target or a matrix does not allow a format.
     """
     measured = None
@@ -84,7 +84,8 @@ def quantize(
         plan, measured = choose_plan(model, job, tokenizer, progress.advance)
     _tell_of_the_import(progress, import_report(model.checkpoint))
     _tell_of_the_head(progress, model, job, plan)
-    calibration = read_calibration(job, tokenizer, text_sha256)
+    if calibration is None:
+        calibration = read_calibration(job, tokenizer)
     progress.stage("quantize" if calibration is None else "calibrate")
     decoder = build_decoder(model, job, plan, progress.advance, calibration, cache)
     if job.calibration.tune:

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from llm_coreml.artifact.limits import machine_memory
 from llm_coreml.errors import ConfigError, OutputError
+from llm_coreml.machine import machine_memory
 from llm_coreml.output import file_beside, output_error
 
 _KINDS = (".npz", ".safetensors")

@@ -6,7 +6,7 @@ so the demo model can be rebuilt without a network. One document is one referenc
 or one module. Whole documents are held out by a fixed seed.
 
 Example:
-    python scripts/demo_corpus.py
+    python scripts/demo/demo_corpus.py
 """
 
 import ast

@@ -4,7 +4,7 @@ The figures are those of the fp16 weights as saved, read back and computed in fp
 script can be run by itself on a finished folder to see the figures again.
 
 Example:
-    python scripts/demo_report.py llm_coreml/demo
+    python scripts/demo/demo_report.py llm_coreml/demo
 """
 
 import argparse
