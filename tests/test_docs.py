@@ -1,10 +1,10 @@
-"""The documents name what there is: files, links, flags; and the front door stays short."""
+"""Documents and docstrings name what there is; and the front door stays short."""
 
 from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import click
@@ -124,3 +124,70 @@ def test_flags_that_are_named_are_there(page: Path) -> None:
         if not re.search(r"\bpython |\bpip |\bmypy |\bgit |\bruff ", line):
             for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", line):
                 assert flag in known, f"{page.name} names {flag}"
+
+
+PARTS = ("llm_coreml", "eval", "recipes")
+SCRIPTS = ("scripts", "benchmarks", "tests")
+# `config.json` is a file of a model, `program.fbs` one of a library.
+FILES = {"bin", "fbs", "json", "safetensors"}
+
+
+def docstrings(*tops: str) -> Iterator[tuple[str, str]]:
+    """Yield where it stands, and the text, of every docstring in these folders."""
+    for path in sorted(path for top in tops for path in (ROOT / top).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                where = f"{path.relative_to(ROOT)}:{getattr(node, 'name', '')}"
+                yield where, ast.get_docstring(node) or ""
+
+
+def defined(path: Path) -> set[str]:
+    """Return the names that a module or a room has: definitions, imports, and the files in it."""
+    inner = path.glob("*") if path.is_dir() else ()
+    found = {each.stem for each in inner if each.is_dir() or each.suffix == ".py"}
+    source = path / "__init__.py" if path.is_dir() else path
+    for node in ast.parse(source.read_text()).body if source.is_file() else ():
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            found.add(node.name)
+        elif isinstance(node, ast.ImportFrom):
+            found |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found |= {name.id for name in targets if isinstance(name, ast.Name)}
+    return found
+
+
+def resolves(name: str, places: Sequence[Path]) -> bool:
+    """Return whether a dotted name leads from one of `places` to a module or a definition."""
+    first, _, rest = name.partition(".")
+    inner = [each for place in places for each in (place / first, place / f"{first}.py")]
+    inside = [path for path in inner if path.exists()]
+    if not rest:
+        return bool(inside) or any(first in defined(place) for place in places)
+    # What a class has is its own affair.
+    return resolves(rest, inside) or any(first in defined(p) for p in places if p.is_file())
+
+
+def test_names_in_docstrings_are_there() -> None:
+    files = [path for part in PARTS for path in [ROOT / part, *(ROOT / part).rglob("*")]]
+    rooms = [path for path in files if path.is_dir() and path.name != "__pycache__"]
+    known = {path.name for path in rooms} | {path.stem for path in files if path.suffix == ".py"}
+    found = [
+        (where, name)
+        for where, text in docstrings(*PARTS)
+        for name in re.findall(r"`([a-z_]+(?:\.\w+)+)`", text)
+        if name.split(".")[0] in known and name.split(".")[-1] not in FILES | {"py"}
+    ]
+    assert len(found) > 5
+    assert [each for each in found if not resolves(each[1], rooms)] == []
+
+
+def test_files_in_docstrings_are_there() -> None:
+    pattern = r"(?<![\w/<>.{}*])([\w-]+(?:/[\w.-]+)+\.py)\b"
+    found = [
+        (where, path)
+        for where, text in docstrings(*PARTS, *SCRIPTS)
+        for path in re.findall(pattern, text)
+    ]
+    assert len(found) > 5
+    assert [each for each in found if not any((r / each[1]).is_file() for r in ROOTS)] == []

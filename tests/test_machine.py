@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from llm_coreml.machine import machine_memory, peak_memory
+
 # Prints the C library's own account of its heaps, after a thread has allocated.
 _HEAPS = """
 import ctypes, sys, threading
@@ -23,6 +25,10 @@ c.stdout_ = ctypes.c_void_p.in_dll(c, "stdout")
 c.malloc_info(0, c.stdout_)
 c.fflush(None)
 """
+
+
+def test_a_process_takes_some_of_the_machine() -> None:
+    assert 1 << 20 < peak_memory() < machine_memory()
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other libraries have one heap")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from llm_coreml.cli.tables import comparison_table, evaluation_table
 from llm_coreml.eval.difference import Comparison
 from llm_coreml.eval.metrics import METRICS, Metric
 from llm_coreml.eval.quality import measure_quality
-from llm_coreml.eval.results import Quality
+from llm_coreml.eval.results import Evaluation, Latency, Quality
 
 TABLE = torch.tensor([[0.0, 1.0, 3.0], [2.0, 0.0, -1.0], [0.5, 0.0, 0.0]])
 WINDOWS = [[0, 1, 2, 0], [2, 1]]
@@ -36,6 +37,16 @@ MOVED = Metric(
     compute=lambda values: float(values.max()),
     compares=True,
 )
+
+
+class Uncopied:
+    """Computes the least value, and cannot be copied, as an open file or a lock cannot."""
+
+    def __call__(self, values: torch.Tensor) -> float:
+        return float(values.min())
+
+    def __deepcopy__(self, memo: object) -> Uncopied:
+        raise TypeError("cannot be copied")
 
 
 def shown(table: RenderableType) -> list[list[str]]:
@@ -94,6 +105,38 @@ def test_a_made_up_metric_stands_in_results_and_table(
     # Without a metric that compares, nothing is said of the original.
     few = llm_coreml.evaluate(own, text=text_file, tokens=9, artifact_only=True, metrics=(LARGEST,))
     assert shown(evaluation_table(few))[0] == ["9 tokens of tëxt.txt, windows of up to 10"]
+
+
+def test_a_metric_need_not_be_copied() -> None:
+    metric = Metric("least_cost", "least cost", ".2f", lambda read: read.costs, Uncopied())
+    result = Evaluation(
+        text="text",
+        tokens=4,
+        window=4,
+        qualities=read(metric),
+        latencies=(Latency("fake", 1, 0.5, 3),),
+        bytes={"model.pte": 7},
+        bits_per_weight=4.5,
+        source={"kind": "folder"},
+        program_sha256="ab",
+    )
+    written = result.to_json()
+    # Nothing is forgotten, and results are read in this order.
+    assert list(written) == ["version", *(each.name for each in fields(Evaluation))]
+    assert {name: written[name] for name in ("text", "tokens", "window", "bits_per_weight")} == {
+        "text": "text",
+        "tokens": 4,
+        "window": 4,
+        "bits_per_weight": 4.5,
+    }
+    assert (written["mode"], written["device"], written["program_sha256"]) == (
+        "declared",
+        "cpu",
+        "ab",
+    )
+    assert (written["bytes"], written["source"]) == ({"model.pte": 7}, {"kind": "folder"})
+    assert written["qualities"][1]["least_cost"] == result.artifact.figures["least_cost"]
+    assert written["latencies"][0]["tokens_per_second"] == 2
 
 
 def test_a_made_up_metric_stands_in_a_comparison() -> None:
