@@ -63,6 +63,16 @@ def test_the_tree_has_a_line_for_every_module_and_none_for_others() -> None:
     assert all(about and about[0] != "?" and "TODO" not in about for _, about in lines)
 
 
+def test_the_tree_is_in_order() -> None:
+    """Files come before folders, each by name."""
+    held: dict[str, list[tuple[bool, str]]] = {}
+    for name, _ in tree():
+        folder, _, own = name.rstrip("/").rpartition("/")
+        held.setdefault(folder, []).append((name.endswith("/"), own))
+    for folder, inner in held.items():
+        assert not folder or inner == sorted(inner), folder
+
+
 def test_the_order_of_layers_is_the_tests_own() -> None:
     order = ARCHITECTURE.read_text().partition("    errors <")[2].partition("\n\n")[0]
     told = [names.split() for names in f"errors <{order}".split("<")]
@@ -101,6 +111,16 @@ def test_files_that_are_named_are_there(page: Path) -> None:
             assert any((root / path).is_file() for root in ROOTS), f"{page.name} names {path}"
         else:
             assert path in names, f"{page.name} names {path}"
+
+
+def test_cases_that_wait_for_test_all_are_told_with_a_reason() -> None:
+    told = (ROOT / "docs" / "testing.md").read_text()
+    marks = re.compile(r"^from cases import|mark\.exhaustive", re.M)
+    tests = [path for path in (ROOT / "tests").rglob("test_*.py") if marks.search(path.read_text())]
+    # Two that speak of the marks only.
+    waiting = {path.name for path in tests} - {"test_harness.py", "test_docs.py"}
+    assert len(waiting) > 5
+    assert set(re.findall(r"^\| `(test_\w+\.py)`", told, re.M)) == waiting
 
 
 def options() -> set[str]:
