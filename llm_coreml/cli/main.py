@@ -1,4 +1,4 @@
-"""The command line: options in, one library call, a table or JSON out.
+"""The command line: options in, calls of the library, a table or JSON out.
 
     llm-coreml export llama --bits 4 -o out
     llm-coreml eval out --format json

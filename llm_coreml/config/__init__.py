@@ -4,8 +4,8 @@
     job = resolve(config, spec)                                    # everything decided and checked
 
 In come names and numbers that people chose; out goes a `Job`. Rooms below take the job and ask no
-flag again. Nothing here loads torch or opens a file, and no config or job is changed
-once it is made.
+flag again. Nothing here loads torch or opens a file, and no config or job is changed once it
+is made.
 
 Adding a setting: one field in `sections.py`. The flag, its help, the recipes' schema, the manifest
 and the command that rebuilds an artifact follow from it; what it means is decided in `job.py`, or
