@@ -19,7 +19,9 @@ from llm_coreml.artifact.method_plan import Constant
 from llm_coreml.bundle.typed_json import LEFT_OUT, named, read_record, write_record
 from llm_coreml.verify.verification import Verification
 
-MANIFEST_VERSION = 1
+# In version 1, `config` had no sections, and `spec` the sizes of one layer for all.
+MANIFEST_VERSION = 2
+READ_VERSIONS = (1, MANIFEST_VERSION)
 
 
 @dataclass(frozen=True)
