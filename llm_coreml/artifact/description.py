@@ -56,7 +56,7 @@ class Description:
     Attributes:
         form: The kind of lowering, for people: `enumerated`, `static`, `twin`; `unknown` where a
             file does not tell.
-        backend: What runs it: `coreml` or `xnnpack`.
+        backend: What it is lowered for, a name in `targets.BACKENDS`.
         methods: The methods that read tokens, by name.
         every_row: A call gives a row of logits for each of its tokens, not for the last alone.
         states: Element type and shape of what it remembers, by name.

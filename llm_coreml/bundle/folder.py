@@ -90,7 +90,8 @@ def open_bundle(folder: Path) -> Bundle:
     if version not in READ_VERSIONS:
         raise ArtifactError(
             f"'{folder / MANIFEST}' has version {version!r}; this release reads "
-            f"versions {' and '.join(map(str, READ_VERSIONS))}. Export again, or use the release that wrote it."
+            f"versions {' and '.join(map(str, READ_VERSIONS))}. Export again, or use the release "
+            "that wrote it."
         )
     try:
         jsonschema.validate(manifest, manifest_schema())
