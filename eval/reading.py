@@ -15,6 +15,7 @@ from llm_coreml.errors import ArtifactError, ConfigError
 from llm_coreml.eval.heldout import cut_to_context, read_windows
 from llm_coreml.reference.program.execution import Execution
 from llm_coreml.runtime.reference import DECLARED, ReferenceRunner
+from llm_coreml.targets import BACKENDS
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +44,7 @@ def open_artifact(path: Path, execution: Execution = DECLARED) -> Opened:
         return Opened(path, ReferenceRunner(path, execution), None)
     bundle = open_bundle(path)
     description = bundle.manifest.description
-    if description.backend != "coreml":
+    if BACKENDS[description.backend].runtime != "reference":
         raise ArtifactError(
             f"'{path}' is lowered for {description.backend}, into which the reference runtime "
             "cannot look; export with --backend coreml."

@@ -5,6 +5,7 @@ from __future__ import annotations
 from llm_coreml.artifact.inmemoryfs import unpack
 from llm_coreml.artifact.pte import read_delegates
 from llm_coreml.bundle.folder import PROGRAM, RESULTS, Bundle
+from llm_coreml.targets import BACKENDS
 
 
 def measure_bytes(bundle: Bundle) -> dict[str, int]:
@@ -18,7 +19,7 @@ def measure_bytes(bundle: Bundle) -> dict[str, int]:
         for path in sorted(bundle.folder.iterdir())
         if path.is_file() and path.name != RESULTS
     }
-    if bundle.manifest.target.backend != "coreml":
+    if BACKENDS[bundle.manifest.target.backend].runtime != "reference":
         return sizes
     inside = 0
     for delegate in read_delegates(bundle.program):

@@ -7,7 +7,7 @@ model.weights.tensor("layers.0.mlp.up_proj.weight", torch.float16)
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from llm_coreml.checkpoint import Checkpoint, Source, check_tensors, is_quantized, open_checkpoint
+from llm_coreml.checkpoint.checkpoint import listing
 from llm_coreml.checkpoint.weights_view import FamilyWeights, Weights, expected_tensors
 from llm_coreml.decoder import Decoder, DecoderSpec
 from llm_coreml.families import Family, find_family
@@ -66,6 +67,7 @@ def open_model(
         ConfigError: a bare word that is no recipe and no folder, or a recipe that is wrong.
         CheckpointError: it is absent, damaged, or disagrees with its `config.json`.
         UnsupportedError: an unknown family or option.
+        ValueError: the family leaves parameters of the decoder out, which is a fault of the family.
     """
 
     def judge(config: dict[str, Any]) -> None:
@@ -87,10 +89,24 @@ def open_model(
     # A context of one: only names and shapes are asked for.
     parameters = Decoder(spec, context=1).named_parameters()
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters}
+    _check_complete(spec, stored.keys(), shapes.keys())
     check_tensors(checkpoint, expected_tensors(stored, shapes), optional=family.ignored)
     bundled = recipe is not None and recipe.model == BUNDLED
     origin = Source("bundled", BUNDLED_RECIPE) if bundled else checkpoint.source
     return Model(origin, checkpoint, family, spec, FamilyWeights(checkpoint, stored))
+
+
+def _check_complete(
+    spec: DecoderSpec, stored: Collection[str], parameters: Collection[str]
+) -> None:
+    """Refuse a family by which a parameter would stay as it was constructed."""
+    tied = {"lm_head.weight"} if spec.tie_word_embeddings else set()
+    forgotten = [name for name in parameters if name not in stored and name not in tied]
+    if forgotten:
+        raise ValueError(
+            f"The family of '{spec.model_type}' does not say what the decoder's "
+            f"{listing(forgotten, limit=3)} is made of."
+        )
 
 
 def _with_true_head(checkpoint: Checkpoint, family: Family, spec: DecoderSpec) -> DecoderSpec:

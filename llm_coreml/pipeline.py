@@ -47,6 +47,7 @@ from llm_coreml.reference.program.execution import Execution
 from llm_coreml.runtime.eager import EagerRunner
 from llm_coreml.runtime.program_runner import program_runner
 from llm_coreml.runtime.reference import ReferenceRunner
+from llm_coreml.targets import BACKENDS
 from llm_coreml.tokenizer import Tokenizer, convert, special_ids
 from llm_coreml.verify.logits import ReadText, verify, verify_conversion
 from llm_coreml.verify.verification import Verification
@@ -220,7 +221,7 @@ def _verify(
     )
     free_memory()
     conversion, begun = None, 0.0
-    if description.backend == "coreml":
+    if BACKENDS[description.backend].runtime == "reference":
         unrounded = Execution(mode="fp32", memory_budget=_EXPANDED)
         # Held by nothing afterwards: the expanded weights of one mode exist at a time.
         conversion = verify_conversion(

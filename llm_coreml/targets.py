@@ -55,6 +55,49 @@ class Precision:
     dtype: Literal["float16", "float32"]
 
 
+@dataclass(frozen=True)
+class Backend:
+    """What a program is lowered for, and what follows.
+
+    Attributes:
+        name: The value of `--backend`.
+        runtime: What runs its programs on any machine: `reference`, for Core ML models, or
+            `executorch`.
+        stores_dense: Weights are stored as fp32 numbers, whatever they were quantized to.
+        fused_attention: Attention may be one operation, if the target takes it so.
+        has_targets: A target and a system are chosen; else a program runs on any processor.
+    """
+
+    name: str
+    runtime: Literal["reference", "executorch"]
+    stores_dense: bool
+    fused_attention: bool
+    has_targets: bool
+
+
+# By the names that settings and manifests hold.
+BACKENDS: Mapping[str, Backend] = MappingProxyType(
+    {
+        each.name: each
+        for each in (
+            Backend(
+                "coreml",
+                runtime="reference",
+                stores_dense=False,
+                fused_attention=True,
+                has_targets=True,
+            ),
+            Backend(
+                "xnnpack",
+                runtime="executorch",
+                stores_dense=True,
+                fused_attention=False,
+                has_targets=False,
+            ),
+        )
+    }
+)
+
 PRECISIONS: Mapping[str, Precision] = MappingProxyType(
     {
         "fp16": Precision("fp16", 16, "float16"),

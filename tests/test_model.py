@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
@@ -52,6 +53,22 @@ def test_an_equal_head_stays_tied_and_leaves_the_hash_alone(tmp_path: Path) -> N
     doubled = open_model(with_head(doubled, 1.0))
     assert doubled.spec == plain.spec and doubled.spec.tie_word_embeddings
     assert doubled.sha256() == plain.sha256()
+
+
+@pytest.mark.parametrize("name", ["norm.weight", "layers.0.mlp.up_proj.weight"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_family_that_forgets_a_parameter_is_refused(
+    name: str, tied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = open_model(llama(tie_word_embeddings=tied))
+    stored = model.family.stored
+    forgetful = replace(
+        model.family,
+        stored=lambda spec: {each: made for each, made in stored(spec).items() if each != name},
+    )
+    monkeypatch.setattr("llm_coreml.model.find_family", lambda _: forgetful)
+    with pytest.raises(ValueError, match=f"of 'llama' does not say what .* {name} is made of"):
+        open_model(llama(tie_word_embeddings=tied))
 
 
 @pytest.mark.parametrize(

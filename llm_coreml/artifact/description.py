@@ -12,7 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from llm_coreml.artifact.method_plan import Constant
+from llm_coreml.errors import ArtifactError
 
+# The method that ExecuTorch's own runners call.
+MAIN_METHOD = "forward"
 # What coremltools calls the only function of a model.
 MAIN_FUNCTION = "main"
 # What a language model's method takes, in order: S tokens, and how many came before them.
@@ -30,12 +33,20 @@ class MethodForm:
         seq_lengths: The lengths S that a call accepts, ascending.
         functions: The Core ML function of each partition, in the order in which they run; none in
             a method of another runtime.
+
+    A partition is a part of the method that is given to Core ML as a whole. What tells it from the
+    others is the function that it calls, so that `functions` describes them.
     """
 
     inputs: tuple[str, ...]
     output: str
     seq_lengths: tuple[int, ...]
     functions: tuple[str, ...]
+
+    @property
+    def partitions(self) -> int:
+        """How many parts Core ML runs, one after the other."""
+        return len(self.functions)
 
 
 @dataclass(frozen=True)
@@ -45,7 +56,7 @@ class Description:
     Attributes:
         form: The kind of lowering, for people: `enumerated`, `static`, `twin`; `unknown` where a
             file does not tell.
-        backend: What runs it: `coreml` or `xnnpack`.
+        backend: What it is lowered for, a name in `targets.BACKENDS`.
         methods: The methods that read tokens, by name.
         every_row: A call gives a row of logits for each of its tokens, not for the last alone.
         states: Element type and shape of what it remembers, by name.
@@ -76,6 +87,19 @@ class Description:
     def main(self) -> str:
         """The method that reads single tokens, and so can read everything."""
         return self.method_for(1)
+
+    def check_one_sequence(self) -> None:
+        """Refuse several methods that remember, to be called in turns for one sequence.
+
+        Raises:
+            ArtifactError: as said.
+        """
+        if len(self.methods) > 1 and self.states:
+            raise ArtifactError(
+                f"The program's methods {', '.join(self.methods)} have states, which are each "
+                "method's own, so that no sequence can pass from one to the other; export a "
+                "program with one method."
+            )
 
     def method_for(self, length: int) -> str:
         """Return the method that reads `length` tokens; the first, which refuses, if none does."""

@@ -11,6 +11,7 @@ from llm_coreml.reference.program.execution import Execution
 from llm_coreml.runtime.program_runner import program_runner
 from llm_coreml.runtime.reference import DECLARED
 from llm_coreml.runtime.runner import Runner
+from llm_coreml.targets import BACKENDS
 
 
 def open_runner(bundle: Bundle, execution: Execution = DECLARED) -> Runner:
@@ -21,7 +22,7 @@ def open_runner(bundle: Bundle, execution: Execution = DECLARED) -> Runner:
         ConfigError: the execution asks for what is not there.
     """
     description = bundle.manifest.description
-    if description.backend != "coreml":
+    if BACKENDS[description.backend].runtime != "reference":
         if execution != DECLARED:
             raise ConfigError(
                 f"'{bundle.folder}' is lowered for {description.backend}, whose runtime has no "

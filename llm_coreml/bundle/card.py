@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 
 from llm_coreml.bundle.manifest import (
     Allocation,
@@ -48,7 +49,7 @@ head {stored.lm_head.label}{" (tied)" if stored.tied else ""}; \
 | precision | {target.compute_precision} |
 | method | `{described.main}({inputs})`, {program.output} |
 | lengths S | {lengths} |
-| context | {program.context} positions, KV cache inside the program |
+| context | {program.context} positions; {_remembered(described.states)} |
 
 ## Verification
 
@@ -62,6 +63,13 @@ PyTorch, fp32: largest error {checked.max_relative_error:.2e} of the largest log
 
     {shlex.join(manifest.rebuild) or "llm_coreml.export(model, tokenizer, ...)"}
 """
+
+
+def _remembered(states: Mapping[str, str]) -> str:
+    if not states:
+        return "nothing is remembered between calls"
+    told = ", ".join(f"`{name}` {text}" for name, text in states.items())
+    return f"states inside the program: {told}"
 
 
 def _rotation(found: Rotations | None) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import jsonschema
 
-from llm_coreml.bundle.manifest import MANIFEST_VERSION, Manifest, manifest_schema
+from llm_coreml.bundle.manifest import READ_VERSIONS, Manifest, manifest_schema
 from llm_coreml.checkpoint.checkpoint import TOKENIZER_FILES
 from llm_coreml.errors import ArtifactError, OutputError
 from llm_coreml.output import folder_beside
@@ -67,8 +67,8 @@ def open_bundle(folder: Path) -> Bundle:
         folder: The bundle, or the program in it.
 
     Raises:
-        ArtifactError: no such folder, no program, or a manifest that is damaged or of a later
-            version.
+        ArtifactError: no such folder, no program, or a manifest that is damaged or of a version
+            that this release does not read.
     """
     if folder.is_file() and folder.name == PROGRAM:
         folder = folder.parent
@@ -87,10 +87,11 @@ def open_bundle(folder: Path) -> Bundle:
             f"'{folder / MANIFEST}' cannot be read: {error}. Export again."
         ) from None
     version = manifest.get("version") if isinstance(manifest, dict) else None
-    if version != MANIFEST_VERSION:
+    if version not in READ_VERSIONS:
         raise ArtifactError(
-            f"'{folder / MANIFEST}' has version {version!r}; this release reads version "
-            f"{MANIFEST_VERSION}. Export again, or use the release that wrote it."
+            f"'{folder / MANIFEST}' has version {version!r}; this release reads "
+            f"versions {' and '.join(map(str, READ_VERSIONS))}. Export again, or use the release "
+            "that wrote it."
         )
     try:
         jsonschema.validate(manifest, manifest_schema())

@@ -17,9 +17,12 @@ from typing import Any, Literal
 from llm_coreml.artifact.description import INPUTS, MAIN_FUNCTION, Description, MethodForm
 from llm_coreml.artifact.method_plan import Constant
 from llm_coreml.bundle.typed_json import LEFT_OUT, named, read_record, write_record
+from llm_coreml.targets import BACKENDS
 from llm_coreml.verify.verification import Verification
 
-MANIFEST_VERSION = 1
+# In version 1, `config` had no sections, and `spec` the sizes of one layer for all.
+MANIFEST_VERSION = 2
+READ_VERSIONS = (1, MANIFEST_VERSION)
 
 
 @dataclass(frozen=True)
@@ -331,7 +334,7 @@ class Manifest:
     def description(self) -> Description:
         """What the program offers to a runner; of earlier releases it follows from what is told."""
         program, backend = self.program, self.target.backend
-        functions = (MAIN_FUNCTION,) if backend == "coreml" else ()
+        functions = (MAIN_FUNCTION,) if BACKENDS[backend].runtime == "reference" else ()
         only = MethodForm(INPUTS, program.output, program.seq_lengths, functions)
         return Description(
             form=program.form or "unknown",

@@ -41,6 +41,7 @@ from llm_coreml.quantize.plan.plan_file import plan_json
 from llm_coreml.quantize.quantized import Quantized
 from llm_coreml.quantize.rotate.hadamard import SEED
 from llm_coreml.quantize.rotate.rotation import rotations
+from llm_coreml.targets import BACKENDS
 from llm_coreml.verify.verification import Verification
 
 Stored = tuple[Scheme, tuple[int, int]]
@@ -60,7 +61,7 @@ def make_manifest(
         verification: Its result.
     """
     model, job, plan = quantized.model, quantized.job, quantized.plan
-    source, dequantized = model.source, description.backend == "xnnpack"
+    source, dequantized = model.source, BACKENDS[description.backend].stores_dense
     table = (model.spec.vocab_size, model.spec.hidden_size)
     measured = quantized.measured
     losses = {} if measured is None else measured.losses
@@ -149,10 +150,10 @@ def _cost(stored: Sequence[Stored]) -> tuple[int, int]:
 
 
 def _target(job: Job) -> Target:
-    if job.backend == "xnnpack":
-        return Target("xnnpack", "cpu", "CPU", "any", opset="none", compute_precision="fp32")
+    if not BACKENDS[job.backend].has_targets:
+        return Target(job.backend, "cpu", "CPU", "any", opset="none", compute_precision="fp32")
     return Target(
-        backend="coreml",
+        backend=job.backend,
         name=job.target.name,
         compute_unit=job.target.compute_unit,
         minimum_os=job.minimum_os,

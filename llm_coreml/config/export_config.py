@@ -22,6 +22,7 @@ from llm_coreml.config.sections import (
 )
 from llm_coreml.config.setting import Section, settings_of
 from llm_coreml.errors import ConfigError, nearest
+from llm_coreml.targets import BACKENDS
 
 S = TypeVar("S", bound=Section)
 
@@ -39,9 +40,10 @@ class ExportConfig(TargetSettings, ProgramSettings, CalibrationSettings, WeightS
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.size is not None and self.backend == "xnnpack":
+        if self.size is not None and BACKENDS[self.backend].stores_dense:
             raise ConfigError(
-                "--size counts quantized weights, and --backend xnnpack stores fp32; give --bits."
+                f"--size counts quantized weights, and --backend {self.backend} stores fp32; give "
+                "--bits."
             )
 
     def section(self, kind: type[S]) -> S:

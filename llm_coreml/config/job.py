@@ -14,7 +14,7 @@ from llm_coreml.config.export_config import ExportConfig
 from llm_coreml.config.sections import CalibrationSettings, WeightSettings
 from llm_coreml.config.values import CONTEXT_MULTIPLE, DEFAULT_CONTEXT, DEFAULT_SEQ_LENGTHS
 from llm_coreml.errors import ConfigError
-from llm_coreml.targets import PRECISIONS, Precision, Target, get_target, opset_of
+from llm_coreml.targets import BACKENDS, PRECISIONS, Precision, Target, get_target, opset_of
 
 if TYPE_CHECKING:  # the decoder's package would bring torch
     from llm_coreml.decoder.spec import DecoderSpec
@@ -72,7 +72,7 @@ def resolve(config: ExportConfig, spec: DecoderSpec) -> Job:
     Raises:
         ConfigError: a context beyond the model's, or a length beyond the context.
     """
-    target = get_target(config.target)
+    target, backend = get_target(config.target), BACKENDS[config.backend]
     return Job(
         config=config,
         weights=config.section(WeightSettings),
@@ -82,8 +82,7 @@ def resolve(config: ExportConfig, spec: DecoderSpec) -> Job:
         opset=opset_of(config.minimum_os),
         precision=PRECISIONS[config.compute_precision],
         backend=config.backend,
-        # XNNPACK has no fused attention.
-        attention=target.attention if config.backend == "coreml" else "decomposed",
+        attention=target.attention if backend.fused_attention else "decomposed",
         logits=config.logits,
         shapes=resolve_shapes(config, spec.max_position_embeddings),
         force=config.force,

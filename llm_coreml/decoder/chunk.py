@@ -7,14 +7,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from llm_coreml.decoder.spec import AttentionSpec
+from llm_coreml.decoder.spec import AttentionSpec, MaskKey
 from llm_coreml.decoder.states import CacheView, View
 
 # Far below any score, far inside fp16: exp() of it is zero, and no -inf meets the hardware.
 _MASKED = -4.0e4
-
-# What a mask follows from: query heads of a key/value head, and the window.
-MaskKey = tuple[int, int | None]
 
 
 @dataclass(frozen=True)
@@ -35,7 +32,8 @@ class Chunk:
 
     def mask(self, spec: AttentionSpec) -> torch.Tensor:
         """Return the mask of an attention's scores."""
-        return self.masks[mask_key(spec)]
+        (key,) = spec.masks
+        return self.masks[key]
 
     def cache(self, name: str) -> CacheView:
         """Return the keys and values of a cache."""
@@ -53,16 +51,11 @@ class Chunk:
         )
 
 
-def mask_key(spec: AttentionSpec) -> MaskKey:
-    """Return what the mask of an attention follows from."""
-    return spec.num_queries_per_kv, spec.window
-
-
 def make_mask(key: MaskKey, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """Return what is added to the scores: zero for what a token sees, and far below for the rest.
 
     Args:
-        key: See `mask_key`.
+        key: One of `AttentionSpec.masks`.
         rows: int32 `[S]`, positions of the tokens.
         columns: int32 `[positions]`, positions that there may be something at.
 

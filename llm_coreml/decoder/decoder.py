@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from llm_coreml.decoder.block import Block
-from llm_coreml.decoder.chunk import Chunk, make_mask, mask_key
+from llm_coreml.decoder.chunk import Chunk, make_mask
 from llm_coreml.decoder.matrices import Embedding, Linear
 from llm_coreml.decoder.norm import RMSNorm
 from llm_coreml.decoder.rope import rope_tables
@@ -165,7 +165,7 @@ class Decoder(nn.Module):
             (self._rotary_rows(cos, rows), self._rotary_rows(sin, rows))
             for cos, sin in self._rotary_names()
         )
-        keys = dict.fromkeys(mask_key(layer.mixer) for layer in self.spec.layers)
+        keys = dict.fromkeys(key for layer in self.spec.layers for key in layer.mixer.masks)
         masks = {key: make_mask(key, rows, columns) for key in keys}
         return Chunk(rotary, masks, views, start_pos)
 

@@ -10,6 +10,7 @@ the name of a family. New architectures add fields here, not branches in callers
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -17,6 +18,8 @@ from llm_coreml.errors import CheckpointError
 
 RopeKind = Literal["default", "linear", "dynamic", "llama3"]
 Activation = Literal["silu", "gelu_tanh", "relu2"]
+# What a mask follows from: query heads of a key/value head, and the window.
+MaskKey = tuple[int, int | None]
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,19 @@ class QKNormSpec:
 
 
 @dataclass(frozen=True)
+class CacheSizes:
+    """What the keys and values of a layer are; layers of the same share their buffers.
+
+    Attributes:
+        heads: Key/value heads.
+        head_dim: Width of one head.
+    """
+
+    heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
 class AttentionSpec:
     """Causal self-attention, which mixes positions.
 
@@ -127,6 +143,29 @@ class AttentionSpec:
         """Query heads that share one key/value head (1 for plain multi-head attention)."""
         return self.num_attention_heads // self.num_key_value_heads
 
+    @property
+    def masks(self) -> tuple[MaskKey, ...]:
+        """The masks that it adds to scores: one."""
+        return ((self.num_queries_per_kv, self.window),)
+
+    @property
+    def remembers(self) -> CacheSizes:
+        """What it remembers of each position."""
+        return CacheSizes(self.num_key_value_heads, self.head_dim)
+
+    @property
+    def value_widths(self) -> tuple[int, ...]:
+        """Widths of the heads whose values may be rotated: one."""
+        return (self.head_dim,)
+
+    def check_rotary(self, tables: Sequence[RopeSpec]) -> None:
+        """Refuse a rotary table that does not fit. Raises CheckpointError."""
+        if self.rope is not None and tables[self.rope].dim > self.head_dim:
+            raise CheckpointError(
+                f"config.json has {tables[self.rope].dim} numbers of each head rotated, and "
+                f"gives head_dim = {self.head_dim}. Download or save the model again."
+            )
+
 
 @dataclass(frozen=True)
 class MLPSpec:
@@ -153,6 +192,11 @@ class MLPSpec:
 
     def __post_init__(self) -> None:
         _check_size("intermediate_size", self.intermediate_size)
+
+    @property
+    def widest_sum(self) -> int:
+        """Terms of the longest sum of products behind the residual stream."""
+        return self.intermediate_size
 
 
 @dataclass(frozen=True)
@@ -208,12 +252,12 @@ class DecoderSpec:
             _check_size(name, getattr(self, name))
         _check_size("num_hidden_layers", len(self.layers))
         for layer in self.layers:
-            rope, head_dim = layer.mixer.rope, layer.mixer.head_dim
-            if rope is not None and self.rotary[rope].dim > head_dim:
-                raise CheckpointError(
-                    f"config.json has {self.rotary[rope].dim} numbers of each head rotated, and "
-                    f"gives head_dim = {head_dim}. Download or save the model again."
-                )
+            layer.mixer.check_rotary(self.rotary)
+
+    @property
+    def widest_sum(self) -> int:
+        """Terms of the longest sum of products outside attention."""
+        return max(self.hidden_size, *(layer.feed_forward.widest_sum for layer in self.layers))
 
     def to_json(self) -> dict[str, Any]:
         """Return all fields as JSON values, a table for each layer."""

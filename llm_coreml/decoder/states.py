@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch._library.custom_ops import CustomOpDef
 
-from llm_coreml.decoder.spec import DecoderSpec
+from llm_coreml.decoder.spec import CacheSizes, DecoderSpec
 
 
 @dataclass(frozen=True)
@@ -200,8 +200,8 @@ def slots(spec: DecoderSpec) -> tuple[Slot, ...]:
 def make_states(spec: DecoderSpec, context: int) -> dict[str, State]:
     """Return empty states for `context` positions, by their names in the decoder."""
     return {
-        numbered("cache", number): KVCache(len(layers), heads, context, head_dim)
-        for number, ((heads, head_dim), layers) in enumerate(_caches(spec).items())
+        numbered("cache", number): KVCache(len(layers), sizes.heads, context, sizes.head_dim)
+        for number, (sizes, layers) in enumerate(_caches(spec).items())
     }
 
 
@@ -221,10 +221,9 @@ def numbered(name: str, number: int) -> str:
     return f"{name}_{number}" if number else name
 
 
-def _caches(spec: DecoderSpec) -> dict[tuple[int, int], list[int]]:
+def _caches(spec: DecoderSpec) -> dict[CacheSizes, list[int]]:
     """Return the layers whose caches have the same number of heads and head size."""
-    found: dict[tuple[int, int], list[int]] = {}
+    found: dict[CacheSizes, list[int]] = {}
     for index, layer in enumerate(spec.layers):
-        sizes = (layer.mixer.num_key_value_heads, layer.mixer.head_dim)
-        found.setdefault(sizes, []).append(index)
+        found.setdefault(layer.mixer.remembers, []).append(index)
     return found

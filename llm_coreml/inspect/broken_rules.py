@@ -12,7 +12,7 @@ from llm_coreml.bundle.manifest import Plan, Target
 from llm_coreml.errors import ArtifactError, LlmCoreMLError
 from llm_coreml.quantize.plan.plan_file import scheme_from_json
 from llm_coreml.rules import Use, broken
-from llm_coreml.targets import get_target
+from llm_coreml.targets import BACKENDS, get_target
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def broken_rules(target: Target, plan: Plan | None) -> dict[str, BrokenRule]:
     Raises:
         ArtifactError: there is no such target or format.
     """
-    if plan is None or target.backend != "coreml":
+    if plan is None or BACKENDS[target.backend].stores_dense:
         return {}
     try:
         unit = get_target(target.name)

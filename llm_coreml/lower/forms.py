@@ -17,7 +17,13 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar, final
 
-from llm_coreml.artifact.description import INPUTS, MAIN_FUNCTION, Description, MethodForm
+from llm_coreml.artifact.description import (
+    INPUTS,
+    MAIN_FUNCTION,
+    MAIN_METHOD,
+    Description,
+    MethodForm,
+)
 from llm_coreml.artifact.method_plan import Constant
 from llm_coreml.config import Job
 from llm_coreml.decoder import Decoder, DecoderSpec
@@ -56,13 +62,14 @@ class Lowering(ABC):
         spec: DecoderSpec,
         constants: dict[str, Constant],
     ) -> Description:
-        """Return what a program with one method `forward` offers."""
+        """Return what a program with one method offers."""
         every_row = job.logits == "all"
         output = f"float32 [1, {'S' if every_row else 1}, {spec.vocab_size}]"
+        form = MethodForm(INPUTS, output, job.shapes.seq_lengths, cls.functions)
         return Description(
             form=cls.name,
             backend=cls.backend,
-            methods={"forward": MethodForm(INPUTS, output, job.shapes.seq_lengths, cls.functions)},
+            methods={MAIN_METHOD: form},
             every_row=every_row,
             states=_states(spec, job.shapes.context, cls.state_dtype),
             context=job.shapes.context,

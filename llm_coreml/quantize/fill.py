@@ -56,6 +56,7 @@ def fill(
     """
     filling = _Filling(decoder, weights, plan, storage, windows, cache)
     held = weights.names()
+    # A tied head is named by no view; that nothing else is left out, opening a model has checked.
     names = [name for name, _ in decoder.named_parameters() if name in held]
     total = sum(parameter.numel() for parameter in decoder.parameters())
     done = 0

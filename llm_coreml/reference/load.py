@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llm_coreml.artifact import pte
+from llm_coreml.artifact.description import MAIN_METHOD
 from llm_coreml.artifact.packages import BACKEND, Packages, model_of_folder
 from llm_coreml.errors import ArtifactError, nearest
 from llm_coreml.reference.method.method import LoadedMethod
@@ -60,7 +61,7 @@ def load(
 
 
 def load_method(
-    path: str | Path, name: str = "forward", execution: Execution = _DEFAULT
+    path: str | Path, name: str = MAIN_METHOD, execution: Execution = _DEFAULT
 ) -> LoadedMethod:
     """Load the method `name` of the `.pte` at `path`.
 

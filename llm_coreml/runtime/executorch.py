@@ -19,10 +19,14 @@ class ExecutorchRunner(Runner):
     Args:
         path: The `.pte`.
         description: What it offers.
+
+    Raises:
+        ArtifactError: several of its methods have states.
     """
 
     def __init__(self, path: Path, description: Description) -> None:
         super().__init__()
+        description.check_one_sequence()
         from executorch.runtime import Runtime, Verification
 
         self._load: Callable[[], Any] = lambda: Runtime.get().load_program(

@@ -12,6 +12,7 @@ from llm_coreml.reference.program.execution import Execution
 from llm_coreml.runtime.executorch import ExecutorchRunner
 from llm_coreml.runtime.reference import ReferenceRunner
 from llm_coreml.runtime.runner import Runner
+from llm_coreml.targets import BACKENDS
 
 
 def program_runner(path: Path, description: Description, execution: Execution) -> Runner:
@@ -26,6 +27,6 @@ def program_runner(path: Path, description: Description, execution: Execution) -
         ArtifactError: the program is damaged, or contradicts its description.
         ConfigError: the execution asks for what is not there.
     """
-    if description.backend == "coreml":
+    if BACKENDS[description.backend].runtime == "reference":
         return ReferenceRunner(path, execution, description)
     return ExecutorchRunner(path, description)

@@ -12,19 +12,17 @@ from typing import final
 
 import torch
 
-from llm_coreml.artifact.description import INPUTS, Description, MethodForm
+from llm_coreml.artifact.description import INPUTS, MAIN_METHOD, Description, MethodForm
 from llm_coreml.errors import ArtifactError
 from llm_coreml.reference.load import load_methods
 from llm_coreml.reference.method.method import LoadedMethod
 from llm_coreml.reference.program.constants import PackedWeight
-from llm_coreml.reference.program.coreml_program import CoreMLProgram
+from llm_coreml.reference.program.coreml_program import INTERFACE_TYPES, CoreMLProgram
 from llm_coreml.reference.program.execution import Execution
 from llm_coreml.runtime.runner import Runner
 
 # What a device is meant to compute, on any machine.
 DECLARED = Execution()
-# The method that ExecuTorch's own runners call.
-_FORWARD = "forward"
 
 
 @final
@@ -42,8 +40,8 @@ class ReferenceRunner(Runner):
         programs: The Core ML programs of all methods.
 
     Raises:
-        ArtifactError: the file is damaged, contradicts its description, or its method has another
-            signature than an LLM's.
+        ArtifactError: the file is damaged, contradicts its description, several of its methods have
+            states, or one has another signature than an LLM's.
         ConfigError: the execution asks for what is not there.
     """
 
@@ -54,13 +52,15 @@ class ReferenceRunner(Runner):
         description: Description | None = None,
     ) -> None:
         super().__init__()
-        names = (_FORWARD,) if description is None else tuple(description.methods)
+        if description is not None:
+            description.check_one_sequence()
+        names = (MAIN_METHOD,) if description is None else tuple(description.methods)
         self._methods = load_methods(path, execution, names)
         self.label = "reference runtime" + execution_suffix(execution)
         for method in self._methods.values():
             _check_signature(method, path)
         if description is None:
-            description = _describe(self._methods[_FORWARD], path)
+            description = _describe(self._methods[MAIN_METHOD], path)
         else:
             _check_description(description, self._methods, path)
         self.description = description
@@ -126,7 +126,7 @@ def _describe(method: LoadedMethod, path: Path) -> Description:
         backend="coreml",
         methods={method.name: form},
         every_row=rows != 1,
-        states={feature.name: f"{feature.dtype} {feature.shape}" for feature in program.states},
+        states=_states(method),
         context=_constant(method.constants, "get_max_context_len", path),
         constant_methods=method.constants,
     )
@@ -139,7 +139,7 @@ def _check_description(
     for name, method in methods.items():
         form = description.methods[name]
         # Of several partitions in a row, nothing tells which takes the tokens.
-        single = len(method.programs) == 1
+        single = form.partitions == len(method.programs) == 1
         # A call with one token has one row either way.
         every_row = description.every_row and form.seq_lengths != (1,)
         compared: dict[str, tuple[object, object]] = {
@@ -150,13 +150,25 @@ def _check_description(
                 description.context,
                 _constant(method.constants, "get_max_context_len", path),
             ),
+            "states": (dict(description.states), _states(method)),
         }
         for what, (told, found) in compared.items():
             if told != found:
                 raise ArtifactError(
-                    f"Method '{name}' of '{path}' is not what the manifest describes: its {what} "
-                    f"is {found}, not {told}. Export again."
+                    f"Method '{name}' of '{path}' is not what the manifest describes ({what}: "
+                    f"{found}, not {told}). Export again."
                 )
+
+
+def _states(method: LoadedMethod) -> dict[str, str]:
+    """Return element type and shape of what a method's programs remember, by name."""
+    return {
+        feature.name: (
+            f"{str(INTERFACE_TYPES[feature.dtype]).removeprefix('torch.')} {list(feature.shape)}"
+        )
+        for program in method.programs
+        for feature in program.states
+    }
 
 
 def _lengths(method: LoadedMethod, path: Path) -> tuple[int, ...]:

@@ -39,9 +39,7 @@ def conversion_bound(decoder: Decoder) -> float:
     What fp16 activations may cost is scaled to the 13 more bits of fp32. There a product's sum is
     rounded as often as it has terms, not once, which in random directions counts as their root.
     """
-    layers = decoder.spec.layers
-    inner = max(layer.feed_forward.intermediate_size for layer in layers)
-    terms = max(decoder.spec.hidden_size, inner, decoder.context)
+    terms = max(decoder.spec.widest_sum, decoder.context)
     return MAX_RELATIVE_ERROR * 2.0**-13 * math.sqrt(terms)
 
 

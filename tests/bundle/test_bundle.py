@@ -102,6 +102,11 @@ def test_the_card_tells_what_the_manifest_holds(manifest: dict[str, Any]) -> Non
     for part in ("int4 group 32", "1.00e-03", "No Apple device took part", "float32 [1, 1, 97]"):
         assert part in card
     assert "all 21 weights and tables" in card and "2.0e-07 (bound 3e-05)" in card
+    shape = "[1, 2, 32, 16]"
+    assert f"`cache_keys` float16 {shape}, `cache_values` float16 {shape}" in card
+    forgetting = {**manifest, "program": {**manifest["program"], "states": {}}}
+    told = model_card(Manifest.from_json(forgetting))
+    assert "32 positions; nothing is remembered between calls" in told
     checked = {**manifest["verification"], "conversion": None}
     unrounded = Manifest.from_json({**manifest, "verification": checked})
     assert "without rounding" not in model_card(unrounded)
@@ -123,8 +128,8 @@ def test_the_card_tells_what_the_manifest_holds(manifest: dict[str, Any]) -> Non
         (lambda m: m["quantization"].update(linear={}), "is damaged at $.quantization.linear"),
         (lambda m: m["verification"].pop("rows"), "is damaged at $.verification"),
         (lambda m: m["verification"]["conversion"].pop("rows"), "at $.verification.conversion"),
-        (lambda m: m.update(version=2), "has version 2; this release reads version 1"),
-        (lambda m: m.pop("version"), "has version None; this release reads version 1"),
+        (lambda m: m.update(version=3), "has version 3; this release reads versions 1 and 2"),
+        (lambda m: m.pop("version"), "has version None; this release reads versions 1 and 2"),
     ],
 )
 def test_a_damaged_manifest_is_refused(
@@ -142,7 +147,7 @@ def test_a_damaged_manifest_is_refused(
     ("data", "part"),
     [
         (b"", "cannot be read"),
-        (b'{"version": 1', "cannot be read"),
+        (b'{"version": 2', "cannot be read"),
         (b"\xff\xfe\x00", "cannot be read"),
         (b"[1]", "has version None"),
         (b"null", "has version None"),

@@ -130,6 +130,7 @@ def earlier(recorded: dict[str, Any]) -> dict[str, Any]:
     for key in ("form", "every_row", "methods"):
         recorded["program"].pop(key)
     recorded["verification"].pop("conversion")
+    recorded["version"] = 1
     return recorded
 
 
@@ -140,9 +141,12 @@ def own_bundle(bundle: Path, tmp_path: Path) -> Path:
 
 
 def test_earlier_manifests_are_read(own_bundle: Path) -> None:
-    described = open_bundle(own_bundle).manifest.description
+    written = open_bundle(own_bundle).manifest
+    assert written.version == 2
+    described = written.description
     (own_bundle / MANIFEST).write_text(json.dumps(earlier(manifest_of(own_bundle))))
     manifest = open_bundle(own_bundle).manifest
+    assert manifest.version == 1
     assert manifest.quantization.plan is None and manifest.plan_json() is None
     assert manifest.verification.conversion is None
     assert manifest.description.methods == described.methods

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
+from llm_coreml.bundle.manifest import Target
 from llm_coreml.config import ExportConfig, resolve
 from llm_coreml.lower.forms import FORMS, Enumerated, Lowering, Static, Twin, form_for
 from llm_coreml.model import open_model
@@ -14,6 +15,7 @@ from llm_coreml.quantize import make_plan
 from llm_coreml.quantize.quantized import build_decoder
 from llm_coreml.reference.program.execution import Execution
 from llm_coreml.runtime.program_runner import program_runner
+from llm_coreml.targets import BACKENDS
 from tiny import llama, small_spec
 
 CASES: dict[str, tuple[dict[str, Any], type[Lowering]]] = {
@@ -47,7 +49,13 @@ def test_a_form_is_what_it_says(name: str, tmp_path: Path) -> None:
     assert len(runner.step(list(range(longest)))) == (longest if described.every_row else 1)
 
 
-@pytest.mark.parametrize("backend", ["coreml", "xnnpack"])
+def test_every_backend_is_one_of_the_settings_and_has_a_form() -> None:
+    names = get_args(get_type_hints(ExportConfig)["backend"])
+    assert tuple(BACKENDS) == names == get_args(get_type_hints(Target)["backend"])
+    assert {form.backend for form in FORMS} == set(BACKENDS)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("lengths", [(1,), (1, 8)])
 def test_settings_ask_for_one_form(backend: Any, lengths: tuple[int, ...]) -> None:
     config = ExportConfig(context=32, seq_lengths=lengths, backend=backend)

@@ -26,11 +26,10 @@ def test_a_bare_file_tells_what_its_manifest_tells(bundle: Path) -> None:
     opened = open_bundle(bundle)
     told = opened.manifest.description
     found = ReferenceRunner(opened.program).description
-    assert found.states.keys() == told.states.keys()
+    assert found.states == told.states
     # A list of one is a number to a file.
     assert found.constant_methods == {**told.constant_methods, "get_eos_ids": 1}
-    states, constants = told.states, told.constant_methods
-    assert replace(found, states=states, constant_methods=constants) == told
+    assert replace(found, constant_methods=told.constant_methods) == told
     assert told.main == told.method_for(8) == "forward" and told.form == "enumerated"
 
 
@@ -44,11 +43,16 @@ def edited(description: Description, **changes: Any) -> Description:
 @pytest.mark.parametrize(
     ("change", "part"),
     [
-        (lambda d: edited(d, seq_lengths=(1, 4)), r"its lengths is \(1, 8\), not \(1, 4\)"),
-        (lambda d: edited(d, functions=("other",)), "its functions is .*main.*, not .*other"),
-        (lambda d: edited(d, functions=("main", "main")), "its functions is"),
-        (lambda d: replace(d, every_row=True), "its row for each token is False, not True"),
-        (lambda d: replace(d, context=128), "its context is 64, not 128"),
+        (lambda d: edited(d, seq_lengths=(1, 4)), r"\(lengths: \(1, 8\), not \(1, 4\)\)"),
+        (lambda d: edited(d, functions=("other",)), r"\(functions: .*main.*, not .*other"),
+        (lambda d: edited(d, functions=("main", "main")), r"\(functions: "),
+        (lambda d: replace(d, every_row=True), r"\(row for each token: False, not True\)"),
+        (lambda d: replace(d, context=128), r"\(context: 64, not 128\)"),
+        (lambda d: replace(d, states={}), r"\(states: .*cache_keys.*, not {}\)"),
+        (
+            lambda d: replace(d, states=dict.fromkeys(d.states, "float16 [1]")),
+            r"\(states: .*, not .*float16 \[1\]",
+        ),
         (
             lambda d: replace(d, methods={"forwards": d.methods["forward"]}),
             "no method 'forwards', only .*forward",
@@ -69,6 +73,19 @@ def test_a_manifest_that_contradicts_its_program_is_refused(bundle: Path) -> Non
     contradicting = replace(opened, manifest=replace(opened.manifest, program=program))
     with pytest.raises(ArtifactError, match=r"not what the manifest describes.* Export again\."):
         open_runner(contradicting)
+
+
+@pytest.mark.parametrize("backend", ["coreml", "xnnpack"])
+def test_methods_that_remember_apart_are_refused(bundle: Path, backend: str) -> None:
+    opened = open_bundle(bundle)
+    told = opened.manifest.description
+    methods = {
+        "prefill": replace(told.methods["forward"], seq_lengths=(8,)),
+        "forward": replace(told.methods["forward"], seq_lengths=(1,)),
+    }
+    apart = replace(told, backend=backend, methods=methods)
+    with pytest.raises(ArtifactError, match="prefill, forward have states, which are each method"):
+        program_runner(opened.program, apart, DECLARED)
 
 
 class Table(torch.nn.Module):

@@ -44,7 +44,7 @@ def rotations(kind: Rotate, spec: DecoderSpec) -> dict[Space, Rotation]:
     if kind in ("residual", "both"):
         found["residual"] = Rotation(spec.hidden_size)
     if kind in ("heads", "both"):
-        widths = sorted({layer.mixer.head_dim for layer in spec.layers})
+        widths = sorted({width for layer in spec.layers for width in layer.mixer.value_widths})
         if len(widths) > 1:
             raise UnsupportedError(
                 f"--rotate {kind} wants heads of one width, and this model has heads of "
