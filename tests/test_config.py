@@ -251,6 +251,8 @@ def test_an_unknown_setting_offers_the_nearest() -> None:
         ({"program": {"seq_lengths": "1;8"}}, "'1;8' is no list of numbers such as 1,8,64."),
         ({"weights": {"size": "big"}}, "'big' is no number of bytes such as 4GB or 512MiB."),
         ({"bits": [4]}, "weights.bits is a list; it must be a number or null."),
+        ({"weights": 3}, "weights is 3; it must be a section of keys and values."),
+        ({"program": None}, "program is None; it must be a section of keys and values."),
     ],
     ids=str,
 )

@@ -87,8 +87,13 @@ class ExportConfig(TargetSettings, ProgramSettings, CalibrationSettings, WeightS
 
 
 def _has_sections(values: Mapping[str, Any]) -> bool:
-    """Return whether settings lie in sections, one of which has the name of a setting."""
-    return any(isinstance(value, Mapping) for key, value in values.items())
+    """Return whether settings lie in sections.
+
+    A section and a setting may share a name: `target`, which is a section if it holds keys.
+    """
+    settings = {each.name for each in settings_of(ExportConfig)}
+    sections = SECTIONS.keys() - settings
+    return any(key in sections or isinstance(value, Mapping) for key, value in values.items())
 
 
 def _sectioned(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

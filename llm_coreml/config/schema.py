@@ -77,10 +77,11 @@ def complaint(values: object, schema: dict[str, Any]) -> str | None:
     told = f"{where or 'The file'} is {_shown(found.instance)}; it must be "
     if found.validator == "enum":
         return told + " or ".join(found.validator_value) + "."
-    types = found.validator_value
-    return (
-        told + " or ".join(_WORDS[t] for t in ([types] if isinstance(types, str) else types)) + "."
-    )
+    if found.validator == "type":
+        types = found.validator_value
+        kinds = [types] if isinstance(types, str) else types
+        return told + " or ".join(_WORDS[kind] for kind in kinds) + "."
+    return told + f"of {found.validator} {found.validator_value}."
 
 
 def _unknown_key(
