@@ -81,6 +81,48 @@ def test_settings_that_break_a_rule(settings: dict[str, Any], message: str) -> N
     assert caught.value.exit_code == 2
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"bits": "4"}, "bits is '4'; it must be a number or None."),
+        ({"bits": True}, "bits is True; it must be a number or None."),
+        ({"size": "600MB"}, "size is '600MB'; it must be a whole number or None."),
+        ({"size": float("nan")}, "size is nan; it must be a whole number or None."),
+        ({"group_size": 32.5}, "group_size is 32.5; it must be a whole number."),
+        ({"group_size": True}, "group_size is True; it must be a whole number."),
+        ({"tune": "3"}, "tune is '3'; it must be a whole number."),
+        ({"context": float("inf")}, "context is inf; it must be a whole number or None."),
+        ({"context": [32]}, "context is a list; it must be a whole number or None."),
+        ({"seq_lengths": 5}, "seq_lengths is 5; it must be a list, each part a whole number or"),
+        ({"seq_lengths": "1,8"}, "seq_lengths is '1,8'; it must be a list, each part a whole"),
+        ({"seq_lengths": (1, 8.5)}, "seq_lengths is (1, 8.5); it must be a list, each part a"),
+        ({"embedding": None}, "embedding is None; it must be a text."),
+        ({"target": None}, "target is None; it must be a text."),
+        ({"zero_point": None}, "zero_point is 'None'; it must be none or int or float."),
+        ({"plan": Path("p.json")}, "plan is "),
+        ({"force": 1}, "force is 1; it must be true or false."),
+    ],
+    ids=str,
+)
+def test_values_of_another_kind_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        ExportConfig(**settings)
+    assert str(caught.value).startswith(message)
+
+
+def test_whole_numbers_are_ints_however_they_were_written() -> None:
+    values = {
+        "weights": {"bits": 4.0, "group_size": 64.0},
+        "program": {"context": 1024.0, "seq_lengths": [1, 8.0]},
+    }
+    config = ExportConfig.from_json(values)
+    assert config.flags() == [
+        *("--bits", "4", "--group-size", "64", "--context", "1024", "--seq-lengths", "1,8")
+    ]
+    assert ExportConfig(seq_lengths=[8, 1.0], tune=0.0).seq_lengths == (8, 1)  # type: ignore[arg-type]
+    assert ExportConfig(bits=3.5).bits == 3.5
+
+
 @pytest.mark.parametrize("system", ["iOS17", "iOS13", "macOS14"])
 def test_systems_before_states_are_refused(system: str) -> None:
     with pytest.raises(UnsupportedError) as caught:
