@@ -229,6 +229,54 @@ def test_json_round_trip(config: ExportConfig) -> None:
     assert ExportConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
 
 
+GIVEN = st.one_of(
+    st.builds(lambda bits: {"bits": bits}, st.sampled_from([1, 3, 3.5, 4, 4.0, 8, 16])),
+    st.builds(lambda size: {"size": size}, st.integers(1, 10**12)),
+    st.builds(lambda name: {"scheme": name}, st.sampled_from(["codebook", "int4-group", "none"])),
+    st.just({"plan": "other/manifest.json"}),
+)
+
+
+@given(CONFIGS.filter(lambda config: config.backend == "coreml") | MIXED, GIVEN)
+def test_what_is_given_wins_over_a_recipe(recipe: ExportConfig, given: dict[str, Any]) -> None:
+    config = recipe.under(given)
+    (name,) = given
+    assert getattr(config, name) == given[name]
+    for other in ("target", "context", "rotate", "force", "calibrate"):
+        assert getattr(config, other) == getattr(recipe, other)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "given", "expected"),
+    [
+        ({"bits": 3}, {"size": 600}, {"size": 600}),
+        ({"size": 600, "embedding": "none"}, {"bits": 3}, {"bits": 3, "embedding": "none"}),
+        ({"plan": "p.json"}, {"bits": 3}, {"bits": 3}),
+        ({"plan": "p.json"}, {"scheme": "mxfp4"}, {"scheme": "mxfp4"}),
+        ({"bits": 3, "lm_head": "none", "group_size": 64}, {"plan": "p"}, {"plan": "p"}),
+        ({"bits": 3.5}, {"scheme": "int4-group"}, {"scheme": "int4-group"}),
+        ({"scheme": "int4-group"}, {"bits": 3.5}, {"bits": 3.5}),
+        ({"scheme": "int4-group", "bits": 4}, {"bits": 3}, {"bits": 3}),
+        ({"bits": 3}, {"scheme": "int8-channel"}, {"scheme": "int8-channel"}),
+        # Kept, as they go together.
+        ({"scheme": "codebook"}, {"bits": 3}, {"bits": 3, "scheme": "codebook"}),
+        ({"bits": 4}, {"scheme": "int4-channel"}, {"bits": 4, "scheme": "int4-channel"}),
+        ({"bits": 3}, {"context": 64}, {"bits": 3, "context": 64}),
+        ({"bits": 3}, {}, {"bits": 3}),
+    ],
+    ids=str,
+)
+def test_a_recipe_gives_up_what_the_given_excludes(
+    recipe: dict[str, Any], given: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    assert ExportConfig(**recipe).under(given) == ExportConfig(**expected)
+
+
+def test_contradictions_among_the_given_remain() -> None:
+    with pytest.raises(ConfigError, match="--size decides what --bits 3 would; drop one of them"):
+        ExportConfig(bits=3).under({"bits": 3, "size": 600})
+
+
 def parse(words: list[str]) -> ExportConfig:
     """Read the flags of a command as the command line would."""
     kinds = {field.name: str(field.type) for field in fields(ExportConfig)}

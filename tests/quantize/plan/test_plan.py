@@ -9,6 +9,7 @@ import pytest
 
 from llm_coreml.bundle.record import bits_per_weight
 from llm_coreml.config import ExportConfig, resolve
+from llm_coreml.config.values import WHOLE_BITS, takes_bits
 from llm_coreml.errors import ConfigError, LlmCoreMLError, UnsupportedError
 from llm_coreml.quantize import SCHEMES, Scheme, make_plan
 from llm_coreml.quantize.formats.schemes import Codebook, IntChannel, IntGroup, Mxfp4, Unquantized
@@ -233,6 +234,17 @@ def test_what_cannot_be_held_is_refused_before_any_work(
     with pytest.raises(kind) as caught:
         make_plan(resolve(ExportConfig(**settings), spec), spec)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("bits", WHOLE_BITS)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_names_say_which_bits_a_format_takes(scheme: str, bits: int) -> None:
+    job = resolve(ExportConfig(scheme=scheme, bits=bits), SPEC)
+    if takes_bits(scheme, bits):
+        assert linear_scheme(job).bits == bits
+        return
+    with pytest.raises((ConfigError, UnsupportedError), match=rf"\b{bits}\b"):
+        linear_scheme(job)
 
 
 @pytest.mark.parametrize("bits", [5, 7])
