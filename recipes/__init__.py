@@ -62,7 +62,7 @@ class _PlainLoader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
-            at = self.peek_event().start_mark.line + 1
+            at = self.peek_event().start_mark.line + 1  # type: ignore[no-untyped-call]
             raise ValueError(f"line {at} holds an alias (*name), which recipes do without")
         return super().compose_node(parent, index)
 

@@ -160,7 +160,7 @@ def test_what_bits_and_scheme_mean(settings: dict[str, Any], expected: Scheme) -
             UnsupportedError,
             "--target ane does not take int8-group: the Neural Engine has been reported to compute "
             "wrong values with per-block int8, without an error (coreai-models issue 279). Use "
-            "--scheme codebook, or --force to export it all the same.",
+            "--scheme int8-channel, or --force to export it all the same.",
         ),
         (
             {"bits": 3, "codebook_columns": 24},
@@ -171,14 +171,14 @@ def test_what_bits_and_scheme_mean(settings: dict[str, Any], expected: Scheme) -
         (
             {"scheme": "mxfp4"},
             UnsupportedError,
-            "iOS18 is too old for mxfp4, which Core ML runs from iOS26 on; use --minimum-os iOS26, "
-            "--scheme int4-group, or --force to export it all the same.",
+            "iOS18 is too old for mxfp4, which Core ML runs from iOS26 on. Use --minimum-os iOS26 "
+            "or --scheme int4-channel, or --force to export it all the same.",
         ),
         (
             {"embedding": "int3-group", "minimum_os": "macOS15"},
             UnsupportedError,
-            "macOS15 is too old for int3-group, which Core ML runs from iOS26 on; use --minimum-os "
-            "iOS26, --embedding int8-channel, or --force to export it all the same.",
+            "macOS15 is too old for int3-group, which Core ML runs from iOS26 on. Use --minimum-os "
+            "iOS26 or --embedding int4-channel, or --force to export it all the same.",
         ),
         (
             {"scheme": "int2-group", "target": "ane", "minimum_os": "iOS26"},
@@ -189,8 +189,8 @@ def test_what_bits_and_scheme_mean(settings: dict[str, Any], expected: Scheme) -
         (
             {"bits": 4, "target": "all", "codebook_scale": True},
             UnsupportedError,
-            f"--target all does not take codebook: {SCALED_TABLES}. Drop --codebook-scale, or "
-            "--force to export it all the same.",
+            f"--target all does not take codebook: {SCALED_TABLES}. Use --no-codebook-scale, "
+            "or --force to export it all the same.",
         ),
         (
             {"scheme": "mxfp4", "minimum_os": "iOS26", "embedding": "none", "lm_head": "none"},
