@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,7 @@ def export(
     """
     given = {"bits": bits, "scheme": scheme, "target": target, "context": context}
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    run = _Run(replace(config or _settings(model), **changes), progress or Silent(), cache)
+    run = _Run((config or _settings(model)).under(changes), progress or Silent(), cache)
     check_output(Path(output), overwrite)
     if run.config.calibrate is not None:
         read_content(run.config.calibrate)  # what is wrong with it is told before work is done

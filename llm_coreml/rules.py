@@ -1,7 +1,8 @@
 """What is known not to work: one record each, with its reason and where that was reported.
 
-    for rule in broken(Use(target, "iOS18", ("int4-group",), "iOS18")):
-        rule.id, rule.reason, rule.source
+    use = Use(target, "iOS18", ("int4-group",), "iOS18", "--embedding")
+    for rule in broken(use):
+        rule.id, rule.reason, rule.source, remedy(rule, [use])
 
 The plan refuses what breaks a rule; `llm-coreml show` names the rules that an artifact breaks.
 Facts about hardware come from public reports; this project has no Apple device and has measured
@@ -12,7 +13,7 @@ Adding a rule: one record in `RULES`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,12 +29,14 @@ class Use:
         opset: What the oldest system brings, `iOS18` or `iOS26`.
         traits: What a target may not take, see `Scheme.traits`; the format's name is the first.
         minimum_os: Oldest system whose Core ML runs the format.
+        flag: What chooses the format: `--scheme`, `--embedding`, `--lm-head` or `--plan`.
     """
 
     target: Target
     opset: str
     traits: tuple[str, ...]
     minimum_os: str
+    flag: str = "--scheme"
 
 
 @dataclass(frozen=True)
@@ -45,21 +48,40 @@ class Rule:
         level: An `error` is refused unless `--force` is given; a `warning` is only told of.
         reason: What happens, without a full stop.
         source: The public report.
-        flag: What mends it on the command line.
+        instead: A format that keeps the rule.
         check: Whether a use breaks the rule.
+        setting: What else mends it on the command line; empty if nothing does.
+        told: What is said of a use that breaks it.
     """
 
     id: str
     level: Literal["error", "warning"]
     reason: str
     source: str
-    flag: str
+    instead: str
     check: Callable[[Use], bool]
+    setting: str = ""
+    told: str = "--target {target} does not take {format}: {why}"
 
     @property
     def sentence(self) -> str:
         """The reason and its source."""
         return f"{self.reason} ({self.source})"
+
+    def refusal(self, use: Use, system: str) -> str:
+        """Return what is said of a use that breaks it, without a full stop.
+
+        Args:
+            use: What breaks it.
+            system: The oldest system, as it was given.
+        """
+        return self.told.format(
+            target=use.target.name,
+            format=use.traits[0],
+            why=self.sentence,
+            system=system,
+            needed=use.minimum_os,
+        )
 
 
 def _on_the_neural_engine(trait: str) -> Callable[[Use], bool]:
@@ -71,9 +93,11 @@ TOO_OLD = Rule(
     "error",
     "Core ML runs the format on later systems only",
     "coremltools, pass canonicalize_quantized_lut_pattern",
-    "--minimum-os iOS26",
+    "int4-channel",
     # All have two digits, so that they stand in the order of the alphabet.
     lambda use: use.opset < use.minimum_os,
+    setting="--minimum-os iOS26",
+    told="{system} is too old for {format}, which Core ML runs from {needed} on",
 )
 RULES = (
     Rule(
@@ -82,7 +106,7 @@ RULES = (
         "the Neural Engine takes per-channel and palettized weights only and has been reported to "
         "fall back or compute wrong values with per-block int4",
         "coremltools issue 2510",
-        "--scheme codebook",
+        "codebook",
         _on_the_neural_engine("int4-group"),
     ),
     Rule(
@@ -91,7 +115,7 @@ RULES = (
         "the Neural Engine has been reported to compute wrong values with per-block int8, without "
         "an error",
         "coreai-models issue 279",
-        "--scheme int8-channel",
+        "int8-channel",
         _on_the_neural_engine("int8-group"),
     ),
     Rule(
@@ -99,7 +123,7 @@ RULES = (
         "error",
         "the Neural Engine's compiler has been reported to abort on a scale of what a table gives",
         "coremltools pull request 2688",
-        "--scheme codebook",
+        "codebook",
         _on_the_neural_engine("scaled table"),
     ),
     TOO_OLD,
@@ -114,3 +138,17 @@ def broken(use: Use) -> list[Rule]:
 def refused(use: Use) -> list[Rule]:
     """Return the rules that a use breaks and that only `--force` passes over."""
     return [rule for rule in broken(use) if rule.level == "error"]
+
+
+def remedy(rule: Rule, uses: Iterable[Use]) -> str:
+    """Return what mends uses that break a rule, as words of the command line."""
+    formats = dict.fromkeys(_other_format(rule, use) for use in uses)
+    return " or ".join([*([rule.setting] if rule.setting else []), " ".join(formats)])
+
+
+def _other_format(rule: Rule, use: Use) -> str:
+    if use.flag == "--plan":
+        return f"a --plan with plain {rule.instead} instead"
+    # Of the format that would keep the rule, only an option breaks it.
+    same = use.traits[0] == rule.instead
+    return "--no-codebook-scale" if same else f"{use.flag} {rule.instead}"

@@ -57,6 +57,16 @@ class Recipe:
         return str(bundled_model()) if self.model == BUNDLED else self.model
 
 
+class _PlainLoader(yaml.SafeLoader):
+    """Reads YAML without aliases, a few of which, nested, make a tree that fits no memory."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            at = self.peek_event().start_mark.line + 1  # type: ignore[no-untyped-call]
+            raise ValueError(f"line {at} holds an alias (*name), which recipes do without")
+        return super().compose_node(parent, index)
+
+
 def bundled_model() -> Path:
     """Return the folder of the small Llama that ships in the package."""
     return Path(str(importlib.resources.files("llm_coreml.demo")))
@@ -129,7 +139,7 @@ def _read(path: Path) -> Any:
     try:
         if path.stat().st_size > _LARGEST_FILE:
             raise ValueError(f"it is larger than {_LARGEST_FILE >> 20} MiB")
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.load(path.read_text(encoding="utf-8"), _PlainLoader)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         told = " ".join(str(error).split())
         raise ConfigError(f"Recipe '{path}' cannot be read: {told}.") from None

@@ -16,7 +16,7 @@ import torch
 
 import llm_coreml
 from exported import TEXT, make_model, make_tokenizer, manifest_of
-from llm_coreml import Evaluation, ExportConfig, LanguageModel, LlmCoreMLError
+from llm_coreml import Evaluation, ExportConfig, LanguageModel, LlmCoreMLError, pipeline
 from llm_coreml.errors import ArtifactError, CheckpointError, ConfigError
 from llm_coreml.eval.heldout import cut
 from llm_coreml.tokenizer import Tokenizer
@@ -56,6 +56,18 @@ def test_no_module_has_the_name_of_a_function() -> None:
     for _ in range(2):
         for name in ("evaluate", "export", "load"):
             assert callable(getattr(llm_coreml, name))
+
+
+def test_an_argument_wins_over_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("model: org/name\nweights: {size: 600MB}\nprogram: {context: 64}\n")
+
+    def refuse(*_: object, accept: Any) -> None:
+        raise CheckpointError(f"asked for {accept.__self__.config.flags()}")
+
+    monkeypatch.setattr(pipeline, "open_model", refuse)
+    with pytest.raises(CheckpointError, match=r"asked for .'--bits', '3', '--context', '64'.$"):
+        llm_coreml.export(str(recipe), output=tmp_path / "out", bits=3)
 
 
 # A live model

@@ -81,6 +81,48 @@ def test_settings_that_break_a_rule(settings: dict[str, Any], message: str) -> N
     assert caught.value.exit_code == 2
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"bits": "4"}, "bits is '4'; it must be a number or None."),
+        ({"bits": True}, "bits is True; it must be a number or None."),
+        ({"size": "600MB"}, "size is '600MB'; it must be a whole number or None."),
+        ({"size": float("nan")}, "size is nan; it must be a whole number or None."),
+        ({"group_size": 32.5}, "group_size is 32.5; it must be a whole number."),
+        ({"group_size": True}, "group_size is True; it must be a whole number."),
+        ({"tune": "3"}, "tune is '3'; it must be a whole number."),
+        ({"context": float("inf")}, "context is inf; it must be a whole number or None."),
+        ({"context": [32]}, "context is a list; it must be a whole number or None."),
+        ({"seq_lengths": 5}, "seq_lengths is 5; it must be a list, each part a whole number or"),
+        ({"seq_lengths": "1,8"}, "seq_lengths is '1,8'; it must be a list, each part a whole"),
+        ({"seq_lengths": (1, 8.5)}, "seq_lengths is (1, 8.5); it must be a list, each part a"),
+        ({"embedding": None}, "embedding is None; it must be a text."),
+        ({"target": None}, "target is None; it must be a text."),
+        ({"zero_point": None}, "zero_point is 'None'; it must be none or int or float."),
+        ({"plan": Path("p.json")}, "plan is "),
+        ({"force": 1}, "force is 1; it must be true or false."),
+    ],
+    ids=str,
+)
+def test_values_of_another_kind_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        ExportConfig(**settings)
+    assert str(caught.value).startswith(message)
+
+
+def test_whole_numbers_are_ints_however_they_were_written() -> None:
+    values = {
+        "weights": {"bits": 4.0, "group_size": 64.0},
+        "program": {"context": 1024.0, "seq_lengths": [1, 8.0]},
+    }
+    config = ExportConfig.from_json(values)
+    assert config.flags() == [
+        *("--bits", "4", "--group-size", "64", "--context", "1024", "--seq-lengths", "1,8")
+    ]
+    assert ExportConfig(seq_lengths=[8, 1.0], tune=0.0).seq_lengths == (8, 1)  # type: ignore[arg-type]
+    assert ExportConfig(bits=3.5).bits == 3.5
+
+
 @pytest.mark.parametrize("system", ["iOS17", "iOS13", "macOS14"])
 def test_systems_before_states_are_refused(system: str) -> None:
     with pytest.raises(UnsupportedError) as caught:
@@ -187,6 +229,54 @@ def test_json_round_trip(config: ExportConfig) -> None:
     assert ExportConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
 
 
+GIVEN = st.one_of(
+    st.builds(lambda bits: {"bits": bits}, st.sampled_from([1, 3, 3.5, 4, 4.0, 8, 16])),
+    st.builds(lambda size: {"size": size}, st.integers(1, 10**12)),
+    st.builds(lambda name: {"scheme": name}, st.sampled_from(["codebook", "int4-group", "none"])),
+    st.just({"plan": "other/manifest.json"}),
+)
+
+
+@given(CONFIGS.filter(lambda config: config.backend == "coreml") | MIXED, GIVEN)
+def test_what_is_given_wins_over_a_recipe(recipe: ExportConfig, given: dict[str, Any]) -> None:
+    config = recipe.under(given)
+    (name,) = given
+    assert getattr(config, name) == given[name]
+    for other in ("target", "context", "rotate", "force", "calibrate"):
+        assert getattr(config, other) == getattr(recipe, other)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "given", "expected"),
+    [
+        ({"bits": 3}, {"size": 600}, {"size": 600}),
+        ({"size": 600, "embedding": "none"}, {"bits": 3}, {"bits": 3, "embedding": "none"}),
+        ({"plan": "p.json"}, {"bits": 3}, {"bits": 3}),
+        ({"plan": "p.json"}, {"scheme": "mxfp4"}, {"scheme": "mxfp4"}),
+        ({"bits": 3, "lm_head": "none", "group_size": 64}, {"plan": "p"}, {"plan": "p"}),
+        ({"bits": 3.5}, {"scheme": "int4-group"}, {"scheme": "int4-group"}),
+        ({"scheme": "int4-group"}, {"bits": 3.5}, {"bits": 3.5}),
+        ({"scheme": "int4-group", "bits": 4}, {"bits": 3}, {"bits": 3}),
+        ({"bits": 3}, {"scheme": "int8-channel"}, {"scheme": "int8-channel"}),
+        # Kept, as they go together.
+        ({"scheme": "codebook"}, {"bits": 3}, {"bits": 3, "scheme": "codebook"}),
+        ({"bits": 4}, {"scheme": "int4-channel"}, {"bits": 4, "scheme": "int4-channel"}),
+        ({"bits": 3}, {"context": 64}, {"bits": 3, "context": 64}),
+        ({"bits": 3}, {}, {"bits": 3}),
+    ],
+    ids=str,
+)
+def test_a_recipe_gives_up_what_the_given_excludes(
+    recipe: dict[str, Any], given: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    assert ExportConfig(**recipe).under(given) == ExportConfig(**expected)
+
+
+def test_contradictions_among_the_given_remain() -> None:
+    with pytest.raises(ConfigError, match="--size decides what --bits 3 would; drop one of them"):
+        ExportConfig(bits=3).under({"bits": 3, "size": 600})
+
+
 def parse(words: list[str]) -> ExportConfig:
     """Read the flags of a command as the command line would."""
     kinds = {field.name: str(field.type) for field in fields(ExportConfig)}
@@ -251,6 +341,8 @@ def test_an_unknown_setting_offers_the_nearest() -> None:
         ({"program": {"seq_lengths": "1;8"}}, "'1;8' is no list of numbers such as 1,8,64."),
         ({"weights": {"size": "big"}}, "'big' is no number of bytes such as 4GB or 512MiB."),
         ({"bits": [4]}, "weights.bits is a list; it must be a number or null."),
+        ({"weights": 3}, "weights is 3; it must be a section of keys and values."),
+        ({"program": None}, "program is None; it must be a section of keys and values."),
     ],
     ids=str,
 )

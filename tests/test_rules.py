@@ -6,6 +6,7 @@ import pytest
 
 from llm_coreml import rules
 from llm_coreml.quantize.formats.schemes import (
+    SCHEMES,
     Codebook,
     IntChannel,
     IntGroup,
@@ -13,7 +14,7 @@ from llm_coreml.quantize.formats.schemes import (
     Scheme,
     TableGroup,
 )
-from llm_coreml.rules import RULES, Rule, Use, broken, refused
+from llm_coreml.rules import RULES, TOO_OLD, Rule, Use, broken, refused, remedy
 from llm_coreml.targets import TARGETS
 
 NEW, OLD = "iOS26", "iOS18"
@@ -55,12 +56,31 @@ def test_every_rule_has_a_name_a_reason_and_a_public_source() -> None:
     for rule in RULES:
         assert rule.id == rule.id.lower() and " " not in rule.id
         assert rule.reason and not rule.reason.endswith(".") and rule.source
-        assert rule.flag.startswith("--")
+        use = Use(TARGETS["ane"], OLD, ("any",), NEW, "--embedding")
+        assert remedy(rule, [use]).startswith("--")
+        # What is to be used instead breaks no rule, anywhere.
+        assert all(not refused(Use(t, OLD, (rule.instead,), OLD)) for t in TARGETS.values())
+        assert rule.instead in SCHEMES
         assert rule.sentence == f"{rule.reason} ({rule.source})"
 
 
 def test_warnings_are_told_and_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     use = Use(TARGETS["gpu"], OLD, ("codebook",), OLD)
-    rule = Rule("odd", "warning", "it is odd", "a report", "--bits 4", lambda _: True)
+    rule = Rule("odd", "warning", "it is odd", "a report", "codebook", lambda _: True)
     monkeypatch.setattr(rules, "RULES", (rule,))
     assert broken(use) == [rule] and refused(use) == []
+
+
+def test_remedies_name_the_flag_that_chose_the_format() -> None:
+    (rule,) = [rule for rule in RULES if rule.id == "ane-scaled-table"]
+
+    def use(flag: str, name: str = "mxfp4") -> Use:
+        return Use(TARGETS["ane"], OLD, (name, "scaled table"), NEW, flag)
+
+    for flag in ("--scheme", "--embedding", "--lm-head"):
+        assert remedy(rule, [use(flag)]) == f"{flag} codebook"
+        assert remedy(TOO_OLD, [use(flag)]) == f"--minimum-os iOS26 or {flag} int4-channel"
+        assert remedy(rule, [use(flag, "codebook")]) == "--no-codebook-scale"
+    assert remedy(rule, [use("--plan")]) == "a --plan with plain codebook instead"
+    several = [use("--scheme"), use("--embedding"), use("--scheme")]
+    assert remedy(rule, several) == "--scheme codebook --embedding codebook"

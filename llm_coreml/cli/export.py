@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,12 +95,18 @@ def _config(call: click.Context, model: str | None, given: str | None) -> Export
     """Return the settings of the recipe, if there is one, below those of the command line."""
     from llm_coreml.recipes import find_recipe, load_recipe
 
-    recipe = None
+    named = None if given is None else find_recipe(given)
+    recipe = named
     if model is not None:
         # Beside --model, only a recipe has anything to say.
         recipe = find_recipe(model) if given is None else load_recipe(model)
+        if named is not None:
+            raise click.UsageError(
+                f"{model} and --model {given} are two recipes; give one of them, or a hub id or a "
+                "folder as the model."
+            )
     base = ExportConfig() if recipe is None else recipe.config
-    return replace(base, **given_settings(call))
+    return base.under(given_settings(call))
 
 
 def _name(source: str) -> str:

@@ -37,7 +37,9 @@ def _option(setting: Setting) -> Callable[[Command], Command]:
     shown = "" if setting.shown is None else f"  [default: {setting.shown}]"
     text = setting.about + shown
     if setting.kind is bool:
-        return click.option(setting.flag, is_flag=True, help=text)
+        # The second form switches off what a recipe switches on.
+        both = f"{setting.flag}/{setting.flag.replace('--', '--no-', 1)}"
+        return click.option(both, default=setting.default, help=text)
     return click.option(
         setting.flag,
         type=_type(setting),

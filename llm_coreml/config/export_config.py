@@ -8,8 +8,8 @@ config.section(WeightSettings)       # its part that says what weights are store
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
 from llm_coreml.config.schema import complaint, sections_schema
@@ -19,8 +19,10 @@ from llm_coreml.config.sections import (
     ProgramSettings,
     TargetSettings,
     WeightSettings,
+    decided_by,
 )
 from llm_coreml.config.setting import Section, settings_of
+from llm_coreml.config.values import takes_bits
 from llm_coreml.errors import ConfigError, nearest
 from llm_coreml.targets import BACKENDS
 
@@ -49,6 +51,37 @@ class ExportConfig(TargetSettings, ProgramSettings, CalibrationSettings, WeightS
     def section(self, kind: type[S]) -> S:
         """Return the settings of one section."""
         return kind(**{each.name: getattr(self, each.name) for each in settings_of(kind)})
+
+    def under(self, given: Mapping[str, Any]) -> ExportConfig:
+        """Return these settings, as of a recipe, below those that were given.
+
+        Formats that contradict a given `bits`, `scheme`, `size` or `plan` go back to their
+        defaults; contradictions among the given remain.
+
+        Raises:
+            ConfigError: as for any config.
+            UnsupportedError: as for any config.
+        """
+        settings = {each.name: each for each in settings_of(ExportConfig)}
+        cleared = {
+            other: settings[other].default
+            for name in {"bits", "scheme", "size", "plan"} & given.keys()
+            for other in self._contradicted(name, given[name])
+            if other not in given
+        }
+        return replace(self, **cleared, **given)
+
+    def _contradicted(self, name: str, value: Any) -> Iterator[str]:
+        """Yield the settings that cannot stay beside another one of this value."""
+        yield from decided_by(name, value)
+        yield from (each for each in ("size", "plan", "bits") if name in self._decided(each))
+        if name == "bits" and self.scheme is not None and not takes_bits(self.scheme, value):
+            yield "scheme"
+        if name == "scheme" and self.bits is not None and not takes_bits(value, self.bits):
+            yield "bits"
+
+    def _decided(self, name: str) -> tuple[str, ...]:
+        return decided_by(name, getattr(self, name))
 
     def flags(self) -> list[str]:
         """Return the words that give these settings on the command line, defaults left out."""
@@ -89,8 +122,13 @@ class ExportConfig(TargetSettings, ProgramSettings, CalibrationSettings, WeightS
 
 
 def _has_sections(values: Mapping[str, Any]) -> bool:
-    """Return whether settings lie in sections, one of which has the name of a setting."""
-    return any(isinstance(value, Mapping) for key, value in values.items())
+    """Return whether settings lie in sections.
+
+    A section and a setting may share a name: `target`, which is a section if it holds keys.
+    """
+    settings = {each.name for each in settings_of(ExportConfig)}
+    sections = SECTIONS.keys() - settings
+    return any(key in sections or isinstance(value, Mapping) for key, value in values.items())
 
 
 def _sectioned(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

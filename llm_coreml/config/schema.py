@@ -9,15 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from llm_coreml.config.setting import Setting, settings_of
+from llm_coreml.config.setting import KINDS, Setting, brief, settings_of
 from llm_coreml.errors import nearest
 
 _TYPES = {bool: "boolean", int: "integer", float: "number", str: "string"}
 _WORDS = {
-    "boolean": "true or false",
-    "integer": "a whole number",
-    "number": "a number",
-    "string": "a text",
+    **{_TYPES[kind]: words for kind, words in KINDS.items()},
     "array": "a list",
     "object": "a section of keys and values",
     "null": "null",
@@ -74,13 +71,14 @@ def complaint(values: object, schema: dict[str, Any]) -> str | None:
     if found.validator == "required":
         (absent, *_) = [key for key in found.validator_value if key not in found.instance]
         return f"{where or 'The file'} lacks the key '{absent}'."
-    told = f"{where or 'The file'} is {_shown(found.instance)}; it must be "
+    told = f"{where or 'The file'} is {brief(found.instance)}; it must be "
     if found.validator == "enum":
         return told + " or ".join(found.validator_value) + "."
-    types = found.validator_value
-    return (
-        told + " or ".join(_WORDS[t] for t in ([types] if isinstance(types, str) else types)) + "."
-    )
+    if found.validator == "type":
+        types = found.validator_value
+        kinds = [types] if isinstance(types, str) else types
+        return told + " or ".join(_WORDS[kind] for kind in kinds) + "."
+    return told + f"of {found.validator} {found.validator_value}."
 
 
 def _unknown_key(
@@ -92,11 +90,3 @@ def _unknown_key(
         if key in section.get("properties", {}):
             return f"{told}; it belongs to {title}."
     return f"{told}.{nearest(str(key), known)}"
-
-
-def _shown(value: object) -> str:
-    """Return a value as an error can show it; what a file nests may be of any size."""
-    if isinstance(value, (dict, list)):
-        return "a list" if isinstance(value, list) else "a section"
-    text = repr(value)
-    return text if len(text) <= 60 else text[:60] + "..."

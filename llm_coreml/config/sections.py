@@ -30,16 +30,24 @@ from llm_coreml.targets import TARGETS
 # "gpu, ane, cpu or all"
 _UNITS = " or ".join(", ".join(TARGETS).rsplit(", ", 1))
 Rotate = Literal["none", "residual", "heads", "both"]
-# Chosen by a plan, for every matrix.
-_FORMAT_SETTINGS = (
-    "group_size",
-    "zero_point",
-    "codebook_rows",
-    "codebook_columns",
-    "codebook_vector",
-    "codebook_scale",
-    "embedding",
+# What each of these decides of others, which cannot be given beside it.
+_DECIDED: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "plan": (
+            *("scheme", "bits", "size", "lm_head", "group_size", "zero_point", "codebook_rows"),
+            *("codebook_columns", "codebook_vector", "codebook_scale", "embedding"),
+        ),
+        "size": ("scheme", "bits"),
+    }
 )
+
+
+def decided_by(name: str, value: object) -> tuple[str, ...]:
+    """Return the settings that another one decides, if it has this value."""
+    if name == "bits":
+        mixed = isinstance(value, float) and not value.is_integer()
+        return ("scheme",) if mixed else ()
+    return () if value is None else _DECIDED.get(name, ())
 
 
 @dataclass(frozen=True)
@@ -89,31 +97,21 @@ class WeightSettings(Section):
         super().__post_init__()
         if self.size is not None and self.size < 1:
             raise ConfigError(f"--size is {self.size}; give bytes, such as 600MB.")
-        decided = "--plan" if self.plan is not None else "--size" if self.size is not None else None
-        others: dict[str, object] = {"--scheme": self.scheme}
-        if decided is not None:
-            others["--bits"] = self.bits
-        elif self.mixed:
-            decided = f"--bits {self.bits}"
-        if decided == "--plan":
-            others |= {"--size": self.size, "--lm-head": self.lm_head, **self._formats()}
-        for flag, value in others.items():
-            if decided is not None and value is not None:
-                raise ConfigError(f"{decided} decides what {flag} {value} would; drop one of them.")
+        settings = {each.name: each for each in settings_of(WeightSettings)}
+        for name in ("plan", "size", "bits"):
+            own = getattr(self, name)
+            for other in decided_by(name, own):
+                value, flag = getattr(self, other), settings[other].flag
+                if value != settings[other].default:
+                    decider = f"--bits {own}" if name == "bits" else f"--{name}"
+                    raise ConfigError(
+                        f"{decider} decides what {flag} {value} would; drop one of them."
+                    )
 
     @property
     def mixed(self) -> bool:
         """Whether formats are to be chosen by what they cost the model."""
         return self.size is not None or isinstance(self.bits, float)
-
-    def _formats(self) -> dict[str, object]:
-        """Return what was asked for of single formats, by flag."""
-        values = {each: getattr(self, each.name) for each in settings_of(WeightSettings)}
-        return {
-            each.flag: value
-            for each, value in values.items()
-            if each.name in _FORMAT_SETTINGS and value != each.default
-        }
 
 
 @dataclass(frozen=True)

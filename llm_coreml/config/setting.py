@@ -11,11 +11,14 @@ context.flag, context.kind, context.about      # ('--context', int, 'Positions o
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from llm_coreml.errors import ConfigError
+
+# What a setting's value must be, in words.
+KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 
 
 @dataclass(frozen=True)
@@ -69,16 +72,27 @@ class Setting:
         """Return `value` as it is kept.
 
         Raises:
-            ConfigError: it breaks the setting's rule.
+            ConfigError: it is of another kind, or breaks the setting's rule.
             UnsupportedError: it is understood, and nothing can be done with it.
         """
+        if value is None and self.optional:
+            return None
         if self.choices and value not in self.choices:
             allowed = " or ".join(self.choices)
             raise ConfigError(f"{self.name} is '{value}'; it must be {allowed}.")
-        if value is None:
-            return None
-        value = tuple(value) if self.many else value
+        value = self._of_kind(value)
         return value if self.check is None else self.check(value)
+
+    def _of_kind(self, value: Any) -> Any:
+        """Return `value` as its kind has it: a tuple where it is many, 8.0 as 8."""
+        wanted = f"a list, each part {KINDS[self.kind]}" if self.many else KINDS[self.kind]
+        listed = isinstance(value, Iterable) and not isinstance(value, str)
+        parts = list(value) if self.many and listed else [value]
+        if listed != self.many or not all(_is_a(self.kind, part) for part in parts):
+            other = " or None" if self.optional else ""
+            raise ConfigError(f"{self.name} is {brief(value)}; it must be {wanted}{other}.")
+        parts = [int(part) for part in parts] if self.kind is int else parts
+        return tuple(parts) if self.many else parts[0]
 
 
 def setting(
@@ -103,6 +117,23 @@ def setting(
     """
     told = {"about": about, "metavar": metavar, "shown": shown, "check": check, "read": read}
     return dataclasses.field(default=default, metadata={"setting": told})
+
+
+def _is_a(kind: type, value: object) -> bool:
+    """Return whether a value is of a kind: 8.0 is whole, and True is no number."""
+    if kind is bool or isinstance(value, bool):
+        return kind is bool and isinstance(value, bool)
+    if kind is int and isinstance(value, float):
+        return value.is_integer()
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def brief(value: object) -> str:
+    """Return a value as an error can show it; what a file nests may be of any size."""
+    if isinstance(value, (dict, list)):
+        return "a list" if isinstance(value, list) else "a section"
+    text = repr(value)
+    return text if len(text) <= 60 else text[:60] + "..."
 
 
 class Section:

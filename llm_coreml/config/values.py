@@ -61,6 +61,14 @@ def checked_bits(bits: float) -> float:
     return bits
 
 
+def takes_bits(scheme: str, bits: float) -> bool:
+    """Return whether a weight format, by its name, can be had with as many whole bits."""
+    if scheme == "none":
+        return bits == 16
+    own = re.search(r"\d+", scheme)
+    return bits != 16 if own is None else bits == int(own[0])
+
+
 def checked_context(context: int) -> int:
     """Return positions of a cache. Raises ConfigError unless they are a multiple of 32."""
     if context < 1 or context % CONTEXT_MULTIPLE:

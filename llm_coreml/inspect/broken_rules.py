@@ -5,14 +5,16 @@ broken_rules(manifest.target, manifest.quantization.plan)["ane-int4-group"].matr
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 
 from llm_coreml.bundle.manifest import Plan, Target
 from llm_coreml.errors import ArtifactError, LlmCoreMLError
 from llm_coreml.quantize.plan.plan_file import scheme_from_json
-from llm_coreml.rules import Use, broken
+from llm_coreml.rules import Rule, Use, broken, remedy
 from llm_coreml.targets import BACKENDS, get_target
+
+# What chooses the formats of the tables; --scheme chooses those of the blocks.
+_FLAGS = {"embed_tokens": "--embedding", "lm_head": "--lm-head"}
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class BrokenRule:
         level: `error` or `warning`.
         reason: What happens.
         source: The public report.
-        flag: What mends it.
+        flag: What mends it on the command line.
         matrices: How many matrices break it.
     """
 
@@ -46,13 +48,18 @@ def broken_rules(target: Target, plan: Plan | None) -> dict[str, BrokenRule]:
         return {}
     try:
         unit = get_target(target.name)
-        schemes = [scheme_from_json(matrix.scheme) for matrix in plan.matrices.values()]
+        schemes = {name: scheme_from_json(held.scheme) for name, held in plan.matrices.items()}
     except LlmCoreMLError as error:
         raise ArtifactError(f"The manifest cannot be understood: {error}") from None
-    uses = [Use(unit, target.opset, scheme.traits, scheme.minimum_os) for scheme in schemes]
-    found = [rule for use in uses for rule in broken(use)]
-    counts = Counter(rule.id for rule in found)
+    uses = [
+        Use(unit, target.opset, scheme.traits, scheme.minimum_os, _FLAGS.get(name, "--scheme"))
+        for name, scheme in schemes.items()
+    ]
+    breaking: dict[Rule, list[Use]] = {}
+    for use in uses:
+        for rule in broken(use):
+            breaking.setdefault(rule, []).append(use)
     return {
-        rule.id: BrokenRule(rule.level, rule.reason, rule.source, rule.flag, counts[rule.id])
-        for rule in found
+        rule.id: BrokenRule(rule.level, rule.reason, rule.source, remedy(rule, found), len(found))
+        for rule, found in breaking.items()
     }

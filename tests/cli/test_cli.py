@@ -337,9 +337,52 @@ def test_a_recipe_is_exported_with_its_settings(
     assert done.code == 0, done.err
     assert fake_export.given["model"] == "org/other"
     assert fake_export.given["config"] == ExportConfig(size=10**9, context=64, target="ane")
-    refused = in_process(capfd, monkeypatch, "export", recipe, "--bits", "3")
+    done = in_process(capfd, monkeypatch, "export", recipe, "--bits", "3")
+    assert done.code == 0, done.err
+    assert fake_export.given["config"] == ExportConfig(bits=3, **settings)
+    refused = in_process(capfd, monkeypatch, "export", recipe, "--bits", "3", "--size", "1GB")
     assert refused.code == 2
     assert "--size decides what --bits 3 would; drop one of them." in refused.err
+
+
+def test_flags_switch_off_what_a_recipe_switches_on(
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    fake_export: FakeExport,
+    tmp_path: Path,
+) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(
+        "model: org/name\n"
+        "weights: {codebook_scale: true, allow_inexact: true}\n"
+        "target: {force: true}\n"
+    )
+    words = ("--no-codebook-scale", "--no-allow-inexact", "--no-force")
+    done = in_process(capfd, monkeypatch, "export", recipe, *words)
+    assert done.code == 0, done.err
+    assert fake_export.given["config"] == ExportConfig()
+    done = in_process(capfd, monkeypatch, "export", recipe, "--no-force")
+    expected = ExportConfig(codebook_scale=True, allow_inexact=True)
+    assert fake_export.given["config"] == expected
+
+
+@pytest.mark.parametrize("flag", ["-m", "--model"])
+def test_a_recipe_named_by_model_brings_its_settings(
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    fake_export: FakeExport,
+    tmp_path: Path,
+    flag: str,
+) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("model: org/name\nweights: {bits: 3}\n")
+    done = in_process(capfd, monkeypatch, "export", flag, recipe, "--context", "64")
+    assert done.code == 0, done.err
+    assert fake_export.given["model"] == str(recipe)
+    assert fake_export.given["config"] == ExportConfig(bits=3, context=64)
+    refused = in_process(capfd, monkeypatch, "export", "llama", flag, recipe)
+    assert refused.code == 2
+    assert f"llama and --model {recipe} are two recipes; give one of them, or a" in refused.err
 
 
 # eval

@@ -53,6 +53,8 @@ def test_what_was_forced_is_named_with_its_reason() -> None:
     assert re.search(row, captured.get(), re.M)
     tables = manifest(target="ane", embedding="int8-group", force=True)
     assert broken_rules(*tables)["ane-int8-group"].matrices == 2
+    told = broken_rules(*tables)["ane-int8-group"].flag
+    assert told == "--embedding int8-channel --lm-head int8-channel"
 
 
 def test_what_breaks_no_rule() -> None:

@@ -101,6 +101,7 @@ def test_what_a_recipe_leaves_out_is_the_default(tmp_path: Path) -> None:
         ({"model": "a/b", "target": {"target": "anee"}}, "There is no target 'anee'; the targets"),
         ({"description": "x"}, "The file lacks the key 'model'."),
         ({"model": 3}, "model is 3; it must be a text."),
+        ({"model": ""}, "model is ''; it must be of minLength 1."),
         ("- a", "The file is a list; it must be a section of keys and values."),
         ("", "The file is None; it must be a section of keys and values."),
         ({1: 2, "model": "a/b"}, "There is no key '1'."),
@@ -128,6 +129,17 @@ def test_files_that_are_no_recipes(tmp_path: Path, content: bytes) -> None:
     path.write_bytes(content)
     with pytest.raises(ConfigError, match=r"^Recipe '.*bad\.yaml'"):
         load_recipe(path)
+
+
+def test_aliases_are_refused_before_they_multiply(tmp_path: Path) -> None:
+    lines = ["a0: &a0 [x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 30)]
+    path = written(tmp_path, "\n".join(["model: a/b", *lines]))
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(path)
+    assert str(caught.value) == (
+        f"Recipe '{path}' cannot be read: line 3 holds an alias (*name), which recipes do without."
+    )
 
 
 def test_files_that_are_absent_or_endless(tmp_path: Path) -> None:

@@ -17,8 +17,14 @@ from llm_coreml.config import Job
 from llm_coreml.decoder import Decoder, DecoderSpec
 from llm_coreml.errors import UnsupportedError
 from llm_coreml.quantize.formats.schemes import Scheme
-from llm_coreml.quantize.plan.plan import QuantizationPlan, linear_scheme, make_plan, matrices
-from llm_coreml.rules import Use, refused
+from llm_coreml.quantize.plan.plan import (
+    QuantizationPlan,
+    linear_scheme,
+    make_plan,
+    matrices,
+    use_of,
+)
+from llm_coreml.rules import refused
 
 # By rising size. Codebooks of 1 bit lose everything, those of 8 bits more bytes than int8.
 _MIXED = (
@@ -42,14 +48,13 @@ def mixed_options(job: Job, spec: DecoderSpec) -> Options:
     These are the formats that the target is not known to refuse and that hold a matrix of the
     layer's shape, with `--group-size` and `--codebook-rows` as given.
     """
-    alone = replace(job.weights, size=None, plan=None)
-    # By their names alone: they run on every system, and what --codebook-scale adds to them is
-    # refused for its own reason.
-    schemes = [
-        linear_scheme(replace(job, weights=replace(alone, scheme=name, bits=bits)))
-        for name, bits in _MIXED
-        if not refused(Use(job.target, job.opset, (name,), job.opset))
-    ]
+    schemes = []
+    for name, bits in _MIXED:
+        weights = replace(job.weights, size=None, plan=None, scheme=name, bits=bits)
+        # What --codebook-scale adds to a format is refused for its own reason.
+        plain = linear_scheme(replace(job, weights=replace(weights, codebook_scale=False)))
+        if not refused(use_of(job, plain)):
+            schemes.append(linear_scheme(replace(job, weights=weights)))
     return {
         name: tuple(scheme for scheme in schemes if _holds(scheme, name, shape))
         for name, shape in matrices(spec)

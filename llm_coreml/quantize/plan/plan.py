@@ -29,7 +29,7 @@ from llm_coreml.quantize.formats.schemes import (
     Scheme,
     Unquantized,
 )
-from llm_coreml.rules import TOO_OLD, Use, refused
+from llm_coreml.rules import Use, refused, remedy
 
 
 @dataclass(frozen=True)
@@ -107,11 +107,12 @@ def make_plan(
                 f"--calibrate cannot choose the codes of '{scheme.label}'; drop it, or give "
                 "integers, or a codebook without --codebook-vector and --codebook-scale."
             )
-    flag = "--scheme" if chosen is None else "--plan"
+    # Mixed formats are chosen for the target; what is wrong with them are flags of their own.
+    planned = chosen is not None and not job.weights.mixed
     for scheme in sorted(schemes, key=lambda scheme: scheme.label):
-        _check_target(job, flag, scheme)
-    _check_target(job, "--embedding", embedding)
-    _check_target(job, "--lm-head", lm_head)
+        _check_target(job, "--plan" if planned else "--scheme", scheme)
+    _check_target(job, "--plan" if "embed_tokens" in tables else "--embedding", embedding)
+    _check_target(job, "--plan" if "lm_head" in tables else "--lm-head", lm_head)
     for name, shape in shapes.items():
         exceptions.get(name, linear).check(name, shape)
     table = (spec.vocab_size, spec.hidden_size)
@@ -134,34 +135,19 @@ def _prevalent(chosen: Mapping[str, Scheme], shapes: Mapping[str, tuple[int, int
     return weights.most_common(1)[0][0]
 
 
-def use_of(job: Job, scheme: Scheme) -> Use:
-    """Return what the rules are held against when a matrix is stored by `scheme`."""
-    return Use(job.target, job.opset, scheme.traits, scheme.minimum_os)
+def use_of(job: Job, scheme: Scheme, flag: str = "--scheme") -> Use:
+    """Return what the rules are held against when a matrix is stored by what `flag` chose."""
+    return Use(job.target, job.opset, scheme.traits, scheme.minimum_os, flag)
 
 
 def _check_target(job: Job, flag: str, scheme: Scheme) -> None:
     """Refuse a scheme that the target, or the oldest system, is known not to take."""
-    rules = [] if job.force else refused(use_of(job, scheme))
-    if not rules:
-        return
-    target = job.target
-    fitting = target.default_scheme if flag == "--scheme" else "int8-channel"
-    remedy, other = f"Use {flag} {fitting}", f"{flag} {fitting}"
-    if flag == "--plan":
-        remedy = f"Make it for --target {target.name}"
-        other = "another plan"
-    elif fitting == scheme.name:
-        remedy = "Drop --codebook-scale"
-    if rules[0] is TOO_OLD:
+    use = use_of(job, scheme, flag)
+    for rule in [] if job.force else refused(use):
         raise UnsupportedError(
-            f"{job.minimum_os} is too old for {scheme.name}, which Core ML runs from "
-            f"{scheme.minimum_os} on; use --minimum-os {scheme.minimum_os}, {other}, or "
-            "--force to export it all the same."
+            f"{rule.refusal(use, job.minimum_os)}. Use {remedy(rule, [use])}, or --force to export "
+            "it all the same."
         )
-    raise UnsupportedError(
-        f"--target {target.name} does not take {scheme.name}: {rules[0].sentence}. "
-        f"{remedy}, or --force to export it all the same."
-    )
 
 
 def linear_scheme(job: Job) -> Scheme:

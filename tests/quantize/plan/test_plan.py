@@ -9,6 +9,7 @@ import pytest
 
 from llm_coreml.bundle.record import bits_per_weight
 from llm_coreml.config import ExportConfig, resolve
+from llm_coreml.config.values import WHOLE_BITS, takes_bits
 from llm_coreml.errors import ConfigError, LlmCoreMLError, UnsupportedError
 from llm_coreml.quantize import SCHEMES, Scheme, make_plan
 from llm_coreml.quantize.formats.schemes import Codebook, IntChannel, IntGroup, Mxfp4, Unquantized
@@ -159,7 +160,7 @@ def test_what_bits_and_scheme_mean(settings: dict[str, Any], expected: Scheme) -
             UnsupportedError,
             "--target ane does not take int8-group: the Neural Engine has been reported to compute "
             "wrong values with per-block int8, without an error (coreai-models issue 279). Use "
-            "--scheme codebook, or --force to export it all the same.",
+            "--scheme int8-channel, or --force to export it all the same.",
         ),
         (
             {"bits": 3, "codebook_columns": 24},
@@ -170,14 +171,14 @@ def test_what_bits_and_scheme_mean(settings: dict[str, Any], expected: Scheme) -
         (
             {"scheme": "mxfp4"},
             UnsupportedError,
-            "iOS18 is too old for mxfp4, which Core ML runs from iOS26 on; use --minimum-os iOS26, "
-            "--scheme int4-group, or --force to export it all the same.",
+            "iOS18 is too old for mxfp4, which Core ML runs from iOS26 on. Use --minimum-os iOS26 "
+            "or --scheme int4-channel, or --force to export it all the same.",
         ),
         (
             {"embedding": "int3-group", "minimum_os": "macOS15"},
             UnsupportedError,
-            "macOS15 is too old for int3-group, which Core ML runs from iOS26 on; use --minimum-os "
-            "iOS26, --embedding int8-channel, or --force to export it all the same.",
+            "macOS15 is too old for int3-group, which Core ML runs from iOS26 on. Use --minimum-os "
+            "iOS26 or --embedding int4-channel, or --force to export it all the same.",
         ),
         (
             {"scheme": "int2-group", "target": "ane", "minimum_os": "iOS26"},
@@ -188,8 +189,8 @@ def test_what_bits_and_scheme_mean(settings: dict[str, Any], expected: Scheme) -
         (
             {"bits": 4, "target": "all", "codebook_scale": True},
             UnsupportedError,
-            f"--target all does not take codebook: {SCALED_TABLES}. Drop --codebook-scale, or "
-            "--force to export it all the same.",
+            f"--target all does not take codebook: {SCALED_TABLES}. Use --no-codebook-scale, "
+            "or --force to export it all the same.",
         ),
         (
             {"scheme": "mxfp4", "minimum_os": "iOS26", "embedding": "none", "lm_head": "none"},
@@ -233,6 +234,17 @@ def test_what_cannot_be_held_is_refused_before_any_work(
     with pytest.raises(kind) as caught:
         make_plan(resolve(ExportConfig(**settings), spec), spec)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("bits", WHOLE_BITS)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_names_say_which_bits_a_format_takes(scheme: str, bits: int) -> None:
+    job = resolve(ExportConfig(scheme=scheme, bits=bits), SPEC)
+    if takes_bits(scheme, bits):
+        assert linear_scheme(job).bits == bits
+        return
+    with pytest.raises((ConfigError, UnsupportedError), match=rf"\b{bits}\b"):
+        linear_scheme(job)
 
 
 @pytest.mark.parametrize("bits", [5, 7])

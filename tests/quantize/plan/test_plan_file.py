@@ -200,7 +200,9 @@ def test_whatever_stands_in_a_plan_is_refused_in_a_sentence(where: str, value: A
 
 def test_what_the_target_refuses_is_refused_in_a_plan_too() -> None:
     chosen = parse_plan(good(), JOB, SPEC)
-    with pytest.raises(UnsupportedError, match=r"--target ane does not take int4-group.*Make it"):
+    with pytest.raises(
+        UnsupportedError, match=r"--target ane does not take int4-group.*Use a --plan with"
+    ):
         make_plan(resolve(ExportConfig(target="ane"), SPEC), SPEC, chosen)
     forced = make_plan(resolve(ExportConfig(target="ane", force=True), SPEC), SPEC, chosen)
     assert forced == plan_of_all_schemes()
