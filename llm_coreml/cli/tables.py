@@ -290,6 +290,12 @@ def listing_table(title: str, rows: dict[str, str]) -> Table:
     return table
 
 
+def lists_table(lists: Mapping[str, dict[str, str]]) -> Group:
+    """Return several lists of names and what they mean, by their titles."""
+    parts = ((listing_table(title, rows), Text("")) for title, rows in lists.items())
+    return Group(*(part for pair in parts for part in pair))
+
+
 def _figures(*columns: str, metrics: Sequence[Metric]) -> Table:
     """Return an empty table with a column for each metric after those given."""
     labels = [metric.label for metric in metrics]
