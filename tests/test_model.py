@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from llm_coreml import model as model_module
 from llm_coreml.config import ExportConfig, resolve
 from llm_coreml.decoder import DecoderSpec
 from llm_coreml.errors import ConfigError, UnsupportedError
@@ -66,7 +67,7 @@ def test_a_family_that_forgets_a_parameter_is_refused(
         model.family,
         stored=lambda spec: {each: made for each, made in stored(spec).items() if each != name},
     )
-    monkeypatch.setattr("llm_coreml.model.find_family", lambda _: forgetful)
+    monkeypatch.setattr(model_module, "find_family", lambda _: forgetful)
     with pytest.raises(ValueError, match=f"of 'llama' does not say what .* {name} is made of"):
         open_model(llama(tie_word_embeddings=tied))
 
