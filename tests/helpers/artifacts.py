@@ -14,6 +14,7 @@ import torch
 from llm_coreml.artifact import pte
 from llm_coreml.artifact.dtypes import DTYPES, to_tensor
 from llm_coreml.artifact.inmemoryfs import unpack
+from llm_coreml.artifact.method_plan import Method
 from llm_coreml.artifact.mil import Constant, Function, Operation, TensorType
 from llm_coreml.artifact.milproto import parse
 from llm_coreml.config import ExportConfig, Shapes, resolve
@@ -116,7 +117,7 @@ def lower(source: Any, config: ExportConfig, place: Path | Shared) -> Artifact:
     return Artifact(place, decoder, plan, job.shapes)
 
 
-def method(path: Path) -> pte.Method:
+def method(path: Path) -> Method:
     """Return the plan of `forward`."""
     return pte.read(path).methods["forward"]
 
