@@ -215,16 +215,21 @@ def test_fp32_program_is_tight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 # The shape of the program
 
 
-def test_everything_but_two_casts_is_delegated(three_layers: Artifact) -> None:
-    steps = [(item.kind, item.target) for item in method(three_layers.path).instructions]
-    cast = ("kernel", "aten::_to_copy.out")
-    assert steps == [cast, cast, ("delegate", "0")]
+def test_only_the_padding_is_not_delegated(three_layers: Artifact) -> None:
+    *kernels, last = method(three_layers.path).instructions
+    assert (last.kind, last.target) == ("delegate", "0")
+    padding = "_to_copy add arange clamp index_select scalar_tensor sym_size add mul sub sym_min"
+    padding += " floordiv"
+    called = {step.target.partition("::")[2].partition(".")[0] for step in kernels}
+    assert called == set(padding.split())
 
 
 def test_two_states_hold_all_layers_in_fp16(three_layers: Artifact) -> None:
     (core,) = three_layers.runner().programs
     mixer = three_layers.decoder.spec.layers[0].mixer
-    shape = (3, mixer.num_key_value_heads, 32, mixer.head_dim)
+    spare = three_layers.shapes.spare
+    assert spare == 32, "what pads reach beyond the context, rounded up"
+    shape = (3, mixer.num_key_value_heads, 32 + spare, mixer.head_dim)
     assert {(state.name, state.dtype, state.shape) for state in core.states} == {
         ("cache_keys", "fp16", shape),
         ("cache_values", "fp16", shape),
