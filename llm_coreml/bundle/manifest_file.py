@@ -79,7 +79,8 @@ def _validator() -> Any:
     """Return what holds a manifest against its schema, where 1.0 is no integer."""
     plain = jsonschema.Draft202012Validator
     types = plain.TYPE_CHECKER.redefine("integer", lambda _, value: type(value) is int)
-    return jsonschema.validators.extend(plain, type_checker=types)(manifest_schema())
+    extend: Any = jsonschema.validators.extend  # untyped
+    return extend(plain, type_checker=types)(manifest_schema())
 
 
 def _complaint(recorded: Mapping[str, Any]) -> str | None:
