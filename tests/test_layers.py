@@ -21,7 +21,7 @@ FOLDERS = {"llm_coreml": ROOT / "llm_coreml", "eval": ROOT / "eval", "recipes": 
 # Lowest first; a module imports from its own line and the lines above it.
 LAYERS = (
     ("errors",),
-    ("output", "targets", "progress", "machine", "fidelity", "tokenizer", "demo"),
+    ("output", "targets", "progress", "machine", "fidelity", "lfs", "tokenizer", "demo"),
     ("rules",),
     ("artifact",),
     ("checkpoint",),
