@@ -1,11 +1,11 @@
-"""The method that a runner calls, around the program that computes: it takes any number of tokens.
+"""What a runner calls, around the program that computes: it takes any number of tokens.
 
 A Core ML program takes a few lengths alone, and ExecuTorch's runners feed a prompt in one call of
 its own length. So the method pads: the last token is repeated up to the next length. It does so
 in ExecuTorch's own kernels, before the program, and tells it where the last real token is
 (`Decoder.forward` says what comes of that).
 
-    method = Padded(program, context=2048, lengths=(1, 8, 64, 512), every_row=False)
+    method = method_around(program, context=2048, lengths=(1, 8, 64, 512), every_row=False)
     logits = method(tokens, start_pos)       # int64 [1, S], S from 1 to 512; int64 [1]
 """
 
@@ -18,15 +18,15 @@ from typing import Any
 import torch
 from torch import nn
 
-# Tokens int32 [1, P], then the positions int32 [1] of the first and the last real one -> logits.
-Program = Callable[..., torch.Tensor]
+# `Decoder.forward`, or what stands for it: tokens, start_pos and last_pos, all int32 -> logits.
+Program = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
 class OneToken(nn.Module):
     """A method that takes one token at a time.
 
     Args:
-        program: Called with the token and its position alone.
+        program: Called without a `last_pos`.
         context: Positions that there are.
     """
 
@@ -39,7 +39,7 @@ class OneToken(nn.Module):
 
     def forward(self, tokens: torch.Tensor, start_pos: torch.Tensor) -> torch.Tensor:
         """Return the logits of `tokens` int64 `[1, 1]` at `start_pos` int64 `[1]`."""
-        return self.program(tokens.to(torch.int32), position(self.positions, start_pos))
+        return self.program(tokens.to(torch.int32), position(self.positions, start_pos), None)
 
 
 class Padded(nn.Module):
@@ -77,6 +77,18 @@ class Padded(nn.Module):
         return logits.index_select(1, torch.arange(count)) if self.every_row else logits
 
 
+Method = OneToken | Padded
+
+
+def method_around(
+    program: Program, context: int, lengths: Sequence[int] | None, every_row: bool
+) -> Method:
+    """Return the method that calls `program`; see `Padded` for the arguments."""
+    if lengths is not None and lengths[-1] == 1:
+        return OneToken(program, context)
+    return Padded(program, context, lengths, every_row)
+
+
 def padded_length(count: Any, lengths: Sequence[int]) -> Any:
     """Return the shortest of `lengths` that holds `count` tokens.
 
@@ -89,7 +101,8 @@ def padded_length(count: Any, lengths: Sequence[int]) -> Any:
     """
     length: Any = lengths[0]
     for shorter, longer in pairwise(lengths):
-        length = length + (longer - shorter) * torch.sym_min((count - 1) // shorter, 1)
+        enough: Any = torch.sym_min((count - 1) // shorter, 1)  # type: ignore[no-untyped-call]
+        length = length + (longer - shorter) * enough
     return length
 
 

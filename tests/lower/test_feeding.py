@@ -19,7 +19,7 @@ from cases import cases
 from llm_coreml.config import ExportConfig
 from llm_coreml.config.values import DEFAULT_SEQ_LENGTHS
 from llm_coreml.errors import ArtifactError
-from llm_coreml.lower.padded import OneToken, Padded, padded_length
+from llm_coreml.lower.padded import Method, OneToken, Padded, padded_length
 from llm_coreml.reference import load_method
 from llm_coreml.reference.method.kernels import KERNELS
 from llm_coreml.reference.program.execution import Execution
@@ -119,8 +119,12 @@ def test_the_padded_length_is_the_next() -> None:
 class Echo(nn.Module):
     """A program that tells what it is called with: tokens, first and last position."""
 
-    def forward(self, tokens: torch.Tensor, *positions: torch.Tensor) -> torch.Tensor:
-        told = [tokens, *(tokens * 0 + position for position in positions)]
+    def forward(
+        self, tokens: torch.Tensor, start_pos: torch.Tensor, last_pos: torch.Tensor | None
+    ) -> torch.Tensor:
+        told = [tokens, tokens * 0 + start_pos]
+        if last_pos is not None:
+            told.append(tokens * 0 + last_pos)
         return torch.stack([part.to(torch.float32) for part in told], dim=-1)
 
 
@@ -151,7 +155,7 @@ def test_executorch_passes_one_token(tmp_path: Path) -> None:
         forward([torch.tensor([[70000]]), torch.tensor([64])])
 
 
-def on_executorch(around: OneToken | Padded, longest: int, path: Path) -> Any:
+def on_executorch(around: Method, longest: int, path: Path) -> Any:
     """Return what runs a method, lowered with no delegate, on ExecuTorch's own runtime."""
     from executorch.exir import EdgeCompileConfig, to_edge
     from executorch.runtime import Runtime, Verification
