@@ -37,14 +37,15 @@ class LanguageModel:
     Args:
         folder: Folder that an export wrote.
         execution: Numerics, device and memory of the reference runtime.
+        checked: Refuse files that have changed since the export wrote them.
 
     Raises:
         ArtifactError: the bundle is damaged.
         ConfigError: the execution asks for what is not there.
     """
 
-    def __init__(self, folder: Path, execution: Execution = DECLARED) -> None:
-        bundle = open_bundle(folder)
+    def __init__(self, folder: Path, execution: Execution = DECLARED, checked: bool = True) -> None:
+        bundle = open_bundle(folder, checked)
         self.manifest = bundle.manifest
         self.runner = open_runner(bundle, execution)
         self._folder = bundle.folder
@@ -70,8 +71,8 @@ class LanguageModel:
         if template is None:
             raise ArtifactError(
                 "This bundle has no chat template, as models without tuning for chat have none; "
-                "give generate() a text to continue, or put the model's chat_template.jinja into "
-                f"'{self._folder}'."
+                "give generate() a text to continue, or put a chat_template.jinja beside the "
+                "model's tokenizer and export again."
             )
         return template
 
@@ -200,15 +201,18 @@ def _check_count(max_new_tokens: int) -> None:
         raise ConfigError(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
 
 
-def load(folder: str | Path, execution: Execution = DECLARED) -> LanguageModel:
+def load(
+    folder: str | Path, execution: Execution = DECLARED, checked: bool = True
+) -> LanguageModel:
     """Open the bundle at `folder`.
 
     Args:
         folder: Folder that an export wrote.
         execution: Numerics, device and memory of the reference runtime.
+        checked: Refuse files that have changed since the export wrote them.
 
     Raises:
         ArtifactError: it is damaged, or no bundle.
         ConfigError: the execution asks for what is not there.
     """
-    return LanguageModel(Path(folder), execution)
+    return LanguageModel(Path(folder), execution, checked)
