@@ -145,7 +145,7 @@ def _all_ends(
         return eos
     told = " and ".join(f"{text!r} ({token})" for text, token in more.items())
     note(
-        f"A text also ends with {told}, by the tokenizer's files; as eos_token_id, the model's "
-        f"name {list(eos) or 'none'}."
+        f"A text also ends with {told}, which the tokenizer's files name; by the model's own, it "
+        f"ends with {list(eos) or 'none'}."
     )
     return (*eos, *more.values())

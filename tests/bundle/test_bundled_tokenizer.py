@@ -45,7 +45,7 @@ def test_nothing_is_said_of_a_plain_tokenizer(model: Path, tmp_path: Path) -> No
 def test_the_tokenizers_end_is_the_programs(model: Path, tmp_path: Path) -> None:
     edit(model / "tokenizer_config.json", lambda value: value.update(eos_token="<s>"))
     eos, (note,) = written(model, tmp_path / "out")
-    assert eos == (1, 0) and "also ends with '<s>' (0)" in note and "name [1]" in note
+    assert eos == (1, 0) and "also ends with '<s>' (0)" in note and "own, it ends with [1]" in note
 
 
 def test_a_templates_end_of_turn_is_the_programs(model: Path, tmp_path: Path) -> None:
