@@ -26,7 +26,8 @@ from llm_coreml.checkpoint.checkpoint import (
     type_name,
 )
 from llm_coreml.checkpoint.files import open_folder
-from llm_coreml.checkpoint.gguf import SUFFIX, open_gguf
+from llm_coreml.checkpoint.gguf import open_gguf
+from llm_coreml.checkpoint.gguf_files import is_gguf, only_model
 from llm_coreml.checkpoint.hub import open_hub
 from llm_coreml.checkpoint.live import open_live
 from llm_coreml.checkpoint.packed import PackedCheckpoint, find_formats
@@ -75,7 +76,7 @@ def open_checkpoint(
     if isinstance(source, torch.nn.Module):
         return _judged(open_live(source, tokenizer), judge)
     if file is not None:
-        return _unpacked(_judged(open_gguf(file, Source("folder", str(source))), judge))
+        return _unpacked(open_gguf(file, Source("folder", str(source)), judge))
     if folder is not None:
         return _unpacked(_judged(open_folder(folder, Source("folder", str(source))), judge))
     if isinstance(source, str) and _HUB_ID.fullmatch(source):
@@ -161,16 +162,11 @@ def _as_gguf(source: object) -> Path | None:
     if not isinstance(source, (str, Path)):
         return None
     path = Path(os.path.expanduser(source))
-    if path.suffix == SUFFIX and path.is_file():
+    if is_gguf(path) and path.is_file():
         return path
     if not str(source).strip() or not path.is_dir() or any(path.glob("*.safetensors*")):
         return None
-    files = sorted(path.glob(f"*{SUFFIX}"))
-    if len(files) > 1:
-        raise CheckpointError(
-            f"{path} holds {len(files)} GGUF files; give the path of one, such as {files[0]}."
-        )
-    return files[0] if files else None
+    return only_model(path)
 
 
 def _as_folder(source: object) -> Path | None:

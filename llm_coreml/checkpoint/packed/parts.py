@@ -14,7 +14,7 @@ from typing import final
 import torch
 
 from llm_coreml.checkpoint.checkpoint import WEIGHT_DTYPES, Checkpoint, type_name
-from llm_coreml.checkpoint.matrix import Affine
+from llm_coreml.checkpoint.matrix import Affine, values
 from llm_coreml.errors import CheckpointError
 
 
@@ -133,6 +133,16 @@ class PackedFormat(ABC):
     @abstractmethod
     def codes(self, parts: Parts) -> torch.Tensor:
         """Return the signed codes, int8 `[rows, columns]`. Raises CheckpointError."""
+
+    def values(self, parts: Parts) -> torch.Tensor:
+        """Return what the codes stand for, fp32 `[rows, columns]`, inputs in their own order.
+
+        Raises:
+            CheckpointError: as `scales` and `codes`.
+            UnsupportedError: as `scales`.
+        """
+        found, order = values(self.codes(parts), self.scales(parts)), self.order(parts)
+        return found if order is None else found[:, torch.argsort(order)]
 
     def order(self, parts: Parts) -> torch.Tensor | None:
         """Return which input each column of `codes` belongs to, int64 `[columns]`; None is its own.

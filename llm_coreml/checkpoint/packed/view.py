@@ -17,7 +17,7 @@ from typing import Any, final
 import torch
 
 from llm_coreml.checkpoint.checkpoint import Checkpoint, Source
-from llm_coreml.checkpoint.matrix import Levels, Packed, PackedForm, fit, values
+from llm_coreml.checkpoint.matrix import Levels, Packed, PackedForm, fit
 from llm_coreml.checkpoint.packed.parts import PackedFormat, Parts
 
 _WEIGHT = "weight"
@@ -93,8 +93,7 @@ class PackedCheckpoint(Checkpoint):
         if name not in self._matrices:
             return self.files.stored(name)
         form, parts = self._matrices[name]
-        found, order = values(form.codes(parts), form.scales(parts)), form.order(parts)
-        return found if order is None else found[:, torch.argsort(order)]
+        return form.values(parts)
 
     def contents(self, name: str) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the stored tensors that make up `name`."""
