@@ -155,8 +155,8 @@ def rope_scaling(factors: np.ndarray[Any, Any], theta: float) -> dict[str, Any] 
     Wavelengths below `positions / high` are kept, those above `positions / low` get the whole
     factor, and between them one over the factor is linear in one over the wavelength.
     """
-    factor = float(factors.max())
-    if not math.isfinite(factor) or factor <= 1 or float(factors.min()) < 1:
+    factor = float(f"{factors.max():.6g}")  # stored as fp32
+    if not math.isfinite(factor) or factor <= 1 or float(factors.min()) < 1 - _TOLERANCE:
         return None
     usual = _parameters(factor, _LOW, _HIGH, _TRAINED)
     if _gives(usual, factors, theta):

@@ -2,7 +2,8 @@
 
 `transformers` reads vocabulary, merges, special tokens and the chat template. How a text is split
 before merges apply, a file only names: what the name means is llama.cpp's, and is set here, since
-`transformers` takes names that it does not know for GPT-2's.
+`transformers` takes names that it does not know for GPT-2's. The same holds for the space that
+sentencepiece puts before a text, also before one that begins with a space.
 
     write_tokenizer(Path("model.gguf"), metadata, folder)
 """
@@ -85,8 +86,8 @@ def write_tokenizer(path: Path, metadata: Mapping[str, Any], folder: Path) -> No
         ) from None
     if kind == "gpt2":
         backend.pre_tokenizer = _splitter(_SPLITS[name])
-    elif metadata.get("tokenizer.ggml.add_space_prefix") is False:
-        _set_no_prefix(backend)
+    elif kind == "llama":
+        _set_spaces(backend, metadata.get("tokenizer.ggml.add_space_prefix", True) is True)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(str(folder))
 
@@ -102,11 +103,15 @@ def _splitter(expressions: tuple[str, ...]) -> Any:
     )
 
 
-def _set_no_prefix(backend: Any) -> None:
-    """Have a sentencepiece tokenizer put no space before a text, and take none off it again."""
-    from tokenizers import decoders, pre_tokenizers
+def _set_spaces(backend: Any, prefix: bool) -> None:
+    """Have spaces read as sentencepiece and llama.cpp do, with or without one before a text."""
+    from tokenizers import decoders, normalizers
 
-    backend.pre_tokenizer = pre_tokenizers.Metaspace("\u2581", prepend_scheme="never", split=False)
+    space = "\u2581"
+    prepend = [normalizers.Prepend(space)] if prefix else []
+    backend.normalizer = normalizers.Sequence([*prepend, normalizers.Replace(" ", space)])
+    backend.pre_tokenizer = None
+    strip = [decoders.Strip(" ", 1, 0)] if prefix else []
     backend.decoder = decoders.Sequence(
-        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+        [decoders.Replace(space, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
     )

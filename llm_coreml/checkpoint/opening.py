@@ -9,6 +9,7 @@ file and tensor, before any work is spent on it.
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import os
 import re
@@ -95,6 +96,13 @@ def _judged(checkpoint: Checkpoint, judge: Callable[[dict[str, Any]], None]) -> 
 def is_quantized(config: dict[str, Any]) -> bool:
     """Say whether a configuration is that of matrices which are quantized already."""
     return bool(find_formats(config, "config.json"))
+
+
+def expanded(checkpoint: Checkpoint) -> Checkpoint:
+    """Return a checkpoint that gives quantized matrices as values only."""
+    if isinstance(checkpoint, PackedCheckpoint):
+        return dataclasses.replace(checkpoint, as_values=True)
+    return checkpoint
 
 
 def _unpacked(files: Checkpoint) -> Checkpoint:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, final
 
 import torch
@@ -31,10 +32,12 @@ class PackedCheckpoint(Checkpoint):
     Attributes:
         files: The tensors as they are stored.
         formats: What the matrices may be stored as; the first that finds all its parts is taken.
+        as_values: Matrices are not given as codes, so that they are quantized as any others.
     """
 
     files: Checkpoint = field(repr=False)
     formats: tuple[PackedFormat, ...]
+    as_values: bool = False
 
     @property
     def config(self) -> dict[str, Any]:  # type: ignore[override]
@@ -105,13 +108,17 @@ class PackedCheckpoint(Checkpoint):
             if part in parts:
                 yield from self.files.contents(f"{parts.module}.{part}")
 
+    def quantized(self) -> Mapping[str, str]:
+        """Return the label of each quantized matrix' format, by name."""
+        return MappingProxyType({name: form.label for name, (form, _) in self._matrices.items()})
+
     def forms(self) -> Mapping[str, PackedForm]:
         """Return how each quantized matrix is stored; reads all scales at the first call."""
-        return self._forms
+        return MappingProxyType({}) if self.as_values else self._forms
 
     def packed(self, name: str) -> Packed | None:
         """Return the codes and levels of a quantized matrix, None for any other tensor."""
-        if name not in self._matrices:
+        if self.as_values or name not in self._matrices:
             return None
         form, parts = self._matrices[name]
         levels, codes = _levels(form, parts), form.codes(parts)
