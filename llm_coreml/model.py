@@ -39,6 +39,7 @@ class Model:
         family: What kind of model it is.
         spec: Its sizes.
         weights: Its tensors, as the decoder of these sizes names them.
+        notes: What a user should know of how they were read, a sentence each.
     """
 
     source: Source
@@ -46,6 +47,7 @@ class Model:
     family: Family
     spec: DecoderSpec
     weights: Weights
+    notes: tuple[str, ...] = ()
 
     def expanded(self) -> Model:
         """Return the model with quantized matrices seen as values, which can be quantized again."""
@@ -103,10 +105,11 @@ def open_model(
     parameters = Decoder(spec, context=1).named_parameters()
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters}
     _check_complete(spec, stored.keys(), shapes.keys())
-    check_tensors(checkpoint, expected_tensors(stored, shapes), optional=family.ignored)
+    beside = check_tensors(checkpoint, expected_tensors(stored, shapes), optional=family.ignored)
     bundled = recipe is not None and recipe.model == BUNDLED
     origin = Source("bundled", BUNDLED_RECIPE) if bundled else checkpoint.source
-    return Model(origin, checkpoint, family, spec, FamilyWeights(checkpoint, stored))
+    notes = (*checkpoint.notes, *beside)
+    return Model(origin, checkpoint, family, spec, FamilyWeights(checkpoint, stored), notes)
 
 
 def _check_complete(

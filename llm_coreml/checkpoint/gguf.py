@@ -27,6 +27,7 @@ from llm_coreml.checkpoint.files import (
     CONFIG,
     GENERATION_CONFIG,
     copy_tokenizer,
+    find_tokenizer,
     read_config,
     read_json,
 )
@@ -226,9 +227,7 @@ def open_gguf(
         config=config,
         generation_config=read_json(generation) if generation.is_file() else {},
         source=source,
-        tokenizer_files={
-            name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()
-        },
+        tokenizer_files=find_tokenizer(folder),
         files=files,
     )
 
