@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 
-from llm_coreml.checkpoint.checkpoint import Checkpoint, Source
+from llm_coreml.checkpoint.checkpoint import WEIGHT_DTYPES, Checkpoint, Source
 from llm_coreml.checkpoint.files import open_folder
 from llm_coreml.checkpoint.gguf import open_gguf
 from llm_coreml.checkpoint.gguf_files import is_gguf, only_model
 from llm_coreml.checkpoint.hub import open_hub
 from llm_coreml.checkpoint.live import open_live
-from llm_coreml.checkpoint.packed import PackedCheckpoint, find_formats
+from llm_coreml.checkpoint.packed import PackedCheckpoint, find_formats, names_quantization
 from llm_coreml.errors import CheckpointError, ConfigError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
@@ -85,7 +85,7 @@ def _judged(checkpoint: Checkpoint, judge: Callable[[dict[str, Any]], None]) -> 
 
 def is_quantized(config: dict[str, Any]) -> bool:
     """Say whether a configuration is that of matrices which are quantized already."""
-    return bool(find_formats(config, "config.json"))
+    return names_quantization(config)
 
 
 def expanded(checkpoint: Checkpoint) -> Checkpoint:
@@ -97,8 +97,12 @@ def expanded(checkpoint: Checkpoint) -> Checkpoint:
 
 def _unpacked(files: Checkpoint) -> Checkpoint:
     """Return files whose matrices are quantized as a checkpoint of matrices."""
-    formats = find_formats(files.config, "config.json")
-    return PackedCheckpoint(files, formats) if formats else files
+    if not names_quantization(files.config):
+        return files
+    # Weights are what counts: settings stay behind where a model was merged or dequantized.
+    if all(files.dtype(name) in WEIGHT_DTYPES for name in files.names()):
+        return PackedCheckpoint(files, ())
+    return PackedCheckpoint(files, find_formats(files.config, "config.json"))
 
 
 def _as_gguf(source: object) -> Path | None:

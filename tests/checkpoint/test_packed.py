@@ -184,6 +184,20 @@ BAD: list[tuple[dict[str, Any], Any, Change, type[LlmCoreMLError], str]] = [
         CheckpointError,
         r"weight.nested_absmax is \[2\], not \[1\]",
     ),
+    (
+        {
+            "quantization_config": {
+                "quant_method": "gptq",
+                "bits": 4,
+                "group_size": 32,
+                "dynamic": {"a": {}},
+            }
+        },
+        gptq(4, 32, 1, (8, 8)),
+        put("qzeros", lambda t: t[:, 1:]),
+        CheckpointError,
+        r"qzeros has 11 words for 96 outputs, which is none of 2, 3, 4, 8 bits for each",
+    ),
     (MLX, mlx(4, 32, True), put("biases", lambda t: t[:, :1]), CheckpointError, r"biases is"),
     (
         {"quantization": {"bits": 4, "group_size": 32, "mode": "mxfp4"}},
@@ -230,12 +244,11 @@ def test_damage_is_told_by_the_matrix(
             "'m",
         ),
         ({"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemv"}, "'gemv'"),
-        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "that are not of 4 bits"),
         ({"quant_method": "compressed-tensors"}, "names no config_groups"),
         ({"quant_method": "torchao", "quant_type": {"_type": "Int4Config"}}, "of Int4Config"),
         (
-            {"quant_method": "fp8"},
-            "has quantization_config fp8, which cannot be read. Read are awq",
+            {"quant_method": "aqlm"},
+            "has quantization_config aqlm, which cannot be read. Read are awq",
         ),
         ({"bits": 4, "group_size": 32, "mode": "nvfp4"}, "MLX weights in the mode 'nvfp4'"),
         (
@@ -248,7 +261,7 @@ def test_damage_is_told_by_the_matrix(
                 "format": "nvfp4-pack-quantized",
                 "config_groups": {"group_0": {"weights": {"num_bits": 4, "type": "float"}}},
             },
-            "weights are not integers or MXFP4",
+            "weights are nvfp4-pack-quantized, not integers, FP8 or MXFP4",
         ),
         (["gptq"], "must be an object"),
     ],

@@ -11,15 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NoReturn, final
+from typing import final
 
 import numpy as np
 import torch
 
 from llm_coreml.checkpoint.matrix import Affine
 from llm_coreml.checkpoint.packed.mxfp4_format import ENTRIES, halved_scales
-from llm_coreml.checkpoint.packed.parts import PackedFormat, Parts
-from llm_coreml.errors import UnsupportedError
+from llm_coreml.checkpoint.packed.parts import PackedFormat, Parts, ValueFormat
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ class Blocks(BlockType):
 
 @final
 @dataclass(frozen=True)
-class ValueBlocks(BlockType):
+class ValueBlocks(BlockType, ValueFormat):
     """A type of which only the values are read, by llama.cpp's own package.
 
     Attributes:
@@ -102,18 +101,6 @@ class ValueBlocks(BlockType):
     """
 
     number: int
-
-    def scales(self, parts: Parts) -> NoReturn:
-        """See `PackedFormat`; always raises UnsupportedError."""
-        raise UnsupportedError(
-            f"'{parts.module}' in '{parts.checkpoint.source.name}' is stored as {self.name}, whose "
-            "codes Core ML cannot hold as they are. Give --bits 4 (or 8, or 16 for no "
-            "quantization), which quantizes its values again."
-        )
-
-    def codes(self, parts: Parts) -> NoReturn:
-        """See `PackedFormat`; always raises UnsupportedError."""
-        self.scales(parts)
 
     def values(self, parts: Parts) -> torch.Tensor:
         """See `PackedFormat`."""

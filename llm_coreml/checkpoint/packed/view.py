@@ -17,7 +17,7 @@ from typing import Any, final
 
 import torch
 
-from llm_coreml.checkpoint.checkpoint import Checkpoint, Source
+from llm_coreml.checkpoint.checkpoint import Checkpoint, Source, listing
 from llm_coreml.checkpoint.matrix import Levels, Packed, PackedForm, fit
 from llm_coreml.checkpoint.packed.parts import PackedFormat, Parts
 
@@ -32,6 +32,7 @@ class PackedCheckpoint(Checkpoint):
     Attributes:
         files: The tensors as they are stored.
         formats: What the matrices may be stored as; the first that finds all its parts is taken.
+            None of them: nothing is quantized, whatever config.json says.
         as_values: Matrices are not given as codes, so that they are quantized as any others.
     """
 
@@ -55,18 +56,30 @@ class PackedCheckpoint(Checkpoint):
         return self.files.source
 
     @property
+    def notes(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Return what is to know of how the files are read, and what is left out."""
+        notes = list(self.files.notes)
+        if not self.formats:
+            notes.append(
+                "config.json speaks of quantized weights, but no tensor is quantized: that is left "
+                "over, and the weights are read as they are."
+            )
+        beside = sorted(self._beside)
+        if beside:
+            notes.append(
+                f"{len(beside)} tensors are left out, which quantize activations: "
+                f"{listing(beside, limit=2)}. Activations are not quantized."
+            )
+        return tuple(notes)
+
+    @property
     def tokenizer_files(self) -> dict[str, Path]:  # type: ignore[override]
         """Return the tokenizer's files by name."""
         return self.files.tokenizer_files
 
-    @property
-    def notes(self) -> tuple[str, ...]:  # type: ignore[override]
-        """Return what is to know of how the files are read."""
-        return self.files.notes
-
     def names(self) -> frozenset[str]:
         """Return the names of all tensors, a quantized matrix under that of its weight."""
-        names = set(self.files.names())
+        names = set(self.files.names()) - self._beside
         for weight, (form, parts) in self._matrices.items():
             names -= {f"{parts.module}.{part}" for part in (*form.suffixes, *form.optional)}
             if self._is_padding(f"{parts.module}.bias"):
@@ -137,6 +150,16 @@ class PackedCheckpoint(Checkpoint):
         return self.files.save_tokenizer(folder)
 
     @cached_property
+    def _beside(self) -> frozenset[str]:
+        found = {
+            f"{parts.module}.{part}"
+            for form, parts in self._matrices.values()
+            for part in form.beside
+            if part in parts
+        }
+        return frozenset(found)
+
+    @cached_property
     def _matrices(self) -> dict[str, tuple[PackedFormat, Parts]]:
         names = self.files.names()
         found: dict[str, tuple[PackedFormat, Parts]] = {}
@@ -145,8 +168,14 @@ class PackedCheckpoint(Checkpoint):
                 module, _, suffix = name.rpartition(".")
                 weight = f"{module}.{_WEIGHT}"
                 complete = all(f"{module}.{part}" in names for part in form.suffixes)
-                if suffix == form.suffixes[0] and complete and weight not in found:
-                    found[weight] = (form, Parts(self.files, module))
+                parts = Parts(self.files, module)
+                if (
+                    suffix == form.suffixes[0]
+                    and complete
+                    and weight not in found
+                    and form.holds(parts)
+                ):
+                    found[weight] = (form, parts)
         return found
 
     @cached_property
