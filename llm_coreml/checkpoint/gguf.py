@@ -205,7 +205,11 @@ def open_gguf(
     """
     folder, files = path.parent, open_parts(path)
     first = files[0]
-    shapes = {name: info.shape for file in files for name, info in file.header.tensors.items()}
+    shapes = {}
+    for file in files:
+        for name, info in file.header.tensors.items():
+            _check_size(file, name, info)
+            shapes[name] = info.shape
     if (folder / CONFIG).is_file():
         config = read_config(folder)
     else:
@@ -254,7 +258,7 @@ def _read(
 
 
 def _check(file: GGUFFile, name: str, info: TensorInfo) -> None:
-    """Refuse a type that cannot be read, and bytes that are not there."""
+    """Refuse a type that cannot be read, or whose blocks do not fit."""
     if info.kind not in _PLAIN and info.kind not in BLOCKS:
         known = ", ".join(form.name for form in BLOCKS.values())
         raise UnsupportedError(
@@ -262,17 +266,21 @@ def _check(file: GGUFFile, name: str, info: TensorInfo) -> None:
             "and BF16 can be read. Give a file in one of these (llama-quantize --allow-requantize "
             "makes a Q8_0 of most), or the unquantized checkpoint."
         )
-    count, size = math.prod(info.shape), 0
+    if info.kind in BLOCKS and info.shape[-1] % BLOCKS[info.kind].elements:
+        raise CheckpointError(
+            f"'{name}' in {file.path} has rows of {info.shape[-1]}, which blocks of "
+            f"{BLOCKS[info.kind].elements} do not divide. Download the file again."
+        )
+
+
+def _check_size(file: GGUFFile, name: str, info: TensorInfo) -> None:
+    """Refuse bytes that are not there; of a type that is not known, at least one for 8 numbers."""
+    count = math.prod(info.shape)
+    size = count // 8
     if info.kind in _PLAIN:
         size = count * _PLAIN[info.kind].itemsize
-    else:
-        form = BLOCKS[info.kind]
-        if info.shape[-1] % form.elements:
-            raise CheckpointError(
-                f"'{name}' in {file.path} has rows of {info.shape[-1]}, which blocks of "
-                f"{form.elements} do not divide. Download the file again."
-            )
-        size = count // form.elements * form.size
+    elif info.kind in BLOCKS:
+        size = count // BLOCKS[info.kind].elements * BLOCKS[info.kind].size
     if file.header.start + info.offset + size > len(file.octets):
         raise CheckpointError(
             f"{file.path} ends after {len(file.octets)} bytes, before the end of '{name}'. "

@@ -76,7 +76,7 @@ def config_of(
         that is not Llama's the `model_type` alone, for its family to be found missing.
 
     Raises:
-        CheckpointError: a size is missing or no number.
+        CheckpointError: a size is missing, no number, or not that of the tensors.
         UnsupportedError: metadata that is not understood.
     """
     architecture = metadata.get("general.architecture")
@@ -101,6 +101,7 @@ def config_of(
     config |= _head_size(own, path)
     config["rope_parameters"] = _rope(own, path)
     config["vocab_size"] = _vocabulary(own, shapes, path)
+    _hold_against(config, shapes, path)
     config["tie_word_embeddings"] = "output.weight" not in shapes
     config["attention_bias"] = "blk.0.attn_q.bias" in shapes
     config["mlp_bias"] = "blk.0.ffn_up.bias" in shapes
@@ -250,6 +251,35 @@ def _vocabulary(
     if "vocab_size" in own:
         return _number(own, "vocab_size", path)
     raise CheckpointError(f"{path} has no token_embd.weight. Download it again.")
+
+
+def _hold_against(
+    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], path: Path
+) -> None:
+    """Refuse sizes that the first block does not have: they may be of any magnitude."""
+    heads, hidden = config["num_attention_heads"], config["hidden_size"]
+    keys = config.get("num_key_value_heads", heads)
+    dim = config.get("head_dim", hidden // heads if heads else 0)
+    promised = {
+        "token_embd": (config["vocab_size"], hidden),
+        "blk.0.attn_q": (heads * dim, hidden),
+        "blk.0.attn_k": (keys * dim, hidden),
+        "blk.0.ffn_up": (config["intermediate_size"], hidden),
+    }
+    for name, shape in promised.items():
+        found = shapes.get(f"{name}.weight")
+        if found != shape:
+            shown = "absent" if found is None else list(found)
+            raise CheckpointError(
+                f"'{name}.weight' in {path} is {shown}, and its metadata promises {list(shape)}. "
+                "Download the file again."
+            )
+    layers = {name.split(".")[1] for name in shapes if name.startswith("blk.")}
+    if len(layers) != config["num_hidden_layers"]:
+        raise CheckpointError(
+            f"{path} promises {config['num_hidden_layers']} blocks and holds {len(layers)}. "
+            "Download the file again."
+        )
 
 
 def _rope(own: Mapping[str, Any], path: Path) -> dict[str, Any]:

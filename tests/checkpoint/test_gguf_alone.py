@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -368,6 +369,28 @@ def test_metadata_that_is_missing(tmp_path: Path) -> None:
     writer.close()
     with pytest.raises(CheckpointError, match=r"does not give llama.embedding_length. Put the"):
         open_model(tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("llama.block_count", 2**31, r"promises 2147483648 blocks and holds 1"),
+        ("llama.embedding_length", 2**31, r"'token_embd.weight' in .* is \[64, 256\], and its"),
+        ("llama.attention.head_count", 0, r"'blk.0.attn_q.weight' in .* promises \[0, 256\]"),
+        ("llama.attention.head_count_kv", 2**31, r"'blk.0.attn_k.weight' in"),
+        ("llama.feed_forward_length", 2**31, r"'blk.0.ffn_up.weight' in"),
+    ],
+)
+def test_sizes_are_held_against_the_tensors(
+    key: str, value: int, message: str, tmp_path: Path
+) -> None:
+    source = tmp_path / "model.gguf"
+    write(source, tiny(), {})
+    octets = bytearray(source.read_bytes())
+    struct.pack_into("<I", octets, octets.index(key.encode() + b"\4\0\0\0") + len(key) + 4, value)
+    source.write_bytes(octets)
+    with pytest.raises(CheckpointError, match=message):
+        open_model(source)
 
 
 def split(folder: Path, model: Any, declared: int = 2) -> dict[str, Any]:
