@@ -244,11 +244,12 @@ def test_damage_is_told_by_the_matrix(
             "'m",
         ),
         ({"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemv"}, "'gemv'"),
+        ({"quant_method": "auto-round", "packing_format": "auto_round:marlin"}, "form 'marlin'"),
         ({"quant_method": "compressed-tensors"}, "names no config_groups"),
         ({"quant_method": "torchao", "quant_type": {"_type": "Int4Config"}}, "of Int4Config"),
         (
             {"quant_method": "aqlm"},
-            "has quantization_config aqlm, which cannot be read. Read are awq",
+            "has quantization_config aqlm, which cannot be read. Read are auto-round, awq",
         ),
         ({"bits": 4, "group_size": 32, "mode": "nvfp4"}, "MLX weights in the mode 'nvfp4'"),
         (

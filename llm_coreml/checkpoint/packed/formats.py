@@ -93,6 +93,16 @@ def _awq(settings: Mapping[str, Any], where: str) -> Formats:
     return (AWQ(_group_size(settings, where)),)
 
 
+def _auto_round(settings: Mapping[str, Any], where: str) -> Formats:
+    packing = str(settings.get("packing_format") or "").rpartition(":")[2]
+    if packing == "auto_awq":
+        return _awq(settings, where)
+    if packing != "auto_gptq":
+        raise _refusal(where, f"AutoRound weights in the form '{packing or 'unnamed'}'")
+    # Modules may have settings of their own, which the tensors say, too.
+    return (GPTQ(None, None, bias=1),)
+
+
 def _compressed(settings: Mapping[str, Any], where: str) -> Formats:
     groups = settings.get("config_groups")
     if not isinstance(groups, Mapping) or not groups:
@@ -195,12 +205,14 @@ def _types(value: object) -> Iterator[str]:
 _READERS: dict[str, Callable[[Mapping[str, Any], str], Formats]] = {
     "gguf": _gguf,
     "gptq": _gptq,
+    "auto-round": _auto_round,
     "awq": _awq,
     "bitsandbytes": _bitsandbytes,
     "compressed-tensors": _compressed,
     "fbgemm_fp8": _fp8,
     "fp8": _fp8,
     "hqq": _hqq,
+    "intel/auto-round": _auto_round,
     "mlx": _mlx,
     "torchao": _torchao,
 }

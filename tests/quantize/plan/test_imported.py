@@ -82,6 +82,14 @@ EXACT: dict[str, tuple[dict[str, Any], tuple[Packer, ...]]] = {
         with_method("gptq", bits=4, group_size=32, dynamic={r".*\.mlp\..*": {"bits": 8}}),
         (gptq(4, 32, 1, (1, 16)), gptq(8, 16, 1, (1, 256)), gptq(3, 32, 1, (1, 8))),
     ),
+    "auto-round": (
+        with_method("auto-round", bits=4, group_size=32, packing_format="auto_round:auto_gptq"),
+        (gptq(4, 32, 1, (8, 8)), gptq(8, 16, 1, (128, 128))),
+    ),
+    "auto-round-awq": (
+        with_method("auto-round", bits=4, group_size=32, packing_format="auto_round:auto_awq"),
+        (awq(32),),
+    ),
     "awq": (with_method("awq", bits=4, group_size=32), (awq(32),)),
     "compressed-4-bit": (groups(4, 16), (compressed(4, 16, True), compressed(4, 16, False))),
     "compressed-plain-zeros": (groups(4, 16), (compressed(4, 16, False, plain=True),)),
