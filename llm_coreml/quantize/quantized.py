@@ -24,7 +24,7 @@ from llm_coreml.quantize.calibrate.text import CalibrationText, read_content, to
 from llm_coreml.quantize.calibrate.tune import Tuning, tune
 from llm_coreml.quantize.fill import fill
 from llm_coreml.quantize.plan.choose import Measured, choose_plan
-from llm_coreml.quantize.plan.imported import ImportReport, import_report, keeps_codes
+from llm_coreml.quantize.plan.imported import ImportReport, import_report, keeps_codes, quantized_in
 from llm_coreml.quantize.plan.plan import QuantizationPlan
 from llm_coreml.quantize.rotate.rotation import rotated
 
@@ -97,12 +97,12 @@ def quantize(
 
 def as_asked(model: Model, job: Job, progress: Progress) -> Model:
     """Return `model`, expanded where it is quantized and `job` chooses codes all the same."""
-    quantized = model.checkpoint.quantized()
-    if not quantized or keeps_codes(job):
+    formats = quantized_in(model.checkpoint)
+    if formats is None or keeps_codes(job):
         return model
     progress.note(
-        f"{len(quantized)} matrices that the checkpoint holds quantized "
-        f"({', '.join(sorted(set(quantized.values())))}) are expanded and treated as any others: "
+        f"{len(model.checkpoint.quantized())} matrices that the checkpoint holds quantized "
+        f"({formats}) are expanded and treated as any others: "
         "the errors of both roundings add up. Without --bits, --scheme, --size, --plan, "
         "--calibrate and --rotate they are taken as they are."
     )

@@ -20,6 +20,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from gguf_files import tiny, write
 from llm_coreml import load
+from llm_coreml.bundle.folder import open_bundle
 from llm_coreml.checkpoint import open_checkpoint
 from llm_coreml.config import ExportConfig
 from llm_coreml.decoder.rope import inverse_frequencies
@@ -127,9 +128,27 @@ def test_it_exports_to_what_transformers_computes(tmp_path: Path) -> None:
     ids = tokens_for(420, 12)
     expected = expected_logits(model, ids)
     assert (load(bundle.folder).logits(ids) - expected).abs().max() < 0.02 * expected.abs().max()
+    assert bundle.manifest.quantization.expanded is None
     assert (bundle.folder / "chat_template.jinja").read_text() == template
     assert bundle.manifest.program.constant_methods["get_eos_ids"] == [1, 2]
     assert bundle.tokenizer.is_file()
+
+
+def test_its_values_are_calibrated_and_the_card_says_of_what(tmp_path: Path) -> None:
+    model = tiny(tie_word_embeddings=True, vocab_size=420)
+    _, tokens, merges = gpt2_vocabulary(digits_first())
+    source = tmp_path / "model.gguf"
+    kinds = {"up_proj": Kind.Q4_1, "q_proj": Kind.IQ2_XS}
+    write(source, model, kinds, vocabulary=gpt2("smollm", tokens, merges))
+    config = ExportConfig(
+        context=32, seq_lengths=(1, 8), bits=4, calibrate="bundled", calibration_tokens=256
+    )
+    bundle = export(source, output=tmp_path / "out", config=config, cache=False)
+    stored = open_bundle(bundle.folder).manifest.quantization
+    assert stored.imported is None and stored.calibration is not None
+    assert stored.expanded == "GGUF IQ2_XS, GGUF Q4_1"
+    card = (bundle.folder / "README.md").read_text()
+    assert "values of GGUF IQ2_XS, GGUF Q4_1, calibrated by" in card
 
 
 def encoder(source: Path, folder: Path) -> BundleTokenizer:

@@ -63,6 +63,11 @@ class ImportReport:
         )
 
 
+def quantized_in(checkpoint: Checkpoint) -> str | None:
+    """Return the formats of a checkpoint's quantized matrices, None where there are none."""
+    return ", ".join(sorted(set(checkpoint.quantized().values()))) or None
+
+
 def keeps_codes(job: Job) -> bool:
     """Say whether a quantized checkpoint is taken as it is: no setting chooses other codes."""
     weights = job.weights
