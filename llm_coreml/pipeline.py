@@ -42,7 +42,7 @@ from llm_coreml.progress import Progress, Silent
 from llm_coreml.quantize.cache import WeightCache, default_folder
 from llm_coreml.quantize.calibrate.text import read_content
 from llm_coreml.quantize.plan.choose import plan_without_weights
-from llm_coreml.quantize.plan.imported import refuse_choices
+from llm_coreml.quantize.plan.imported import keeps_codes, left_as_is
 from llm_coreml.quantize.quantized import quantize
 from llm_coreml.recipes import bundled_model, find_recipe
 from llm_coreml.reference.program.execution import Execution
@@ -145,7 +145,8 @@ class _Run:
     def check(self, spec: DecoderSpec, quantized: bool) -> None:
         """Refuse settings that cannot work for a model of these sizes."""
         job = resolve(self.config, spec)
-        plan_without_weights(refuse_choices(job) if quantized else job, spec)
+        imported = quantized and keeps_codes(job)
+        plan_without_weights(left_as_is(job) if imported else job, spec)
 
 
 def _write(run: _Run, model: Model, draft: Path, cache: WeightCache) -> None:

@@ -101,9 +101,10 @@ def _mix(found: Allocation | None) -> str:
 def _choice(stored: Quantization) -> str:
     if stored.imported is not None:
         return _imported(stored.imported)
+    expanded = f"values of {stored.expanded}, " if stored.expanded else ""
     if stored.calibration is None:
-        return "rounded to nearest"
-    return _calibrated(stored.calibration)
+        return f"{expanded}rounded to nearest"
+    return expanded + _calibrated(stored.calibration)
 
 
 def _imported(found: Import) -> str:

@@ -117,6 +117,10 @@ class Checkpoint(abc.ABC):
         """Yield the stored tensors that make up `name`, each under its own name."""
         yield name, self.stored(name)
 
+    def quantized(self) -> Mapping[str, str]:
+        """Return what each quantized matrix is stored as, by name; reads no tensor."""
+        return MappingProxyType({})
+
     def forms(self) -> Mapping[str, PackedForm]:
         """Return how each quantized matrix is stored, by name. Raises CheckpointError."""
         return MappingProxyType({})
