@@ -80,7 +80,7 @@ def export_command(
 
         before = _identity(folder)
         try:
-            export(
+            bundle = export(
                 source,
                 output=folder,
                 config=config,
@@ -94,8 +94,8 @@ def export_command(
             # It counts as done once it is in its place.
             if _identity(folder) in (None, before):
                 raise
-        INTERRUPTION.finish()
-        bundle = open_bundle(folder)
+            INTERRUPTION.finish()
+            bundle = open_bundle(folder)
         peak = peak_memory()
         told = {**bundle.manifest.to_json(), "peak_memory_bytes": peak}
         screen.show(form, told, lambda: export_table(bundle.manifest, str(folder), peak))

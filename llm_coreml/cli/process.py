@@ -79,6 +79,9 @@ def end() -> None:
     """Let nothing disturb the interpreter while it takes itself down."""
     for number in ENDING:
         signal.signal(number, signal.SIG_IGN)
+    # What interrupts `exec(text)`, which makes every dataclass, Python remembers as if nobody had
+    # handled it, and kills itself at the end; until the next text.
+    exec("")
 
 
 def _open_missing_streams() -> None:

@@ -144,6 +144,25 @@ def test_no_place_for_temporary_files(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
 
 
+def test_the_exit_code_is_ours_wherever_the_signal_came(tmp_path: Path) -> None:
+    script = """
+import os, signal, sys
+from llm_coreml.cli import main, process
+process.begin()
+def work():
+    exec("signal.raise_signal(signal.SIGTERM)")
+main.cli.main = lambda **_: work()
+try:
+    main.main()
+finally:
+    process.end()
+"""
+    (tmp_path / "started.py").write_text(script)
+    words = [sys.executable, "-m", "started"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.strip()) == interrupted(signal.SIGTERM)
+
+
 # Streams
 
 
