@@ -364,6 +364,17 @@ def test_metadata_that_changes_what_is_computed(
         open_model(tmp_path / "model.gguf")
 
 
+def test_a_file_is_known_by_its_first_bytes(tmp_path: Path) -> None:
+    write(tmp_path / "sha256-1a2b", tiny(), {})
+    assert open_model(tmp_path / "sha256-1a2b").spec.hidden_size == 256
+    assert open_model(tmp_path).spec.hidden_size == 256
+    (tmp_path / "LICENSE").write_text("text")
+    with pytest.raises(CheckpointError, match=r"is neither an existing"):
+        open_model("a" * 5000 + "/b" * 3000)
+    with pytest.raises(CheckpointError, match=r"LICENSE' is neither an existing .*gguf file"):
+        open_model(tmp_path / "LICENSE")
+
+
 def test_linear_scaling_is_read(tmp_path: Path) -> None:
     def extra(writer: gguf.GGUFWriter) -> None:
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
