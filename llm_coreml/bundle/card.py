@@ -17,9 +17,16 @@ from llm_coreml.bundle.manifest import (
 from llm_coreml.printable import CELL, printable
 from llm_coreml.verify.verification import Conversion
 
+_CHAT = "| chat | by the tokenizer's chat template: `llm-coreml generate --chat` |\n"
 
-def model_card(manifest: Manifest) -> str:
-    """Return the `README.md` that goes beside the program described by `manifest`."""
+
+def model_card(manifest: Manifest, chat: bool) -> str:
+    """Return the `README.md` that goes beside the program described by `manifest`.
+
+    Args:
+        manifest: The export.
+        chat: The bundle has a chat template.
+    """
     source, program, target = manifest.source, manifest.program, manifest.target
     stored, checked = manifest.quantization, manifest.verification
     name = printable(source.name)
@@ -52,6 +59,7 @@ head {stored.lm_head.label}{" (tied)" if stored.tied else ""}; \
 | method | `{described.main}({inputs})`, {program.output} |
 | lengths S | {lengths} |
 | context | {program.context} positions; {_remembered(described.states)} |
+{_CHAT if chat else ""}\
 
 ## Verification
 

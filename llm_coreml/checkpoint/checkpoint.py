@@ -109,6 +109,7 @@ class Checkpoint(abc.ABC):
 
         Raises:
             CheckpointError: There is no tokenizer.
+            UnsupportedError: A file of it is a link out of its folder.
             OutputError: The files cannot be written.
         """
 

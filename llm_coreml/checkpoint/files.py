@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from llm_coreml.checkpoint.checkpoint import TOKENIZER_FILES, Checkpoint, Source, listing, quoted
 from llm_coreml.checkpoint.conversions import SAVE, conversion_of, folder_conversion
 from llm_coreml.checkpoint.layouts import ordinary_names
+from llm_coreml.checkpoint.links import refuse_foreign_link
 from llm_coreml.checkpoint.packed import names_quantization
 from llm_coreml.errors import (
     CheckpointError,
@@ -148,6 +149,7 @@ def copy_tokenizer(files: Mapping[str, Path], folder: Path, source: str) -> dict
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, path in files.items():
+            refuse_foreign_link(path)
             shutil.copyfile(path, written[name])
     except OSError as error:
         raise OutputError(
