@@ -112,6 +112,15 @@ def test_its_configuration_is_that_of_transformers(tmp_path: Path) -> None:
     }
 
 
+def test_biases_and_heads_of_other_sizes(tmp_path: Path) -> None:
+    model = tiny(attention_bias=True, mlp_bias=True, head_dim=128, num_key_value_heads=1)
+    meant = write(tmp_path / "model.gguf", model, {"q_proj": Kind.Q8_0, "k_proj": Kind.Q5_1})
+    checkpoint = open_model(tmp_path).checkpoint
+    assert checkpoint.names() == meant.keys() == model.state_dict().keys()
+    for name, values in meant.items():
+        assert np.array_equal(checkpoint.tensor(name, torch.float32).numpy(), values), name
+
+
 def test_it_exports_to_what_transformers_computes(tmp_path: Path) -> None:
     model = tiny(tie_word_embeddings=True, vocab_size=420)
     _, tokens, merges = gpt2_vocabulary(digits_first())
