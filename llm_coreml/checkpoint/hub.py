@@ -51,6 +51,11 @@ def open_hub(
             only an adapter.
     """
     folder = _fetch(repo, revision, local_files_only, _SMALL_FILES)
+    if not (folder / CONFIG).is_file() and not (folder / ADAPTER_CONFIG).is_file():
+        raise CheckpointError(
+            f"'{repo}' has no config.json. Where it holds GGUF files, fetch one, which is enough "
+            f"alone, and give its path: hf download {repo} FILE.gguf --local-dir ."
+        )
     config = read_config(folder)
     judge(config)
     find_formats(config, CONFIG)  # a format that cannot be read, before gigabytes of it

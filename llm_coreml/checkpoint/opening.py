@@ -73,7 +73,8 @@ def open_checkpoint(
     if isinstance(source, str) and _HUB_ID.fullmatch(source):
         return _unpacked(open_hub(source, revision, local_files_only, judge))
     raise CheckpointError(
-        f"{str(source)!r} is neither an existing folder, a hub id (org/name) nor a live model. "
+        f"{str(source)!r} is neither an existing folder, a hub id (org/name) nor a live model, nor "
+        "an existing .gguf file. "
         "Check the path, or write the id in full."
     )
 
@@ -110,9 +111,9 @@ def _as_gguf(source: object) -> Path | None:
     if not isinstance(source, (str, Path)):
         return None
     path = Path(os.path.expanduser(source))
-    if is_gguf(path) and path.is_file():
+    if is_gguf(path):
         return path
-    if not str(source).strip() or not path.is_dir() or any(path.glob("*.safetensors*")):
+    if not str(source).strip() or not os.path.isdir(path) or any(path.glob("*.safetensors*")):
         return None
     return only_model(path)
 

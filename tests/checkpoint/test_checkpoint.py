@@ -677,6 +677,12 @@ def test_hub_refuses_before_the_weights_are_fetched(hub: FakeHub) -> None:
     assert not (hub.cache / COMMIT / "model.safetensors").exists()
 
 
+def test_hub_without_config(hub: FakeHub) -> None:
+    (hub.remote / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"'org/name' has no config.json.*FILE.gguf"):
+        open_checkpoint("org/name")
+
+
 def test_hub_without_safetensors(hub: FakeHub) -> None:
     (hub.remote / "model.safetensors").rename(hub.remote / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="pickle, which is never loaded"):
