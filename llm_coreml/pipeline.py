@@ -29,6 +29,7 @@ from llm_coreml.bundle.folder import (
     open_bundle,
 )
 from llm_coreml.bundle.record import make_manifest
+from llm_coreml.bundle.seal import sealed
 from llm_coreml.config import ExportConfig, Job, resolve
 from llm_coreml.decoder import Decoder, DecoderSpec
 from llm_coreml.errors import CheckpointError, UnsupportedError
@@ -160,8 +161,8 @@ def _write(run: _Run, model: Model, draft: Path, cache: WeightCache) -> None:
     progress.stage("verify")
     verification = _verify(progress, form.description, quantized.decoder, program)
     manifest = make_manifest(quantized, form.description, program, verification)
-    write_json(draft / MANIFEST, manifest.to_json())
     (draft / CARD).write_text(model_card(manifest))
+    write_json(draft / MANIFEST, sealed(manifest, draft).to_json())
 
 
 def _write_tokenizer(run: _Run, model: Model, draft: Path) -> None:
