@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from llm_coreml.checkpoint import open_checkpoint
 from llm_coreml.errors import CheckpointError, LlmCoreMLError, UnsupportedError
 from llm_coreml.model import open_model
+from llm_coreml.progress import Silent
 from llm_coreml.quantize.quantized import build_original
 from llm_coreml.runtime.eager import EagerRunner
 from tiny import expected_logits, llama, save, tokens_for
@@ -70,6 +71,10 @@ def merged(model: Any, values: Tensors) -> Any:
     state = {**model.state_dict(), **values}
     untied.load_state_dict(state)
     return untied
+
+
+def weights_of(folder: Path) -> Path:
+    return folder / "model.safetensors"
 
 
 def logits_of(source: Any) -> torch.Tensor:
@@ -174,7 +179,7 @@ def test_an_adapter_of_the_token_table(tied: bool, tmp_path: Path) -> None:
 def test_an_adapter_inside_of_the_weights(tmp_path: Path) -> None:
     base = llama(tie_word_embeddings=True)
     folder = save(base, tmp_path / "m")
-    tensors = load_file(folder / "model.safetensors")
+    tensors = load_file(weights_of(folder))
     down, up = pair(base, Q)
     weight = tensors.pop(f"{Q}.weight")
     tensors |= {
@@ -187,7 +192,7 @@ def test_an_adapter_inside_of_the_weights(tmp_path: Path) -> None:
             tensors[f"{Q}.lora_A.other.weight"] = down.clone()
             tensors[f"{Q}.lora_B.other.weight"] = up.clone()
         inside = {f"base_model.model.{name}": value for name, value in tensors.items()}
-        save_file(inside, folder / "model.safetensors", {"format": "pt"})
+        save_file(inside, weights_of(folder), {"format": "pt"})
         (folder / "adapter_config.json").write_text(json.dumps(settings()))
         if not spoiled:
             assert_equal(folder, merged(base, {f"{Q}.weight": weight + 4 * up @ down}))
@@ -224,6 +229,36 @@ def test_an_adapter_is_read_when_its_weight_is(tmp_path: Path) -> None:
     assert checkpoint.tensor(f"{DOWN}.weight", torch.float16).any()
     with pytest.raises(CheckpointError, match=rf"'{Q}\.weight' in model.safetensors is nan"):
         checkpoint.tensor(f"{Q}.weight", torch.float16)
+
+
+def test_the_exported_program_is_the_merged_model(tmp_path: Path) -> None:
+    import llm_coreml
+
+    base = llama(tie_word_embeddings=True)
+    folder = save(base, tmp_path / "m")
+    down, up = pair(base, Q)
+    put(folder, {f"{Q}.lora_A.weight": down, f"{Q}.lora_B.weight": up}, settings())
+    # Names of a compiled model, a bias of zeros and a range beside: all told, none of them read.
+    tensors = {f"_orig_mod.{name}": value for name, value in load_file(weights_of(folder)).items()}
+    tensors |= {f"{Q}.bias": torch.zeros(64), "model.layers.0.self_attn.k_scale": torch.ones(1)}
+    save_file(tensors, weights_of(folder), {"format": "pt"})
+    told: list[str] = []
+    listener = Silent()
+    listener.note = told.append  # type: ignore[method-assign]
+    config = llm_coreml.ExportConfig(
+        scheme="none", embedding="none", logits="all", context=CONTEXT, seq_lengths=(1, 8)
+    )
+    bundle = llm_coreml.export(
+        folder, output=tmp_path / "out", config=config, cache=False, progress=listener
+    )
+    for words in ("'_orig_mod.'", "merged into 1 matrices", "quantized cache", "are zero"):
+        assert any(words in note for note in told), (words, told)
+    weight = base.state_dict()[f"{Q}.weight"]
+    wanted = expected_logits(merged(base, {f"{Q}.weight": weight + 4 * up @ down}), TOKENS)
+    error = (llm_coreml.load(bundle.folder).logits(TOKENS) - wanted).abs().max()
+    assert error < 2e-2 * wanted.abs().max()
+    apart = (expected_logits(base, TOKENS) - wanted).abs().max()
+    assert apart > 10 * error
 
 
 # Refused
