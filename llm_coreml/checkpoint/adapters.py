@@ -131,8 +131,8 @@ class MergedCheckpoint(Checkpoint):
         merged = weight.float() + (added.T if product.table else added)
         if product.magnitude is None:
             return merged
-        norms = torch.linalg.vector_norm(merged, dim=1)
-        return merged * (product.magnitude.read().float() / norms).unsqueeze(1)
+        norms: torch.Tensor = torch.linalg.vector_norm(merged, dim=1, keepdim=True)
+        return merged * (product.magnitude.read().float().unsqueeze(1) / norms)
 
     def contents(self, name: str) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the stored tensors that make up `name`, and the factor of their product."""
