@@ -32,6 +32,7 @@ from llm_coreml.bundle.record import make_manifest
 from llm_coreml.config import ExportConfig, Job, resolve
 from llm_coreml.decoder import Decoder, DecoderSpec
 from llm_coreml.errors import CheckpointError, UnsupportedError
+from llm_coreml.families.token_ids import known_ids
 from llm_coreml.lower.forms import form_for
 from llm_coreml.machine import free_memory, trim_memory
 from llm_coreml.model import Model, open_model
@@ -145,7 +146,8 @@ class _Run:
 
 def _write(run: _Run, model: Model, draft: Path, cache: WeightCache) -> None:
     job, progress = resolve(run.config, model.spec), run.progress
-    bos_id, eos_ids = special_ids(model.checkpoint.config, model.checkpoint.generation_config)
+    bos_id, eos_ids = _special_ids(run, model)
+    _tell_of_the_reading(run, model, job)
     _write_tokenizer(run, model, draft)
     quantized = quantize(model, job, draft / TOKENIZER, progress, cache)
     form = form_for(job, model.spec, bos_id, eos_ids)
@@ -160,6 +162,28 @@ def _write(run: _Run, model: Model, draft: Path, cache: WeightCache) -> None:
     manifest = make_manifest(quantized, form.description, program, verification)
     write_json(draft / MANIFEST, manifest.to_json())
     (draft / CARD).write_text(model_card(manifest))
+
+
+def _special_ids(run: _Run, model: Model) -> tuple[int | None, tuple[int, ...]]:
+    """Return the beginning token and the tokens that end a text, and tell of ids that are none."""
+    checkpoint, size = model.checkpoint, model.spec.vocab_size
+    config, notes = known_ids(checkpoint.config, "config.json", size)
+    generation, more = known_ids(checkpoint.generation_config, "generation_config.json", size)
+    for note in notes + more:
+        run.progress.note(note)
+    return special_ids(config, generation)
+
+
+def _tell_of_the_reading(run: _Run, model: Model, job: Job) -> None:
+    """Tell what of config.json is read otherwise than it looks, or gone beyond."""
+    for note in model.family.notes(model.checkpoint.config):
+        run.progress.note(note)
+    meant = model.spec.max_position_embeddings
+    if job.shapes.context > meant:
+        run.progress.note(
+            f"config.json names {meant} positions; the {job.shapes.context} of --context rest on "
+            "its linear scaling of RoPE."
+        )
 
 
 def _write_tokenizer(run: _Run, model: Model, draft: Path) -> None:

@@ -194,6 +194,20 @@ def test_shapes_that_do_not_fit_a_model(
     assert str(caught.value) == message
 
 
+def test_linear_scaling_gives_room_for_a_longer_context() -> None:
+    spec = small_spec(rope_scaling={"type": "linear", "factor": 4.0})
+    assert resolve(ExportConfig(), spec).shapes.context == 64
+    assert resolve(ExportConfig(context=256), spec).shapes.context == 256
+    with pytest.raises(ConfigError, match=r"longer than the 256 positions that .* use 256 or less"):
+        resolve(ExportConfig(context=288), spec)
+
+
+def test_a_cache_beyond_the_memory_is_refused_before_it_is_made() -> None:
+    spec = small_spec(max_position_embeddings=2**31 - 1)
+    with pytest.raises(ConfigError, match=r"needs 1,099\.5 GB for the cache alone"):
+        resolve(ExportConfig(context=2**31 - 32), spec)
+
+
 CONFIGS = st.builds(
     ExportConfig,
     bits=st.sampled_from([None, 1, 2, 3, 4, 6, 8, 16]),
