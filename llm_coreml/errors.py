@@ -17,13 +17,20 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-_LONGEST = 2000
+from llm_coreml.printable import MESSAGE, printable
 
 
 class LlmCoreMLError(Exception):
-    """Base of all errors that this package raises on purpose."""
+    """Base of all errors that this package raises on purpose.
+
+    A message may quote names from a hostile file, so it is kept to one line of bounded length that
+    no terminal takes for a command.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message, MESSAGE))
 
 
 class ConfigError(LlmCoreMLError):
@@ -51,20 +58,9 @@ class OutputError(LlmCoreMLError):
 
 
 class ArtifactError(LlmCoreMLError):
-    """A `.pte` or bundle is corrupt, lies about itself, or holds what we cannot run.
-
-    Its message may quote names from a hostile file, so it is kept to one line of bounded length
-    that no terminal takes for a command.
-    """
+    """A `.pte` or bundle is corrupt, lies about itself, or holds what we cannot run."""
 
     exit_code = 7
-
-    def __init__(self, message: str) -> None:
-        shown = "".join(
-            letter if letter.isprintable() else letter.encode("unicode_escape").decode()
-            for letter in message[:_LONGEST]
-        )
-        super().__init__(shown + ("..." if len(message) > _LONGEST else ""))
 
 
 class VerificationError(LlmCoreMLError):

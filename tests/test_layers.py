@@ -20,6 +20,7 @@ FOLDERS = {"llm_coreml": ROOT / "llm_coreml", "eval": ROOT / "eval", "recipes": 
 
 # Lowest first; a module imports from its own line and the lines above it.
 LAYERS = (
+    ("printable",),
     ("errors",),
     ("output", "targets", "progress", "machine", "fidelity", "tokenizer", "demo"),
     ("rules",),

@@ -14,6 +14,7 @@ from llm_coreml.bundle.manifest import (
     Rotations,
     Tuned,
 )
+from llm_coreml.printable import CELL, printable
 from llm_coreml.verify.verification import Conversion
 
 
@@ -21,7 +22,8 @@ def model_card(manifest: Manifest) -> str:
     """Return the `README.md` that goes beside the program described by `manifest`."""
     source, program, target = manifest.source, manifest.program, manifest.target
     stored, checked = manifest.quantization, manifest.verification
-    base = f"base_model: {source.name}\n" if source.kind == "hub" else ""
+    name = printable(source.name)
+    base = f"base_model: {name}\n" if source.kind == "hub" else ""
     lengths = ", ".join(map(str, program.seq_lengths))
     described = manifest.description
     inputs = ", ".join(described.methods[described.main].inputs)
@@ -31,7 +33,7 @@ tags: [coreml, executorch, llm-coreml]
 pipeline_tag: text-generation
 ---
 
-# {source.name} for ExecuTorch
+# {name} for ExecuTorch
 
 `{program.file}` is an ExecuTorch program, {program.bytes:,} bytes, made by llm-coreml
 {manifest.versions["llm-coreml"]}.
@@ -61,7 +63,7 @@ PyTorch, fp32: largest error {checked.max_relative_error:.2e} of the largest log
 
 ## Rebuild
 
-    {shlex.join(manifest.rebuild) or "llm_coreml.export(model, tokenizer, ...)"}
+    {printable(shlex.join(manifest.rebuild), CELL) or "llm_coreml.export(model, tokenizer, ...)"}
 """
 
 

@@ -9,6 +9,7 @@ happen inside the commands, so that `--help` is quick.
 
 from __future__ import annotations
 
+import io
 import sys
 import traceback
 
@@ -24,6 +25,7 @@ from llm_coreml.cli.run import run_command
 from llm_coreml.cli.show import show_command
 from llm_coreml.errors import LlmCoreMLError
 from llm_coreml.machine import keep_one_heap
+from llm_coreml.printable import MESSAGE, printable
 
 
 def _plain_names(name: str) -> str:
@@ -66,7 +68,7 @@ def main() -> None:
     try:
         code = cli.main(standalone_mode=False) or 0
     except click.ClickException as error:
-        error.show()
+        _show(error)
         code = error.exit_code
     except LlmCoreMLError as error:
         click.echo(f"Error: {error}", err=True)
@@ -78,8 +80,9 @@ def main() -> None:
         if "-v" in sys.argv or "--verbose" in sys.argv:
             traceback.print_exc()
         click.echo(
-            f"Error: an unexpected {type(error).__name__} in llm-coreml: {error}. Run again with "
-            "-v for the traceback, and please report it.",
+            f"Error: an unexpected {type(error).__name__} in llm-coreml: "
+            f"{printable(str(error), MESSAGE)}. Run again with -v for the traceback, and please "
+            "report it.",
             err=True,
         )
         code = 1
@@ -87,3 +90,11 @@ def main() -> None:
         # Open temporary files of a failed library find their folder gone; nobody needs to know.
         sys.unraisablehook = lambda _: None
     sys.exit(code)
+
+
+def _show(error: click.ClickException) -> None:
+    """Print what click has to say; its message may quote what the user wrote."""
+    with io.StringIO() as shown:
+        error.show(shown)
+        usage, mark, message = shown.getvalue().rstrip().partition("Error: ")
+    click.echo(usage + mark + printable(message, MESSAGE), err=True)

@@ -25,6 +25,7 @@ from llm_coreml.eval.inspection import Inspection
 from llm_coreml.eval.metrics import Metric
 from llm_coreml.eval.results import Evaluation, Quality
 from llm_coreml.inspect.contents import Contents, DelegateContents
+from llm_coreml.printable import CELL, printable
 from llm_coreml.reference.observe.watch import FP16_MAX
 from llm_coreml.verify.verification import Conversion
 
@@ -148,13 +149,15 @@ def evaluation_table(result: Evaluation) -> Group:
         size.add_row(f"  {name.split('/')[1]}" if "/" in name else name, f"{count:,}")
     size.add_row("bits per weight", f"{result.bits_per_weight:.2f}")
     text = f"{result.tokens:,} tokens of {result.text}, windows of up to {result.window}"
-    return Group(Text(text + _compared(metrics)), quality, latency, size)
+    return Group(_line(text + _compared(metrics)), quality, latency, size)
 
 
 def inspection_table(found: Inspection) -> Group:
     """Return what `inspect_numerics` found."""
     parts: list[Any] = [
-        Text(f"{found.tokens:,} tokens of {found.text}; {found.operations:,} floating-point values")
+        _line(
+            f"{found.tokens:,} tokens of {found.text}; {found.operations:,} floating-point values"
+        )
     ]
     if found.overflows:
         table = _plain(
@@ -186,18 +189,18 @@ def comparison_table(found: Comparison) -> Group:
     """Return what `diff` found."""
     parts: list[Any] = []
     for letter, path in zip("AB", found.programs, strict=True):
-        parts.append(Text(f"{letter}  {path}"))
+        parts.append(_line(f"{letter}  {path}"))
     read = f"{found.tokens:,} tokens of {found.text}"
     if found.equal:
         parts.append(
-            Text(f"no difference: {found.paired:,} operations gave equal values on {read}")
+            _line(f"no difference: {found.paired:,} operations gave equal values on {read}")
         )
         return Group(*parts)
-    parts.append(Text(f"{read}; {found.paired:,} operations in common"))
+    parts.append(_line(f"{read}; {found.paired:,} operations in common"))
     for letter, alone in zip("AB", found.alone, strict=True):
         if alone:
             counts = ", ".join(f"{count} {name}" for name, count in alone.items())
-            parts.append(Text(f"only in {letter}: {counts}"))
+            parts.append(_line(f"only in {letter}: {counts}"))
     parts += [Text(""), *_errors(found, "A and B part"), Text("")]
     first, second = found.qualities
     table = _figures("model", metrics=first.metrics)
@@ -217,14 +220,14 @@ def _errors(found: Inspection | Comparison, what: str) -> list[Any]:
     for item in found.layers:
         error = "inf or NaN" if item.error is None else f"{item.error:.2e}"
         table.add_row(error, str(item.layer), f"{item.name} ({item.type})")
-    return [Text(sentence), table]
+    return [_line(sentence), table]
 
 
 def interface_table(path: str, interface: dict[str, dict[str, str]]) -> Group:
     """Return what a program takes and gives, and how to run it."""
     parts = [listing_table(kind, ports) for kind, ports in interface.items() if ports]
     return Group(
-        *parts, Text(f"Give the inputs by these names: llm-coreml run {path} --inputs FILE.npz")
+        *parts, _line(f"Give the inputs by these names: llm-coreml run {path} --inputs FILE.npz")
     )
 
 
@@ -315,10 +318,24 @@ def _compared(metrics: Sequence[Metric]) -> str:
     return f"; {listed} against the original"
 
 
+class _Cells(Table):
+    """A table whose cells may hold names from any file."""
+
+    def add_row(self, *cells: Any, **settings: Any) -> None:
+        """Add a row of texts."""
+        super().add_row(*(printable(cell, CELL) for cell in cells), **settings)
+
+
+def _line(text: str) -> Text:
+    """Return a line that may hold names from any file."""
+    return Text(printable(text, CELL))
+
+
 def _plain(*columns: str, numeric: Collection[str] = ()) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=any(columns))
+    table = _Cells(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=any(columns))
     numbers = {"median", "tokens/s", "bytes", "KL", *numeric}
     for number, column in enumerate(columns):
         right = number > 0 and column in numbers
-        table.add_column(column, justify="right" if right else "left", overflow="fold")
+        title = printable(column)
+        table.add_column(title, justify="right" if right else "left", overflow="fold")
     return table

@@ -27,6 +27,7 @@ from rich.progress import (
 )
 
 from llm_coreml.cli.options import print_json
+from llm_coreml.printable import MESSAGE, printable
 
 _LABELS = {
     "open": "opening the checkpoint",
@@ -111,7 +112,7 @@ class Stages:
         """Print a line above the bars."""
         if self._name and self._bars is None:
             self._console.print()
-        self._console.print(text)
+        self._console.print(printable(text, MESSAGE))
 
     def close(self, finished: bool = True) -> None:
         """End the last stage, or leave it as it is if it was not finished."""
@@ -143,8 +144,9 @@ def terminal(verbose: bool) -> Iterator[Screen]:
     sys.stdout.flush()
     sys.stderr.flush()
     saved = [os.dup(1), os.dup(2)]
-    out = os.fdopen(os.dup(saved[0]), "w", buffering=1)
-    err = os.fdopen(os.dup(saved[1]), "w", buffering=1)
+    # What a terminal's encoding lacks is printed as its escape.
+    out = os.fdopen(os.dup(saved[0]), "w", buffering=1, errors="backslashreplace")
+    err = os.fdopen(os.dup(saved[1]), "w", buffering=1, errors="backslashreplace")
     console = Console(file=out, highlight=False, soft_wrap=True, markup=False)
     screen = Screen(console, Stages(err))
     finished = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import resource
@@ -19,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from exported import SHAPES, TEXT, Run, files_of, in_process, manifest_of, run
+from llm_coreml.cli.terminal import Stages
 from llm_coreml.recipes import bundled_model
 
 DOWN = "model.layers.0.mlp.down_proj.weight"
@@ -622,3 +624,57 @@ def test_activations_that_overflow(refuse: Command, model: Path) -> None:
     precise = ("--calibration-tokens", "64", "--compute-precision", "fp32")
     text = message(refuse(4, *words, *precise))
     assert "layers.0.mlp.down_proj gets inf or NaN" in text and "--calibrate" in text
+
+
+# What is printed
+
+
+HOSTILE = "\x1b[2Jx\u202ey\x07\n"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        (HOSTILE,),
+        (f"--{HOSTILE}",),
+        ("export", "m", "--bits", HOSTILE),
+        ("export", "./m", "--target", HOSTILE),
+        ("export", "m", f"--{HOSTILE}"),
+        ("export", f"./{HOSTILE}"),
+        ("show", HOSTILE),
+        ("ls", HOSTILE),
+        ("ls", "--format", "x" * 100_000),
+        ("export", "m", "--seq-lengths", "1," * 50_000),
+    ],
+)
+def test_words_of_the_command_are_printable(refuse: Command, words: tuple[str, ...]) -> None:
+    code = 7 if words[0] == "show" else 4 if "./" in words[-1] else 2
+    done = refuse(code, *words)
+    text = message(done)
+    assert text.isprintable() and len(text) <= 1000
+    assert all(line.isprintable() for line in done.err.splitlines())
+    if HOSTILE in words[-1]:
+        assert r"x\u202ey\x07\n" in text  # click itself drops the escape sequence
+
+
+def test_names_in_a_checkpoint_are_printable(refuse: Command, model: Path) -> None:
+    edit_config(model, model_type=HOSTILE + "y" * 10**6)
+    text = message(refuse(5, "export", model, "-o", "out", *SHAPES))
+    assert r"\x1b[2J" in text and text.isprintable() and len(text) <= 1000
+    edit_config(model, model_type="llama")
+    edit_weights(model, lambda tensors: tensors.update({HOSTILE * 1000: torch.zeros(1)}))
+    text = message(refuse(4, "export", model, "-o", "out", *SHAPES))
+    assert r"\x1b[2J" in text and text.isprintable() and len(text) <= 1000
+
+
+def test_notes_and_tables_are_printable(
+    own_bundle: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = {**manifest_of(own_bundle)["source"], "name": HOSTILE + "z" * 10**5}
+    edit_manifest(own_bundle, source=source)
+    done = in_process(capfd, monkeypatch, "show", own_bundle)
+    assert done.code == 0 and r"\x1b[2Jx\u202ey" in done.out
+    assert all(line.isprintable() for line in done.out.splitlines()) and len(done.out) < 20_000
+    stages = io.StringIO()
+    Stages(stages).note(HOSTILE)
+    assert stages.getvalue() == r"\x1b[2Jx\u202ey\x07\n" + "\n"
