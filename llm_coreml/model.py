@@ -94,7 +94,7 @@ def open_model(
     beside = check_tensors(checkpoint, expected_tensors(stored, shapes), optional=family.ignored)
     bundled = recipe is not None and recipe.model == BUNDLED
     origin = Source("bundled", BUNDLED_RECIPE) if bundled else checkpoint.source
-    notes = (*checkpoint.notes, *beside)
+    notes = (*checkpoint.notes, *beside, *family.notes(checkpoint.config))
     return Model(origin, checkpoint, family, spec, FamilyWeights(checkpoint, stored), notes)
 
 

@@ -150,7 +150,7 @@ class _Run:
 def _write(run: _Run, model: Model, draft: Path, cache: WeightCache) -> None:
     job, progress = resolve(run.config, model.spec), run.progress
     bos_id, eos_ids = _special_ids(run, model)
-    _tell_of_the_reading(run, model, job)
+    _tell_of_the_context(run, model, job)
     _write_tokenizer(run, model, draft)
     quantized = quantize(model, job, draft / TOKENIZER, progress, cache)
     form = form_for(job, model.spec, bos_id, eos_ids)
@@ -177,10 +177,8 @@ def _special_ids(run: _Run, model: Model) -> tuple[int | None, tuple[int, ...]]:
     return special_ids(config, generation)
 
 
-def _tell_of_the_reading(run: _Run, model: Model, job: Job) -> None:
-    """Tell what of config.json is read otherwise than it looks, or gone beyond."""
-    for note in model.family.notes(model.checkpoint.config):
-        run.progress.note(note)
+def _tell_of_the_context(run: _Run, model: Model, job: Job) -> None:
+    """Tell of a context that is longer than config.json says."""
     meant = model.spec.max_position_embeddings
     if job.shapes.context > meant:
         run.progress.note(

@@ -7,7 +7,7 @@ job.weights.group_size                  # a section, where there is nothing left
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from llm_coreml.config.export_config import ExportConfig
@@ -75,9 +75,10 @@ def resolve(config: ExportConfig, spec: DecoderSpec) -> Job:
             beyond the context.
     """
     target, backend = get_target(config.target), BACKENDS[config.backend]
+    weights = config.section(WeightSettings)
     return Job(
         config=config,
-        weights=config.section(WeightSettings),
+        weights=replace(weights, embedding=weights.table),
         calibration=config.section(CalibrationSettings),
         target=target,
         minimum_os=config.minimum_os,

@@ -88,11 +88,9 @@ def make_plan(
         linear = _prevalent(chosen, shapes)
         exceptions = {name: chosen[name] for name in shapes if chosen[name] != linear}
     tables = chosen or {}
-    embedding = tables.get("embed_tokens") or _table_scheme(
-        job.weights.embedding, job, "--embedding"
-    )
+    embedding = tables.get("embed_tokens") or _table_scheme(job.weights.table, job, "--embedding")
     lm_head = tables.get("lm_head") or _table_scheme(
-        job.weights.lm_head or job.weights.embedding, job, "--lm-head"
+        job.weights.lm_head or job.weights.table, job, "--lm-head"
     )
     schemes = {linear, *exceptions.values()}
     calibrated = job.calibration.calibrate is not None
