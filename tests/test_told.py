@@ -1,4 +1,4 @@
-"""What an export tells before it begins to work: readings, contexts, ids and states in doubt."""
+"""What an export tells before it begins to work: readings, contexts and states in doubt."""
 
 from __future__ import annotations
 
@@ -72,9 +72,3 @@ def test_what_config_json_says_twice_and_a_context_beyond_it(tmp_path: Path) -> 
     assert "names 64 positions; the 256 of --context rest on" in told(
         folder, tmp_path / "out", context=256
     )
-
-
-def test_ids_that_the_model_does_not_have(tmp_path: Path) -> None:
-    folder = save(llama(), tmp_path / "model")
-    change(folder, "generation_config.json", eos_token_id=[2, 97])
-    assert "generation_config.json gives eos_token_id = 97" in told(folder, tmp_path / "out")

@@ -19,9 +19,16 @@ from llm_coreml.rules import broken_by_states
 from llm_coreml.targets import BACKENDS, get_target
 from llm_coreml.verify.verification import Conversion
 
+_CHAT = "| chat | by the tokenizer's chat template: `llm-coreml generate --chat` |\n"
 
-def model_card(manifest: Manifest) -> str:
-    """Return the `README.md` that goes beside the program described by `manifest`."""
+
+def model_card(manifest: Manifest, chat: bool) -> str:
+    """Return the `README.md` that goes beside the program described by `manifest`.
+
+    Args:
+        manifest: The export.
+        chat: The bundle has a chat template.
+    """
     source, program, target = manifest.source, manifest.program, manifest.target
     stored, checked = manifest.quantization, manifest.verification
     name = printable(source.name)
@@ -54,7 +61,9 @@ head {stored.lm_head.label}{" (tied)" if stored.tied else ""}; \
 | method | `{described.main}({inputs})`, {program.output} |
 | lengths S | {lengths} |
 | context | {program.context} positions; {_remembered(described.states)} |
-{_doubts(manifest)}
+{_doubts(manifest)}\
+{_CHAT if chat else ""}\
+
 ## Verification
 
 Produced by: {checked.runtime}. {checked.rows} rows of logits on
@@ -105,9 +114,10 @@ def _mix(found: Allocation | None) -> str:
 def _choice(stored: Quantization) -> str:
     if stored.imported is not None:
         return _imported(stored.imported)
+    expanded = f"values of {stored.expanded}, " if stored.expanded else ""
     if stored.calibration is None:
-        return "rounded to nearest"
-    return _calibrated(stored.calibration)
+        return f"{expanded}rounded to nearest"
+    return expanded + _calibrated(stored.calibration)
 
 
 def _imported(found: Import) -> str:

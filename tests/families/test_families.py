@@ -13,7 +13,6 @@ from llm_coreml.decoder import skeleton
 from llm_coreml.decoder.spec import AttentionSpec, LayerSpec, MLPSpec, NormSpec, RopeSpec
 from llm_coreml.errors import CheckpointError, UnsupportedError
 from llm_coreml.families import find_family, known_model_types
-from llm_coreml.families.token_ids import known_ids
 from llm_coreml.model import open_model
 from tiny import llama, save
 
@@ -245,34 +244,6 @@ def test_sizes_that_the_file_does_not_bear_out_cost_nothing(tmp_path: Path) -> N
         open_model(folder)
     decoder = skeleton(spec_of(**changes))
     assert all(each.is_meta for each in (*decoder.parameters(), *decoder.buffers()))
-
-
-@pytest.mark.parametrize(
-    ("values", "ids", "told"),
-    [
-        ({}, {}, 0),
-        ({"eos_token_id": None, "bos_token_id": None}, {}, 0),
-        ({"bos_token_id": 1, "eos_token_id": 2}, {"bos_token_id": 1, "eos_token_id": [2]}, 0),
-        ({"eos_token_id": [2, None, 3]}, {"eos_token_id": [2, 3]}, 0),
-        ({"eos_token_id": [2, 97, -1], "bos_token_id": 10**30}, {"eos_token_id": [2]}, 3),
-        ({"eos_token_id": []}, {}, 0),
-    ],
-    ids=str,
-)
-def test_ids_that_the_model_has_are_kept(
-    values: dict[str, Any], ids: dict[str, Any], told: int
-) -> None:
-    found, notes = known_ids(values, "config.json", 97)
-    assert found == ids and len(notes) == told
-    assert all("none of the 97 tokens that the model has" in note for note in notes)
-
-
-@pytest.mark.parametrize("value", ["2", ["</s>"], [[2]], {"a": 2}, 2.0, True, math.nan], ids=str)
-def test_ids_of_another_type_are_refused(value: object) -> None:
-    with pytest.raises(CheckpointError, match="_token_id = "):
-        known_ids({"eos_token_id": value}, "generation_config.json", 97)
-    with pytest.raises(CheckpointError, match="_token_id = "):
-        known_ids({"bos_token_id": value}, "generation_config.json", 97)
 
 
 def test_null_fields_mean_the_default() -> None:
