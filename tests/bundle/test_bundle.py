@@ -105,6 +105,11 @@ def test_the_card_tells_what_the_manifest_holds(manifest: dict[str, Any]) -> Non
     assert "all 21 weights and tables" in card and "2.0e-07 (bound 3e-05)" in card
     shape = "[1, 2, 32, 16]"
     assert f"`cache_keys` float16 {shape}, `cache_values` float16 {shape}" in card
+    assert "no multiple of 32" not in card
+    engine = {**manifest, "target": {**manifest["target"], "name": "ane"}}
+    assert "is no multiple of 32 (coremltools issue 2631) |" in model_card(
+        Manifest.from_json(engine), chat=False
+    )
     forgetting = {**manifest, "program": {**manifest["program"], "states": {}}}
     told = model_card(Manifest.from_json(forgetting), chat=False)
     assert "32 positions; nothing is remembered between calls" in told
