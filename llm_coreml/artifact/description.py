@@ -8,6 +8,7 @@ and verification read it instead of knowing how one kind of program looks.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,8 @@ class MethodForm:
     Attributes:
         inputs: Name, element type and shape of each argument, in order: `tokens int64 [1, S]`.
         output: Element type and shape of its logits: `float32 [1, 1, 32000]`.
-        seq_lengths: The lengths S that a call accepts, ascending.
+        seq_lengths: The lengths S that a call takes as they are, ascending. Where a constant method,
+            `enable_dynamic_shape`, says so, others up to the longest are padded.
         functions: The Core ML function of each partition, in the order in which they run; none in
             a method of another runtime.
 
@@ -92,6 +94,13 @@ class Description:
         """Tokens that end a text."""
         given = self.constant_methods.get("get_eos_ids")
         return tuple(map(int, given)) if isinstance(given, list) else ()
+
+    @property
+    def state_shapes(self) -> list[tuple[int, ...]]:
+        """The sizes of what it remembers, which has one size at least."""
+        texts = (text.partition("[")[2] for text in self.states.values())
+        shapes = (tuple(map(int, re.findall(r"\d+", text))) for text in texts)
+        return [shape for shape in shapes if shape]
 
     @property
     def main(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 
+from llm_coreml.artifact.description import Description
 from llm_coreml.bundle.manifest import (
     Allocation,
     Calibration,
@@ -15,6 +16,8 @@ from llm_coreml.bundle.manifest import (
     Tuned,
 )
 from llm_coreml.printable import CELL, printable
+from llm_coreml.rules import broken_by_states
+from llm_coreml.targets import BACKENDS, get_target
 from llm_coreml.verify.verification import Conversion
 
 _CHAT = "| chat | by the tokenizer's chat template: `llm-coreml generate --chat` |\n"
@@ -58,7 +61,9 @@ head {stored.lm_head.label}{" (tied)" if stored.tied else ""}; \
 | precision | {target.compute_precision} |
 | method | `{described.main}({inputs})`, {program.output} |
 | lengths S | {lengths} |
+| prompts | {_feeding(described)} |
 | context | {program.context} positions; {_remembered(described.states)} |
+{_doubts(manifest)}\
 {_CHAT if chat else ""}\
 
 ## Verification
@@ -75,11 +80,33 @@ PyTorch, fp32: largest error {checked.max_relative_error:.2e} of the largest log
 """
 
 
+def _feeding(described: Description) -> str:
+    """Return how runners feed a prompt, as the constant methods tell them."""
+    constants = described.constant_methods
+    if constants["enable_dynamic_shape"] is not True:
+        return "fed token by token, by every runner"
+    padded = ", which the method pads to the next length" if described.backend == "coreml" else ""
+    return (
+        f"ExecuTorch's LLM runner feeds up to {constants['get_max_seq_len']} tokens in a call, of "
+        f"any number{padded}; llm-coreml feeds a sum of the lengths, which needs no pads"
+    )
+
+
 def _remembered(states: Mapping[str, str]) -> str:
     if not states:
         return "nothing is remembered between calls"
     told = ", ".join(f"`{name}` {text}" for name, text in states.items())
     return f"states inside the program: {told}"
+
+
+def _doubts(manifest: Manifest) -> str:
+    """Return a row of what is known not to work of the program's states on its target."""
+    target = manifest.target
+    if not BACKENDS[target.backend].has_targets:
+        return ""
+    broken = broken_by_states(get_target(target.name), manifest.description.state_shapes)
+    told = "; ".join(rule.sentence for rule in broken)
+    return f"| known of such programs | {told} |\n" if told else ""
 
 
 def _rotation(found: Rotations | None) -> str:

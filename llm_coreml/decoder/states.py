@@ -59,6 +59,9 @@ class View:
 class State(nn.Module, ABC):
     """What a decoder remembers of one sequence, of one kind; all buffers are fp32.
 
+    A pass may end with pads, which repeat the last token at its position, see `Decoder.forward`:
+    what it writes of them must not be seen by any later pass.
+
     Attributes:
         write: The custom op that an exported graph writes it with.
     """
