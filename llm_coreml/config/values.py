@@ -5,12 +5,17 @@ from __future__ import annotations
 import re
 
 from llm_coreml.errors import ConfigError
+from llm_coreml.printable import whole
 from llm_coreml.targets import get_target, opset_of
 
 WHOLE_BITS = (1, 2, 3, 4, 6, 8, 16)
 # State dimensions that are no multiple of 32 are refused by the Neural Engine compiler
 # (coremltools issue 2631).
 CONTEXT_MULTIPLE = 32
+# Positions and sizes are int32 in programs; bytes of files are int64.
+MOST_POSITIONS = 2**31 - 1
+MOST_BYTES = 2**63 - 1
+MOST_STEPS = 1_000_000
 # What None comes to.
 DEFAULT_CODEBOOK_ROWS = 16
 DEFAULT_CONTEXT = 2048
@@ -56,8 +61,9 @@ def checked_bits(bits: float) -> float:
     if bits in WHOLE_BITS:
         return int(bits)
     if not 1 < bits < 16 or bits == int(bits):  # also where it is NaN
+        given = whole(bits) if isinstance(bits, int) else f"{bits:g}"
         raise ConfigError(
-            f"--bits is {bits:g}; Core ML holds weights of 1, 2, 3, 4, 6, 8 and 16 bits."
+            f"--bits is {given}; Core ML holds weights of 1, 2, 3, 4, 6, 8 and 16 bits."
         )
     return bits
 

@@ -29,6 +29,8 @@ class Sampler:
             raise ConfigError(f"temperature is {temperature}; it must be finite and 0 or more.")
         if not 0 < top_p <= 1:
             raise ConfigError(f"top_p is {top_p}; it must lie above 0 and be at most 1.")
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+            raise ConfigError("seed must be a whole number from 0 to 9223372036854775807.")
         self._temperature = temperature
         self._top_p = top_p
         self._generator = torch.Generator().manual_seed(seed)
