@@ -190,7 +190,7 @@ def _judge(scratch: Path) -> Ending:
     left = [path.name for path in (scratch / "temporary").iterdir()]
     if code is None:
         return Ending("crashes", told[0])
-    if "Traceback" in err or "an unexpected" in err or code in (1, 70):
+    if "Traceback" in err or "an unexpected" in err or code == 70:
         return Ending("unexpected", told[0])
     if not all(letter.isprintable() or letter in "\n\t" for letter in err):
         return Ending("unprintable", told[0])

@@ -530,6 +530,11 @@ def test_no_tokens_to_score(refuse: Command, own_bundle: Path, tokens: str) -> N
     assert f"--tokens is {tokens}; score at least 1." in text
 
 
+def test_more_tokens_than_there_can_be(refuse: Command, own_bundle: Path) -> None:
+    text = message(refuse(2, "eval", own_bundle, "--artifact-only", "--tokens", "1" + 30 * "0"))
+    assert f"--tokens is 1{30 * '0'}; it must be at most 2147483647." in text
+
+
 def test_another_model_than_was_exported(
     refuse: Command, own_bundle: Path, model: Path, text_file: Path
 ) -> None:
@@ -546,9 +551,11 @@ def test_another_model_than_was_exported(
         (("--temperature", "-1"), ("temperature is -1.0",)),
         (("--temperature", "nan"), ("temperature is nan",)),
         (("--top-p", "0"), ("top_p is 0.0",)),
+        (("--seed", "1" + 30 * "0"), ("seed must be a whole number from 0",)),
+        (("--device", "hpu"), ("The device 'hpu' cannot be used here",)),
         (("-p", TEXT * 3), ("do not fit its 64 positions", "--context")),
     ],
-    ids=["no-tokens", "negative", "nan", "nucleus", "long-prompt"],
+    ids=["no-tokens", "negative", "nan", "nucleus", "seed", "device", "long-prompt"],
 )
 def test_generate(
     refuse: Command, bundle: Path, words: tuple[str, ...], told: tuple[str, ...]
