@@ -167,7 +167,8 @@ def _write(run: _Run, model: Model, draft: Path, cache: WeightCache) -> None:
     progress.stage("verify")
     verification = _verify(progress, form.description, quantized.decoder, program)
     manifest = make_manifest(quantized, form.description, program, verification)
-    (draft / CARD).write_text(model_card(manifest, chat=find_template(draft) is not None))
+    card = model_card(manifest, chat=find_template(draft) is not None)
+    (draft / CARD).write_text(card, encoding="utf-8")
     write_json(draft / MANIFEST, sealed(manifest, draft).to_json())
 
 
