@@ -8,9 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from llm_coreml.config.values import MOST_POSITIONS
 from llm_coreml.errors import ArtifactError, ConfigError
-from llm_coreml.printable import whole
 from llm_coreml.recipes import bundled_model
 from llm_coreml.tokenizer import Tokenizer
 
@@ -84,10 +82,8 @@ def cut(tokens: Sequence[int], window: int, bos_id: int | None, limit: int) -> l
         Windows of at least two tokens.
 
     Raises:
-        ConfigError: fewer than two tokens to look at, or room for fewer, or an absurd limit.
+        ConfigError: fewer than two tokens to look at, or room for fewer.
     """
-    if limit > MOST_POSITIONS:
-        raise ConfigError(f"--tokens is {whole(limit)}; it must be at most {MOST_POSITIONS}.")
     if window < 2:
         raise ConfigError(f"A context of {window} positions has no room for a token to score.")
     given = [] if bos_id is None else [bos_id]

@@ -19,6 +19,7 @@ from llm_coreml.checkpoint import Source
 from llm_coreml.config import SECTIONS, ExportConfig, Shapes, resolve, resolve_shapes
 from llm_coreml.config.schema import sections_schema
 from llm_coreml.config.setting import settings_of
+from llm_coreml.config.values import checked_count
 from llm_coreml.errors import ConfigError, LlmCoreMLError, UnsupportedError
 from llm_coreml.rules import Use, refused
 from llm_coreml.targets import MINIMUM_OS, TARGETS, opset_of
@@ -123,6 +124,17 @@ def test_numbers_beyond_64_bits_are_refused_in_a_sentence(setting: Any, value: f
         ExportConfig(**{setting.name: given, **others})
     message = str(caught.value)
     assert setting.flag in message and len(message) < 300
+
+
+@pytest.mark.parametrize(
+    "value",
+    [0, -1, 2**31, 10**5000, 1.0, True, "1", None, math.nan],
+    ids=range(9),
+)
+def test_counts_that_are_none(value: object) -> None:
+    with pytest.raises(ConfigError, match=r"^--tokens is .*; it must be a whole number from 1 to"):
+        checked_count("--tokens", value)
+    assert checked_count("--top", 0, least=0) == 0
 
 
 def test_every_whole_number_has_a_largest_one() -> None:

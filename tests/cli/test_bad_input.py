@@ -524,15 +524,10 @@ def test_text_that_is_a_folder(refuse: Command, own_bundle: Path, tmp_path: Path
     assert "cannot be read" in message(refuse(2, "eval", own_bundle, "--text", tmp_path))
 
 
-@pytest.mark.parametrize("tokens", ["0", "-5"])
+@pytest.mark.parametrize("tokens", ["0", "-5", "1" + 30 * "0"])
 def test_no_tokens_to_score(refuse: Command, own_bundle: Path, tokens: str) -> None:
     text = message(refuse(2, "eval", own_bundle, "--tokens", tokens))
-    assert f"--tokens is {tokens}; score at least 1." in text
-
-
-def test_more_tokens_than_there_can_be(refuse: Command, own_bundle: Path) -> None:
-    text = message(refuse(2, "eval", own_bundle, "--artifact-only", "--tokens", "1" + 30 * "0"))
-    assert f"--tokens is 1{30 * '0'}; it must be at most 2147483647." in text
+    assert f"--tokens is {tokens}; it must be a whole number from 1 to 2147483647." in text
 
 
 def test_another_model_than_was_exported(
