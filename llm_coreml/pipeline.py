@@ -109,6 +109,8 @@ def export(
         read_content(run.config.calibrate)  # what is wrong with it is told before work is done
     run.progress.stage("open")
     opened = open_model(model, tokenizer, revision, local_files_only, accept=run.check)
+    for note in opened.notes:
+        run.progress.note(note)
     with new_bundle(Path(output), overwrite) as draft, run.open_cache() as kept, kept.paged_out():
         _write(run, opened, draft, kept)
     return open_bundle(Path(output))
