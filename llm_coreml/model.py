@@ -14,7 +14,14 @@ from typing import Any
 
 import torch
 
-from llm_coreml.checkpoint import Checkpoint, Source, check_tensors, is_quantized, open_checkpoint
+from llm_coreml.checkpoint import (
+    Checkpoint,
+    Source,
+    check_tensors,
+    expanded,
+    is_quantized,
+    open_checkpoint,
+)
 from llm_coreml.checkpoint.checkpoint import listing
 from llm_coreml.checkpoint.weights_view import FamilyWeights, Weights, expected_tensors
 from llm_coreml.decoder import Decoder, DecoderSpec
@@ -41,6 +48,12 @@ class Model:
     spec: DecoderSpec
     weights: Weights
     notes: tuple[str, ...] = ()
+
+    def expanded(self) -> Model:
+        """Return the model with quantized matrices seen as values, which can be quantized again."""
+        checkpoint = expanded(self.checkpoint)
+        weights = FamilyWeights(checkpoint, self.family.stored(self.spec))
+        return replace(self, checkpoint=checkpoint, weights=weights)
 
     def sha256(self) -> str:
         """Return the hash of the stored tensors that the decoder is made of."""

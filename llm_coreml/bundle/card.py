@@ -17,9 +17,16 @@ from llm_coreml.bundle.manifest import (
 from llm_coreml.printable import CELL, printable
 from llm_coreml.verify.verification import Conversion
 
+_CHAT = "| chat | by the tokenizer's chat template: `llm-coreml generate --chat` |\n"
 
-def model_card(manifest: Manifest) -> str:
-    """Return the `README.md` that goes beside the program described by `manifest`."""
+
+def model_card(manifest: Manifest, chat: bool) -> str:
+    """Return the `README.md` that goes beside the program described by `manifest`.
+
+    Args:
+        manifest: The export.
+        chat: The bundle has a chat template.
+    """
     source, program, target = manifest.source, manifest.program, manifest.target
     stored, checked = manifest.quantization, manifest.verification
     name = printable(source.name)
@@ -52,6 +59,7 @@ head {stored.lm_head.label}{" (tied)" if stored.tied else ""}; \
 | method | `{described.main}({inputs})`, {program.output} |
 | lengths S | {lengths} |
 | context | {program.context} positions; {_remembered(described.states)} |
+{_CHAT if chat else ""}\
 
 ## Verification
 
@@ -93,9 +101,10 @@ def _mix(found: Allocation | None) -> str:
 def _choice(stored: Quantization) -> str:
     if stored.imported is not None:
         return _imported(stored.imported)
+    expanded = f"values of {stored.expanded}, " if stored.expanded else ""
     if stored.calibration is None:
-        return "rounded to nearest"
-    return _calibrated(stored.calibration)
+        return f"{expanded}rounded to nearest"
+    return expanded + _calibrated(stored.calibration)
 
 
 def _imported(found: Import) -> str:

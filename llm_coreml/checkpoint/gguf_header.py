@@ -53,7 +53,8 @@ class Header:
     """What a file says of itself.
 
     Attributes:
-        metadata: Numbers and strings by name; of an array only how many elements it has.
+        metadata: Numbers and strings by name; of an array only how many elements it has, and of
+            one of strings how many bytes the longest takes.
         tensors: By name.
         start: Where the data begins.
     """
@@ -127,8 +128,10 @@ class _Reader:
             self.take(count * struct.calcsize(f"<{_NUMBERS[inner]}"))
         elif inner == _STRING:
             # Each takes a length of eight bytes at least, so the file's end bounds the loop.
+            longest = 0
             for _ in range(count):
-                self.take(self.number("Q"))
+                longest = max(longest, len(self.take(self.number("Q"))))
+            return {"elements": count, "longest": longest}
         else:
             raise ValueError(f"it has an array of type {inner}")
         return {"elements": count}

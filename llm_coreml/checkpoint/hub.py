@@ -18,15 +18,17 @@ from llm_coreml.checkpoint.files import (
     ADAPTER_CONFIG,
     CONFIG,
     INDEX,
+    QUANTIZERS,
     WEIGHTS,
     FileCheckpoint,
     open_folder,
     read_config,
     read_weight_map,
 )
+from llm_coreml.checkpoint.packed import find_formats
 from llm_coreml.errors import CheckpointError
 
-_SMALL_FILES = (CONFIG, ADAPTER_CONFIG, INDEX, *TOKENIZER_FILES)
+_SMALL_FILES = (CONFIG, ADAPTER_CONFIG, INDEX, *QUANTIZERS, *TOKENIZER_FILES)
 
 
 def open_hub(
@@ -49,7 +51,9 @@ def open_hub(
             only an adapter.
     """
     folder = _fetch(repo, revision, local_files_only, _SMALL_FILES)
-    judge(read_config(folder))
+    config = read_config(folder)
+    judge(config)
+    find_formats(config, CONFIG)  # a format that cannot be read, before gigabytes of it
     # The cache names a snapshot's folder after its commit: both fetches see the same one.
     commit = folder.name
     weight_map = read_weight_map(folder) if (folder / INDEX).is_file() else None

@@ -81,6 +81,7 @@ def _export_rows(manifest: Manifest, folder: str) -> dict[str, str]:
         **_allocation_row(stored.allocation),
         **_calibration_row(stored.calibration),
         **_import_row(stored.imported),
+        **({"expanded from": stored.expanded} if stored.expanded else {}),
         "embedding, head": f"{stored.embedding.label}, {stored.lm_head.label}{tied}",
         "target": f"{target.backend}, {target.compute_unit}, {target.minimum_os}, "
         f"{target.compute_precision}",

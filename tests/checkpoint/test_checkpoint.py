@@ -567,6 +567,11 @@ def test_unknown_quantization_is_refused(one: Path, key: str) -> None:
     edit_json(one / "config.json", lambda value: value.update({key: None}))
     open_checkpoint(one)
     edit_json(one / "config.json", lambda value: value.update({key: {"quant_method": "aqlm"}}))
+    (note,) = open_checkpoint(one).notes
+    assert "no tensor is quantized" in note
+    tensors = load_file(one / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.codes"] = torch.ones(2, 2, dtype=torch.int16)
+    save_file(tensors, one / "model.safetensors")
     with pytest.raises(UnsupportedError, match=rf"{key} aqlm.*unquantized checkpoint"):
         open_checkpoint(one)
 

@@ -670,11 +670,11 @@ def test_names_in_a_checkpoint_are_printable(refuse: Command, model: Path) -> No
 def test_notes_and_tables_are_printable(
     own_bundle: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = {**manifest_of(own_bundle)["source"], "name": HOSTILE + "z" * 10**5}
+    source = {**manifest_of(own_bundle)["source"], "name": HOSTILE}
     edit_manifest(own_bundle, source=source)
     done = in_process(capfd, monkeypatch, "show", own_bundle)
     assert done.code == 0 and r"\x1b[2Jx\u202ey" in done.out
-    assert all(line.isprintable() for line in done.out.splitlines()) and len(done.out) < 20_000
+    assert all(line.isprintable() for line in done.out.splitlines())
     stages = io.StringIO()
     Stages(stages).note(HOSTILE)
     assert stages.getvalue() == r"\x1b[2Jx\u202ey\x07\n" + "\n"
