@@ -134,8 +134,8 @@ def setting(
         least: The smallest number that it, or any of its parts, may be.
         most: The largest; beyond it nothing fits a tensor, or ends in a lifetime.
     """
-    told = {"about": about, "metavar": metavar, "shown": shown, "check": check, "read": read}
-    told |= {"least": least, "most": most}
+    told: dict[str, Any] = {"about": about, "metavar": metavar, "shown": shown}
+    told |= {"check": check, "read": read, "least": least, "most": most}
     return dataclasses.field(default=default, metadata={"setting": told})
 
 
