@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from exported import SHAPES, TEXT, Run, files_of, in_process, manifest_of, run
-from llm_coreml.cli.terminal import Stages
+from llm_coreml.cli.stages import Stages
 from llm_coreml.recipes import bundled_model
 
 DOWN = "model.layers.0.mlp.down_proj.weight"
