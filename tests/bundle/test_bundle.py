@@ -99,18 +99,23 @@ def test_bytes_of_the_groups_add_up(manifest: dict[str, Any]) -> None:
 
 
 def test_the_card_tells_what_the_manifest_holds(manifest: dict[str, Any]) -> None:
-    card = model_card(Manifest.from_json(manifest))
+    card = model_card(Manifest.from_json(manifest), chat=False)
     for part in ("int4 group 32", "1.00e-03", "No Apple device took part", "float32 [1, 1, 97]"):
         assert part in card
     assert "all 21 weights and tables" in card and "2.0e-07 (bound 3e-05)" in card
     shape = "[1, 2, 32, 16]"
     assert f"`cache_keys` float16 {shape}, `cache_values` float16 {shape}" in card
+    assert "no multiple of 32" not in card
+    engine = {**manifest, "target": {**manifest["target"], "name": "ane"}}
+    assert "is no multiple of 32 (coremltools issue 2631) |" in model_card(
+        Manifest.from_json(engine), chat=False
+    )
     forgetting = {**manifest, "program": {**manifest["program"], "states": {}}}
-    told = model_card(Manifest.from_json(forgetting))
+    told = model_card(Manifest.from_json(forgetting), chat=False)
     assert "32 positions; nothing is remembered between calls" in told
     checked = {**manifest["verification"], "conversion": None}
     unrounded = Manifest.from_json({**manifest, "verification": checked})
-    assert "without rounding" not in model_card(unrounded)
+    assert "without rounding" not in model_card(unrounded, chat=False)
     assert " ".join(manifest["rebuild"]) in card
 
 
