@@ -13,10 +13,11 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from llm_coreml.checkpoint.adapters import with_adapter
 from llm_coreml.checkpoint.checkpoint import WEIGHT_DTYPES, Checkpoint, Source
 from llm_coreml.checkpoint.files import open_folder
 from llm_coreml.checkpoint.gguf import open_gguf
@@ -25,6 +26,8 @@ from llm_coreml.checkpoint.hub import open_hub
 from llm_coreml.checkpoint.live import open_live
 from llm_coreml.checkpoint.packed import PackedCheckpoint, find_formats, names_quantization
 from llm_coreml.errors import CheckpointError, ConfigError
+
+_Opened = TypeVar("_Opened", bound=Checkpoint)
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 
@@ -69,7 +72,8 @@ def open_checkpoint(
     if file is not None:
         return _unpacked(open_gguf(file, Source("folder", str(source)), judge))
     if folder is not None:
-        return _unpacked(_judged(open_folder(folder, Source("folder", str(source))), judge))
+        files = open_folder(folder, Source("folder", str(source)))
+        return _unpacked(with_adapter(folder, _judged(files, judge)))
     if isinstance(source, str) and _HUB_ID.fullmatch(source):
         return _unpacked(open_hub(source, revision, local_files_only, judge))
     raise CheckpointError(
@@ -79,7 +83,7 @@ def open_checkpoint(
     )
 
 
-def _judged(checkpoint: Checkpoint, judge: Callable[[dict[str, Any]], None]) -> Checkpoint:
+def _judged(checkpoint: _Opened, judge: Callable[[dict[str, Any]], None]) -> _Opened:
     judge(checkpoint.config)
     return checkpoint
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import sys
 import traceback
 
@@ -125,6 +126,10 @@ def _unforeseen(error: BaseException) -> str:
             f"the machine's memory is not enough{f' ({told})' if told else ''}. Close other "
             "programs, or give a smaller model."
         )
+    if isinstance(error, UnicodeEncodeError) and "surrogates" in error.reason:
+        return f"'{printable(str(error.object))}' is a name that is no text; give another to it."
+    if isinstance(error, FileNotFoundError) and not _has_folder():
+        return "the folder that this runs in is gone; change to one that is there."
     if isinstance(error, OSError) and error.strerror:
         where = f"'{printable(str(error.filename))}': " if error.filename else ""
         return f"{where}{error.strerror}. The system refuses it; run again with -v to see where."
@@ -132,3 +137,12 @@ def _unforeseen(error: BaseException) -> str:
         f"an unexpected {type(error).__name__} in llm-coreml: {told}. Run again with -v for the "
         "traceback, and please report it."
     )
+
+
+def _has_folder() -> bool:
+    """Say whether the folder that this process runs in is there."""
+    try:
+        os.getcwd()
+    except OSError:
+        return False
+    return True
