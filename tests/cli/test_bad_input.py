@@ -19,8 +19,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from exported import SHAPES, TEXT, Run, files_of, in_process, manifest_of, run
-from llm_coreml.cli.terminal import Stages
+from exported import (
+    SHAPES,
+    TEXT,
+    Run,
+    files_of,
+    in_process,
+    manifest_of,
+    run,
+    write_manifest,
+)
+from llm_coreml.cli.stages import Stages
 from llm_coreml.recipes import bundled_model
 
 DOWN = "model.layers.0.mlp.down_proj.weight"
@@ -448,7 +457,7 @@ def test_damaged_file_alone(refuse: Command, own_bundle: Path, tmp_path: Path, d
 
 
 def edit_manifest(folder: Path, **changes: Any) -> None:
-    (folder / "manifest.json").write_text(json.dumps({**manifest_of(folder), **changes}))
+    write_manifest(folder, {**manifest_of(folder), **changes})
 
 
 @pytest.mark.parametrize("command", [("eval",), ("generate", "-p", "The"), ("show",)])
