@@ -22,7 +22,8 @@ from safetensors import SafetensorError, safe_open
 from llm_coreml.checkpoint.checkpoint import TOKENIZER_FILES, Checkpoint, Source, listing, quoted
 from llm_coreml.checkpoint.conversions import SAVE, conversion_of, folder_conversion
 from llm_coreml.checkpoint.layouts import ordinary_names
-from llm_coreml.checkpoint.packed import find_formats
+from llm_coreml.checkpoint.links import refuse_foreign_link
+from llm_coreml.checkpoint.packed import names_quantization
 from llm_coreml.errors import (
     CheckpointError,
     LlmCoreMLError,
@@ -38,6 +39,8 @@ GENERATION_CONFIG = "generation_config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+# Where a tool wrote its settings before transformers knew it, and the tool.
+QUANTIZERS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 ADAPTER = "adapter_model.safetensors"
 
 _DTYPES = {
@@ -150,6 +153,7 @@ def copy_tokenizer(files: Mapping[str, Path], folder: Path, source: str) -> dict
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, path in files.items():
+            refuse_foreign_link(path)
             shutil.copyfile(path, written[name])
     except OSError as error:
         raise OutputError(
@@ -196,7 +200,7 @@ def open_folder(folder: Path, source: Source) -> FileCheckpoint:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Return the parsed config.json of `folder`, after `check_config`.
+    """Return the parsed config.json of `folder`, with a quantizer's own settings if it has none.
 
     Raises:
         CheckpointError: The file is absent, not a JSON object, or has no `model_type`.
@@ -212,17 +216,19 @@ def read_config(folder: Path) -> dict[str, Any]:
         )
     config = read_json(path)
     check_config(config, str(path))
+    for name, method in QUANTIZERS.items():
+        if (folder / name).is_file() and not names_quantization(config):
+            config["quantization_config"] = {"quant_method": method, **read_json(folder / name)}
     return config
 
 
 def check_config(config: dict[str, Any], where: str) -> None:
-    """Raise unless `config` names its `model_type`, and a known format if it is quantized."""
+    """Raise CheckpointError unless `config` names its `model_type`."""
     if not isinstance(config.get("model_type"), str):
         raise CheckpointError(
             f"{where} has no model_type, so its family is unknown. "
             "Use the config.json that model.save_pretrained(folder) writes."
         )
-    find_formats(config, where)
 
 
 def read_weight_map(folder: Path) -> dict[str, str] | None:

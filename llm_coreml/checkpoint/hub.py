@@ -18,6 +18,7 @@ from llm_coreml.checkpoint.files import (
     ADAPTER_CONFIG,
     CONFIG,
     INDEX,
+    QUANTIZERS,
     WEIGHTS,
     FileCheckpoint,
     open_folder,
@@ -25,10 +26,11 @@ from llm_coreml.checkpoint.files import (
     read_json,
     read_weight_map,
 )
+from llm_coreml.checkpoint.packed import find_formats
 from llm_coreml.errors import CheckpointError, UnsupportedError
 from llm_coreml.printable import printable
 
-_SMALL_FILES = (CONFIG, ADAPTER_CONFIG, INDEX, *TOKENIZER_FILES)
+_SMALL_FILES = (CONFIG, ADAPTER_CONFIG, INDEX, *QUANTIZERS, *TOKENIZER_FILES)
 
 
 def open_hub(
@@ -51,8 +53,15 @@ def open_hub(
             an adapter.
     """
     folder = _fetch(repo, revision, local_files_only, _SMALL_FILES)
-    judge(read_config(folder))
+    if not (folder / CONFIG).is_file() and not (folder / ADAPTER_CONFIG).is_file():
+        raise CheckpointError(
+            f"'{repo}' has no config.json. Where it holds GGUF files, fetch one, which is enough "
+            f"alone, and give its path: hf download {repo} FILE.gguf --local-dir ."
+        )
+    config = read_config(folder)
+    judge(config)
     _refuse_both(repo, folder)
+    find_formats(config, CONFIG)  # a format that cannot be read, before gigabytes of it
     # The cache names a snapshot's folder after its commit: both fetches see the same one.
     commit = folder.name
     weight_map = read_weight_map(folder) if (folder / INDEX).is_file() else None

@@ -18,6 +18,7 @@ import torch
 from llm_coreml.checkpoint.checkpoint import TOKENIZER_FILES, Checkpoint, Source
 from llm_coreml.checkpoint.files import GENERATION_CONFIG, check_config
 from llm_coreml.checkpoint.layouts import ordinary_names
+from llm_coreml.checkpoint.live_tokenizer import check_live_tokenizer, save_live_tokenizer
 from llm_coreml.errors import CheckpointError, OutputError, UnsupportedError, nearest
 
 _WHERE = "the live model"
@@ -31,7 +32,7 @@ class LiveCheckpoint(Checkpoint):
     Attributes:
         tensors: Tensors by name, one per storage. They are the model's: never written to.
         aliases: Each further name of such a tensor, and its name in `tensors`.
-        tokenizer: The live tokenizer, or None.
+        tokenizer: The tokenizer, in a form that `live_tokenizer` knows, or None.
     """
 
     config: dict[str, Any]
@@ -81,7 +82,7 @@ class LiveCheckpoint(Checkpoint):
             )
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self.tokenizer.save_pretrained(str(folder))
+            save_live_tokenizer(self.tokenizer, folder)
             if self.generation_config:
                 text = json.dumps(self.generation_config, indent=2, sort_keys=True) + "\n"
                 (folder / GENERATION_CONFIG).write_text(text, encoding="utf-8")
@@ -99,7 +100,10 @@ def open_live(model: torch.nn.Module, tokenizer: Any) -> LiveCheckpoint:
     Raises:
         CheckpointError: It is not a `transformers` model, or its weights are not in memory.
         UnsupportedError: It carries PEFT adapters or quantized weights.
+        ConfigError: `tokenizer` is none.
     """
+    if tokenizer is not None:
+        check_live_tokenizer(tokenizer)
     kind = type(model).__name__
     _refuse_adapters(model)
     config = getattr(model, "config", None)

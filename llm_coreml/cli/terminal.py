@@ -7,6 +7,7 @@ is printed by `screen.show`.
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import sys
@@ -27,6 +28,9 @@ from rich.progress import (
 )
 
 from llm_coreml.cli.options import print_json
+from llm_coreml.cli.process import INTERRUPTION, own_temporary_files
+from llm_coreml.drafts import uninterrupted
+from llm_coreml.errors import OutputError
 from llm_coreml.printable import MESSAGE, printable
 
 _LABELS = {
@@ -66,6 +70,7 @@ class Screen:
             value: The result for machines.
             table: Makes the one for people.
         """
+        INTERRUPTION.finish()
         self.progress.close()
         if form == "json":
             print_json(self.result.file, value)
@@ -96,6 +101,7 @@ class Stages:
 
     def stage(self, name: str) -> None:
         """Begin a stage."""
+        INTERRUPTION.check()
         self._finish()
         self._name, self._start = _LABELS.get(name, name), time.monotonic()
         if self._bars is not None:
@@ -105,6 +111,7 @@ class Stages:
 
     def advance(self, share: float) -> None:
         """Move the bar; the first call gives the stage an end."""
+        INTERRUPTION.check()
         if self._bars is not None and self._task is not None:
             self._bars.update(self._task, total=1.0, completed=share)
 
@@ -134,36 +141,75 @@ class Stages:
         self._name = ""
 
 
+class _Results(io.TextIOWrapper):
+    """A stream for results: whoever asked for them must know that they are not there."""
+
+    def write(self, text: str) -> int:
+        """Write, and say in a sentence why it cannot be done."""
+        try:
+            return super().write(text)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise OutputError(f"The result cannot be printed: {error.strerror}.") from None
+
+
+class _Notices(io.TextIOWrapper):
+    """A stream for progress, which goes on when nobody can read it."""
+
+    def write(self, text: str) -> int:
+        """Write if it can be done."""
+        with contextlib.suppress(OSError):
+            return super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush if it can be done."""
+        with contextlib.suppress(OSError):
+            super().flush()
+
+
 @contextlib.contextmanager
 def terminal(verbose: bool) -> Iterator[Screen]:
     """Give a screen; unless `verbose`, everything else that is printed meanwhile is dropped.
 
     torch, coremltools and ExecuTorch print from Python and from C++, so the process's own
     descriptors are pointed elsewhere, and the screen writes to copies of them.
+
+    Raises:
+        OutputError: what is printed as a result cannot be written.
     """
     sys.stdout.flush()
-    sys.stderr.flush()
+    _flush_notices()
     saved = [os.dup(1), os.dup(2)]
     # What a terminal's encoding lacks is printed as its escape.
-    out = os.fdopen(os.dup(saved[0]), "w", buffering=1, errors="backslashreplace")
-    err = os.fdopen(os.dup(saved[1]), "w", buffering=1, errors="backslashreplace")
+    out, err = (
+        kind(os.fdopen(os.dup(copy), "wb"), errors="backslashreplace", line_buffering=True)
+        for kind, copy in zip((_Results, _Notices), saved, strict=True)
+    )
     console = Console(file=out, highlight=False, soft_wrap=True, markup=False)
     screen = Screen(console, Stages(err))
     finished = False
     try:
-        with _hidden(verbose):
+        with _hidden(verbose), own_temporary_files():
             yield screen
         finished = True
     finally:
-        screen.progress.close(finished)
-        sys.stdout.flush()
+        with uninterrupted():
+            screen.progress.close(finished)
+            sys.stdout.flush()
+            _flush_notices()
+            for copy, descriptor in zip(saved, (1, 2), strict=True):
+                os.dup2(copy, descriptor)
+                os.close(copy)
+            for file in (out, err):
+                with contextlib.suppress(OSError, OutputError):
+                    file.close()
+
+
+def _flush_notices() -> None:
+    with contextlib.suppress(OSError):
         sys.stderr.flush()
-        for copy, descriptor in zip(saved, (1, 2), strict=True):
-            os.dup2(copy, descriptor)
-            os.close(copy)
-        for file in (out, err):
-            with contextlib.suppress(BrokenPipeError):
-                file.close()
 
 
 @contextlib.contextmanager

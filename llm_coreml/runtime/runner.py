@@ -10,14 +10,18 @@ padded, so the last row of each chunk is always a real token's.
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from typing import final
+from collections.abc import Generator, Sequence
+from typing import Literal, final
 
 import torch
 
 from llm_coreml.errors import ConfigError
 from llm_coreml.runtime.sampling import Sampler
+
+# Why a text ends: a stop token, the count that was asked for, or a full cache.
+Finish = Literal["stop", "length", "context"]
 
 
 def split_lengths(count: int, lengths: Sequence[int]) -> list[int]:
@@ -48,6 +52,8 @@ class Runner(ABC):
 
     def __init__(self) -> None:
         self.position = 0
+        # The tokens in the cache; positions that no token was read at are -1.
+        self._read: list[int] = []
 
     @abstractmethod
     def _forward(self, tokens: torch.Tensor, start_pos: torch.Tensor) -> torch.Tensor:
@@ -62,6 +68,22 @@ class Runner(ABC):
         """Forget the sequence; the next token is read at `position`, after that many zeros."""
         self._clear()
         self.position = position
+        self._read = [-1] * position
+
+    @final
+    def rewind(self, position: int) -> None:
+        """Go on at an earlier `position`: what the cache holds behind it is masked, then replaced.
+
+        Raises:
+            ConfigError: the sequence is not that long.
+        """
+        if not 0 <= position <= self.position:
+            raise ConfigError(
+                f"The sequence is {self.position} tokens long; go back to 0 to {self.position}, "
+                f"not to {position}."
+            )
+        self.position = position
+        del self._read[position:]
 
     @final
     def step(self, tokens: Sequence[int]) -> torch.Tensor:
@@ -83,6 +105,7 @@ class Runner(ABC):
         chunk = torch.tensor([list(tokens)], dtype=torch.int64)
         logits = self._forward(chunk, torch.tensor([self.position], dtype=torch.int64))
         self.position += len(tokens)
+        self._read += tokens
         return logits[0].to(torch.float32)
 
     def _check_room(self, count: int) -> None:
@@ -133,23 +156,41 @@ class Runner(ABC):
         max_new_tokens: int,
         stop: Sequence[int] = (),
         sampler: Sampler | None = None,
-    ) -> Iterator[int]:
+        reuse: bool = False,
+    ) -> Generator[int, None, Finish]:
         """Yield new tokens after `tokens`, until a stop token, the count or a full cache.
 
         Args:
-            tokens: The prompt; the cache is emptied first.
+            tokens: The prompt.
             max_new_tokens: Most tokens to yield.
             stop: Tokens that end the text; not yielded.
             sampler: How a token is chosen; None takes the most likely.
+            reuse: Keep what the cache holds of the prompt's beginning, and read the rest; else the
+                cache is emptied first.
+
+        Returns:
+            Why it ended.
         """
         sampler = sampler or Sampler()
-        self.reset()
-        row = self.feed(tokens)
+        kept = self._shared(tokens) if reuse else 0
+        if kept:
+            self.rewind(kept)
+        else:
+            self.reset()
+        row = self.feed(tokens[kept:])
         for count in range(1, max_new_tokens + 1):
             token = sampler.choose(row)
             if token in stop:
-                return
+                return "stop"
             yield token
-            if count == max_new_tokens or self.position == self.context:
-                return
+            if count == max_new_tokens:
+                break
+            if self.position == self.context:
+                return "context"
             row = self.step([token])[-1]
+        return "length"
+
+    def _shared(self, tokens: Sequence[int]) -> int:
+        """Return how many of `tokens`, not the last, the cache holds at its beginning."""
+        pairs = zip(self._read, tokens[:-1], strict=False)
+        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))

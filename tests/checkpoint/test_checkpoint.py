@@ -579,6 +579,11 @@ def test_unknown_quantization_is_refused(one: Path, key: str) -> None:
     edit_json(one / "config.json", lambda value: value.update({key: None}))
     open_checkpoint(one)
     edit_json(one / "config.json", lambda value: value.update({key: {"quant_method": "aqlm"}}))
+    (note,) = open_checkpoint(one).notes
+    assert "no tensor is quantized" in note
+    tensors = load_file(one / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.codes"] = torch.ones(2, 2, dtype=torch.int16)
+    save_file(tensors, one / "model.safetensors")
     with pytest.raises(UnsupportedError, match=rf"{key} aqlm.*unquantized checkpoint"):
         open_checkpoint(one)
 
@@ -682,6 +687,12 @@ def test_hub_refuses_before_the_weights_are_fetched(hub: FakeHub) -> None:
         open_checkpoint("org/name")
     assert hub.calls == [("org/name", None, False)]
     assert not (hub.cache / COMMIT / "model.safetensors").exists()
+
+
+def test_hub_without_config(hub: FakeHub) -> None:
+    (hub.remote / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"'org/name' has no config.json.*FILE.gguf"):
+        open_checkpoint("org/name")
 
 
 def test_hub_with_an_adapter_beside_a_whole_model(hub: FakeHub) -> None:

