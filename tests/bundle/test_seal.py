@@ -159,7 +159,9 @@ def test_every_file_is_listed_and_held_to_the_list(own_bundle: Path) -> None:
 
 @pytest.mark.parametrize("name", [PROGRAM, "tokenizer.json", MANIFEST])
 def test_a_bundle_that_was_cloned_without_its_files_is_told_so(own_bundle: Path, name: str) -> None:
-    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935\nsize 9085657\n"
+    pointer = (
+        "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935\nsize 9085657\n"
+    )
     (own_bundle / name).write_text(pointer)
     with pytest.raises(ArtifactError, match=rf"{name} is a Git-LFS pointer.*git lfs pull"):
         open_bundle(own_bundle)
