@@ -21,7 +21,14 @@ from llm_coreml.bundle.folder import (
 )
 from llm_coreml.bundle.seal import file_sha256
 from llm_coreml.config import ExportConfig, resolve
-from llm_coreml.errors import CheckpointError, ConfigError, LlmCoreMLError
+from llm_coreml.config.values import checked_count
+from llm_coreml.errors import (
+    ArtifactError,
+    CheckpointError,
+    ConfigError,
+    LlmCoreMLError,
+    UnsupportedError,
+)
 from llm_coreml.eval.heldout import read_windows
 from llm_coreml.eval.latency import measure_latency
 from llm_coreml.eval.metrics import METRICS, Metric
@@ -77,8 +84,7 @@ def evaluate(
         CheckpointError: the original is absent, or is another model than was exported.
         ConfigError: the text cannot be used, or the execution asks for what is not there.
     """
-    if tokens < 1:
-        raise ConfigError(f"--tokens is {tokens}; score at least 1.")
+    checked_count("--tokens", tokens)
     progress = progress or Silent()
     progress.stage("open")
     opened = open_bundle(Path(bundle), checked)
@@ -172,8 +178,14 @@ def _folders(bundle: Bundle) -> list[Path]:
 
 def _quantized(bundle: Bundle, model: Model, progress: Progress) -> Quantized | None:
     """Quantize a bundle's original again; None where the text of its calibration is not at hand."""
-    job = resolve(ExportConfig.from_json(bundle.manifest.config), model.spec)
-    plan = plan_of(bundle.manifest.plan_json(), job, model.spec)
+    try:
+        job = resolve(ExportConfig.from_json(bundle.manifest.config), model.spec)
+        plan = plan_of(bundle.manifest.plan_json(), job, model.spec)
+    except (ConfigError, UnsupportedError) as error:
+        raise ArtifactError(
+            f"The manifest of '{bundle.folder}' does not fit its model: {error} Export again, or "
+            "measure with --artifact-only."
+        ) from None
     calibration = bundle.manifest.quantization.calibration
     sha256 = None if calibration is None else calibration.sha256
     try:

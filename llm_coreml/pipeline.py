@@ -45,6 +45,7 @@ from llm_coreml.quantize.calibrate.text import read_content
 from llm_coreml.quantize.plan.choose import plan_without_weights
 from llm_coreml.quantize.plan.imported import keeps_codes, left_as_is
 from llm_coreml.quantize.quantized import quantize
+from llm_coreml.quiet import quiet
 from llm_coreml.recipes import bundled_model, find_recipe
 from llm_coreml.reference.program.execution import Execution
 from llm_coreml.rules import broken_by_states
@@ -161,7 +162,8 @@ def _write(run: _Run, model: Model, draft: Path, cache: WeightCache) -> None:
     free_memory()
     progress.stage("lower")
     program = draft / PROGRAM
-    form.write(quantized.decoder, program, progress.advance)
+    with quiet():
+        form.write(quantized.decoder, program, progress.advance)
     _check_size(job, program)
     free_memory()
     progress.stage("verify")

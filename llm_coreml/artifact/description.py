@@ -132,7 +132,8 @@ class Description:
         """
         told = {name: _as_stored(value) for name, value in self.constant_methods.items()}
         for name in sorted(told.keys() | found.keys()):
-            if told.get(name) != found.get(name):
+            # True is 1, and 8.0 is 8, to Python.
+            if repr(told.get(name)) != repr(found.get(name)):
                 raise ArtifactError(
                     f"'{path}' is not what the manifest describes: {name} is "
                     f"{_told(found.get(name))}, not {_told(told.get(name))}. Export again."
