@@ -593,7 +593,11 @@ def test_show_json(
     (delegate,) = found["methods"]["forward"]
     assert delegate["backend"] == "CoreMLBackend"
     assert delegate["states"] == dict.fromkeys(("cache_keys", "cache_values"), "fp16 [1, 2, 96, 8]")
-    assert list(delegate["inputs"].values()) == ["int32 [1, 1] or [1, 8]", "int32 [1]", "int32 [1]"]
+    assert delegate["inputs"] == {
+        "tokens": "int32 [1, 1] or [1, 8]",
+        "start_pos": "int32 [1]",
+        "last_pos": "int32 [1]",
+    }
     assert list(delegate["outputs"].values()) == ["fp16 [1, 1, 300]"]
     assert delegate["ops"]["write_state"] == 2 and delegate["ops"]["linear"] == 8
     assert sum(delegate["files"].values()) < delegate["bytes"]
