@@ -240,6 +240,16 @@ def test_two_states_hold_all_layers_in_fp16(three_layers: Artifact) -> None:
     assert [item.type for item in states] == [StateType(TensorType("fp16", shape))] * 2
 
 
+def test_a_layer_cuts_its_rows_out_of_the_cache_at_once(three_layers: Artifact) -> None:
+    operations = program(three_layers.path).operations
+    cuts = [op for op in operations if op.type == "slice_by_index"]
+    names = {op.outputs[0].name for op in cuts}
+    assert not any(set(op.inputs["x"]) & names for op in cuts)
+    mixer = three_layers.decoder.spec.layers[0].mixer
+    rows = TensorType("fp16", (1, mixer.num_key_value_heads, 32, mixer.head_dim))
+    assert [op.outputs[0].type for op in cuts].count(rows) == 6
+
+
 def test_every_state_write_follows_its_update_in_place(three_layers: Artifact) -> None:
     operations = [op for op in program(three_layers.path).operations if op.type != "const"]
     writes = [i for i, op in enumerate(operations) if op.type == "write_state"]
