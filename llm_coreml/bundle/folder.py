@@ -19,7 +19,6 @@ from pathlib import Path
 from llm_coreml.bundle.manifest import Manifest
 from llm_coreml.bundle.manifest_file import read_manifest
 from llm_coreml.bundle.seal import check_seal
-from llm_coreml.checkpoint.checkpoint import TOKENIZER_FILES
 from llm_coreml.errors import ArtifactError, OutputError
 from llm_coreml.output import folder_beside
 
@@ -136,6 +135,9 @@ def check_output(output: Path, overwrite: bool) -> None:
 
 def _foreign_entry(output: Path) -> str | None:
     """Return the name of something at `output` that an export did not write, or None."""
+    # Imported here: it brings torch, and a bundle is also shown.
+    from llm_coreml.checkpoint.checkpoint import TOKENIZER_FILES
+
     if not output.is_dir():
         return output.name
     known = {PROGRAM, MANIFEST, RESULTS, CARD, *TOKENIZER_FILES}
