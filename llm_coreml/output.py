@@ -55,7 +55,10 @@ def folder_beside(output: Path, check: Callable[[Path], None]) -> Iterator[Path]
     Raises:
         OutputError: the output cannot be written, or the disk is full.
     """
-    output = output.resolve()
+    try:
+        output = output.resolve()
+    except (OSError, RuntimeError) as error:  # how Python tells of links in a circle, by version
+        raise OutputError(f"'{output}' cannot be written: {error}. Give another -o.") from None
     made = [folder for folder in output.parents if not folder.exists()]
     stack = contextlib.ExitStack()
     try:
@@ -149,6 +152,26 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
             draft.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
     except OSError as error:
         raise output_error(path, error) from None
+
+
+def check_name(path: Path) -> None:
+    """Refuse the name of an output that is no text, or that a shell should have replaced.
+
+    Raises:
+        OutputError: as said.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise OutputError(
+            f"'{path}' is a name that is no text, which formats inside of it need; give another."
+        ) from None
+    home = path.parts[0] if path.parts else ""
+    if home.startswith("~") and not os.path.lexists(home):
+        raise OutputError(
+            f"'{path}' begins with '{home}', a home folder that the shell does not know; give the "
+            "whole path."
+        )
 
 
 def check_writable(folder: Path, name: str) -> None:

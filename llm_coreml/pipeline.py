@@ -33,6 +33,7 @@ from llm_coreml.bundle.record import make_manifest
 from llm_coreml.bundle.seal import sealed
 from llm_coreml.config import ExportConfig, Job, resolve
 from llm_coreml.decoder import Decoder, DecoderSpec
+from llm_coreml.decoder.states import state_specs
 from llm_coreml.errors import UnsupportedError
 from llm_coreml.lower.forms import form_for
 from llm_coreml.machine import free_memory, trim_memory
@@ -47,6 +48,7 @@ from llm_coreml.quantize.quantized import quantize
 from llm_coreml.quiet import quiet
 from llm_coreml.recipes import bundled_model, find_recipe
 from llm_coreml.reference.program.execution import Execution
+from llm_coreml.rules import broken_by_states
 from llm_coreml.runtime.eager import EagerRunner
 from llm_coreml.runtime.program_runner import program_runner
 from llm_coreml.runtime.reference import ReferenceRunner
@@ -152,6 +154,8 @@ class _Run:
 
 def _write(run: _Run, model: Model, draft: Path, cache: WeightCache) -> None:
     job, progress = resolve(run.config, model.spec), run.progress
+    _tell_of_the_context(run, model, job)
+    _tell_of_the_states(run, model, job)
     bos_id, eos_ids = write_tokenizer(model, draft, progress.note)
     quantized = quantize(model, job, draft / TOKENIZER, progress, cache)
     form = form_for(job, model.spec, bos_id, eos_ids)
@@ -165,8 +169,30 @@ def _write(run: _Run, model: Model, draft: Path, cache: WeightCache) -> None:
     progress.stage("verify")
     verification = _verify(progress, form.description, quantized.decoder, program)
     manifest = make_manifest(quantized, form.description, program, verification)
-    (draft / CARD).write_text(model_card(manifest, chat=find_template(draft) is not None))
+    card = model_card(manifest, chat=find_template(draft) is not None)
+    (draft / CARD).write_text(card, encoding="utf-8")
     write_json(draft / MANIFEST, sealed(manifest, draft).to_json())
+
+
+def _tell_of_the_context(run: _Run, model: Model, job: Job) -> None:
+    """Tell of a context that is longer than config.json says."""
+    meant = model.spec.max_position_embeddings
+    if job.shapes.context > meant:
+        run.progress.note(
+            f"config.json names {meant} positions; the {job.shapes.context} of --context rest on "
+            "its linear scaling of RoPE."
+        )
+
+
+def _tell_of_the_states(run: _Run, model: Model, job: Job) -> None:
+    """Tell what is known not to work of such states on the target, before work is done."""
+    shapes = [state.shape for state in state_specs(model.spec, job.shapes.context)]
+    for rule in broken_by_states(job.target, shapes) if BACKENDS[job.backend].has_targets else []:
+        run.progress.note(
+            f"--target {job.target.name}: {rule.sentence}, and this model's are "
+            f"{' and '.join(str(list(shape)) for shape in dict.fromkeys(shapes))}; {rule.instead} "
+            "has no such limit."
+        )
 
 
 def _verification_text(draft: Path, decoder: Decoder) -> tuple[str, list[int]]:

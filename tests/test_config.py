@@ -96,7 +96,7 @@ def test_settings_that_break_a_rule(settings: dict[str, Any], message: str) -> N
         ({"seq_lengths": 5}, "seq_lengths is 5; it must be a list, each part a whole number or"),
         ({"seq_lengths": "1,8"}, "seq_lengths is '1,8'; it must be a list, each part a whole"),
         ({"seq_lengths": (1, 8.5)}, "seq_lengths is (1, 8.5); it must be a list, each part a"),
-        ({"embedding": None}, "embedding is None; it must be a text."),
+        ({"group_size": None}, "group_size is None; it must be a whole number."),
         ({"target": None}, "target is None; it must be a text."),
         ({"zero_point": None}, "zero_point is 'None'; it must be none or int or float."),
         ({"plan": Path("p.json")}, "plan is "),
@@ -194,6 +194,20 @@ def test_shapes_that_do_not_fit_a_model(
     assert str(caught.value) == message
 
 
+def test_linear_scaling_gives_room_for_a_longer_context() -> None:
+    spec = small_spec(rope_scaling={"type": "linear", "factor": 4.0})
+    assert resolve(ExportConfig(), spec).shapes.context == 64
+    assert resolve(ExportConfig(context=256), spec).shapes.context == 256
+    with pytest.raises(ConfigError, match=r"longer than the 256 positions that .* use 256 or less"):
+        resolve(ExportConfig(context=288), spec)
+
+
+def test_a_cache_beyond_the_memory_is_refused_before_it_is_made() -> None:
+    spec = small_spec(max_position_embeddings=2**31 - 1)
+    with pytest.raises(ConfigError, match=r"needs 1,099\.5 GB for the cache alone"):
+        resolve(ExportConfig(context=2**31 - 32), spec)
+
+
 CONFIGS = st.builds(
     ExportConfig,
     bits=st.sampled_from([None, 1, 2, 3, 4, 6, 8, 16]),
@@ -204,7 +218,7 @@ CONFIGS = st.builds(
     codebook_columns=st.none() | st.integers(1, 64),
     codebook_vector=st.sampled_from([1, 2, 4]),
     codebook_scale=st.booleans(),
-    embedding=st.sampled_from(["int8-channel", "codebook:4", "none"]),
+    embedding=st.sampled_from([None, "int8-channel", "codebook:4", "none"]),
     lm_head=st.sampled_from([None, "codebook:6"]),
     target=st.sampled_from(sorted(TARGETS)),
     minimum_os=st.sampled_from(sorted(MINIMUM_OS)),

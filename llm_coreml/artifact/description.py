@@ -8,6 +8,7 @@ and verification read it instead of knowing how one kind of program looks.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +93,13 @@ class Description:
         """Tokens that end a text."""
         given = self.constant_methods.get("get_eos_ids")
         return tuple(map(int, given)) if isinstance(given, list) else ()
+
+    @property
+    def state_shapes(self) -> list[tuple[int, ...]]:
+        """The sizes of what it remembers, which has one size at least."""
+        texts = (text.partition("[")[2] for text in self.states.values())
+        shapes = (tuple(map(int, re.findall(r"\d+", text))) for text in texts)
+        return [shape for shape in shapes if shape]
 
     @property
     def main(self) -> str:

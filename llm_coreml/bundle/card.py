@@ -15,6 +15,8 @@ from llm_coreml.bundle.manifest import (
     Tuned,
 )
 from llm_coreml.printable import CELL, printable
+from llm_coreml.rules import broken_by_states
+from llm_coreml.targets import BACKENDS, get_target
 from llm_coreml.verify.verification import Conversion
 
 _CHAT = "| chat | by the tokenizer's chat template: `llm-coreml generate --chat` |\n"
@@ -59,6 +61,7 @@ head {stored.lm_head.label}{" (tied)" if stored.tied else ""}; \
 | method | `{described.main}({inputs})`, {program.output} |
 | lengths S | {lengths} |
 | context | {program.context} positions; {_remembered(described.states)} |
+{_doubts(manifest)}\
 {_CHAT if chat else ""}\
 
 ## Verification
@@ -80,6 +83,16 @@ def _remembered(states: Mapping[str, str]) -> str:
         return "nothing is remembered between calls"
     told = ", ".join(f"`{name}` {text}" for name, text in states.items())
     return f"states inside the program: {told}"
+
+
+def _doubts(manifest: Manifest) -> str:
+    """Return a row of what is known not to work of the program's states on its target."""
+    target = manifest.target
+    if not BACKENDS[target.backend].has_targets:
+        return ""
+    broken = broken_by_states(get_target(target.name), manifest.description.state_shapes)
+    told = "; ".join(rule.sentence for rule in broken)
+    return f"| known of such programs | {told} |\n" if told else ""
 
 
 def _rotation(found: Rotations | None) -> str:

@@ -32,6 +32,7 @@ from llm_coreml.errors import (
     nearest,
 )
 from llm_coreml.lfs import require_fetched
+from llm_coreml.printable import printable
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -72,6 +73,18 @@ class Entry:
     dtype: torch.dtype
     shape: tuple[int, ...]
 
+    def read(self) -> torch.Tensor:
+        """Return the tensor from the mapped file, not to be written to. Raises CheckpointError."""
+        # Opened anew for each read: a mapping that is kept would keep its pages, shard after shard.
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                tensor: torch.Tensor = file.get_tensor(self.name)
+        except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+            raise CheckpointError(
+                f"'{self.name}' cannot be read from {self.path}: {error}. Download the file again."
+            ) from error
+        return tensor
+
 
 @final
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -107,16 +120,7 @@ class FileCheckpoint(Checkpoint):
 
     def stored(self, name: str) -> torch.Tensor:
         """Return `name` from the memory-mapped file; a write to it would reach later reads."""
-        path, stored = self._entry(name).path, self._entry(name).name
-        # Opened anew for each read: a mapping that is kept would keep its pages, shard after shard.
-        try:
-            with safe_open(path, framework="pt") as file:
-                tensor: torch.Tensor = file.get_tensor(stored)
-        except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-            raise CheckpointError(
-                f"'{name}' cannot be read from {path}: {error}. Download the file again."
-            ) from error
-        return tensor
+        return self._entry(name).read()
 
     def save_tokenizer(self, folder: Path) -> dict[str, Path]:
         """Copy the tokenizer's files and generation_config.json into `folder`."""
@@ -171,7 +175,7 @@ def open_folder(folder: Path, source: Source) -> FileCheckpoint:
     generation = folder / GENERATION_CONFIG
     weight_map = read_weight_map(folder)
     files = [WEIGHTS] if weight_map is None else sorted(set(weight_map.values()))
-    headers = {file: _read_header(folder / file) for file in files}
+    headers = {file: read_header(folder / file) for file in files}
     if weight_map is None:
         entries = headers[WEIGHTS]
     else:
@@ -263,7 +267,7 @@ def _no_weights(folder: Path) -> LlmCoreMLError:
     """Return the error for a folder that has neither weights nor an index."""
     files = sorted(path.name for path in folder.glob("*.safetensors") if path.name != ADAPTER)
     for name in files:
-        answer = conversion_of(_read_header(folder / name))
+        answer = conversion_of(read_header(folder / name))
         if answer:
             return UnsupportedError(f"{folder / name} holds tensors {answer}")
     if files:
@@ -282,13 +286,15 @@ def _no_weights(folder: Path) -> LlmCoreMLError:
 
 def _refuse_adapter(folder: Path) -> None:
     if (folder / ADAPTER_CONFIG).is_file():
+        base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+        told = f" {printable(repr(base), 100)}" if base else ""
         raise UnsupportedError(
-            f"{folder} holds an adapter without its base model. Merge it first: "
+            f"{folder} holds an adapter without its base model{told}. Merge it first: "
             "AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...)."
         )
 
 
-def _read_header(path: Path) -> dict[str, Entry]:
+def read_header(path: Path) -> dict[str, Entry]:
     """Return the tensors that the header of one safetensors file lists."""
     if not path.is_file():
         raise CheckpointError(

@@ -6,6 +6,7 @@ only_model(folder)                              # its only model's first file
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import final
 import numpy as np
 
 from llm_coreml.checkpoint.checkpoint import listing
-from llm_coreml.checkpoint.gguf_header import Header, Octets, read_header
+from llm_coreml.checkpoint.gguf_header import MAGIC, Header, Octets, read_header
 from llm_coreml.errors import CheckpointError
 
 SUFFIX = ".gguf"
@@ -40,8 +41,19 @@ class GGUFFile:
 
 
 def is_gguf(path: Path) -> bool:
-    """Say whether a path has the suffix of a GGUF file."""
-    return path.suffix.lower() == SUFFIX
+    """Say whether a path is a GGUF file, by its suffix, or by its first bytes if it has none.
+
+    Ollama keeps such files under their hashes.
+    """
+    if not os.path.isfile(path):  # of any name, however long
+        return False
+    if path.suffix:
+        return path.suffix.lower() == SUFFIX
+    try:
+        with path.open("rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except OSError:
+        return False
 
 
 def only_model(folder: Path) -> Path | None:
@@ -51,7 +63,11 @@ def only_model(folder: Path) -> Path | None:
         CheckpointError: there are several models.
     """
     models: dict[str, Path] = {}
-    for path in sorted(each for each in folder.iterdir() if is_gguf(each) and each.is_file()):
+    try:
+        files = sorted(each for each in folder.iterdir() if is_gguf(each))
+    except OSError:
+        return None  # told when config.json is looked for
+    for path in files:
         part = _PART.fullmatch(path.name)
         models.setdefault(f"{part[1]}-{part[3]}" if part else path.name, path)
     if len(models) > 1:

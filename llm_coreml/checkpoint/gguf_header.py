@@ -20,7 +20,7 @@ import numpy as np
 from llm_coreml.errors import CheckpointError
 from llm_coreml.lfs import require_fetched
 
-_MAGIC = b"GGUF"
+MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _ALIGNMENT = 32
 _STRING, _ARRAY = 8, 9
@@ -73,7 +73,7 @@ def read_header(path: Path, octets: Octets) -> Header:
     require_fetched(path)
     reader = _Reader(octets)
     try:
-        if bytes(octets[:4]) != _MAGIC:
+        if bytes(octets[:4]) != MAGIC:
             raise ValueError("it does not begin with GGUF")
         reader.at = 4
         version = reader.number("I")

@@ -13,10 +13,11 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from llm_coreml.checkpoint.adapters import with_adapter
 from llm_coreml.checkpoint.checkpoint import WEIGHT_DTYPES, Checkpoint, Source
 from llm_coreml.checkpoint.files import open_folder
 from llm_coreml.checkpoint.gguf import open_gguf
@@ -25,6 +26,8 @@ from llm_coreml.checkpoint.hub import open_hub
 from llm_coreml.checkpoint.live import open_live
 from llm_coreml.checkpoint.packed import PackedCheckpoint, find_formats, names_quantization
 from llm_coreml.errors import CheckpointError, ConfigError
+
+_Opened = TypeVar("_Opened", bound=Checkpoint)
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 
@@ -69,16 +72,18 @@ def open_checkpoint(
     if file is not None:
         return _unpacked(open_gguf(file, Source("folder", str(source)), judge))
     if folder is not None:
-        return _unpacked(_judged(open_folder(folder, Source("folder", str(source))), judge))
+        files = open_folder(folder, Source("folder", str(source)))
+        return _unpacked(with_adapter(folder, _judged(files, judge)))
     if isinstance(source, str) and _HUB_ID.fullmatch(source):
         return _unpacked(open_hub(source, revision, local_files_only, judge))
     raise CheckpointError(
-        f"{str(source)!r} is neither an existing folder, a hub id (org/name) nor a live model. "
+        f"{str(source)!r} is neither an existing folder, a hub id (org/name) nor a live model, nor "
+        "an existing .gguf file. "
         "Check the path, or write the id in full."
     )
 
 
-def _judged(checkpoint: Checkpoint, judge: Callable[[dict[str, Any]], None]) -> Checkpoint:
+def _judged(checkpoint: _Opened, judge: Callable[[dict[str, Any]], None]) -> _Opened:
     judge(checkpoint.config)
     return checkpoint
 
@@ -110,9 +115,9 @@ def _as_gguf(source: object) -> Path | None:
     if not isinstance(source, (str, Path)):
         return None
     path = Path(os.path.expanduser(source))
-    if is_gguf(path) and path.is_file():
+    if is_gguf(path):
         return path
-    if not str(source).strip() or not path.is_dir() or any(path.glob("*.safetensors*")):
+    if not str(source).strip() or not os.path.isdir(path) or any(path.glob("*.safetensors*")):
         return None
     return only_model(path)
 

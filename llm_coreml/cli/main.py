@@ -22,7 +22,7 @@ from llm_coreml.cli.export import export_command
 from llm_coreml.cli.generate import generate_command
 from llm_coreml.cli.inspect import inspect_command
 from llm_coreml.cli.listing import ls_command
-from llm_coreml.cli.process import INTERRUPTION
+from llm_coreml.cli.process import INTERRUPTION, check_folder
 from llm_coreml.cli.run import run_command
 from llm_coreml.cli.show import show_command
 from llm_coreml.errors import LlmCoreMLError
@@ -49,6 +49,7 @@ def cli() -> None:
     Exit codes: 0 done, 1 other error, 2 usage, 4 checkpoint, 5 unsupported, 6 output,
     7 artifact, 8 verification, 130 interrupted (129 by SIGHUP, 143 by SIGTERM).
     """
+    check_folder()
 
 
 for command in (
@@ -125,6 +126,8 @@ def _unforeseen(error: BaseException) -> str:
             f"the machine's memory is not enough{f' ({told})' if told else ''}. Close other "
             "programs, or give a smaller model."
         )
+    if isinstance(error, UnicodeEncodeError) and "surrogates" in error.reason:
+        return f"'{printable(str(error.object))}' is a name that is no text; give another to it."
     if isinstance(error, OSError) and error.strerror:
         where = f"'{printable(str(error.filename))}': " if error.filename else ""
         return f"{where}{error.strerror}. The system refuses it; run again with -v to see where."

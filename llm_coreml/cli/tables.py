@@ -260,7 +260,7 @@ def contents_table(found: Contents) -> Group:
         ]
     if found.rules:
         rows = {
-            name: f"{rule.matrices} matrices: {rule.reason} ({rule.source}); give {rule.flag}"
+            name: f"{_counted(rule.matrices)}{rule.reason} ({rule.source}); give {rule.flag}"
             for name, rule in found.rules.items()
         }
         parts += [listing_table("breaks the rules", rows), Text("")]
@@ -271,6 +271,10 @@ def contents_table(found: Contents) -> Group:
             title = f"{method}: {delegate.backend}, {delegate.bytes:,} bytes"
             parts += [Text(""), listing_table(title, _delegate_rows(delegate))]
     return Group(*parts)
+
+
+def _counted(matrices: int) -> str:
+    return f"{matrices} matrices: " if matrices else ""
 
 
 def _delegate_rows(delegate: DelegateContents) -> dict[str, str]:

@@ -16,6 +16,7 @@ from llm_coreml.config.values import (
     DEFAULT_CODEBOOK_ROWS,
     DEFAULT_CONTEXT,
     DEFAULT_SEQ_LENGTHS,
+    DEFAULT_TABLE,
     checked_bits,
     checked_context,
     checked_lengths,
@@ -83,7 +84,11 @@ class WeightSettings(Section):
     codebook_columns: int | None = setting(None, "codebook: inputs per table.", shown="all")
     codebook_vector: int = setting(1, "codebook: rows per entry.")
     codebook_scale: bool = setting(False, "codebook: a factor for each row.")
-    embedding: str = setting("int8-channel", "Scheme of the token table.")
+    embedding: str | None = setting(
+        None,
+        "Scheme of the token table.",
+        shown=f"{DEFAULT_TABLE}; none beside --scheme none or --bits 16",
+    )
     lm_head: str | None = setting(None, "Scheme of the output head; the token table's by default.")
     rotate: Rotate = setting(
         "none",
@@ -102,11 +107,19 @@ class WeightSettings(Section):
             own = getattr(self, name)
             for other in decided_by(name, own):
                 value, flag = getattr(self, other), settings[other].flag
-                if value != settings[other].default:
+                # Earlier releases recorded the usual table beside a plan, too.
+                usual = DEFAULT_TABLE if other == "embedding" else None
+                if value not in (settings[other].default, usual):
                     decider = f"--bits {own}" if name == "bits" else f"--{name}"
                     raise ConfigError(
                         f"{decider} decides what {flag} {value} would; drop one of them."
                     )
+
+    @property
+    def table(self) -> str:
+        """The scheme of the token table: nothing is quantized if the linear layers are not."""
+        usual = "none" if self.scheme == "none" or self.bits == 16 else DEFAULT_TABLE
+        return self.embedding or usual
 
     @property
     def mixed(self) -> bool:

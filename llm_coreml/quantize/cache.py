@@ -28,7 +28,8 @@ from typing import Any, BinaryIO
 import torch
 
 from llm_coreml.drafts import remove_dead
-from llm_coreml.output import file_beside
+from llm_coreml.errors import ConfigError
+from llm_coreml.output import check_name, file_beside
 from llm_coreml.quantize.formats.serialize import from_parts, to_parts
 
 _VARIABLE = "LLM_COREML_CACHE"
@@ -48,11 +49,21 @@ _LARGEST = 50 * 10**9
 
 
 def default_folder() -> Path:
-    """Return `$LLM_COREML_CACHE`, or `llm-coreml` in `$XDG_CACHE_HOME`, which is `~/.cache`."""
-    if given := os.environ.get(_VARIABLE):
-        return Path(given).expanduser()
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "llm-coreml"
+    """Return `$LLM_COREML_CACHE`, or `llm-coreml` in `$XDG_CACHE_HOME`, which is `~/.cache`.
+
+    Raises:
+        ConfigError: nobody knows where that is.
+    """
+    given, home = os.environ.get(_VARIABLE), os.environ.get("XDG_CACHE_HOME")
+    try:
+        if given:
+            return Path(given).expanduser()
+        return (Path(home) if home else Path.home() / ".cache") / "llm-coreml"
+    except RuntimeError:
+        where = f"${_VARIABLE} is '{given}', and that" if given else "Your"
+        raise ConfigError(
+            f"{where} home folder is not known; give --cache DIR, or --no-cache."
+        ) from None
 
 
 def make_key(facts: Mapping[str, str]) -> str:
@@ -84,6 +95,7 @@ class WeightCache:
     """
 
     def __init__(self, folder: Path, note: Callable[[str], None], largest: int = _LARGEST) -> None:
+        check_name(folder)
         self.folder = folder
         self._note = note
         self._writable = True

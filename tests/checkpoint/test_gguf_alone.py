@@ -112,6 +112,15 @@ def test_its_configuration_is_that_of_transformers(tmp_path: Path) -> None:
     }
 
 
+def test_biases_and_heads_of_other_sizes(tmp_path: Path) -> None:
+    model = tiny(attention_bias=True, mlp_bias=True, head_dim=128, num_key_value_heads=1)
+    meant = write(tmp_path / "model.gguf", model, {"q_proj": Kind.Q8_0, "k_proj": Kind.Q5_1})
+    checkpoint = open_model(tmp_path).checkpoint
+    assert checkpoint.names() == meant.keys() == model.state_dict().keys()
+    for name, values in meant.items():
+        assert np.array_equal(checkpoint.tensor(name, torch.float32).numpy(), values), name
+
+
 def test_it_exports_to_what_transformers_computes(tmp_path: Path) -> None:
     model = tiny(tie_word_embeddings=True, vocab_size=420)
     _, tokens, merges = gpt2_vocabulary(digits_first())
@@ -362,6 +371,17 @@ def test_metadata_that_changes_what_is_computed(
     write(tmp_path / "model.gguf", tiny(), {}, extra=extra)
     with pytest.raises(kind, match=message):
         open_model(tmp_path / "model.gguf")
+
+
+def test_a_file_is_known_by_its_first_bytes(tmp_path: Path) -> None:
+    write(tmp_path / "sha256-1a2b", tiny(), {})
+    assert open_model(tmp_path / "sha256-1a2b").spec.hidden_size == 256
+    assert open_model(tmp_path).spec.hidden_size == 256
+    (tmp_path / "LICENSE").write_text("text")
+    with pytest.raises(CheckpointError, match=r"is neither an existing"):
+        open_checkpoint("a" * 300 + "/b/c")
+    with pytest.raises(CheckpointError, match=r"LICENSE' is neither an existing .*gguf file"):
+        open_model(tmp_path / "LICENSE")
 
 
 def test_linear_scaling_is_read(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from exported import (
     run,
     write_manifest,
 )
-from llm_coreml.cli.terminal import Stages
+from llm_coreml.cli.stages import Stages
 from llm_coreml.recipes import bundled_model
 
 DOWN = "model.layers.0.mlp.down_proj.weight"

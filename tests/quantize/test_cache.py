@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from artifacts import SCHEMES
 from llm_coreml.config import ExportConfig, resolve
+from llm_coreml.errors import ConfigError
 from llm_coreml.model import open_model
 from llm_coreml.quantize import cache, make_plan
 from llm_coreml.quantize.cache import WeightCache, default_folder
@@ -295,6 +296,25 @@ def test_the_default_folder(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert default_folder() == Path(expected)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [("~nobody-at-all/c", r"\$LLM_COREML_CACHE is '~nobody-at-all/c'"), (None, "Your home folder")],
+)
+def test_a_home_that_nobody_knows(
+    given: str | None, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(*_: object) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("LLM_COREML_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    if given is not None:
+        monkeypatch.setenv("LLM_COREML_CACHE", given)
+    monkeypatch.setattr(Path, "home", unknown)
+    with pytest.raises(ConfigError, match=told):
+        default_folder()
 
 
 # Stops for good in the middle of the third entry.

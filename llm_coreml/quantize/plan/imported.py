@@ -128,7 +128,7 @@ def with_imports(
         lm_head = embedding
     head = held.get("lm_head", held.get("embed_tokens") if spec.tie_word_embeddings else None)
     usual, weights = WeightSettings(), job.weights
-    if weights.embedding != usual.embedding:
+    if weights.table != usual.table:
         _refuse_table(f"--embedding {weights.embedding}", held.get("embed_tokens"))
     if weights.lm_head != usual.lm_head:
         _refuse_table(f"--lm-head {weights.lm_head}", head)
