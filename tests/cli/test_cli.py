@@ -69,6 +69,29 @@ print("LOADED", *sorted(set({HEAVY!r}) & sys.modules.keys()))
     assert done.stdout.splitlines()[-1] == "LOADED"
 
 
+@pytest.mark.parametrize("command", ["ls", "show"])
+def test_a_look_runs_no_model_library(command: str, bundle: Path) -> None:
+    words = [command] if command == "ls" else [command, str(bundle)]
+    script = f"""
+import sys, time
+sys.argv = ["llm-coreml", *{words!r}]
+from llm_coreml.cli.main import main
+try:
+    main()
+except SystemExit as ended:
+    assert not ended.code, ended.code
+heavy = {{"torch", "coremltools", "transformers", "executorch", "torchao", "tokenizers"}}
+print("LOADED", *sorted(heavy & sys.modules.keys()))
+print("SECONDS", time.process_time())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    *_, loaded, seconds = done.stdout.splitlines()
+    assert loaded == "LOADED"
+    # It takes a fifth of that.
+    assert float(seconds.removeprefix("SECONDS ")) < 1.5
+
+
 def options_of(name: str) -> list[click.Option]:
     return [option for option in cli.commands[name].params if isinstance(option, click.Option)]
 
