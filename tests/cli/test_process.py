@@ -125,7 +125,7 @@ def test_libraries_find_a_folder_for_temporary_files_that_goes(
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", None)
-    (tmp_path / "llm-coreml-0").mkdir()  # of a process that was killed
+    (tmp_path / "llm-coreml-process-0").mkdir()  # of a process that was killed
     before = dict(os.environ)
     with own_temporary_files():
         from torch._inductor.runtime.cache_dir_utils import cache_dir
@@ -313,6 +313,8 @@ def test_output_of_a_closed_stream_is_no_file_of_ours(tmp_path: Path) -> None:
     script = """
 import os, sys
 from llm_coreml.cli import process
+
+pytestmark = pytest.mark.usefixtures("interruptible")
 process.begin()
 with open(sys.argv[1], "w") as file:
     os.write(1, b"printed")
