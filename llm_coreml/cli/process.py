@@ -65,6 +65,13 @@ class Interruption:
         if self.number is not None and not self.over:
             raise KeyboardInterrupt
 
+    def pardon(self) -> bool:
+        """Let the process go on if it was Ctrl-C that interrupted it, and return whether it was."""
+        if self.number not in (None, signal.SIGINT):
+            return False
+        self.number = None
+        return True
+
     def finish(self) -> None:
         """From now on, let nothing interrupt: only printing is left."""
         self.number, self.over = None, True
