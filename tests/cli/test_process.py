@@ -24,11 +24,12 @@ from llm_coreml.cli.tables import listing_table
 from llm_coreml.cli.terminal import terminal
 from llm_coreml.drafts import ENDING, draft_folder
 
+pytestmark = pytest.mark.usefixtures("interruptible")
 Export = Callable[[Callable[..., Any]], Run]
 
 
 @pytest.fixture
-def heeding(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def heeding(interruptible: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Heed signals as the command line's own process does."""
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # so that nothing is set
     before = {number: signal.getsignal(number) for number in ENDING}
@@ -313,8 +314,6 @@ def test_output_of_a_closed_stream_is_no_file_of_ours(tmp_path: Path) -> None:
     script = """
 import os, sys
 from llm_coreml.cli import process
-
-pytestmark = pytest.mark.usefixtures("interruptible")
 process.begin()
 with open(sys.argv[1], "w") as file:
     os.write(1, b"printed")
