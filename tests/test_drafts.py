@@ -34,6 +34,8 @@ import sys, time
 from pathlib import Path
 from llm_coreml.output import folder_beside
 
+pytestmark = pytest.mark.usefixtures("interruptible")
+
 rename = Path.rename
 
 def stopping(self, target):

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import sys
 import traceback
 
@@ -23,7 +22,7 @@ from llm_coreml.cli.export import export_command
 from llm_coreml.cli.generate import generate_command
 from llm_coreml.cli.inspect import inspect_command
 from llm_coreml.cli.listing import ls_command
-from llm_coreml.cli.process import INTERRUPTION
+from llm_coreml.cli.process import INTERRUPTION, check_folder
 from llm_coreml.cli.run import run_command
 from llm_coreml.cli.show import show_command
 from llm_coreml.errors import LlmCoreMLError
@@ -50,6 +49,7 @@ def cli() -> None:
     Exit codes: 0 done, 1 other error, 2 usage, 4 checkpoint, 5 unsupported, 6 output,
     7 artifact, 8 verification, 130 interrupted (129 by SIGHUP, 143 by SIGTERM).
     """
+    check_folder()
 
 
 for command in (
@@ -128,8 +128,6 @@ def _unforeseen(error: BaseException) -> str:
         )
     if isinstance(error, UnicodeEncodeError) and "surrogates" in error.reason:
         return f"'{printable(str(error.object))}' is a name that is no text; give another to it."
-    if isinstance(error, FileNotFoundError) and not _has_folder():
-        return "the folder that this runs in is gone; change to one that is there."
     if isinstance(error, OSError) and error.strerror:
         where = f"'{printable(str(error.filename))}': " if error.filename else ""
         return f"{where}{error.strerror}. The system refuses it; run again with -v to see where."
@@ -137,12 +135,3 @@ def _unforeseen(error: BaseException) -> str:
         f"an unexpected {type(error).__name__} in llm-coreml: {told}. Run again with -v for the "
         "traceback, and please report it."
     )
-
-
-def _has_folder() -> bool:
-    """Say whether the folder that this process runs in is there."""
-    try:
-        os.getcwd()
-    except OSError:
-        return False
-    return True

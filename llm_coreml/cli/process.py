@@ -1,4 +1,4 @@
-"""What the command line is to the system: how it is ended, and where its temporary files lie.
+"""What the command line is to the system: how it ends, how it waits, where temporary files lie.
 
     begin()                          # before anything that takes time
     with own_temporary_files():
@@ -21,9 +21,16 @@ from pathlib import Path
 from types import FrameType
 
 from llm_coreml.drafts import ENDING, draft_folder
+from llm_coreml.errors import LlmCoreMLError
+
+# Of no other temporary folder: what has it and is not locked is removed.
+_TEMPORARY = "llm-coreml-process-"
 
 # Who presses Ctrl-C again within these seconds does not stop the cleaning up.
 _PATIENCE = 3.0
+# Threads of OpenMP that wait sleep, or beside other work they take the time of those they wait for.
+# Read by GNU's and by LLVM's library when torch loads it; what a user has set wins.
+_WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
 
 
 @dataclass
@@ -76,6 +83,8 @@ INTERRUPTION = Interruption()
 def begin() -> None:
     """Take over what the system asks of a process of its own."""
     _open_missing_streams()
+    if not _WAITING.keys() & os.environ.keys():
+        os.environ.update(_WAITING)
     for number in ENDING:
         # `nohup`, and shells for what runs in the background, have some ignored.
         if signal.getsignal(number) != signal.SIG_IGN:
@@ -103,13 +112,27 @@ def _open_missing_streams() -> None:
             setattr(sys, name, stream)
 
 
+def check_folder() -> None:
+    """Refuse to run in a folder that has been removed, in which torch would abort without a word.
+
+    Raises:
+        LlmCoreMLError: as said.
+    """
+    try:
+        os.getcwd()
+    except OSError:
+        raise LlmCoreMLError(
+            "The folder that this runs in is gone; change to one that is there."
+        ) from None
+
+
 @contextlib.contextmanager
 def own_temporary_files() -> Iterator[None]:
     """Give this process a folder for temporary files, gone with all that libraries leave in it."""
     with contextlib.ExitStack() as stack:
         try:
             parent = Path(tempfile.gettempdir())
-            folder = str(stack.enter_context(draft_folder(parent, "llm-coreml-")))
+            folder = str(stack.enter_context(draft_folder(parent, _TEMPORARY)))
         except OSError:
             yield  # who needs one will say so
             return

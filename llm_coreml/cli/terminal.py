@@ -11,41 +11,21 @@ import io
 import logging
 import os
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TextIO
+from typing import Any
 
 from rich.console import Console, RenderableType
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from llm_coreml.cli.options import print_json
 from llm_coreml.cli.process import INTERRUPTION, own_temporary_files
+from llm_coreml.cli.stages import Stages
 from llm_coreml.drafts import uninterrupted
 from llm_coreml.errors import OutputError
-from llm_coreml.printable import MESSAGE, printable
 
-_LABELS = {
-    "open": "opening the checkpoint",
-    "allocate": "measuring what each format costs",
-    "quantize": "reading and quantizing weights",
-    "calibrate": "reading and calibrating weights",
-    "tune": "tuning scales and tables",
-    "lower": "lowering to an ExecuTorch program",
-    "verify": "verifying the artifact",
-    "score": "scoring text",
-    "time": "timing calls",
-    "watch": "watching every operation",
-    "compare": "comparing every operation",
-}
+# Columns of a table, where $COLUMNS leaves no room for one.
+_NARROWEST, _WIDTH = 20, 80
 
 
 @dataclass(frozen=True)
@@ -76,69 +56,6 @@ class Screen:
             print_json(self.result.file, value)
         else:
             self.result.print(table())
-
-
-class Stages:
-    """Draws stages as bars with the time left on a terminal, else a line with the time taken."""
-
-    def __init__(self, file: TextIO) -> None:
-        self._console = Console(file=file, highlight=False, soft_wrap=True, markup=False)
-        self._bars: Progress | None = None
-        self._task: TaskID | None = None
-        self._name, self._start = "", 0.0
-        if self._console.is_terminal:
-            self._bars = Progress(
-                TextColumn("{task.description:<32}"),
-                BarColumn(bar_width=30),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(compact=True),
-                console=self._console,
-                # rich would lift what others print out of the descriptors that hide it.
-                redirect_stdout=False,
-                redirect_stderr=False,
-            )
-            self._bars.start()
-
-    def stage(self, name: str) -> None:
-        """Begin a stage."""
-        INTERRUPTION.check()
-        self._finish()
-        self._name, self._start = _LABELS.get(name, name), time.monotonic()
-        if self._bars is not None:
-            self._task = self._bars.add_task(self._name, total=None)
-        else:
-            self._console.print(f"{self._name} ...", end="")
-
-    def advance(self, share: float) -> None:
-        """Move the bar; the first call gives the stage an end."""
-        INTERRUPTION.check()
-        if self._bars is not None and self._task is not None:
-            self._bars.update(self._task, total=1.0, completed=share)
-
-    def note(self, text: str) -> None:
-        """Print a line above the bars."""
-        if self._name and self._bars is None:
-            self._console.print()
-        self._console.print(printable(text, MESSAGE))
-
-    def close(self, finished: bool = True) -> None:
-        """End the last stage, or leave it as it is if it was not finished."""
-        if finished:
-            self._finish()
-        elif self._name and self._bars is None:
-            self._console.print()
-        self._name = ""
-        if self._bars is not None:
-            self._bars.stop()
-
-    def _finish(self) -> None:
-        if not self._name:
-            return
-        if self._bars is not None and self._task is not None:
-            self._bars.update(self._task, total=1.0, completed=1.0)
-        else:
-            self._console.print(f" {time.monotonic() - self._start:.1f} s")
-        self._name = ""
 
 
 class _Results(io.TextIOWrapper):
@@ -188,6 +105,8 @@ def terminal(verbose: bool) -> Iterator[Screen]:
         for kind, copy in zip((_Results, _Notices), saved, strict=True)
     )
     console = Console(file=out, highlight=False, soft_wrap=True, markup=False)
+    if console.width < _NARROWEST:
+        console.width = _WIDTH
     screen = Screen(console, Stages(err))
     finished = False
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,14 +20,17 @@ from exported import SHAPES, Run, command, files_of, in_process
 from llm_coreml import pipeline
 from llm_coreml.cli import process
 from llm_coreml.cli.process import INTERRUPTION, Interruption, own_temporary_files
+from llm_coreml.cli.tables import listing_table
+from llm_coreml.cli.terminal import terminal
 from llm_coreml.drafts import ENDING, draft_folder
 
 Export = Callable[[Callable[..., Any]], Run]
 
 
 @pytest.fixture
-def heeding() -> Iterator[None]:
+def heeding(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Heed signals as the command line's own process does."""
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # so that nothing is set
     before = {number: signal.getsignal(number) for number in ENDING}
     vars(INTERRUPTION).update(vars(Interruption()))
     process.begin()
@@ -121,7 +125,7 @@ def test_libraries_find_a_folder_for_temporary_files_that_goes(
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", None)
-    (tmp_path / "llm-coreml-0").mkdir()  # of a process that was killed
+    (tmp_path / "llm-coreml-process-0").mkdir()  # of a process that was killed
     before = dict(os.environ)
     with own_temporary_files():
         from torch._inductor.runtime.cache_dir_utils import cache_dir
@@ -161,6 +165,87 @@ finally:
     words = [sys.executable, "-m", "started"]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr.strip()) == interrupted(signal.SIGTERM)
+
+
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, ("PASSIVE", "0", "0")),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, ("ACTIVE", None, None)),
+        ({"GOMP_SPINCOUNT": "7"}, (None, "7", None)),
+    ],
+)
+def test_waiting_threads_sleep_unless_the_user_says_otherwise(
+    given: dict[str, str], expected: tuple[str | None, ...]
+) -> None:
+    script = f"""
+import os, sys
+from llm_coreml.cli import process
+process.begin()
+assert "torch" not in sys.modules
+print([os.environ.get(name) for name in {WAITING}])
+"""
+    kept = {name: value for name, value in os.environ.items() if name not in WAITING}
+    words = [sys.executable, "-c", script]
+    done = subprocess.run(words, env={**kept, **given}, capture_output=True, text=True)
+    assert done.stdout.strip() == str(list(expected)), done.stderr
+
+
+def test_the_library_leaves_the_environment_alone() -> None:
+    script = """
+import os
+before = dict(os.environ)
+import llm_coreml.pipeline, llm_coreml.cli.main
+assert not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "TMPDIR"} & (os.environ.keys() - before.keys())
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("words", [("export", "llama"), ("show", "x"), ("ls",)])
+def test_a_folder_that_is_gone(tmp_path: Path, words: tuple[str, ...]) -> None:
+    script = 'cd "$0" && rmdir "$0" && exec "$@"'
+    (tmp_path / "gone").mkdir()
+    done = subprocess.run(
+        ["sh", "-c", script, str(tmp_path / "gone"), *command(*words)],
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("Error: The folder that this runs in is gone")
+
+
+def test_errors_that_nobody_foresaw_are_sentences(export: Export) -> None:
+    def ending(error: BaseException) -> str:
+        def work(*_: Any, **__: Any) -> NoReturn:
+            raise error
+
+        done = export(work)
+        assert done.code == 1 and done.out == "" and "Traceback" not in done.err
+        (line,) = done.err.splitlines()
+        assert line.isprintable()
+        return line
+
+    assert "memory is not enough" in ending(MemoryError())
+    assert "an unexpected RecursionError" in ending(RecursionError("maximum depth"))
+    assert "please report" in ending(AssertionError("\x1b[2J\n" * 1000))
+    assert r"'\x1b' is a name that is no text" not in ending(ValueError("x"))
+    told = ending(OSError(errno.ENAMETOOLONG, "File name too long", "x" * 9999))
+    assert "File name too long" in told and len(told) < 1000 and "unexpected" not in told
+    told = ending(UnicodeEncodeError("utf-8", "a\udcff", 1, 2, "surrogates not allowed"))
+    assert r"'a\udcff' is a name that is no text" in told
+
+
+@pytest.mark.parametrize("columns", ["0", "1", "-5", "abc", "9" * 30])
+def test_any_number_of_columns(
+    columns: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    with terminal(verbose=False) as screen:
+        screen.show("human", {}, lambda: listing_table("title", {"name": "meaning"}))
+    assert re.search(r"^name +meaning", capfd.readouterr().out, re.M)
 
 
 # Streams
@@ -228,6 +313,8 @@ def test_output_of_a_closed_stream_is_no_file_of_ours(tmp_path: Path) -> None:
     script = """
 import os, sys
 from llm_coreml.cli import process
+
+pytestmark = pytest.mark.usefixtures("interruptible")
 process.begin()
 with open(sys.argv[1], "w") as file:
     os.write(1, b"printed")
