@@ -21,6 +21,7 @@ from llm_coreml.bundle.folder import (
 )
 from llm_coreml.bundle.seal import file_sha256
 from llm_coreml.config import ExportConfig, resolve
+from llm_coreml.config.values import checked_count
 from llm_coreml.errors import (
     ArtifactError,
     CheckpointError,
@@ -83,8 +84,7 @@ def evaluate(
         CheckpointError: the original is absent, or is another model than was exported.
         ConfigError: the text cannot be used, or the execution asks for what is not there.
     """
-    if tokens < 1:
-        raise ConfigError(f"--tokens is {tokens}; score at least 1.")
+    checked_count("--tokens", tokens)
     progress = progress or Silent()
     progress.stage("open")
     opened = open_bundle(Path(bundle), checked)

@@ -17,6 +17,7 @@ import torch
 from llm_coreml.bundle.bundle_runner import open_runner
 from llm_coreml.bundle.folder import open_bundle
 from llm_coreml.bundle.text_stream import TextStream
+from llm_coreml.config.values import checked_count
 from llm_coreml.errors import ArtifactError, ConfigError
 from llm_coreml.reference.program.execution import Execution
 from llm_coreml.runtime.reference import DECLARED
@@ -132,7 +133,7 @@ class LanguageModel:
         stop: Sequence[str] = (),
     ) -> TextStream:
         """Return the continuation, piece by piece as it is made; arguments as `generate`."""
-        _check_count(max_new_tokens)
+        checked_count("max_new_tokens", max_new_tokens)
         sampler, tokens = Sampler(temperature, top_p, seed), self.encode(prompt)
         made = self.runner.generate(tokens, max_new_tokens, self._stop, sampler)
         return TextStream(len(tokens), made, Detokenizer(self.tokenizer, after=tokens), stop)
@@ -182,7 +183,7 @@ class LanguageModel:
     ) -> TextStream:
         """Return the answer, piece by piece as it is made; arguments as `chat`."""
         count = self.runner.context if max_new_tokens is None else max_new_tokens
-        _check_count(count)
+        checked_count("max_new_tokens", count)
         sampler = Sampler(temperature, top_p, seed)
         # A template writes the beginning token itself where its model wants one.
         tokens = self.tokenizer.encode(self.template.render(messages))
@@ -194,11 +195,6 @@ class LanguageModel:
             )
         made = self.runner.generate(tokens, count, tuple(self._turn_ends), sampler, reuse=True)
         return TextStream(len(tokens), made, Detokenizer(self.tokenizer), stop)
-
-
-def _check_count(max_new_tokens: int) -> None:
-    if max_new_tokens < 1:
-        raise ConfigError(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
 
 
 def load(

@@ -7,11 +7,11 @@ flag(config, "tie_word_embeddings")
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from llm_coreml.errors import CheckpointError
+from llm_coreml.printable import whole as whole_number
 
 # No size of a model comes near it, and products of three of them still fit 64 bits.
 LARGEST_SIZE = 2**20
@@ -102,9 +102,8 @@ def shown(value: object) -> str:
         return "an object"
     if isinstance(value, list):
         return "a list"
-    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**_SHOWN:
-        # Python itself refuses to write out numbers of thousands of digits.
-        return f"a whole number of {math.floor(value.bit_length() * math.log10(2)) + 1} digits"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return whole_number(value)
     text = repr(value)
     return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
 

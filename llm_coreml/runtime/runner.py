@@ -11,13 +11,15 @@ padded, so the last row of each chunk is always a real token's.
 from __future__ import annotations
 
 import itertools
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Sequence
-from typing import Literal, final
+from typing import Literal, SupportsIndex, final
 
 import torch
 
 from llm_coreml.errors import ConfigError
+from llm_coreml.printable import printable, whole
 from llm_coreml.runtime.sampling import Sampler
 
 # Why a text ends: a stop token, the count that was asked for, or a full cache.
@@ -95,18 +97,29 @@ class Runner(ABC):
         Raises:
             ConfigError: a token outside the vocabulary, or the context is full.
         """
-        for token in tokens:
-            if not 0 <= token < self.vocab_size:
-                raise ConfigError(
-                    f"Token {token} is outside the vocabulary of {self.vocab_size} entries; use "
-                    "the tokenizer that belongs to the model."
-                )
-        self._check_room(len(tokens))
-        chunk = torch.tensor([list(tokens)], dtype=torch.int64)
+        numbers = [self._checked(token) for token in tokens]
+        self._check_room(len(numbers))
+        chunk = torch.tensor([numbers], dtype=torch.int64)
         logits = self._forward(chunk, torch.tensor([self.position], dtype=torch.int64))
-        self.position += len(tokens)
-        self._read += tokens
+        self.position += len(numbers)
+        self._read += numbers
         return logits[0].to(torch.float32)
+
+    def _checked(self, token: SupportsIndex) -> int:
+        """Return a token as a plain number. Raises ConfigError if it is none of the model's."""
+        try:
+            number = operator.index(token)
+        except TypeError:
+            raise ConfigError(
+                f"Token {printable(repr(token), 60)} is no whole number; give the ids that a "
+                "tokenizer makes of a text."
+            ) from None
+        if not 0 <= number < self.vocab_size:
+            raise ConfigError(
+                f"Token {whole(number)} is outside the vocabulary of {self.vocab_size} entries; "
+                "use the tokenizer that belongs to the model."
+            )
+        return number
 
     def _check_room(self, count: int) -> None:
         if self.position + count > self.context:

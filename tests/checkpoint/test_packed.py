@@ -17,7 +17,7 @@ from llm_coreml.errors import CheckpointError, ConfigError, LlmCoreMLError, Unsu
 from llm_coreml.model import open_model
 from llm_coreml.progress import Silent
 from llm_coreml.quantize.formats.round import dense_rows
-from llm_coreml.quantize.formats.schemes import Unquantized
+from llm_coreml.quantize.formats.schemes import IntChannel, Unquantized
 from llm_coreml.quantize.plan.choose import plan_for
 from llm_coreml.quantize.plan.imported import import_report
 from llm_coreml.quantize.quantized import Quantized, build_decoder, quantize
@@ -245,6 +245,7 @@ def test_damage_is_told_by_the_matrix(
         ),
         ({"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemv"}, "'gemv'"),
         ({"quant_method": "auto-round", "packing_format": "auto_round:marlin"}, "form 'marlin'"),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "ModelOpt weights of NVFP4"),
         ({"quant_method": "compressed-tensors"}, "names no config_groups"),
         ({"quant_method": "torchao", "quant_type": {"_type": "Int4Config"}}, "of Int4Config"),
         (
@@ -316,6 +317,22 @@ def test_values_are_quantized_again_where_codes_are_asked_for(
 def requantized(folder: Path, config: ExportConfig, progress: Silent) -> Quantized:
     model = open_model(folder)
     return quantize(model, resolve(config, model.spec), folder / "tokenizer.json", progress)
+
+
+@pytest.mark.parametrize("choice", [{"scheme": "none"}, {"bits": 16}], ids=str)
+def test_values_of_a_quantized_checkpoint_are_left_as_they_are_where_that_is_asked_for(
+    choice: dict[str, Any], tmp_path: Path
+) -> None:
+    folder, _ = checkpoint(tmp_path / "model", MLX, mlx(4, 32, True), tables=True)
+    plan = requantized(folder, replace(CONFIG, **choice), Silent()).plan
+    schemes = {plan.linear, plan.embedding, plan.lm_head, *plan.exceptions.values()}
+    assert schemes == {Unquantized(16)}
+
+
+def test_tables_that_an_import_left_unquantized_are_stored_as_usual(tmp_path: Path) -> None:
+    folder, _ = checkpoint(tmp_path / "model", GPTQ, gptq(4, 32, 1, (8, 8)))
+    plan = requantized(folder, CONFIG, Silent()).plan
+    assert (plan.embedding, plan.lm_head) == (IntChannel(8), IntChannel(8))
 
 
 def test_tables_that_are_quantized_keep_their_format(tmp_path: Path) -> None:

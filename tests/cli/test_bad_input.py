@@ -533,10 +533,10 @@ def test_text_that_is_a_folder(refuse: Command, own_bundle: Path, tmp_path: Path
     assert "cannot be read" in message(refuse(2, "eval", own_bundle, "--text", tmp_path))
 
 
-@pytest.mark.parametrize("tokens", ["0", "-5"])
+@pytest.mark.parametrize("tokens", ["0", "-5", "1" + 30 * "0"])
 def test_no_tokens_to_score(refuse: Command, own_bundle: Path, tokens: str) -> None:
     text = message(refuse(2, "eval", own_bundle, "--tokens", tokens))
-    assert f"--tokens is {tokens}; score at least 1." in text
+    assert f"--tokens is {tokens}; it must be a whole number from 1 to 2147483647." in text
 
 
 def test_another_model_than_was_exported(
@@ -555,9 +555,11 @@ def test_another_model_than_was_exported(
         (("--temperature", "-1"), ("temperature is -1.0",)),
         (("--temperature", "nan"), ("temperature is nan",)),
         (("--top-p", "0"), ("top_p is 0.0",)),
+        (("--seed", "1" + 30 * "0"), ("seed must be a whole number from 0",)),
+        (("--device", "hpu"), ("The device 'hpu' cannot be used here",)),
         (("-p", TEXT * 3), ("do not fit its 64 positions", "--context")),
     ],
-    ids=["no-tokens", "negative", "nan", "nucleus", "long-prompt"],
+    ids=["no-tokens", "negative", "nan", "nucleus", "seed", "device", "long-prompt"],
 )
 def test_generate(
     refuse: Command, bundle: Path, words: tuple[str, ...], told: tuple[str, ...]

@@ -615,8 +615,12 @@ def test_show_json(
     assert found["constant_methods"] == {**constants, "get_eos_ids": 1}  # a list of one
     (delegate,) = found["methods"]["forward"]
     assert delegate["backend"] == "CoreMLBackend"
-    assert delegate["states"] == dict.fromkeys(("cache_keys", "cache_values"), "fp16 [1, 2, 64, 8]")
-    assert list(delegate["inputs"].values()) == ["int32 [1, 1] or [1, 8]", "int32 [1]"]
+    assert delegate["states"] == dict.fromkeys(("cache_keys", "cache_values"), "fp16 [1, 2, 96, 8]")
+    assert delegate["inputs"] == {
+        "tokens": "int32 [1, 1] or [1, 8]",
+        "start_pos": "int32 [1]",
+        "last_pos": "int32 [1]",
+    }
     assert list(delegate["outputs"].values()) == ["fp16 [1, 1, 300]"]
     assert delegate["ops"]["write_state"] == 2 and delegate["ops"]["linear"] == 8
     assert sum(delegate["files"].values()) < delegate["bytes"]
@@ -640,7 +644,7 @@ def test_show_tables(
         r"forward: CoreMLBackend, [\d,]+ bytes",
         r"input \w+ +int32 \[1, 1\] or \[1, 8\]",
         r"output \w+ +fp16 \[1, 1, 300\]",
-        r"state cache_keys +fp16 \[1, 2, 64, 8\]",
+        r"state cache_keys +fp16 \[1, 2, 96, 8\]",
         r"weight\.bin +[\d,]+ bytes",
         r"\d+ ops +.*\d+ linear",
     ):
