@@ -23,6 +23,8 @@ from typing import Any
 
 from llm_coreml.errors import OutputError
 
+# Where in a draft the temporary files of libraries go.
+SCRATCH = ".scratch"
 # Less than this is a full disk to whoever writes weights.
 _FULL_DISK = 1 << 20
 
@@ -64,7 +66,7 @@ def folder_beside(output: Path, check: Callable[[Path], None]) -> Iterator[Path]
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-        scratch = draft / ".scratch"
+        scratch = draft / SCRATCH
         scratch.mkdir()
         tempfile.tempdir = str(scratch)
         yield draft

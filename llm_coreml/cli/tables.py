@@ -27,7 +27,7 @@ from llm_coreml.eval.results import Evaluation, Quality
 from llm_coreml.inspect.contents import Contents, DelegateContents
 from llm_coreml.printable import CELL, printable
 from llm_coreml.reference.observe.watch import FP16_MAX
-from llm_coreml.verify.verification import Conversion
+from llm_coreml.verify.verification import Conversion, PlainFp16
 
 
 def export_table(manifest: Manifest, folder: str, peak: int) -> Group:
@@ -89,6 +89,7 @@ def _export_rows(manifest: Manifest, folder: str) -> dict[str, str]:
         "verified by": f"{checked.runtime}: {checked.rows} rows, largest error "
         f"{checked.max_relative_error:.1e} (bound {checked.max_relative_error_bound:.0e}), "
         f"mean KL {checked.mean_kl:.1e} (bound {checked.mean_kl_bound:.0e})",
+        **_plain_row(checked.plain_fp16),
     }
 
 
@@ -129,6 +130,17 @@ def _conversion_row(found: Conversion | None) -> dict[str, str]:
         "the same model": f"{found.weights} weights and tables bit by bit; {found.rows} rows "
         f"without rounding, largest error {found.max_relative_error:.1e} "
         f"(bound {found.max_relative_error_bound:.0e})"
+    }
+
+
+def _plain_row(found: PlainFp16 | None) -> dict[str, str]:
+    """Return what plain fp16 makes of the model; early manifests do not say."""
+    if found is None:
+        return {}
+    noisy = f"; noisy, most of all in layer {found.layer}" if found.noisy else ""
+    return {
+        "plain fp16": f"largest error {found.max_relative_error:.1e}, mean KL {found.mean_kl:.1e}, "
+        f"{found.rows} rows{noisy}"
     }
 
 

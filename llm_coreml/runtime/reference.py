@@ -92,6 +92,12 @@ class ReferenceRunner(Runner):
         for method in self._methods.values():
             method.reset()
 
+    def _restore(self, states: Mapping[str, torch.Tensor]) -> None:
+        self._clear()
+        for program in self.programs:
+            if program.states:
+                program.remember(states)
+
 
 def _check_signature(method: LoadedMethod, path: Path) -> None:
     """Refuse a method that does not take tokens and a position, and give logits."""

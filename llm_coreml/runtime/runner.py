@@ -11,7 +11,7 @@ padded, so the last row of each chunk is always a real token's.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import final
 
 import torch
@@ -62,6 +62,25 @@ class Runner(ABC):
         """Forget the sequence; the next token is read at `position`, after that many zeros."""
         self._clear()
         self.position = position
+
+    @final
+    def resume(self, position: int, states: Mapping[str, torch.Tensor]) -> None:
+        """Go on at `position`, with what the program is to remember of the tokens before it.
+
+        Args:
+            position: Of the next token.
+            states: Every state by name, of the sizes that the program declares, any float type.
+
+        Raises:
+            ArtifactError: the program has other states.
+            ConfigError: the runtime lets nobody set them.
+        """
+        self._restore(states)
+        self.position = position
+
+    def _restore(self, states: Mapping[str, torch.Tensor]) -> None:
+        """Fill the cache."""
+        raise ConfigError(f"Nobody can set what a program remembers on this runtime: {self.label}.")
 
     @final
     def step(self, tokens: Sequence[int]) -> torch.Tensor:

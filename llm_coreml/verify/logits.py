@@ -2,11 +2,12 @@
 
 Two questions, one after the other. Is it the same model: run without rounding, the artifact must
 hold the eager model's weights bit by bit and give its logits but for the order of fp32 sums. And is
-it precise enough: run as it declares, its logits may differ by what fp16 activations cost. Both
-times it reads real text, in every length that it accepts, from both ends, then token by token, at
-the beginning and at the end of the context. The bounds are part of the manifest.
+it precise enough: run as it declares, its logits may differ by what fp16 activations cost, usually
+or in this very model. Both times it reads real text, in every length that is asked for, from the
+first position to the last, where its cache holds what the text has left there. The bounds are part
+of the manifest.
 
-    reading = ReadText(eager.at, tokens, "held-out text", lengths, context, every_row=False)
+    reading = read_text(decoder, tokens, "held-out text", plan, ...)
     conversion = verify_conversion(unrounded, decoder, reading)
     verification = verify(artifact, reading, conversion)
 """
@@ -16,7 +17,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 
@@ -25,12 +25,16 @@ from llm_coreml.errors import VerificationError
 from llm_coreml.fidelity import kl_divergence
 from llm_coreml.runtime.reference import ReferenceRunner
 from llm_coreml.runtime.runner import Runner
-from llm_coreml.verify.verification import MAX_RELATIVE_ERROR, Conversion, Verification
+from llm_coreml.verify.passes import Pass
+from llm_coreml.verify.reading import ReadText
+from llm_coreml.verify.verification import (
+    MAX_RELATIVE_ERROR,
+    Conversion,
+    PlainFp16,
+    Verification,
+    bounds,
+)
 from llm_coreml.verify.weights import check_weights
-
-# The second reads what the first has written. Each is a call: a longer decoding costs time on a
-# large model, and shows nothing more.
-_DECODED = 2
 
 
 def conversion_bound(decoder: Decoder) -> float:
@@ -41,54 +45,6 @@ def conversion_bound(decoder: Decoder) -> float:
     """
     terms = max(decoder.spec.widest_sum, decoder.context)
     return MAX_RELATIVE_ERROR * 2.0**-13 * math.sqrt(terms)
-
-
-# Tokens, the position of the first, and which of them -> the logits after those.
-Judge = Callable[[Sequence[int], int, Sequence[int]], torch.Tensor]
-
-
-class ReadText:
-    """A text as the eager model reads it; its logits are computed once for all comparisons.
-
-    Args:
-        judge: `EagerRunner.at` of the quantized decoder.
-        tokens: What to read; more than the context is not.
-        text: What it is, for the record.
-        lengths: Chunks that the artifact accepts.
-        context: Positions of its cache.
-        every_row: Whether it returns every row of a chunk, or the last.
-
-    Attributes:
-        passes: How the artifact is to read the text.
-    """
-
-    def __init__(
-        self,
-        judge: Judge,
-        tokens: Sequence[int],
-        text: str,
-        lengths: Sequence[int],
-        context: int,
-        every_row: bool,
-    ) -> None:
-        self.tokens = tokens
-        self.text = text
-        self.passes = verification_passes(lengths, context, len(tokens))
-        compared: dict[int, set[int]] = {}
-        for part in self.passes:
-            ends = range(1, part.count + 1) if every_row else accumulate(part.lengths)
-            compared.setdefault(part.start, set()).update(end - 1 for end in ends)
-        # A causal model: what it says of a text begins with what it says of its beginning.
-        self._rows = {
-            start: dict(
-                zip(sorted(rows), judge(tokens[: max(rows) + 1], start, sorted(rows)), strict=True)
-            )
-            for start, rows in compared.items()
-        }
-
-    def rows(self, start: int, first: int, last: int) -> torch.Tensor:
-        """Return the logits after tokens `first` to `last` - 1, read from position `start`."""
-        return torch.stack([self._rows[start][row] for row in range(first, last)])
 
 
 def verify_conversion(
@@ -109,16 +65,16 @@ def verify_conversion(
         VerificationError: a weight differs, or the logits do by more than sums explain.
     """
     weights = check_weights(unrounded.constants(), decoder)
-    compared = _compare(unrounded, reading, reading.passes, on_progress)
+    compared = _compare(unrounded, reading, reading.plan.unrounded, on_progress)
     result = Conversion(
         weights, len(compared.divergences), compared.relative_error, conversion_bound(decoder)
     )
-    if not result.max_relative_error <= result.max_relative_error_bound:
+    if not result.passed:
         raise VerificationError(
             "The artifact is not the model: it holds the weights, but run without rounding its "
             f"largest logit error is {result.max_relative_error:.2e} of the largest logit (bound "
-            f"{result.max_relative_error_bound:.1e}), {compared.worst}. Nothing was written; "
-            "report the model."
+            f"{result.max_relative_error_bound:.1e}), {compared.worst}. Report the model.",
+            result,
         )
     return result
 
@@ -140,9 +96,10 @@ def verify(
     Raises:
         VerificationError: they differ by more than the bounds allow.
     """
-    # That the order of the lengths makes no difference has been seen there.
-    passes = reading.passes if conversion is None else [*reading.passes[:-2], reading.passes[-1]]
+    # What all lengths compute has been seen there.
+    passes = reading.plan.unrounded if conversion is None else reading.plan.declared
     compared = _compare(artifact, reading, passes, on_progress)
+    error_bound, kl_bound = bounds(reading.plain_fp16)
     result = Verification(
         runtime=artifact.label,
         text=reading.text,
@@ -152,35 +109,30 @@ def verify(
         max_relative_error=compared.relative_error,
         mean_kl=float(compared.divergences.mean()),
         conversion=conversion,
+        max_relative_error_bound=error_bound,
+        mean_kl_bound=kl_bound,
+        plain_fp16=reading.plain_fp16,
     )
-    within = result.max_relative_error <= result.max_relative_error_bound
-    if not (within and result.mean_kl <= result.mean_kl_bound):
+    if not result.passed:
         raise VerificationError(
             f"The artifact does not compute what the model computes: the largest logit error is "
-            f"{result.max_relative_error:.2e} of the largest logit (bound "
-            f"{result.max_relative_error_bound:.0e}), {compared.worst}, and the mean KL divergence "
-            f"is {result.mean_kl:.2e} nats (bound {result.mean_kl_bound:.0e}). Nothing was "
-            "written; try --compute-precision fp32, and report the model if that fails too."
+            f"{result.max_relative_error:.2e} of the largest logit (bound {error_bound:.0e}), "
+            f"{compared.worst}, and the mean KL divergence is {result.mean_kl:.2e} nats (bound "
+            f"{kl_bound:.0e}).{_beside(reading.plain_fp16)} Try --compute-precision fp32, and "
+            "report the model if that fails too.",
+            result,
         )
     return result
 
 
-@dataclass(frozen=True)
-class Pass:
-    """One reading of the text.
-
-    Attributes:
-        start: Position of the first token; the cache before it is zero.
-        lengths: Chunks to feed.
-    """
-
-    start: int
-    lengths: tuple[int, ...]
-
-    @property
-    def count(self) -> int:
-        """Tokens read."""
-        return sum(self.lengths)
+def _beside(plain: PlainFp16 | None) -> str:
+    """Say what plain fp16 makes of the model."""
+    if plain is None:
+        return ""
+    return (
+        f" Plain fp16 makes {plain.max_relative_error:.2e} and {plain.mean_kl:.2e} nats of this "
+        f"model, most of it in layer {plain.layer}."
+    )
 
 
 @dataclass(frozen=True)
@@ -207,10 +159,13 @@ def _compare(
     total, read = sum(part.count for part in passes), 0
     errors, sizes, divergences, places = [], [], [], []
     for part in passes:
-        artifact.reset(part.start)
-        at = 0
+        if part.start and reading.later is not None:
+            artifact.resume(part.start, reading.later)
+        else:
+            artifact.reset(part.start)
+        tokens, at = reading.tokens_of(part), 0
         for length in part.lengths:
-            rows = artifact.step(reading.tokens[at : at + length])
+            rows = artifact.step(tokens[at : at + length])
             at += length
             wanted = reading.rows(part.start, at - len(rows), at)
             error = (rows - wanted).abs()
@@ -229,29 +184,3 @@ def _compare(
         f"for token {token} after position {position}, in a call of length {length}",
         torch.cat(divergences),
     )
-
-
-def verification_passes(lengths: Sequence[int], context: int, available: int) -> list[Pass]:
-    """Plan what to read: every length from either end, decode after it, and the context's end."""
-    limit = min(context, available)
-    left = sorted((length for length in lengths if length <= limit), reverse=True)
-    passes = []
-    while left:
-        # Not all of them need fit the context together.
-        descending = _fitting(left, limit)
-        passes.append(Pass(0, _with_decoding(descending, limit)))
-        left = [length for length in left if length not in descending]
-    ascending = _with_decoding(_fitting(sorted(lengths), limit), limit)
-    return [*passes, Pass(0, ascending), Pass(context - sum(ascending), ascending)]
-
-
-def _fitting(lengths: Sequence[int], limit: int) -> tuple[int, ...]:
-    parts: list[int] = []
-    for length in lengths:
-        if sum(parts) + length <= limit:
-            parts.append(length)
-    return tuple(parts)
-
-
-def _with_decoding(lengths: tuple[int, ...], limit: int) -> tuple[int, ...]:
-    return (*lengths, *([1] * min(_DECODED, limit - sum(lengths))))

@@ -80,8 +80,8 @@ def check_weights(
 
 
 _NEXT = (
-    "Nothing was written: the file is not the model that was lowered. Export again, and report "
-    "the model if that fails too."
+    "The file is not the model that was lowered. Export again, and report the model if that fails "
+    "too."
 )
 
 

@@ -22,10 +22,11 @@ from artifacts import Artifact, lower
 from llm_coreml.config import ExportConfig
 from llm_coreml.errors import ArtifactError, ConfigError, VerificationError
 from llm_coreml.reference.program.execution import Execution
-from llm_coreml.runtime.eager import EagerRunner
 from llm_coreml.runtime.reference import ReferenceRunner
 from llm_coreml.runtime.runner import Runner
-from llm_coreml.verify.logits import ReadText, verify, verify_conversion
+from llm_coreml.verify.logits import verify, verify_conversion
+from llm_coreml.verify.passes import plan_passes
+from llm_coreml.verify.reading import read_text
 from mutations import Mutation, Package, draw
 from tiny import llama
 
@@ -94,13 +95,16 @@ class Trial:
         self._artifact = artifact
         self._logits = _probe(ReferenceRunner(artifact.path, UNROUNDED))
         order = torch.randperm(VOCABULARY, generator=torch.Generator().manual_seed(7)).tolist()
-        # Half a dozen tokens after the lengths show decoding; an export reads sixteen.
-        tokens = order[: sum(LENGTHS) + 6]
-        eager, every_row = (
-            EagerRunner(artifact.decoder, ""),
-            PROGRAMS[name][1].get("logits") == "all",
+        every_row = PROGRAMS[name][1].get("logits") == "all"
+        self._reading = read_text(
+            artifact.decoder,
+            order[:CONTEXT],
+            "random",
+            plan_passes(LENGTHS, CONTEXT),
+            every_row=every_row,
+            natural=True,
+            in_fp16=True,
         )
-        self._reading = ReadText(eager.at, tokens, "random", LENGTHS, CONTEXT, every_row)
 
     def judge(self, mutation: Mutation) -> Mutant:
         """Say whether `mutation` changes the function, and whether it is noticed."""

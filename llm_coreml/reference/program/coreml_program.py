@@ -211,6 +211,20 @@ class CoreMLProgram:
             name: value.to(self._pool.device, copy=True) for name, value in snapshot.items()
         }
 
+    def remember(self, states: Mapping[str, torch.Tensor]) -> None:
+        """Set every state to these numbers, as near as its type holds them.
+
+        Raises:
+            ArtifactError: see `restore`.
+        """
+        known = self._state_values
+        self.restore(
+            {
+                name: value.to(known[name].dtype) if name in known else value
+                for name, value in states.items()
+            }
+        )
+
     def state(self, name: str) -> torch.Tensor:
         """Return a copy of the state `name`, of its declared type (fp32 in the mode `fp32`).
 
