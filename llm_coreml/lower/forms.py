@@ -13,7 +13,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import ClassVar, final
 
@@ -28,7 +27,7 @@ from llm_coreml.artifact.method_plan import Constant
 from llm_coreml.config import Job
 from llm_coreml.decoder import Decoder, DecoderSpec
 from llm_coreml.decoder.states import state_specs
-from llm_coreml.lower.traced import constant_methods, trace, trace_symbolic
+from llm_coreml.lower.traced import constant_methods
 
 OnProgress = Callable[[float], None]
 
@@ -109,10 +108,7 @@ class Enumerated(Lowering):
         """Write the program, see `Lowering.write`."""
         from llm_coreml.lower.coreml import lower_coreml
 
-        lengths = self.description.seq_lengths
-        constants = self.description.constant_methods
-        traced = partial(trace_symbolic, decoder, lengths[-1])
-        lower_coreml(traced, self.job, constants, path, on_progress, enumerated=lengths)
+        lower_coreml(decoder, self.job, self.description, path, on_progress)
 
 
 @final
@@ -133,9 +129,7 @@ class Static(Lowering):
         """Write the program, see `Lowering.write`."""
         from llm_coreml.lower.coreml import lower_coreml
 
-        (length,) = self.description.seq_lengths
-        constants = self.description.constant_methods
-        lower_coreml(partial(trace, decoder, length), self.job, constants, path, on_progress)
+        lower_coreml(decoder, self.job, self.description, path, on_progress)
 
 
 @final

@@ -1,47 +1,44 @@
 """The torch program of an artifact and what every backend's runner needs to know of it.
 
-exported = trace_symbolic(decoder, longest=64)
+exported = trace(decoder, lengths=(1, 8, 64), context=512)
 methods = constant_methods(spec, shapes, bos_id=1, eos_ids=(2,))
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
+from torch import nn
 from torch.export import Dim, ExportedProgram
 
 from llm_coreml.artifact.method_plan import Constant
 from llm_coreml.config import Shapes
-from llm_coreml.decoder import Decoder, DecoderSpec
+from llm_coreml.decoder import DecoderSpec
 
 
-def trace(decoder: Decoder, length: int) -> ExportedProgram:
-    """Export `forward(tokens int64 [1, length], start_pos int64 [1])`."""
-    return _export(decoder, length, None)
+def trace(
+    module: nn.Module, lengths: Sequence[int], context: int, dtype: torch.dtype = torch.int64
+) -> ExportedProgram:
+    """Export `forward(tokens [1, S], start_pos [1])`.
 
-
-def trace_symbolic(decoder: Decoder, longest: int) -> ExportedProgram:
-    """Export `forward(tokens int64 [1, S], start_pos int64 [1])` for any S up to the context.
-
-    torch never lets a symbol be 1, so the range begins at 2; nothing in the graph depends on it,
-    and 1 is enumerated for Core ML.
+    torch never lets a symbol be 1, so its range begins at 2; nothing in the graph depends on it.
 
     Args:
-        decoder: What to export.
-        longest: The largest S that will be asked for, of which the example is half.
+        module: What to export.
+        lengths: What S may be, ascending: one number, or else any up to the context.
+        context: Positions of the states.
+        dtype: Type of both inputs.
     """
-    symbol = Dim.AUTO(min=1, max=decoder.context)
-    return _export(decoder, max(2, longest // 2), {1: symbol})
-
-
-def _export(decoder: Decoder, length: int, dynamic: dict[int, Any] | None) -> ExportedProgram:
-    tokens = torch.zeros(1, length, dtype=torch.int64)
-    start_pos = torch.zeros(1, dtype=torch.int64)
+    several, longest = len(lengths) > 1, lengths[-1]
+    tokens = torch.zeros(1, max(2, longest // 2) if several else longest, dtype=dtype)
+    symbols = {1: Dim.AUTO(min=1, max=context)} if several else None
     with torch.no_grad():
         return torch.export.export(
-            decoder.eval(), (tokens, start_pos), dynamic_shapes=(dynamic, None), strict=False
+            module.eval(),
+            (tokens, torch.zeros(1, dtype=dtype)),
+            dynamic_shapes=(symbols, None),
+            strict=False,
         )
 
 

@@ -25,7 +25,7 @@ from torchao.utils import TorchAOBaseTensor
 from llm_coreml.artifact.method_plan import Constant
 from llm_coreml.decoder import Decoder
 from llm_coreml.decoder.states import kv_write, state_specs
-from llm_coreml.lower.traced import trace, trace_symbolic
+from llm_coreml.lower.traced import trace
 
 
 def _kv_write(
@@ -65,8 +65,7 @@ def lower_xnnpack(
         path: Where to write the `.pte`.
     """
     _dequantize(decoder)
-    several = len(lengths) > 1
-    traced = trace_symbolic(decoder, lengths[-1]) if several else trace(decoder, lengths[0])
+    traced = trace(decoder, lengths, decoder.context)
     writes = {state.write for state in decoder.states.values()}
     exported = traced.run_decompositions({write._opoverload: WRITES[write] for write in writes})
     edge = to_edge_transform_and_lower(

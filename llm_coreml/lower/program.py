@@ -1,0 +1,66 @@
+"""Convert a traced decoder to a Core ML program, and write the delegate's blob that holds it.
+
+No weight is copied, and the result is a file: ExecuTorch's backend copies the program with its
+weights, and hands on the Core ML package as bytes, of which several copies exist until the `.pte`
+is written.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import coremltools as ct
+from executorch.backends.apple.coreml.compiler import CoreMLBackend
+from executorch.exir.backend.compile_spec_schema import CompileSpec
+from torch.export import ExportedProgram
+
+import llm_coreml.lower.coreml_ops
+import llm_coreml.lower.weight_ops  # noqa: F401 - both register with coremltools
+from llm_coreml.artifact.description import TOKENS
+from llm_coreml.config import Job
+from llm_coreml.lower.mil_passes import pass_names
+from llm_coreml.lower.package import write_blob
+
+_PRECISIONS = {"fp16": ct.precision.FLOAT16, "fp32": ct.precision.FLOAT32}
+
+
+def compile_specs(exported: ExportedProgram, job: Job, lengths: Sequence[int]) -> list[CompileSpec]:
+    """Return how Core ML is to compile and load a program.
+
+    Args:
+        exported: The traced decoder.
+        job: Target, OS and precision.
+        lengths: What a call may have.
+    """
+    specs: list[CompileSpec] = CoreMLBackend.generate_compile_specs(
+        compute_unit=ct.ComputeUnit[job.target.compute_unit],
+        minimum_deployment_target=getattr(ct.target, job.opset),
+        compute_precision=_PRECISIONS[job.precision.name],
+        pass_names=pass_names(),
+    )
+    if len(lengths) > 1:
+        shapes = {TOKENS: [[1, length] for length in lengths]}
+        specs.append(CoreMLBackend.generate_enumerated_shapes_compile_spec(exported, shapes))
+    return specs
+
+
+def write_program(exported: ExportedProgram, specs: list[CompileSpec], blob: Path) -> None:
+    """Convert, and write the delegate's blob.
+
+    Args:
+        exported: The traced decoder, without the mutations that torch leaves in a graph.
+        specs: See `compile_specs`.
+        blob: Where to write.
+    """
+    model = CoreMLBackend._convert_to_mlmodel(exported, specs)
+    package = Path(model.package_path)
+    spec = model.get_spec()
+    names = asdict(CoreMLBackend.model_metadata_from_spec(spec, identifier=""))
+    # The MIL program, whose operations refer to each other, holds all weights.
+    model._mil_program = None
+    gc.collect()
+    with blob.open("wb") as file:
+        write_blob(package, spec, names, file)
