@@ -2,7 +2,7 @@
 
 reading = read_text(decoder, tokens, "held-out text", plan, every_row=False, natural=True)
 reading.rows(start=0, first=71, last=72)      # logits after token 71
-reading.later                                  # what is remembered before `plan.start`
+reading.later                                  # what is remembered before the start of `plan`
 reading.plain_fp16                             # the noise that fp16 makes of it
 """
 
@@ -34,7 +34,7 @@ class ReadText:
         plan: How an artifact is to read it.
         tokens: The text; position p holds token p of it, from the end on the first again.
         logits: Where a pass begins -> which of its tokens -> the logits after it.
-        later: Every state before `plan.start`, by name; None if the cache is of zeros there.
+        later: Every state before the start of `plan`, by name; None if the cache is of zeros there.
         plain_fp16: The noise of plain fp16; None if the artifact is not in fp16.
     """
 
@@ -82,7 +82,7 @@ def read_text(
 
     Args:
         decoder: The model.
-        tokens: `plan.tokens` of them.
+        tokens: As many as `plan` says.
         text: What it is, for the record.
         plan: How an artifact is to read it.
         every_row: Whether it gives every row of a chunk, or the last.
