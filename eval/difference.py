@@ -80,6 +80,7 @@ def diff(
     tokens: int = DEFAULT_TOKENS,
     execution: Execution = DECLARED,
     threshold: float = DEFAULT_THRESHOLD,
+    checked: bool = True,
     progress: Progress | None = None,
 ) -> Comparison:
     """Read the same tokens with both, compare their operations, then their predictions.
@@ -92,6 +93,7 @@ def diff(
         tokens: Most tokens to read.
         execution: Numerics, device and memory of both.
         threshold: Relative error from which the programs count as parted.
+        checked: Refuse bundles whose files have changed since the export wrote them.
         progress: Told of stages and shares.
 
     Raises:
@@ -102,7 +104,8 @@ def diff(
     progress = progress or Silent()
     progress.stage("open")
     execution = halved(execution)
-    one, other = open_artifact(first, execution), open_artifact(second, execution)
+    one = open_artifact(first, execution, checked)
+    other = open_artifact(second, execution, checked)
     sizes = one.runner.vocab_size, other.runner.vocab_size
     if sizes[0] != sizes[1]:
         raise ConfigError(

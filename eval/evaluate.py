@@ -16,9 +16,9 @@ from llm_coreml.bundle.bundle_runner import open_runner
 from llm_coreml.bundle.folder import (
     RESULTS,
     Bundle,
-    check_program,
     open_bundle,
 )
+from llm_coreml.bundle.seal import file_sha256
 from llm_coreml.config import ExportConfig, resolve
 from llm_coreml.errors import CheckpointError, ConfigError
 from llm_coreml.eval.heldout import read_windows
@@ -55,6 +55,7 @@ def evaluate(
     artifact_only: bool = False,
     metrics: Sequence[Metric] = METRICS,
     execution: Execution = DECLARED,
+    checked: bool = True,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Measure the artifact and write `results.json` beside it.
@@ -67,6 +68,7 @@ def evaluate(
         artifact_only: Leave out the original and the quantized eager model.
         metrics: What to measure of each model.
         execution: Numerics, device and memory of the reference runtime.
+        checked: Refuse files that have changed since the export wrote them.
         progress: Told of stages and shares.
 
     Raises:
@@ -78,10 +80,9 @@ def evaluate(
         raise ConfigError(f"--tokens is {tokens}; score at least 1.")
     progress = progress or Silent()
     progress.stage("open")
-    opened = open_bundle(Path(bundle))
+    opened = open_bundle(Path(bundle), checked)
     check_writable(opened.folder, RESULTS)
     artifact = open_runner(opened, execution)
-    check_program(opened)
     tokenizer = opened.tokenizer if opened.tokenizer.is_file() else None
     name, windows = read_windows(text, tokenizer, artifact.context, tokens)
     runners: dict[str, Runner] = {}
@@ -100,7 +101,7 @@ def evaluate(
         bytes=measure_bytes(opened),
         bits_per_weight=opened.manifest.quantization.bits_per_weight,
         source=asdict(opened.manifest.source),
-        program_sha256=opened.manifest.program.sha256,
+        program_sha256=file_sha256(opened.program),
         mode=execution.mode,
         device=execution.device,
     )

@@ -111,6 +111,7 @@ def inspect_numerics(
     device: str = "cpu",
     threshold: float = DEFAULT_THRESHOLD,
     top: int = 10,
+    checked: bool = True,
     progress: Progress | None = None,
 ) -> Inspection:
     """Run the program at `path` on text as it declares, and beside it in another mode.
@@ -124,6 +125,7 @@ def inspect_numerics(
         device: torch's name of a device.
         threshold: Relative error from which the modes count as parted.
         top: How many results to list as nearest to the limit.
+        checked: Refuse a bundle whose files have changed since the export wrote them.
         progress: Told of stages and shares.
 
     Raises:
@@ -141,8 +143,8 @@ def inspect_numerics(
     other = None
     if against is not None:
         execution = halved(execution)
-        other = open_artifact(path, replace(execution, mode=against)).runner
-    opened = open_artifact(path, execution)
+        other = open_artifact(path, replace(execution, mode=against), checked).runner
+    opened = open_artifact(path, execution, checked)
     name, windows = read_tokens((opened,), text, ids, tokens)
     progress.stage("watch")
     watch, beside, parting = _read(opened.runner, other, windows, progress.advance)

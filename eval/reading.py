@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llm_coreml.bundle.folder import MANIFEST, PROGRAM, open_bundle
+from llm_coreml.bundle.folder import is_bundle, open_bundle
 from llm_coreml.errors import ArtifactError, ConfigError
 from llm_coreml.eval.heldout import cut_to_context, read_windows
 from llm_coreml.reference.program.execution import Execution
@@ -33,23 +33,28 @@ class Opened:
     tokenizer: Path | None
 
 
-def open_artifact(path: Path, execution: Execution = DECLARED) -> Opened:
+def open_artifact(path: Path, execution: Execution = DECLARED, checked: bool = True) -> Opened:
     """Open a bundle, the program in it, or any other `.pte`.
+
+    Args:
+        path: Where it is.
+        execution: Numerics, device and memory.
+        checked: Refuse a bundle whose files have changed since the export wrote them.
 
     Raises:
         ArtifactError: it is damaged, no language model, or lowered for another runtime.
         ConfigError: the execution asks for what is not there.
     """
-    if not path.is_dir() and not (path.name == PROGRAM and (path.parent / MANIFEST).is_file()):
+    if not path.is_dir() and not is_bundle(path):
         return Opened(path, ReferenceRunner(path, execution), None)
-    bundle = open_bundle(path)
+    bundle = open_bundle(path, checked)
     description = bundle.manifest.description
     if BACKENDS[description.backend].runtime != "reference":
         raise ArtifactError(
             f"'{path}' is lowered for {description.backend}, into which the reference runtime "
             "cannot look; export with --backend coreml."
         )
-    runner = ReferenceRunner(bundle.program, execution, description)
+    runner = ReferenceRunner(bundle.program, execution, description if checked else None)
     return Opened(bundle.program, runner, bundle.tokenizer if bundle.tokenizer.is_file() else None)
 
 

@@ -32,6 +32,7 @@ class Model:
         family: What kind of model it is.
         spec: Its sizes.
         weights: Its tensors, as the decoder of these sizes names them.
+        notes: What a user should know of how they were read, a sentence each.
     """
 
     source: Source
@@ -39,6 +40,7 @@ class Model:
     family: Family
     spec: DecoderSpec
     weights: Weights
+    notes: tuple[str, ...] = ()
 
     def sha256(self) -> str:
         """Return the hash of the stored tensors that the decoder is made of."""
@@ -90,10 +92,11 @@ def open_model(
     parameters = Decoder(spec, context=1).named_parameters()
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters}
     _check_complete(spec, stored.keys(), shapes.keys())
-    check_tensors(checkpoint, expected_tensors(stored, shapes), optional=family.ignored)
+    beside = check_tensors(checkpoint, expected_tensors(stored, shapes), optional=family.ignored)
     bundled = recipe is not None and recipe.model == BUNDLED
     origin = Source("bundled", BUNDLED_RECIPE) if bundled else checkpoint.source
-    return Model(origin, checkpoint, family, spec, FamilyWeights(checkpoint, stored))
+    notes = (*checkpoint.notes, *beside)
+    return Model(origin, checkpoint, family, spec, FamilyWeights(checkpoint, stored), notes)
 
 
 def _check_complete(

@@ -30,6 +30,7 @@ from llm_coreml.bundle.folder import (
     open_bundle,
 )
 from llm_coreml.bundle.record import make_manifest
+from llm_coreml.bundle.seal import sealed
 from llm_coreml.config import ExportConfig, Job, resolve
 from llm_coreml.decoder import Decoder, DecoderSpec
 from llm_coreml.errors import CheckpointError, UnsupportedError, VerificationError
@@ -111,6 +112,8 @@ def export(
         read_content(run.config.calibrate)  # what is wrong with it is told before work is done
     run.progress.stage("open")
     opened = open_model(model, tokenizer, revision, local_files_only, accept=run.check)
+    for note in opened.notes:
+        run.progress.note(note)
     with new_bundle(Path(output), overwrite) as draft, run.open_cache() as kept, kept.paged_out():
         try:
             _write(run, opened, draft, kept)
@@ -166,8 +169,8 @@ def _write(run: _Run, model: Model, draft: Path, cache: WeightCache) -> None:
     progress.stage("verify")
     verification = _verify(progress, form.description, quantized.decoder, reading, program)
     manifest = make_manifest(quantized, form.description, program, verification)
-    write_json(draft / MANIFEST, manifest.to_json())
     (draft / CARD).write_text(model_card(manifest))
+    write_json(draft / MANIFEST, sealed(manifest, draft).to_json())
 
 
 def _write_tokenizer(run: _Run, model: Model, draft: Path) -> None:

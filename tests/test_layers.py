@@ -22,7 +22,7 @@ FOLDERS = {"llm_coreml": ROOT / "llm_coreml", "eval": ROOT / "eval", "recipes": 
 LAYERS = (
     ("printable",),
     ("errors",),
-    ("output", "targets", "progress", "machine", "fidelity", "tokenizer", "demo"),
+    ("output", "targets", "progress", "machine", "fidelity", "lfs", "tokenizer", "demo"),
     ("rules",),
     ("artifact",),
     ("checkpoint",),

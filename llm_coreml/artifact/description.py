@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from llm_coreml.artifact.method_plan import Constant
 from llm_coreml.errors import ArtifactError
@@ -21,6 +22,15 @@ MAIN_FUNCTION = "main"
 # What a language model's method takes, in order: S tokens, and how many came before them.
 TOKENS, START_POS = "tokens", "start_pos"
 INPUTS = (f"{TOKENS} int64 [1, S]", f"{START_POS} int64 [1]")
+
+
+def _as_stored(value: Constant) -> Constant:
+    """Return a constant as a file has it: ExecuTorch stores a list of one number as the number."""
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
+
+
+def _told(value: Constant) -> str:
+    return "absent" if value is None else str(value)
 
 
 @dataclass(frozen=True)
@@ -100,6 +110,24 @@ class Description:
                 "method's own, so that no sequence can pass from one to the other; export a "
                 "program with one method."
             )
+
+    def check_constants(self, found: Mapping[str, Constant], path: Path) -> None:
+        """Hold what runners will be told against what the file at `path` tells them.
+
+        Args:
+            found: What the file's constant methods give.
+            path: The file.
+
+        Raises:
+            ArtifactError: a constant method is missing, too many, or gives something else.
+        """
+        told = {name: _as_stored(value) for name, value in self.constant_methods.items()}
+        for name in sorted(told.keys() | found.keys()):
+            if told.get(name) != found.get(name):
+                raise ArtifactError(
+                    f"'{path}' is not what the manifest describes: {name} is "
+                    f"{_told(found.get(name))}, not {_told(told.get(name))}. Export again."
+                )
 
     def method_for(self, length: int) -> str:
         """Return the method that reads `length` tokens; the first, which refuses, if none does."""

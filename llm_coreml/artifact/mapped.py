@@ -11,6 +11,7 @@ import stat
 from pathlib import Path
 
 from llm_coreml.errors import ArtifactError
+from llm_coreml.lfs import pointer_advice
 
 # A package has a handful of files; each one costs a descriptor.
 _MAX_FILES = 256
@@ -31,6 +32,8 @@ def map_file(path: Path) -> memoryview:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
             raise ArtifactError(f"'{path}' is no regular file; a model cannot be read from it.")
+        if advice := pointer_advice(path):
+            raise ArtifactError(advice)
         if not found.st_size:
             return memoryview(b"")
         return memoryview(mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ))

@@ -5,11 +5,11 @@ runner = open_runner(open_bundle(Path("out")))
 
 from __future__ import annotations
 
-from llm_coreml.bundle.folder import Bundle, check_program
+from llm_coreml.bundle.folder import Bundle
 from llm_coreml.errors import ConfigError
 from llm_coreml.reference.program.execution import Execution
-from llm_coreml.runtime.program_runner import program_runner
-from llm_coreml.runtime.reference import DECLARED
+from llm_coreml.runtime.executorch import ExecutorchRunner
+from llm_coreml.runtime.reference import DECLARED, ReferenceRunner
 from llm_coreml.runtime.runner import Runner
 from llm_coreml.targets import BACKENDS
 
@@ -28,6 +28,6 @@ def open_runner(bundle: Bundle, execution: Execution = DECLARED) -> Runner:
                 f"'{bundle.folder}' is lowered for {description.backend}, whose runtime has no "
                 "choice of mode or device; leave both out, or export with --backend coreml."
             )
-        # ExecuTorch trusts what it loads.
-        check_program(bundle)
-    return program_runner(bundle.program, description, execution)
+        return ExecutorchRunner(bundle.program, description)
+    # A manifest that may be another's does not say what the program is like.
+    return ReferenceRunner(bundle.program, execution, description if bundle.checked else None)

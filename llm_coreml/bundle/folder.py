@@ -4,21 +4,21 @@ An export writes into the hidden folder that `new_bundle(Path("out"), overwrite=
 renamed to `out` when the block ends well, and removed when it does not. Everybody else reads:
 
     open_bundle(Path("out")).manifest.verification
+
+What is opened is what was written, byte by byte, unless the caller does not ask for that.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import jsonschema
-
-from llm_coreml.bundle.manifest import READ_VERSIONS, Manifest, manifest_schema
+from llm_coreml.bundle.manifest import Manifest
+from llm_coreml.bundle.manifest_file import read_manifest
+from llm_coreml.bundle.seal import check_seal
 from llm_coreml.checkpoint.checkpoint import TOKENIZER_FILES
 from llm_coreml.errors import ArtifactError, OutputError
 from llm_coreml.output import folder_beside
@@ -28,6 +28,8 @@ MANIFEST = "manifest.json"
 RESULTS = "results.json"
 CARD = "README.md"
 TOKENIZER = "tokenizer.json"
+# People may edit the card, and an evaluation writes results.
+_FREE = frozenset({CARD, RESULTS})
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,12 @@ class Bundle:
     Attributes:
         folder: Where it is.
         manifest: What its `manifest.json` says.
+        checked: Whether its files are those that the manifest describes.
     """
 
     folder: Path
     manifest: Manifest = field(repr=False)
+    checked: bool = True
 
     def __str__(self) -> str:
         manifest = self.manifest
@@ -60,15 +64,17 @@ class Bundle:
         return self.folder / TOKENIZER
 
 
-def open_bundle(folder: Path) -> Bundle:
-    """Read a bundle's manifest and check that its program is there.
+def open_bundle(folder: Path, checked: bool = True) -> Bundle:
+    """Read a bundle's manifest, and hold all files against it.
 
     Args:
         folder: The bundle, or the program in it.
+        checked: Refuse what has changed since it was written; the bytes of a file are read once in
+            a process for that. False takes the files as they are.
 
     Raises:
-        ArtifactError: no such folder, no program, or a manifest that is damaged or of a version
-            that this release does not read.
+        ArtifactError: no such folder, no program, a manifest that is damaged or of a version
+            that this release does not read, or files that it does not describe.
     """
     if folder.is_file() and folder.name == PROGRAM:
         folder = folder.parent
@@ -76,61 +82,33 @@ def open_bundle(folder: Path) -> Bundle:
         raise ArtifactError(
             f"'{folder}' is no bundle; give the folder that an export wrote or its {PROGRAM}."
         )
-    try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-    except FileNotFoundError:
+    if not (folder / MANIFEST).exists():
         raise ArtifactError(
             f"'{folder}' holds no {MANIFEST}; give the folder that an export wrote."
-        ) from None
-    except (OSError, ValueError) as error:
-        raise ArtifactError(
-            f"'{folder / MANIFEST}' cannot be read: {error}. Export again."
-        ) from None
-    version = manifest.get("version") if isinstance(manifest, dict) else None
-    if version not in READ_VERSIONS:
-        raise ArtifactError(
-            f"'{folder / MANIFEST}' has version {version!r}; this release reads "
-            f"versions {' and '.join(map(str, READ_VERSIONS))}. Export again, or use the release "
-            "that wrote it."
         )
-    try:
-        jsonschema.validate(manifest, manifest_schema())
-    except jsonschema.ValidationError as error:
-        raise ArtifactError(
-            f"'{folder / MANIFEST}' is damaged at {error.json_path}: {error.message}. Export again."
-        ) from None
+    manifest = read_manifest(folder / MANIFEST, checked)
     if not (folder / PROGRAM).is_file():
         raise ArtifactError(f"'{folder}' holds no {PROGRAM}; export again.")
-    return Bundle(folder, Manifest.from_json(manifest))
+    if checked:
+        check_seal(manifest, folder, _FREE)
+    return Bundle(folder, manifest, checked)
 
 
-def program_at(path: Path) -> Path:
-    """Return the program in the bundle at `path`, or `path` if it is no bundle's folder."""
-    return path / PROGRAM if (path / PROGRAM).is_file() else path
+def is_bundle(path: Path) -> bool:
+    """Say whether `path` is a folder with program and manifest, or the program in one."""
+    folder = path.parent if path.name == PROGRAM and path.is_file() else path
+    return (folder / PROGRAM).is_file() and (folder / MANIFEST).is_file()
 
 
-def check_program(bundle: Bundle) -> None:
-    """Hold the program against the hash in the manifest.
+def program_at(path: Path, checked: bool = True) -> Path:
+    """Return the program in the bundle at `path`, or `path` if it is no bundle's folder.
 
     Raises:
-        ArtifactError: it is another file.
+        ArtifactError: as `open_bundle` says, where it is a bundle.
     """
-    expected = bundle.manifest.program.sha256
-    found = file_sha256(bundle.program)
-    if found != expected:
-        raise ArtifactError(
-            f"'{bundle.program}' is not the file that its manifest describes: its SHA-256 begins "
-            f"with {found[:12]}, not {expected[:12]}. Export again."
-        )
-
-
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, read a piece at a time."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
+    if checked and is_bundle(path):
+        return open_bundle(path).program
+    return path / PROGRAM if (path / PROGRAM).is_file() else path
 
 
 def check_output(output: Path, overwrite: bool) -> None:

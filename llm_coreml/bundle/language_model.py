@@ -31,14 +31,15 @@ class LanguageModel:
     Args:
         folder: Folder that an export wrote.
         execution: Numerics, device and memory of the reference runtime.
+        checked: Refuse files that have changed since the export wrote them.
 
     Raises:
         ArtifactError: the bundle is damaged.
         ConfigError: the execution asks for what is not there.
     """
 
-    def __init__(self, folder: Path, execution: Execution = DECLARED) -> None:
-        bundle = open_bundle(folder)
+    def __init__(self, folder: Path, execution: Execution = DECLARED, checked: bool = True) -> None:
+        bundle = open_bundle(folder, checked)
         self.manifest = bundle.manifest
         self.runner = open_runner(bundle, execution)
         self._stop = self.manifest.description.stop_tokens
@@ -117,15 +118,18 @@ class LanguageModel:
                 told = text
 
 
-def load(folder: str | Path, execution: Execution = DECLARED) -> LanguageModel:
+def load(
+    folder: str | Path, execution: Execution = DECLARED, checked: bool = True
+) -> LanguageModel:
     """Open the bundle at `folder`.
 
     Args:
         folder: Folder that an export wrote.
         execution: Numerics, device and memory of the reference runtime.
+        checked: Refuse files that have changed since the export wrote them.
 
     Raises:
         ArtifactError: it is damaged, or no bundle.
         ConfigError: the execution asks for what is not there.
     """
-    return LanguageModel(Path(folder), execution)
+    return LanguageModel(Path(folder), execution, checked)

@@ -20,9 +20,11 @@ from llm_coreml.bundle.typed_json import LEFT_OUT, named, read_record, write_rec
 from llm_coreml.targets import BACKENDS
 from llm_coreml.verify.verification import Verification
 
-# In version 1, `config` had no sections, and `spec` the sizes of one layer for all.
-MANIFEST_VERSION = 2
-READ_VERSIONS = (1, MANIFEST_VERSION)
+# In version 1, `config` had no sections, and `spec` the sizes of one layer for all. Before
+# version 3, no files were listed beside the program, and there was no checksum.
+MANIFEST_VERSION = 3
+READ_VERSIONS = (1, 2, MANIFEST_VERSION)
+CHECKSUM = "checksum"
 
 
 @dataclass(frozen=True)
@@ -289,6 +291,19 @@ class Target:
 
 
 @dataclass(frozen=True)
+class File:
+    """A file of the bundle, as it was written.
+
+    Attributes:
+        bytes: Its size.
+        sha256: Its hash.
+    """
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Manifest:
     """An export, as its folder tells of it.
 
@@ -303,6 +318,8 @@ class Manifest:
         target: What it is made for.
         versions: Of Python and of the packages that made it.
         verification: What verifying it found.
+        files: The files beside program and manifest, by name.
+        checksum: SHA-256 of all else that is told here, see `seal.checksum`.
     """
 
     version: int
@@ -315,6 +332,8 @@ class Manifest:
     target: Target
     versions: Mapping[str, str]
     verification: Verification
+    files: Mapping[str, File] | None = field(default=None, metadata=LEFT_OUT)
+    checksum: str | None = field(default=None, metadata=LEFT_OUT)
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Manifest:

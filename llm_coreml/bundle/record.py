@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llm_coreml.artifact.description import Description
-from llm_coreml.bundle.folder import file_sha256
 from llm_coreml.bundle.manifest import (
     MANIFEST_VERSION,
     Allocation,
@@ -27,6 +26,7 @@ from llm_coreml.bundle.manifest import (
     Target,
     Tuned,
 )
+from llm_coreml.bundle.seal import file_sha256
 from llm_coreml.bundle.typed_json import read_record
 from llm_coreml.checkpoint import Source as CheckpointSource
 from llm_coreml.config import ExportConfig, Job
@@ -52,7 +52,7 @@ _PACKAGES = ("llm-coreml", "torch", "torchao", "executorch", "coremltools", "tra
 def make_manifest(
     quantized: Quantized, description: Description, program: Path, verification: Verification
 ) -> Manifest:
-    """Describe an export; equal inputs give equal manifests.
+    """Describe an export; equal inputs give equal manifests, which `sealed` completes.
 
     Args:
         quantized: What was exported, and how it was quantized.

@@ -14,7 +14,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, final
@@ -67,12 +67,14 @@ class Checkpoint(abc.ABC):
         source: Where this checkpoint came from.
         tokenizer_files: The tokenizer's files on disk by name. Empty for a live model, whose
             tokenizer `save_tokenizer` writes.
+        notes: What a user should know of how the tensors are read, a sentence each.
     """
 
     config: dict[str, Any]
     generation_config: dict[str, Any]
     source: Source
     tokenizer_files: dict[str, Path]
+    notes: tuple[str, ...] = ()
 
     @abc.abstractmethod
     def names(self) -> frozenset[str]:
@@ -207,6 +209,11 @@ def listing(items: Sequence[str], limit: int = 5) -> str:
     """Return the first `limit` items, and how many more there are."""
     rest = len(items) - limit
     return ", ".join(items[:limit]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def quoted(names: Iterable[str]) -> list[str]:
+    """Return each name in quotes."""
+    return [f"'{name}'" for name in names]
 
 
 def _pieces(stored: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:

@@ -19,17 +19,25 @@ from typing import Any, final
 import torch
 from safetensors import SafetensorError, safe_open
 
-from llm_coreml.checkpoint.checkpoint import TOKENIZER_FILES, Checkpoint, Source, listing
+from llm_coreml.checkpoint.checkpoint import TOKENIZER_FILES, Checkpoint, Source, listing, quoted
+from llm_coreml.checkpoint.conversions import SAVE, conversion_of, folder_conversion
+from llm_coreml.checkpoint.layouts import ordinary_names
 from llm_coreml.checkpoint.packed import find_formats
-from llm_coreml.errors import CheckpointError, OutputError, UnsupportedError, nearest
+from llm_coreml.errors import (
+    CheckpointError,
+    LlmCoreMLError,
+    OutputError,
+    UnsupportedError,
+    nearest,
+)
+from llm_coreml.lfs import require_fetched
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+ADAPTER = "adapter_model.safetensors"
 
 _DTYPES = {
     "BF16": torch.bfloat16,
@@ -54,9 +62,10 @@ _DTYPES = {
 @final
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One tensor in a safetensors header: its file, stored type and shape."""
+    """One tensor in a safetensors header: its file, its name there, stored type and shape."""
 
     path: Path
+    name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
 
@@ -71,6 +80,7 @@ class FileCheckpoint(Checkpoint):
     source: Source
     tokenizer_files: dict[str, Path]
     entries: dict[str, Entry] = dataclasses.field(repr=False)
+    notes: tuple[str, ...] = ()
 
     def names(self) -> frozenset[str]:
         """Return the names of all tensors."""
@@ -94,11 +104,11 @@ class FileCheckpoint(Checkpoint):
 
     def stored(self, name: str) -> torch.Tensor:
         """Return `name` from the memory-mapped file; a write to it would reach later reads."""
-        path = self._entry(name).path
+        path, stored = self._entry(name).path, self._entry(name).name
         # Opened anew for each read: a mapping that is kept would keep its pages, shard after shard.
         try:
             with safe_open(path, framework="pt") as file:
-                tensor: torch.Tensor = file.get_tensor(name)
+                tensor: torch.Tensor = file.get_tensor(stored)
         except (SafetensorError, OSError, RuntimeError, ValueError) as error:
             raise CheckpointError(
                 f"'{name}' cannot be read from {path}: {error}. Download the file again."
@@ -115,6 +125,14 @@ class FileCheckpoint(Checkpoint):
                 f"'{self.source.name}' has no tensor '{name}'.{nearest(name, self.entries)}"
             )
         return self.entries[name]
+
+
+def find_tokenizer(folder: Path) -> dict[str, Path]:
+    """Return the tokenizer's files in `folder` by name. Raises CheckpointError for a pointer."""
+    found = {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
+    for path in found.values():
+        require_fetched(path)
+    return found
 
 
 def copy_tokenizer(files: Mapping[str, Path], folder: Path, source: str) -> dict[str, Path]:
@@ -162,14 +180,14 @@ def open_folder(folder: Path, source: Source) -> FileCheckpoint:
                 "Download the index and the shards again, from one revision."
             )
         entries = {name: headers[file][name] for name, file in weight_map.items()}
+    layout = ordinary_names(entries, tied=config.get("tie_word_embeddings") is True)
     return FileCheckpoint(
         config=config,
         generation_config=read_json(generation) if generation.is_file() else {},
         source=source,
-        tokenizer_files={
-            name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()
-        },
-        entries=entries,
+        tokenizer_files=find_tokenizer(folder),
+        entries={name: entries[stored] for name, stored in layout.names.items()},
+        notes=layout.notes,
     )
 
 
@@ -235,28 +253,24 @@ def read_weight_map(folder: Path) -> dict[str, str] | None:
     return weight_map
 
 
-def _no_weights(folder: Path) -> CheckpointError:
+def _no_weights(folder: Path) -> LlmCoreMLError:
     """Return the error for a folder that has neither weights nor an index."""
-    names = sorted(path.name for path in folder.iterdir())
-    convert = (
-        "convert it once where you trust it: AutoModelForCausalLM.from_pretrained(...)"
-        ".save_pretrained(folder) writes safetensors."
-    )
-    pickles = [f"'{name}'" for name in names if name.endswith(_PICKLES)]
-    shards = [f"'{name}'" for name in names if name.endswith(".safetensors")]
-    if shards:
+    files = sorted(path.name for path in folder.glob("*.safetensors") if path.name != ADAPTER)
+    for name in files:
+        answer = conversion_of(_read_header(folder / name))
+        if answer:
+            return UnsupportedError(f"{folder / name} holds tensors {answer}")
+    if files:
         return CheckpointError(
-            f"{folder} holds {listing(shards)} but no {WEIGHTS} and no {INDEX}. "
-            f"Download {INDEX} as well, or rename a single file to {WEIGHTS}."
+            f"{folder} holds {listing(quoted(files))} but no {WEIGHTS} and no "
+            f"{INDEX}. Download {INDEX} as well, or rename a single file to {WEIGHTS}."
         )
-    if pickles:
-        return CheckpointError(
-            f"{folder} holds its weights only as a pickle ({listing(pickles)}), which can run code "
-            f"and is never loaded; {convert}"
-        )
+    answer = folder_conversion(folder)
     return CheckpointError(
-        f"{folder} has no {WEIGHTS} and no {INDEX}. If the model is published only as "
-        f"pytorch_model.bin, a pickle, which is never loaded, {convert}"
+        answer
+        or f"{folder} has no {WEIGHTS} and no {INDEX}. If the model is published only as "
+        "pytorch_model.bin, a pickle, which is never loaded, convert it once where you trust it: "
+        f"{SAVE} writes safetensors."
     )
 
 
@@ -274,6 +288,7 @@ def _read_header(path: Path) -> dict[str, Entry]:
         raise CheckpointError(
             f"{path} is absent, although {INDEX} puts tensors into it. Download it again."
         )
+    require_fetched(path)
     entries = {}
     try:
         with safe_open(path, framework="pt") as file:
@@ -285,7 +300,7 @@ def _read_header(path: Path) -> dict[str, Entry]:
                         f"'{name}' in {path} is stored as {stored}, a type of quantized weights. "
                         "Give the unquantized checkpoint that it was made from."
                     )
-                entries[name] = Entry(path, _DTYPES[stored], tuple(part.get_shape()))
+                entries[name] = Entry(path, name, _DTYPES[stored], tuple(part.get_shape()))
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(
             f"{path} is not a whole safetensors file: {error}. Download it again."
@@ -295,6 +310,7 @@ def _read_header(path: Path) -> dict[str, Entry]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in `path`."""
+    require_fetched(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     # A deep nest of brackets ends in RecursionError; bad UTF-8 and bad JSON are both ValueErrors.

@@ -19,10 +19,11 @@ from typing import Any, final
 import numpy as np
 import torch
 
-from llm_coreml.checkpoint.checkpoint import TOKENIZER_FILES, Checkpoint, Source
+from llm_coreml.checkpoint.checkpoint import Checkpoint, Source
 from llm_coreml.checkpoint.files import (
     GENERATION_CONFIG,
     copy_tokenizer,
+    find_tokenizer,
     read_config,
     read_json,
 )
@@ -211,9 +212,7 @@ def open_gguf(path: Path, source: Source) -> GGUFCheckpoint:
         config={**read_config(folder), "quantization_config": {"quant_method": "gguf"}},
         generation_config=read_json(generation) if generation.is_file() else {},
         source=source,
-        tokenizer_files={
-            name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()
-        },
+        tokenizer_files=find_tokenizer(folder),
         path=path,
         header=header,
         octets=octets,

@@ -18,6 +18,7 @@ from typing import Any, final
 import numpy as np
 
 from llm_coreml.errors import CheckpointError
+from llm_coreml.lfs import require_fetched
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -66,8 +67,9 @@ def read_header(path: Path, octets: Octets) -> Header:
     """Read the header of the file that `octets` maps.
 
     Raises:
-        CheckpointError: it is no GGUF file of a known version, or is damaged.
+        CheckpointError: it is no GGUF file of a known version, is damaged, or was not fetched.
     """
+    require_fetched(path)
     reader = _Reader(octets)
     try:
         if bytes(octets[:4]) != _MAGIC:

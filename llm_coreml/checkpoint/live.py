@@ -17,6 +17,7 @@ import torch
 
 from llm_coreml.checkpoint.checkpoint import TOKENIZER_FILES, Checkpoint, Source
 from llm_coreml.checkpoint.files import GENERATION_CONFIG, check_config
+from llm_coreml.checkpoint.layouts import ordinary_names
 from llm_coreml.errors import CheckpointError, OutputError, UnsupportedError, nearest
 
 _WHERE = "the live model"
@@ -40,6 +41,7 @@ class LiveCheckpoint(Checkpoint):
     tensors: dict[str, torch.Tensor] = dataclasses.field(repr=False)
     aliases: dict[str, str] = dataclasses.field(repr=False)
     tokenizer: Any = dataclasses.field(repr=False)
+    notes: tuple[str, ...] = ()
 
     def names(self) -> frozenset[str]:
         """Return the names of all tensors, one per storage."""
@@ -119,7 +121,8 @@ def open_live(model: torch.nn.Module, tokenizer: Any) -> LiveCheckpoint:
         )
     check_config(settings, f"the config of {kind}")
     generation = getattr(model, "generation_config", None)
-    tensors, aliases = _untie(model.state_dict())
+    layout = ordinary_names(state := model.state_dict(), tied=False)
+    tensors, aliases = _untie({name: state[stored] for name, stored in layout.names.items()})
     return LiveCheckpoint(
         config=settings,
         generation_config={} if generation is None else json.loads(generation.to_json_string()),
@@ -128,6 +131,7 @@ def open_live(model: torch.nn.Module, tokenizer: Any) -> LiveCheckpoint:
         tensors=tensors,
         aliases=aliases,
         tokenizer=tokenizer,
+        notes=layout.notes,
     )
 
 

@@ -1,38 +1,28 @@
-"""Open a causal LM wherever it is, and hold its tensors against what its configuration promises.
+"""Open a causal LM wherever it is.
 
 One entry for a folder, a hub id and a live `transformers` model, so that the rest of the export
-never asks where weights come from. Everything that can be wrong with a checkpoint is told here, by
-file and tensor, before any work is spent on it.
+never asks where weights come from.
 
     llm-coreml export meta-llama/Llama-3.2-1B -o llama
 """
 
 from __future__ import annotations
 
-import fnmatch
 import os
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from llm_coreml.checkpoint.checkpoint import (
-    WEIGHT_DTYPES,
-    Checkpoint,
-    Source,
-    listing,
-    type_name,
-)
+from llm_coreml.checkpoint.checkpoint import Checkpoint, Source
 from llm_coreml.checkpoint.files import open_folder
 from llm_coreml.checkpoint.gguf import SUFFIX, open_gguf
 from llm_coreml.checkpoint.hub import open_hub
 from llm_coreml.checkpoint.live import open_live
 from llm_coreml.checkpoint.packed import PackedCheckpoint, find_formats
 from llm_coreml.errors import CheckpointError, ConfigError
-
-__all__ = ["Checkpoint", "Source", "check_tensors", "open_checkpoint"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 
@@ -100,60 +90,6 @@ def _unpacked(files: Checkpoint) -> Checkpoint:
     """Return files whose matrices are quantized as a checkpoint of matrices."""
     formats = find_formats(files.config, "config.json")
     return PackedCheckpoint(files, formats) if formats else files
-
-
-def check_tensors(
-    checkpoint: Checkpoint,
-    expected: Mapping[str, tuple[int, ...]],
-    optional: Collection[str] = (),
-) -> None:
-    """Check that the checkpoint holds exactly the tensors that its configuration promises.
-
-    Args:
-        checkpoint: An open checkpoint; no tensor data is read.
-        expected: The shape of each tensor, by name.
-        optional: Glob patterns of tensors that may be there though nothing reads them, such as
-            `*.rotary_emb.inv_freq`.
-
-    Raises:
-        CheckpointError: Tensors are missing, surplus, of another shape, or not of a weight's type;
-            all of them are in the one message, the first five of each kind by name.
-    """
-    names, tied = checkpoint.names(), checkpoint.tied()
-    missing, shapes, types = [], [], []
-    for name, shape in expected.items():
-        if name not in names and name not in tied:
-            missing.append(f"'{name}'")
-            continue
-        found = checkpoint.shape(name)
-        if found != tuple(shape):
-            shapes.append(
-                f"'{name}' in {checkpoint.where(name)} is {list(found)}, not {list(shape)}"
-            )
-        if checkpoint.dtype(name) not in WEIGHT_DTYPES:
-            stored = type_name(checkpoint.dtype(name))
-            types.append(f"'{name}' in {checkpoint.where(name)} is {stored}")
-    surplus = [
-        f"'{name}'"
-        for name in sorted(names - expected.keys())
-        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in optional)
-    ]
-    problems = [
-        f"{len(items)} {kind}: {listing(items)}"
-        for kind, items in (
-            ("missing", missing),
-            ("surplus", surplus),
-            ("misshapen", shapes),
-            ("not bfloat16, float16 or float32", types),
-        )
-        if items
-    ]
-    if problems:
-        raise CheckpointError(
-            f"'{checkpoint.source.name}' does not hold the tensors that its config.json promises; "
-            f"{'; '.join(problems)}. Use config.json and weights of one and the same model, or "
-            "download both again."
-        )
 
 
 def _as_gguf(source: object) -> Path | None:

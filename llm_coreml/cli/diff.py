@@ -14,6 +14,7 @@ from llm_coreml.cli.options import (
     PATH,
     TEXT,
     THRESHOLD,
+    UNCHECKED,
     VERBOSE,
 )
 
@@ -27,6 +28,7 @@ from llm_coreml.cli.options import (
 @THRESHOLD
 @MODE
 @DEVICE
+@UNCHECKED
 @FORMAT
 @VERBOSE
 def diff_command(
@@ -38,6 +40,7 @@ def diff_command(
     threshold: float,
     mode: str,
     device: str,
+    unchecked: bool,
     form: str,
     verbose: bool,
 ) -> None:
@@ -60,6 +63,7 @@ def diff_command(
             tokens=tokens,
             execution=Execution(mode, device),
             threshold=threshold,
+            checked=not unchecked,
             progress=screen.progress,
         )
         screen.show(form, found.to_json(), lambda: comparison_table(found))

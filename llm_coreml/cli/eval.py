@@ -12,6 +12,7 @@ from llm_coreml.cli.options import (
     MODE,
     PATH,
     TEXT,
+    UNCHECKED,
     VERBOSE,
 )
 
@@ -24,6 +25,7 @@ from llm_coreml.cli.options import (
 @click.option("--artifact-only", is_flag=True, help="Do not load the original.")
 @MODE
 @DEVICE
+@UNCHECKED
 @FORMAT
 @VERBOSE
 def eval_command(
@@ -34,6 +36,7 @@ def eval_command(
     artifact_only: bool,
     mode: str,
     device: str,
+    unchecked: bool,
     form: str,
     verbose: bool,
 ) -> None:
@@ -55,6 +58,7 @@ def eval_command(
             tokens=tokens,
             artifact_only=artifact_only,
             execution=Execution(mode, device),
+            checked=not unchecked,
             progress=screen.progress,
         )
         screen.show(form, result.to_json(), lambda: evaluation_table(result))

@@ -10,6 +10,7 @@ from llm_coreml.cli.options import (
     DEVICE,
     MODE,
     PATH,
+    UNCHECKED,
     VERBOSE,
 )
 
@@ -23,6 +24,7 @@ from llm_coreml.cli.options import (
 @click.option("--seed", type=int, default=0, show_default=True)
 @MODE
 @DEVICE
+@UNCHECKED
 @VERBOSE
 def generate_command(
     bundle: Path,
@@ -33,6 +35,7 @@ def generate_command(
     seed: int,
     mode: str,
     device: str,
+    unchecked: bool,
     verbose: bool,
 ) -> None:
     """Continue a text with the program inside the .pte, on this machine."""
@@ -42,7 +45,7 @@ def generate_command(
         from llm_coreml.bundle.language_model import load
         from llm_coreml.reference.program.execution import Execution
 
-        pieces = load(bundle, Execution(mode, device)).stream(
+        pieces = load(bundle, Execution(mode, device), not unchecked).stream(
             prompt, max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
         )
         for piece in pieces:

@@ -14,6 +14,7 @@ from llm_coreml.cli.options import (
     PATH,
     TEXT,
     THRESHOLD,
+    UNCHECKED,
     VERBOSE,
 )
 
@@ -34,6 +35,7 @@ from llm_coreml.cli.options import (
 @THRESHOLD
 @click.option("--top", type=int, default=10, show_default=True, help="Values to list by size.")
 @DEVICE
+@UNCHECKED
 @FORMAT
 @VERBOSE
 def inspect_command(
@@ -46,6 +48,7 @@ def inspect_command(
     threshold: float,
     top: int,
     device: str,
+    unchecked: bool,
     form: str,
     verbose: bool,
 ) -> None:
@@ -74,6 +77,7 @@ def inspect_command(
             device=device,
             threshold=threshold,
             top=top,
+            checked=not unchecked,
             progress=screen.progress,
         )
         screen.show(form, found.to_json(), lambda: inspection_table(found))

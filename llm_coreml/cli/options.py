@@ -20,6 +20,11 @@ FORMAT = click.option(
     "--format", "form", type=click.Choice(["human", "json"]), default="human", show_default=True
 )
 VERBOSE = click.option("--verbose", "-v", is_flag=True, help="Show what the libraries below print.")
+UNCHECKED = click.option(
+    "--unchecked",
+    is_flag=True,
+    help="Open a bundle whose files have changed since the export wrote them.",
+)
 DEVICE = click.option(
     "--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1, mps."
 )

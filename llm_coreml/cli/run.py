@@ -12,6 +12,7 @@ from llm_coreml.cli.options import (
     FORMAT,
     MODE,
     PATH,
+    UNCHECKED,
     VERBOSE,
     memory,
 )
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     help="Memory for expanded weights, such as 4GB.  [default: half of the machine's]",
 )
 @click.option("--compile", "compiled", is_flag=True, help="Compile the program; with --mode fp32.")
+@UNCHECKED
 @FORMAT
 @VERBOSE
 def run_command(
@@ -49,6 +51,7 @@ def run_command(
     state_in: Path | None,
     state_out: Path | None,
     overwrite: bool,
+    unchecked: bool,
     form: str,
     verbose: bool,
     mode: str,
@@ -85,7 +88,7 @@ def run_command(
         states = None if state_in is None else read_tensors(state_in)
         execution = Execution(mode, device, memory_budget, compiled)
         runnable = open_runnable(
-            program_at(file), function=function, method=method, execution=execution
+            program_at(file, not unchecked), function=function, method=method, execution=execution
         )
         if given is None:
             interface = runnable.interface()

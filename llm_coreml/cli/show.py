@@ -9,15 +9,17 @@ import click
 from llm_coreml.cli.options import (
     FORMAT,
     PATH,
+    UNCHECKED,
     VERBOSE,
 )
 
 
 @click.command("show")
 @click.argument("path", type=PATH)
+@UNCHECKED
 @FORMAT
 @VERBOSE
-def show_command(path: Path, form: str, verbose: bool) -> None:
+def show_command(path: Path, unchecked: bool, form: str, verbose: bool) -> None:
     """Tell what is in a bundle or a .pte: method, states, ops, bytes."""
     from llm_coreml.cli.terminal import terminal
 
@@ -25,5 +27,5 @@ def show_command(path: Path, form: str, verbose: bool) -> None:
         from llm_coreml.cli.tables import contents_table
         from llm_coreml.inspect.contents import contents
 
-        found = contents(path)
+        found = contents(path, not unchecked)
         screen.show(form, found.to_json(), lambda: contents_table(found))

@@ -15,7 +15,7 @@ from llm_coreml.artifact import pte
 from llm_coreml.artifact.method_plan import Constant, Delegate
 from llm_coreml.artifact.mil import Feature
 from llm_coreml.artifact.packages import BACKEND, Packages
-from llm_coreml.bundle.folder import open_bundle
+from llm_coreml.bundle.folder import is_bundle, open_bundle
 from llm_coreml.bundle.manifest import Manifest
 from llm_coreml.inspect.broken_rules import BrokenRule, broken_rules
 
@@ -100,23 +100,31 @@ class Contents:
         }
 
 
-def contents(path: Path) -> Contents:
-    """Describe the bundle folder or `.pte` at `path`.
+def contents(path: Path, checked: bool = True) -> Contents:
+    """Describe the bundle or `.pte` at `path`.
+
+    Args:
+        path: Where it is.
+        checked: Refuse a bundle whose files have changed since the export wrote them.
 
     Raises:
         ArtifactError: it is damaged, or neither of the two.
     """
-    bundle = open_bundle(path) if path.is_dir() else None
+    bundle = open_bundle(path, checked) if path.is_dir() or is_bundle(path) else None
     program = path if bundle is None else bundle.program
     container = pte.read(program)
     packages = Packages(container)
-    manifest = None if bundle is None else bundle.manifest
+    constants = pte.constants_of(container)
+    if bundle is not None and checked:
+        bundle.manifest.description.check_constants(constants, program)
+    # Who names the program asks for what it says of itself.
+    manifest = bundle.manifest if bundle is not None and path.is_dir() else None
     rules = {} if manifest is None else broken_rules(manifest.target, manifest.quantization.plan)
     return Contents(
         path=str(path),
         manifest=manifest,
         bytes=program.stat().st_size,
-        constant_methods=pte.constants_of(container),
+        constant_methods=constants,
         methods={
             name: tuple(_delegate(delegate, packages) for delegate in method.delegates)
             for name, method in container.methods.items()

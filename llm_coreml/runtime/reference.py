@@ -164,6 +164,7 @@ def _check_description(
                     f"Method '{name}' of '{path}' is not what the manifest describes ({what}: "
                     f"{found}, not {told}). Export again."
                 )
+    description.check_constants(methods[description.main].constants, path)
 
 
 def _states(method: LoadedMethod) -> dict[str, str]:

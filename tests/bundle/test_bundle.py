@@ -20,12 +20,12 @@ from llm_coreml.bundle.folder import (
     MANIFEST,
     PROGRAM,
     check_output,
-    file_sha256,
     new_bundle,
     open_bundle,
 )
 from llm_coreml.bundle.manifest import Manifest, manifest_schema
 from llm_coreml.bundle.record import make_manifest
+from llm_coreml.bundle.seal import file_sha256, sealed
 from llm_coreml.config import ExportConfig, resolve
 from llm_coreml.errors import ArtifactError, ConfigError, OutputError
 from llm_coreml.lower.forms import form_for
@@ -55,7 +55,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         program,
         Verification("reference runtime", "held-out text", 64, 63, 40, 1e-3, 1e-6, CONVERSION),
     )
-    return made.to_json()
+    return sealed(made, program.parent).to_json()
 
 
 @pytest.fixture
@@ -128,8 +128,8 @@ def test_the_card_tells_what_the_manifest_holds(manifest: dict[str, Any]) -> Non
         (lambda m: m["quantization"].update(linear={}), "is damaged at $.quantization.linear"),
         (lambda m: m["verification"].pop("rows"), "is damaged at $.verification"),
         (lambda m: m["verification"]["conversion"].pop("rows"), "at $.verification.conversion"),
-        (lambda m: m.update(version=3), "has version 3; this release reads versions 1 and 2"),
-        (lambda m: m.pop("version"), "has version None; this release reads versions 1 and 2"),
+        (lambda m: m.update(version=4), "has version 4; this release reads versions 1, 2 and 3"),
+        (lambda m: m.pop("version"), "has version None; this release reads versions 1, 2 and 3"),
     ],
 )
 def test_a_damaged_manifest_is_refused(

@@ -460,8 +460,8 @@ def edit_manifest(folder: Path, **changes: Any) -> None:
             ("holds no manifest.json", "folder that an export wrote"),
         ),
         (
-            lambda folder: edit_manifest(folder, version=3),
-            ("version 3", "reads versions 1 and 2", "Export again"),
+            lambda folder: edit_manifest(folder, version=4),
+            ("version 4", "reads versions 1, 2 and 3", "Export again"),
         ),
         (lambda folder: (folder / "manifest.json").write_text("[1]"), ("version None",)),
         (

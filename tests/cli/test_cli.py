@@ -14,7 +14,17 @@ from typing import Any
 import click
 import pytest
 
-from exported import CHATTER, SHAPES, Run, command, files_of, in_process, manifest_of, run
+from exported import (
+    CHATTER,
+    SHAPES,
+    Run,
+    command,
+    files_of,
+    in_process,
+    manifest_of,
+    run,
+    write_manifest,
+)
 from llm_coreml import pipeline
 from llm_coreml.cli.main import cli
 from llm_coreml.config import ExportConfig
@@ -451,7 +461,7 @@ def test_eval_artifact_only_needs_no_original(
 ) -> None:
     manifest = manifest_of(own_bundle)
     manifest["source"]["name"] = "/gone"
-    (own_bundle / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(own_bundle, manifest)
     words = (own_bundle, "--text", text_file, "--tokens", "9")
     refused = in_process(capfd, monkeypatch, "eval", *words)
     assert refused.code == 4 and "'/gone'" in refused.err and refused.out == ""
@@ -470,7 +480,7 @@ def test_eval_of_a_moved_original(
 ) -> None:
     manifest = manifest_of(own_bundle)
     manifest["source"]["name"] = "/gone"
-    (own_bundle / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(own_bundle, manifest)
     words = (own_bundle, "--text", text_file, "--tokens", "9", "--model", checkpoint)
     done = in_process(capfd, monkeypatch, "eval", *words)
     assert done.code == 0, done.err

@@ -123,6 +123,15 @@ def manifest_of(bundle: Path) -> dict[str, Any]:
     return manifest
 
 
+def write_manifest(bundle: Path, manifest: dict[str, Any]) -> None:
+    """Write another manifest, as an export that made it would: with the checksum that it needs."""
+    from llm_coreml.bundle.seal import checksum
+
+    if manifest["version"] >= 3:
+        manifest["checksum"] = checksum(manifest)
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+
+
 @pytest.fixture(scope="session")
 def live_model() -> Any:
     """The tiny model, as `transformers` holds it."""

@@ -56,6 +56,11 @@ class PackedCheckpoint(Checkpoint):
         """Return the tokenizer's files by name."""
         return self.files.tokenizer_files
 
+    @property
+    def notes(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Return what is to know of how the files are read."""
+        return self.files.notes
+
     def names(self) -> frozenset[str]:
         """Return the names of all tensors, a quantized matrix under that of its weight."""
         names = set(self.files.names())

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llm_coreml.errors import ConfigError
+from llm_coreml.lfs import pointer_advice
 from llm_coreml.recipes import bundled_model
 from llm_coreml.tokenizer import Tokenizer
 
@@ -58,6 +59,8 @@ def read_content(source: str) -> str:
     """
     if source == BUNDLED_TEXT:
         return (bundled_model() / _FILES["calibration"]).read_text(encoding="utf-8")
+    if advice := pointer_advice(Path(source)):
+        raise ConfigError(f"--calibrate: {advice}")
     try:
         content = Path(source).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

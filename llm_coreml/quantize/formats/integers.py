@@ -3,18 +3,25 @@
     codes, scale, zero_point = integers(weight, bits=4, group_size=32, kind="int")
     (codes - spread(zero_point)) * spread(scale)           # weight again, nearly
 
-A group's range is shrunk step by step, and the step with the least squared error is kept: what the
-outermost weights lose, the others win.
+A group's range is shrunk, and the share of it with the least squared error is kept: what the
+outermost weights lose, the others win. The search goes from coarse to fine.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
 
 import torch
 
 from llm_coreml.errors import UnsupportedError
 from llm_coreml.quantize.formats.schemes import ZeroPoint
 
-_SHRINK = tuple(1 - step / 32 for step in range(16))
+# Shares of a range that every group tries, and how far from the best of them it tries next, both
+# ways. That takes 10 passes over the weights, and finds less error than all 32nds above a half.
+_SHARES = (1.0, 0.875, 0.75, 0.625)
+_NEARER = (1 / 16, 1 / 32, 1 / 64)
+# With so many codes a smaller range gains next to nothing.
+_UNSEARCHED = 8
 # Least scale in shares of a group's largest weight: a float zero point stays within +-1024, where
 # fp16 tells halves apart.
 _LEAST = 2.0**-10
@@ -70,19 +77,22 @@ def _search(
         full = torch.maximum(largest / -low, torch.minimum(top, -bottom) / high)
         sign = torch.where(top > -bottom, -1.0, 1.0)
     floor = (largest * _LEAST).clamp(min=_SMALLEST_SCALE)
-    best = torch.full_like(full, torch.inf)
+    root = None if counts is None else counts.sqrt()
+    best, chosen = torch.full_like(full, torch.inf), torch.ones_like(full)
     kept, shift = torch.ones_like(full), torch.zeros_like(full)
-    for share in _SHRINK:
+    stored = torch.empty_like(grouped)
+    for share in _tried(lambda: chosen, high - low + 1):
         scale = (torch.maximum(full * share, floor) * sign).to(torch.float16).to(torch.float32)
         shrunk = (bottom + top) / 2 - share * (top - bottom) / 2
         zero = _zero_points(shrunk / scale, low, high, kind)
-        stored = _codes(grouped, scale, zero, low, high)
+        _codes(grouped, scale, zero, low, high, stored)
         if zero is not None:
             stored.sub_(zero.unsqueeze(2))
-        error = stored.mul_(scale.unsqueeze(2)).sub_(grouped).square_()
-        error = (error if counts is None else error.mul_(counts)).sum(2)
+        torch.addcmul(grouped, stored, scale.unsqueeze(2), value=-1, out=stored)
+        error = torch.linalg.vector_norm(stored if root is None else stored.mul_(root), dim=2)
         better = error < best
         best, kept = torch.where(better, error, best), torch.where(better, scale, kept)
+        chosen = torch.where(better, share, chosen)
         shift = shift if zero is None else torch.where(better, zero, shift)
     if not bool(torch.isfinite(best).all()):
         raise UnsupportedError(
@@ -90,6 +100,20 @@ def _search(
             "scheme, or scale the weights."
         )
     return kept, None if kind == "none" else shift
+
+
+def _tried(best: Callable[[], torch.Tensor], codes: int) -> Iterator[torch.Tensor]:
+    """Yield shares of the groups' ranges, the later ones near `best()` of the earlier."""
+    ones = torch.ones_like(best())
+    if codes >= 2**_UNSEARCHED:
+        yield ones
+        return
+    for share in _SHARES:
+        yield ones * share
+    for distance in _NEARER:
+        centre = best()
+        yield centre - distance
+        yield (centre + distance).clamp(max=1)
 
 
 def _zero_points(bottom: torch.Tensor, low: int, high: int, kind: ZeroPoint) -> torch.Tensor | None:
@@ -101,9 +125,14 @@ def _zero_points(bottom: torch.Tensor, low: int, high: int, kind: ZeroPoint) -> 
 
 
 def _codes(
-    grouped: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, low: int, high: int
+    grouped: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    low: int,
+    high: int,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    codes = grouped / scale.unsqueeze(2)
+    codes = torch.div(grouped, scale.unsqueeze(2), out=out)
     if zero is not None:
         codes += zero.unsqueeze(2)
     return codes.round_().clamp_(low, high)

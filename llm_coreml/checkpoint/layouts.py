@@ -1,0 +1,106 @@
+"""The ordinary names of tensors that a checkpoint stores under others.
+
+    layout = ordinary_names(["_orig_mod.model.norm.weight", "_orig_mod.lm_head.weight"], tied=False)
+    layout.names     # {'model.norm.weight': '_orig_mod.model.norm.weight', ...}
+    layout.notes     # what was read otherwise than it stands there
+
+Ordinary is what `save_pretrained` of a causal LM writes: `model.` before all but the head. Wrappers
+of a model (torch.compile, FSDP, DeepSpeed, PEFT) add parts to names, and a model saved without its
+head lacks `model.`. Whatever cannot be told with certainty keeps the name that it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import final
+
+from llm_coreml.checkpoint.checkpoint import listing
+
+# Parts of a name that belong to no model, wherever they stand, and what puts them there.
+_WRAPPERS = {
+    "_orig_mod": "torch.compile",
+    "_forward_module": "Lightning Fabric",
+    "_fsdp_wrapped_module": "FSDP",
+    "_checkpoint_wrapped_module": "activation checkpointing",
+}
+# The same of parts that stand in front only.
+_FRONTS = {
+    "module": "DataParallel or DeepSpeed",
+    "base_model": "PEFT",
+    "pretrained_model": "TRL",
+    "language_model": "a model of several modalities",
+}
+_MODEL = "model"
+_HEAD = "lm_head"
+# What is inside of the model, and what is beside it.
+_INNER = ("embed_tokens", "layers", "norm", "rotary_emb")
+_OUTER = (_HEAD, "score", "v_head")
+
+TABLE_WEIGHT, HEAD_WEIGHT = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@final
+@dataclass(frozen=True)
+class Layout:
+    """How a checkpoint names its tensors.
+
+    Attributes:
+        names: The stored name of each tensor, by the ordinary one.
+        notes: What was read otherwise than it stands there, a sentence each.
+    """
+
+    names: dict[str, str]
+    notes: tuple[str, ...]
+
+
+def ordinary_names(stored: Collection[str], tied: bool) -> Layout:
+    """Find the ordinary name of each tensor.
+
+    Args:
+        stored: The names in the files.
+        tied: The configuration says that the head is the token table.
+    """
+    ordinary = {name: _unwrapped(name) for name in stored}
+    within_model = any(name.startswith(f"{_MODEL}.") for name in stored)
+    taken = {name for name in stored if ordinary[name] == name}
+    bare = False
+    wrappers: dict[str, str] = {}
+    for name in (each for each in stored if ordinary[each] != each):
+        lacks_model = ordinary[name] == f"{_MODEL}.{name}"
+        if ordinary[name] in taken or (lacks_model and within_model):
+            ordinary[name] = name
+            continue
+        taken.add(ordinary[name])
+        bare |= lacks_model
+        wrappers |= {} if lacks_model else _wrappers_of(name)
+    names = {ordinary[name]: name for name in stored}
+    notes = []
+    if wrappers:
+        told = [f"'{part}.' ({tool})" for part, tool in sorted(wrappers.items())]
+        notes.append(f"Names of tensors are read without {listing(told)}.")
+    if bare:
+        notes.append(f"Names of tensors are read with '{_MODEL}.', as of a model without its head.")
+    if tied and HEAD_WEIGHT in names and TABLE_WEIGHT not in names:
+        names[TABLE_WEIGHT] = names.pop(HEAD_WEIGHT)
+        notes.append(f"The token table, which is also the head, is read from '{HEAD_WEIGHT}'.")
+    return Layout(names, tuple(notes))
+
+
+def _wrappers_of(name: str) -> dict[str, str]:
+    """Return the parts of `name` that wrappers added, and what adds each."""
+    known = {**_WRAPPERS, **_FRONTS}
+    found = {part: known[part] for part in name.split(".") if part in known}
+    return found or {_MODEL: "a module around the model"}
+
+
+def _unwrapped(name: str) -> str:
+    """Return a name without the parts that wrappers add, with `model.` where it belongs."""
+    parts = [part for part in name.split(".") if part not in _WRAPPERS]
+    at = 0
+    while at < len(parts) - 1 and (parts[at] == _MODEL or parts[at] in _FRONTS):
+        at += 1
+    rest = parts[at:]
+    if rest[0] in _OUTER:
+        return ".".join(rest)
+    return ".".join([_MODEL, *rest]) if rest[0] in _INNER else name
