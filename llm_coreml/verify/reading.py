@@ -2,7 +2,7 @@
 
 reading = read_text(decoder, tokens, "held-out text", plan, every_row=False, natural=True)
 reading.rows(start=0, first=71, last=72)      # logits after token 71
-reading.later                                  # what is remembered before the start of `plan`
+reading.later                                  # what is remembered before plan.start
 reading.plain_fp16                             # the noise that fp16 makes of it
 """
 
