@@ -39,6 +39,7 @@ class LaterCache:
         self.start = start
         self._decoder = decoder
         self._text = text
+        self._filled: set[tuple[str, int]] = set()
         self.states = {
             f"{name}_{part}": torch.zeros(buffer.shape, dtype=torch.float16)
             for name, state in decoder.states.items()
@@ -48,7 +49,9 @@ class LaterCache:
     def entries(self, name: str, row: int) -> Entries:
         """Return keys and values of a layer, fp32 `[1, kv_heads, start, head_dim]` each."""
         keys, values = (self.states[f"{name}_{part}"][row] for part in ("keys", "values"))
-        if self._text is not None and self.start:
+        # Once: what a layer is given in fp32, and in plain fp16 after it, is the same.
+        if self._text is not None and (name, row) not in self._filled:
+            self._filled.add((name, row))
             read = self._text.views[name].entries
             keys[:, : self.start] = self._repeated(read[0], self._rope_of(name, row))[0]
             values[:, : self.start] = self._repeated(read[1], None)[0]

@@ -3,7 +3,7 @@
     texts = [Reading(0, tokens, cached), Reading(949, more, CachedText(decoder, later))]
     read_together(decoder, texts)
     texts[0].states                       # float32 [S, hidden], before the last norm
-    logits_of(decoder, texts[0].states[rows])
+    logits_of(decoder, [texts[0].states[rows]])
 
 All texts go through the decoder side by side, one stage of matrices after the other, so that each
 matrix is expanded once, and no more than a stage's at a time.
@@ -21,12 +21,18 @@ from torch import nn
 from llm_coreml.decoder import Decoder
 from llm_coreml.decoder.block import Block
 from llm_coreml.decoder.wiring import Steps
-from llm_coreml.quantize.formats.round import dense_rows
+from llm_coreml.quantize.formats.round import dense_rows, one_row
 from llm_coreml.verify.cached_text import CachedText
 from llm_coreml.verify.halves import PlainHalf, half_of, plain_half
 
+# Called with a matrix's name in the decoder and its values, or the next rows of them, fp32.
+OnWeight = Callable[[str, torch.Tensor], None]
 # Bounds the size of attention scores.
 _LONGEST = 1024
+
+
+def ignore_weight(_name: str, _rows: torch.Tensor) -> None:
+    """Do nothing with a weight."""
 
 
 class Reading:
@@ -51,17 +57,6 @@ class Reading:
         self.states = torch.empty(0)
         self._cached = cached
 
-    def enter(self, decoder: Decoder) -> None:
-        """Take the tokens' rows of the table, without expanding it as a whole."""
-        tokens, first = torch.tensor(self.tokens), 0
-        table = decoder.embed_tokens.weight
-        self.states = torch.empty(len(tokens), table.shape[1])
-        for rows in dense_rows(table):
-            inside = (tokens >= first) & (tokens < first + len(rows))
-            self.states[inside] = rows[tokens[inside] - first]
-            first += len(rows)
-        self.states = decoder.entering(half_of(self.states) if self.half else self.states)
-
     def steps(self, decoder: Decoder, block: Block) -> Iterator[Steps]:
         """Yield the steps of a block for every chunk of the text, in order."""
         for first in range(0, len(self.tokens), _LONGEST):
@@ -72,7 +67,10 @@ class Reading:
 
 @torch.no_grad()
 def read_together(
-    decoder: Decoder, texts: Sequence[Reading], on_layer: Callable[[], None] = lambda: None
+    decoder: Decoder,
+    texts: Sequence[Reading],
+    on_layer: Callable[[], None] = lambda: None,
+    on_weight: OnWeight = ignore_weight,
 ) -> None:
     """Read all texts.
 
@@ -80,17 +78,32 @@ def read_together(
         decoder: Quantized; its weights are the same afterwards.
         texts: What later ones find in their caches comes before them.
         on_layer: Called after every block, when `states` are what it gave.
+        on_weight: Called with every matrix of the blocks.
     """
+    _enter(decoder, texts)
     with plain_half(decoder) as half:
-        for text in texts:
-            text.enter(decoder)
         for index in range(len(decoder.layers)):
-            _through(decoder, decoder.block(index), texts, half)
+            _through(decoder, index, texts, half, on_weight)
             on_layer()
 
 
-def _through(decoder: Decoder, block: Block, texts: Sequence[Reading], half: PlainHalf) -> None:
-    passages = []
+def _enter(decoder: Decoder, texts: Sequence[Reading]) -> None:
+    """Take the tokens' rows of the table, without expanding it as a whole."""
+    table = decoder.embed_tokens.weight
+    for text in texts:
+        tokens, places = torch.unique(torch.tensor(text.tokens), return_inverse=True)
+        rows = torch.cat([one_row(table, token) for token in tokens.tolist()])[places]
+        text.states = decoder.entering(half_of(rows) if text.half else rows)
+
+
+def _through(
+    decoder: Decoder,
+    index: int,
+    texts: Sequence[Reading],
+    half: PlainHalf,
+    on_weight: OnWeight,
+) -> None:
+    block, passages = decoder.block(index), []
     for text in texts:
         with half if text.half else nullcontext():
             passages += [_Passage(text, steps) for steps in text.steps(decoder, block)]
@@ -98,6 +111,8 @@ def _through(decoder: Decoder, block: Block, texts: Sequence[Reading], half: Pla
         text.states = text.states[:0]
     for names in block.wiring.shared:
         with _expanded(block, names) as weights:
+            for name, weight in zip(names, weights, strict=True):
+                on_weight(f"layers.{index}.{name}.weight", weight)
             rounded = False
             for passage in passages:
                 if passage.text.half and not rounded:
@@ -149,23 +164,37 @@ def _expanded(block: nn.Module, names: Sequence[str]) -> Iterator[list[torch.Ten
 
 
 @torch.no_grad()
-def logits_of(decoder: Decoder, states: torch.Tensor, *, half: bool = False) -> torch.Tensor:
+def logits_of(
+    decoder: Decoder,
+    states: Sequence[torch.Tensor],
+    halves: Sequence[torch.Tensor] = (),
+    on_weight: OnWeight = ignore_weight,
+) -> list[torch.Tensor]:
     """Return the logits of what the last block gave, without expanding the head as a whole.
 
     Args:
         decoder: As above.
-        states: float32 `[rows, hidden]`.
-        half: Whether they are computed in plain fp16.
+        states: float32 `[rows, hidden]` each.
+        halves: Further ones, whose logits are computed in plain fp16.
+        on_weight: Called with rows of the head.
 
     Returns:
-        float32 `[rows, vocab]`.
+        float32 `[rows, vocab]` for each of `states`, then of `halves`.
     """
-    products = []
     with plain_half(decoder) as mode:
-        with mode if half else nullcontext():
-            x = decoder.norm(states)
-        for part in dense_rows(decoder.lm_head.weight):
-            product = F.linear(x, half_of(part) if half else part)
-            products.append(half_of(product) if half else product)
-        with mode if half else nullcontext():
-            return decoder.leaving(torch.cat(products, -1))
+        inputs = [decoder.norm(x) for x in states]
+        with mode:
+            inputs += [decoder.norm(x) for x in halves]
+        products: list[list[torch.Tensor]] = [[] for _ in inputs]
+        for rows in dense_rows(decoder.lm_head.weight):
+            on_weight("lm_head.weight", rows)
+            for x, found in zip(inputs[: len(states)], products, strict=False):
+                found.append(F.linear(x, rows))
+            rounded = half_of(rows) if halves else rows
+            for x, found in zip(inputs[len(states) :], products[len(states) :], strict=True):
+                found.append(half_of(F.linear(x, rounded)))
+        logits = []
+        for number, found in enumerate(products):
+            with nullcontext() if number < len(states) else mode:
+                logits.append(decoder.leaving(torch.cat(found, -1)))
+        return logits

@@ -17,13 +17,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 
 from llm_coreml.decoder import Decoder
 from llm_coreml.errors import VerificationError
 from llm_coreml.fidelity import kl_divergence
-from llm_coreml.runtime.reference import ReferenceRunner
+from llm_coreml.reference.program.constants import PackedWeight
+from llm_coreml.reference.program.side_by_side import OnRows
+from llm_coreml.runtime.reference import ReferenceRunner, Sequenced
 from llm_coreml.runtime.runner import Runner
 from llm_coreml.verify.passes import Pass
 from llm_coreml.verify.reading import ReadText
@@ -34,7 +37,7 @@ from llm_coreml.verify.verification import (
     Verification,
     bounds,
 )
-from llm_coreml.verify.weights import check_weights
+from llm_coreml.verify.weights import Digest, check_weights
 
 
 def conversion_bound(decoder: Decoder) -> float:
@@ -64,8 +67,22 @@ def verify_conversion(
     Raises:
         VerificationError: a weight differs, or the logits do by more than sums explain.
     """
-    weights = check_weights(unrounded.constants(), decoder)
-    compared = _compare(unrounded, reading, reading.plan.unrounded, on_progress)
+    digests: dict[PackedWeight, Digest] = {}
+
+    def note(weight: PackedWeight, rows: torch.Tensor) -> None:
+        digests.setdefault(weight, Digest()).add(rows)
+
+    given = _given(unrounded, reading, reading.plan.unrounded, on_progress, note)
+    weights = check_weights(
+        unrounded.constants(),
+        reading.contents,
+        {
+            weight: digest.content(weight.shape)
+            for weight, digest in digests.items()
+            if digest.rows == weight.rows
+        },
+    )
+    compared = _compare(reading, reading.plan.unrounded, given)
     result = Conversion(
         weights, len(compared.divergences), compared.relative_error, conversion_bound(decoder)
     )
@@ -98,7 +115,7 @@ def verify(
     """
     # What all lengths compute has been seen there.
     passes = reading.plan.unrounded if conversion is None else reading.plan.declared
-    compared = _compare(artifact, reading, passes, on_progress)
+    compared = _compare(reading, passes, _given(artifact, reading, passes, on_progress))
     error_bound, kl_bound = bounds(reading.plain_fp16)
     result = Verification(
         runtime=artifact.label,
@@ -150,22 +167,45 @@ class _Compared:
     divergences: torch.Tensor
 
 
-def _compare(
+def _given(
     artifact: Runner,
     reading: ReadText,
     passes: Sequence[Pass],
     on_progress: Callable[[float], None],
-) -> _Compared:
-    total, read = sum(part.count for part in passes), 0
-    errors, sizes, divergences, places = [], [], [], []
+    on_rows: OnRows = lambda weight, rows: None,
+) -> list[list[torch.Tensor]]:
+    """Return what an artifact gives in every call of every pass."""
+    texts = []
     for part in passes:
-        if part.start and reading.later is not None:
-            artifact.resume(part.start, reading.later)
-        else:
-            artifact.reset(part.start)
-        tokens, at = reading.tokens_of(part), 0
-        for length in part.lengths:
-            rows = artifact.step(tokens[at : at + length])
+        tokens, ends = reading.tokens_of(part), [0, *accumulate(part.lengths)]
+        chunks = [tokens[first:last] for first, last in pairwise(ends)]
+        texts.append(Sequenced(part.start, chunks, reading.later if part.start else None))
+    if isinstance(artifact, ReferenceRunner):
+        packed = sum(isinstance(value, PackedWeight) for _, value in artifact.constants())
+        begun: set[PackedWeight] = set()
+
+        def note(weight: PackedWeight, rows: torch.Tensor) -> None:
+            if weight not in begun:
+                on_progress(len(begun) / packed)
+                begun.add(weight)
+            on_rows(weight, rows)
+
+        return artifact.read(texts, note)
+    given = []
+    for number, text in enumerate(texts):
+        on_progress(number / len(texts))
+        artifact.reset(text.start)
+        given.append([artifact.step(chunk) for chunk in text.chunks])
+    return given
+
+
+def _compare(
+    reading: ReadText, passes: Sequence[Pass], given: Sequence[Sequence[torch.Tensor]]
+) -> _Compared:
+    errors, sizes, divergences, places = [], [], [], []
+    for part, calls in zip(passes, given, strict=True):
+        at = 0
+        for length, rows in zip(part.lengths, calls, strict=True):
             at += length
             wanted = reading.rows(part.start, at - len(rows), at)
             error = (rows - wanted).abs()
@@ -174,8 +214,6 @@ def _compare(
             row, token = divmod(int(error.argmax()), error.shape[1])
             places.append((part.start + at - len(rows) + row, length, token))
             divergences.append(kl_divergence(wanted, rows))
-            on_progress((read + at) / total)
-        read += at
     # max() of a tensor keeps NaN, as the bounds need; so does argmax.
     position, length, token = places[int(torch.stack(errors).argmax())]
     worst, largest = float(torch.stack(errors).max()), float(torch.stack(sizes).max())

@@ -9,7 +9,7 @@ reading.plain_fp16                             # the noise that fp16 makes of it
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 import torch
@@ -20,9 +20,10 @@ from llm_coreml.verify.cached_text import CachedText, LaterCache
 from llm_coreml.verify.judge import Reading, logits_of, read_together
 from llm_coreml.verify.passes import Pass, Plan
 from llm_coreml.verify.verification import PlainFp16
+from llm_coreml.verify.weights import Content, Digests
 
 # Rows of a text that plain fp16 is compared on, at least those that an artifact is.
-_COMPARED = 64
+_COMPARED = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +37,7 @@ class ReadText:
         logits: Where a pass begins -> which of its tokens -> the logits after it.
         later: Every state before the start of `plan`, by name; None if the cache is of zeros there.
         plain_fp16: The noise of plain fp16; None if the artifact is not in fp16.
+        contents: What tells each tensor of the model from others, by name.
     """
 
     text: str
@@ -44,6 +46,7 @@ class ReadText:
     logits: Mapping[int, Mapping[int, torch.Tensor]]
     later: Mapping[str, torch.Tensor] | None = None
     plain_fp16: PlainFp16 | None = None
+    contents: Mapping[str, Content] = field(default_factory=dict)
 
     def tokens_of(self, part: Pass) -> list[int]:
         """Return what a pass reads."""
@@ -100,17 +103,29 @@ def read_text(
         texts[plan.start] = Reading(plan.start, late, CachedText(decoder, later))
     halves = _halves(decoder, texts, plan, later) if in_fp16 else {}
     growth = _Growth([(texts[start], half) for start, half in halves.items()])
-    read_together(decoder, [*texts.values(), *halves.values()], growth.note)
+    digests = Digests()
+    read_together(decoder, [*texts.values(), *halves.values()], growth.note, on_weight=digests.add)
+    exact = [texts[start].states[found] for start, found in rows.items()]
+    chosen = _spread(plan, halves, every_row)
+    beside = [texts[start].states[found] for start, found in chosen.items()]
+    rounded = [halves[start].states[found] for start, found in chosen.items()]
+    tied = decoder.lm_head.weight is decoder.embed_tokens.weight
+
+    def note(name: str, weight: torch.Tensor) -> None:
+        digests.add("embed_tokens.weight" if tied else name, weight)
+
+    found = logits_of(decoder, [*exact, *beside], rounded, on_weight=note)
     logits = {
-        start: dict(
-            zip(found, logits_of(decoder, texts[start].states[found]).unbind(), strict=True)
-        )
-        for start, found in rows.items()
+        start: dict(zip(wanted, values.unbind(), strict=True))
+        for (start, wanted), values in zip(rows.items(), found, strict=False)
     }
     plain = None
-    if in_fp16:
-        plain = _noise(decoder, plan, texts, halves, every_row, growth.largest)
-    return ReadText(text, plan, tokens, logits, later.states if natural else None, plain)
+    if halves:
+        count = len(exact)
+        wanted_rows = torch.cat(found[count : count + len(beside)])
+        plain = _noise(wanted_rows, torch.cat(found[count + len(beside) :]), growth.largest)
+    states = later.states if natural else None
+    return ReadText(text, plan, tokens, logits, states, plain, digests.contents(decoder))
 
 
 def _tokens_at(tokens: Sequence[int], start: int, count: int) -> list[int]:
@@ -157,23 +172,18 @@ class _Growth:
         return int(lost[0]) if len(lost) else int(steps.argmax())
 
 
-def _noise(
-    decoder: Decoder,
-    plan: Plan,
-    texts: Mapping[int, Reading],
-    halves: Mapping[int, Reading],
-    every_row: bool,
-    layer: int,
-) -> PlainFp16:
-    rows = compared_rows(plan.declared, every_row)
-    exact, rounded = [], []
+def _spread(plan: Plan, halves: Mapping[int, Reading], every_row: bool) -> dict[int, list[int]]:
+    """Return which rows of each text in plain fp16 are compared.
+
+    With few calls few rows of an artifact are; the largest error of few is a matter of chance.
+    """
+    rows, found = compared_rows(plan.declared, every_row), {}
     for start, half in halves.items():
-        # With few calls few rows are compared; the largest error of few is a matter of chance.
         spread = range(0, len(half.tokens), max(1, len(half.tokens) // _COMPARED))
-        chosen = sorted({*rows[start], *spread})
-        exact.append(texts[start].states[chosen])
-        rounded.append(half.states[chosen])
-    wanted = logits_of(decoder, torch.cat(exact))
-    found = logits_of(decoder, torch.cat(rounded), half=True)
+        found[start] = sorted({*rows[start], *spread})
+    return found
+
+
+def _noise(wanted: torch.Tensor, found: torch.Tensor, layer: int) -> PlainFp16:
     error = float((found - wanted).abs().max() / wanted.abs().max())
     return PlainFp16(len(wanted), error, float(kl_divergence(wanted, found).mean()), layer)

@@ -50,8 +50,8 @@ def test_what_is_read_together_is_what_each_text_says_alone(
     tokens = tokens_for(decoder.spec.vocab_size, CONTEXT)
     # All its past is in the cache of a run from position 0, as programs round it.
     whole = EagerRunner(decoder, "").logits(tokens)
-    torch.testing.assert_close(logits_of(decoder, first.states), whole, rtol=1e-4, atol=1e-5)
-    found = logits_of(decoder, late.states)
+    torch.testing.assert_close(logits_of(decoder, [first.states])[0], whole, rtol=1e-4, atol=1e-5)
+    found = logits_of(decoder, [late.states])[0]
     assert 0 < (found - whole[20:]).abs().max() < 1e-2 * whole.abs().max()
     for name, state in later.states.items():
         cached = dict(decoder.named_buffers())[name.replace("_", ".")]
@@ -77,6 +77,11 @@ def test_a_short_text_stands_in_the_cache_again_and_again(config: dict[str, Any]
     decoder = decoder_of(llama(num_hidden_layers=1, **config), **UNQUANTIZED)
     count, start = 5, 23
     first, late, later = read_late(decoder, count, start)
+    states = {name: state.clone() for name, state in later.states.items()}
+    # Nor does what is read in plain fp16 change it.
+    half = Reading(start, late.tokens, CachedText(decoder, later), half=True)
+    read_together(decoder, [first, half])
+    assert all(state.equal(states[name]) for name, state in later.states.items())
     assert first.states.shape[0] == count and late.states.shape[0] == CONTEXT - start
     # Keys and values of a first layer depend on token and position alone.
     tokens = tokens_for(decoder.spec.vocab_size, count)
