@@ -6,6 +6,7 @@ result = evaluate("out/", model=live_model)    # a model that is not on disk
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +21,14 @@ from llm_coreml.bundle.folder import (
 )
 from llm_coreml.bundle.seal import file_sha256
 from llm_coreml.config import ExportConfig, resolve
-from llm_coreml.errors import CheckpointError, ConfigError
+from llm_coreml.config.values import checked_count
+from llm_coreml.errors import (
+    ArtifactError,
+    CheckpointError,
+    ConfigError,
+    LlmCoreMLError,
+    UnsupportedError,
+)
 from llm_coreml.eval.heldout import read_windows
 from llm_coreml.eval.latency import measure_latency
 from llm_coreml.eval.metrics import METRICS, Metric
@@ -76,8 +84,7 @@ def evaluate(
         CheckpointError: the original is absent, or is another model than was exported.
         ConfigError: the text cannot be used, or the execution asks for what is not there.
     """
-    if tokens < 1:
-        raise ConfigError(f"--tokens is {tokens}; score at least 1.")
+    checked_count("--tokens", tokens)
     progress = progress or Silent()
     progress.stage("open")
     opened = open_bundle(Path(bundle), checked)
@@ -116,24 +123,8 @@ def _originals(
 
     A calibrated one is calibrated again, and left out where the text is not at hand.
     """
-    source = bundle.manifest.source
-    if model is None and source.kind == "live":
-        raise CheckpointError(
-            "This bundle was exported from a model in memory; give the same model with --model "
-            "(a folder where it is saved) or model=, or measure with --artifact-only."
-        )
-    original = bundled_model() if source.kind == "bundled" else source.name
-    revision = source.revision if model is None else None
-    try:
-        opened: Model = open_model(model or original, revision=revision)
-    except CheckpointError as error:
-        if model is not None:
-            raise
-        raise CheckpointError(
-            f"The original is not at hand: {error} Give it with --model, or measure with "
-            "--artifact-only."
-        ) from None
-    if opened.sha256() != source.sha256:
+    opened = _open_original(bundle) if model is None else open_model(model)
+    if opened.sha256() != bundle.manifest.source.sha256:
         raise CheckpointError(
             f"'{opened.source.name}' holds other weights than were exported; give the original "
             "with --model, or measure with --artifact-only."
@@ -146,10 +137,55 @@ def _originals(
     return dict(runners)
 
 
+def _open_original(bundle: Bundle) -> Model:
+    """Open what the manifest names, a folder from here or else beside the bundle.
+
+    Of several folders the one with the weights that were exported is taken.
+    """
+    source = bundle.manifest.source
+    remedy = "Give it with --model, or measure with --artifact-only."
+    if source.kind == "live":
+        raise CheckpointError(
+            "This bundle was exported from a model in memory; give the same model with --model "
+            "(a folder where it is saved) or model=, or measure with --artifact-only."
+        )
+    if source.kind == "bundled":
+        return open_model(bundled_model())
+    reason = ""
+    opened = None
+    for place in [source.name] if source.kind == "hub" else _folders(bundle):
+        try:
+            opened = open_model(place, revision=source.revision)
+        except LlmCoreMLError as error:
+            reason = reason or str(error)
+            continue
+        if opened.sha256() == source.sha256:
+            return opened
+    if opened is not None:
+        return opened
+    reason = reason or f"there is no '{source.name}', neither from here nor beside the bundle."
+    raise CheckpointError(f"The original is not at hand: {reason} {remedy}")
+
+
+def _folders(bundle: Bundle) -> list[Path]:
+    """Return where the folder or file may be that a bundle was exported from, if it is there."""
+    name = Path(os.path.expanduser(bundle.manifest.source.name))
+    beside = bundle.folder.resolve().parent
+    # An absolute name is itself wherever it is looked for.
+    places = dict.fromkeys((name, beside / name, beside / name.name))
+    return [place for place in places if os.path.exists(place)]
+
+
 def _quantized(bundle: Bundle, model: Model, progress: Progress) -> Quantized | None:
     """Quantize a bundle's original again; None where the text of its calibration is not at hand."""
-    job = resolve(ExportConfig.from_json(bundle.manifest.config), model.spec)
-    plan = plan_of(bundle.manifest.plan_json(), job, model.spec)
+    try:
+        job = resolve(ExportConfig.from_json(bundle.manifest.config), model.spec)
+        plan = plan_of(bundle.manifest.plan_json(), job, model.spec)
+    except (ConfigError, UnsupportedError) as error:
+        raise ArtifactError(
+            f"The manifest of '{bundle.folder}' does not fit its model: {error} Export again, or "
+            "measure with --artifact-only."
+        ) from None
     calibration = bundle.manifest.quantization.calibration
     sha256 = None if calibration is None else calibration.sha256
     try:

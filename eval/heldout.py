@@ -82,8 +82,10 @@ def cut(tokens: Sequence[int], window: int, bos_id: int | None, limit: int) -> l
         Windows of at least two tokens.
 
     Raises:
-        ConfigError: fewer than two tokens to look at.
+        ConfigError: fewer than two tokens to look at, or room for fewer.
     """
+    if window < 2:
+        raise ConfigError(f"A context of {window} positions has no room for a token to score.")
     given = [] if bos_id is None else [bos_id]
     windows, start, scored = [], 0, 0
     while scored < limit and start + (not given) < len(tokens):

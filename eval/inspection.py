@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from llm_coreml.config.setting import brief
+from llm_coreml.config.values import checked_count
 from llm_coreml.errors import ConfigError
 from llm_coreml.eval.pair import chunks, read_in_pairs
 from llm_coreml.eval.reading import open_artifact, read_tokens
@@ -133,8 +135,7 @@ def inspect_numerics(
         ConfigError: an argument cannot be used.
     """
     check_threshold(threshold)
-    if top < 0:
-        raise ConfigError(f"--top is {top}; list 0 results or more.")
+    checked_count("--top", top, least=0)
     if against == DECLARED.mode:
         raise ConfigError("--against declared would compare the program with itself.")
     progress = progress or Silent()
@@ -171,8 +172,8 @@ def check_threshold(threshold: float) -> None:
     Raises:
         ConfigError: as said.
     """
-    if not 0 <= threshold < math.inf:
-        raise ConfigError(f"--threshold is {threshold}; give a number of 0 or more.")
+    if not isinstance(threshold, (int, float)) or not 0 <= threshold < math.inf:
+        raise ConfigError(f"--threshold is {brief(threshold)}; give a number of 0 or more.")
 
 
 def halved(execution: Execution) -> Execution:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llm_coreml.bundle.folder import is_bundle, open_bundle
+from llm_coreml.config.values import checked_count
 from llm_coreml.errors import ArtifactError, ConfigError
 from llm_coreml.eval.heldout import cut_to_context, read_windows
 from llm_coreml.reference.program.execution import Execution
@@ -70,10 +71,9 @@ def read_tokens(
         limit: Most tokens to read.
 
     Raises:
-        ConfigError: the file cannot be used, no tokenizer is at hand, or `limit` is below 1.
+        ConfigError: the file cannot be used, no tokenizer is at hand, or `limit` is no count.
     """
-    if limit < 1:
-        raise ConfigError(f"--tokens is {limit}; read at least 1.")
+    checked_count("--tokens", limit)
     if text is not None and ids is not None:
         raise ConfigError("--text and --ids are two sources of tokens; give one of them.")
     context = min(artifact.runner.context for artifact in artifacts)

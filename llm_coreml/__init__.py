@@ -32,6 +32,9 @@ _HOMES = {
     "load": "llm_coreml.bundle.language_model",
 }
 
+# These bring no torch.
+_LIGHT = frozenset({"ExportConfig", "LlmCoreMLError"})
+
 __all__ = [
     "Evaluation",
     "ExportConfig",
@@ -46,7 +49,13 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'llm_coreml' has no attribute '{name}'")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in _LIGHT:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    from llm_coreml.quiet import quiet
+
+    # Each of the libraries below has something to say when it is loaded.
+    with quiet():
+        return getattr(importlib.import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -9,7 +9,7 @@
       VerificationError       8   the artifact does not compute what the model computes
 
 A message is one sentence or two: the value, the rule it breaks, and what to do next.
-Ctrl-C exits with 130.
+Ctrl-C exits with 130, SIGHUP with 129, SIGTERM with 143.
 """
 
 from __future__ import annotations

@@ -14,10 +14,17 @@ from typing import Any
 
 import torch
 
-from llm_coreml.checkpoint import Checkpoint, Source, check_tensors, is_quantized, open_checkpoint
+from llm_coreml.checkpoint import (
+    Checkpoint,
+    Source,
+    check_tensors,
+    expanded,
+    is_quantized,
+    open_checkpoint,
+)
 from llm_coreml.checkpoint.checkpoint import listing
 from llm_coreml.checkpoint.weights_view import FamilyWeights, Weights, expected_tensors
-from llm_coreml.decoder import Decoder, DecoderSpec
+from llm_coreml.decoder import DecoderSpec, skeleton
 from llm_coreml.families import Family, find_family
 from llm_coreml.recipes import BUNDLED, BUNDLED_RECIPE, find_recipe
 
@@ -41,6 +48,12 @@ class Model:
     spec: DecoderSpec
     weights: Weights
     notes: tuple[str, ...] = ()
+
+    def expanded(self) -> Model:
+        """Return the model with quantized matrices seen as values, which can be quantized again."""
+        checkpoint = expanded(self.checkpoint)
+        weights = FamilyWeights(checkpoint, self.family.stored(self.spec))
+        return replace(self, checkpoint=checkpoint, weights=weights)
 
     def sha256(self) -> str:
         """Return the hash of the stored tensors that the decoder is made of."""
@@ -88,14 +101,13 @@ def open_model(
     family = find_family(checkpoint.config)
     spec = _with_true_head(checkpoint, family, family.spec(checkpoint.config))
     stored = family.stored(spec)
-    # A context of one: only names and shapes are asked for.
-    parameters = Decoder(spec, context=1).named_parameters()
+    parameters = skeleton(spec).named_parameters()
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters}
     _check_complete(spec, stored.keys(), shapes.keys())
     beside = check_tensors(checkpoint, expected_tensors(stored, shapes), optional=family.ignored)
     bundled = recipe is not None and recipe.model == BUNDLED
     origin = Source("bundled", BUNDLED_RECIPE) if bundled else checkpoint.source
-    notes = (*checkpoint.notes, *beside)
+    notes = (*checkpoint.notes, *beside, *family.notes(checkpoint.config))
     return Model(origin, checkpoint, family, spec, FamilyWeights(checkpoint, stored), notes)
 
 

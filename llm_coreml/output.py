@@ -21,12 +21,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from llm_coreml.drafts import draft_file, draft_folder, uninterrupted
 from llm_coreml.errors import OutputError
 
-# Where in a draft the temporary files of libraries go.
-SCRATCH = ".scratch"
 # Less than this is a full disk to whoever writes weights.
 _FULL_DISK = 1 << 20
+_PREVIOUS = "previous"
 
 
 @contextlib.contextmanager
@@ -34,22 +34,18 @@ def file_beside(path: Path) -> Iterator[Path]:
     """Give the path of a draft that takes the place of `path` when the block ends well.
 
     Raises:
-        OSError: the draft cannot be renamed.
+        OSError: the draft cannot be made or renamed.
     """
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with draft_file(path.parent) as draft:
         yield draft
         draft.replace(path)
-    finally:
-        with contextlib.suppress(OSError):
-            draft.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def folder_beside(output: Path, check: Callable[[Path], None]) -> Iterator[Path]:
     """Give a draft folder beside `output` that becomes `output` when the block ends well.
 
-    Temporary files of the libraries called inside go into the draft as well, so that nothing is
+    Temporary files of the libraries called inside go beside the draft as well, so that nothing is
     left behind whatever ends the block.
 
     Args:
@@ -59,51 +55,72 @@ def folder_beside(output: Path, check: Callable[[Path], None]) -> Iterator[Path]
     Raises:
         OutputError: the output cannot be written, or the disk is full.
     """
-    output = output.resolve()
-    draft: Path | None = None
-    previous = tempfile.tempdir
+    try:
+        output = output.resolve()
+    except (OSError, RuntimeError) as error:  # how Python tells of links in a circle, by version
+        raise OutputError(f"'{output}' cannot be written: {error}. Give another -o.") from None
     made = [folder for folder in output.parents if not folder.exists()]
+    stack = contextlib.ExitStack()
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-        scratch = draft / SCRATCH
+        place = stack.enter_context(draft_folder(output.parent, rescue=_put_back))
+        draft, scratch = place / "draft", place / "scratch"
+        draft.mkdir()
         scratch.mkdir()
-        tempfile.tempdir = str(scratch)
-        yield draft
-        shutil.rmtree(scratch)
-        draft.chmod(0o755)
+        with _temporary_files_in(scratch):
+            yield draft
         check(output)
-        _replace(output, draft)
+        with uninterrupted():
+            _replace(output, draft)
     except (OSError, RuntimeError, OutputError) as error:
-        failure = _failed_write(error, output, draft)
+        failure = _failed_write(error, output)
         if failure is None:
             raise
         raise failure from None
     finally:
-        tempfile.tempdir = previous
-        if draft is not None:
-            shutil.rmtree(draft, ignore_errors=True)
+        stack.close()
         if not output.exists():
             for folder in made:
                 with contextlib.suppress(OSError):
                     folder.rmdir()
 
 
-def _replace(output: Path, draft: Path) -> None:
-    """Put `draft` in the place of `output`; whatever interrupts it, one of the two is there."""
-    old = draft.with_name(draft.name + ".old")
+@contextlib.contextmanager
+def _temporary_files_in(folder: Path) -> Iterator[None]:
+    previous = tempfile.tempdir
+    tempfile.tempdir = str(folder)
     try:
-        if output.exists():
-            output.rename(old)
+        yield
+    finally:
+        tempfile.tempdir = previous
+
+
+def _replace(output: Path, draft: Path) -> None:
+    """Put `draft` in the place of `output`; unless the process is killed, one of the two is there.
+
+    What is replaced lies in the draft's place under its own name until then, so that it can be put
+    back even by another process.
+    """
+    previous = draft.with_name(_PREVIOUS)
+    previous.mkdir()
+    if output.exists():
+        output.rename(previous / output.name)
+    try:
         draft.rename(output)
     except BaseException:
-        if old.exists() and not output.exists():
-            old.rename(output)
+        _put_back(draft.parent)
         raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
-def _failed_write(error: Exception, output: Path, draft: Path | None) -> OutputError | None:
+def _put_back(place: Path) -> None:
+    """Put an output back of which only the half was done that takes it away."""
+    previous = place / _PREVIOUS
+    for folder in list(previous.iterdir()) if previous.is_dir() else ():
+        if not (place.parent / folder.name).exists():
+            folder.rename(place.parent / folder.name)
+
+
+def _failed_write(error: Exception, output: Path) -> OutputError | None:
     """Return the error to tell if `error` is about a file in the draft, else None."""
     # A layer below says that its file in the draft failed; the user knows of the output alone.
     cause = error.__context__ if isinstance(error, OutputError) else error
@@ -111,11 +128,17 @@ def _failed_write(error: Exception, output: Path, draft: Path | None) -> OutputE
         return None
     # Libraries in C++, and shutil, report a full disk in words of their own.
     number = getattr(cause, "errno", None)
-    if number is None and draft is not None and shutil.disk_usage(draft).free < _FULL_DISK:
+    if number is None and _free(output.parent) < _FULL_DISK:
         number = errno.ENOSPC
     if number is not None:
         return output_error(output, OSError(number, str(cause)))
     return output_error(output, cause) if isinstance(cause, OSError) else None
+
+
+def _free(folder: Path) -> int:
+    """Return the bytes that are free where `folder` is, or would be."""
+    existing = next(each for each in (folder, *folder.parents) if each.exists())
+    return shutil.disk_usage(existing).free
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -129,6 +152,26 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
             draft.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
     except OSError as error:
         raise output_error(path, error) from None
+
+
+def check_name(path: Path) -> None:
+    """Refuse the name of an output that is no text, or that a shell should have replaced.
+
+    Raises:
+        OutputError: as said.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise OutputError(
+            f"'{path}' is a name that is no text, which formats inside of it need; give another."
+        ) from None
+    home = path.parts[0] if path.parts else ""
+    if home.startswith("~") and not os.path.lexists(home):
+        raise OutputError(
+            f"'{path}' begins with '{home}', a home folder that the shell does not know; give the "
+            "whole path."
+        )
 
 
 def check_writable(folder: Path, name: str) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from llm_coreml.artifact.description import Description
+from llm_coreml.bundle.bundled_tokenizer import write_tokenizer
 from llm_coreml.bundle.card import model_card
 from llm_coreml.bundle.failed import keep_failed
 from llm_coreml.bundle.folder import (
@@ -33,7 +34,8 @@ from llm_coreml.bundle.record import make_manifest
 from llm_coreml.bundle.seal import sealed
 from llm_coreml.config import ExportConfig, Job, resolve
 from llm_coreml.decoder import Decoder, DecoderSpec
-from llm_coreml.errors import CheckpointError, UnsupportedError, VerificationError
+from llm_coreml.decoder.states import state_specs
+from llm_coreml.errors import UnsupportedError, VerificationError
 from llm_coreml.lower.forms import form_for
 from llm_coreml.machine import free_memory, trim_memory
 from llm_coreml.model import Model, open_model
@@ -42,14 +44,17 @@ from llm_coreml.progress import Progress, Silent
 from llm_coreml.quantize.cache import WeightCache, default_folder
 from llm_coreml.quantize.calibrate.text import read_content
 from llm_coreml.quantize.plan.choose import plan_without_weights
-from llm_coreml.quantize.plan.imported import refuse_choices
+from llm_coreml.quantize.plan.imported import keeps_codes, left_as_is
 from llm_coreml.quantize.quantized import Quantized, quantize
+from llm_coreml.quiet import quiet
 from llm_coreml.recipes import bundled_model, find_recipe
 from llm_coreml.reference.program.execution import Execution
+from llm_coreml.rules import broken_by_states
 from llm_coreml.runtime.program_runner import program_runner
 from llm_coreml.runtime.reference import ReferenceRunner
 from llm_coreml.targets import BACKENDS
-from llm_coreml.tokenizer import Tokenizer, convert, special_ids
+from llm_coreml.tokenizer import Tokenizer
+from llm_coreml.tokenizer.chat_template import find_template
 from llm_coreml.verify.logits import verify, verify_conversion
 from llm_coreml.verify.passes import plan_passes
 from llm_coreml.verify.reading import ReadText, read_text
@@ -149,13 +154,15 @@ class _Run:
     def check(self, spec: DecoderSpec, quantized: bool) -> None:
         """Refuse settings that cannot work for a model of these sizes."""
         job = resolve(self.config, spec)
-        plan_without_weights(refuse_choices(job) if quantized else job, spec)
+        imported = quantized and keeps_codes(job)
+        plan_without_weights(left_as_is(job) if imported else job, spec)
 
 
 def _write(run: _Run, model: Model, draft: Path, cache: WeightCache) -> None:
     job, progress = resolve(run.config, model.spec), run.progress
-    bos_id, eos_ids = special_ids(model.checkpoint.config, model.checkpoint.generation_config)
-    _write_tokenizer(run, model, draft)
+    _tell_of_the_context(run, model, job)
+    _tell_of_the_states(run, model, job)
+    bos_id, eos_ids = write_tokenizer(model, draft, progress.note)
     quantized = quantize(model, job, draft / TOKENIZER, progress, cache)
     form = form_for(job, model.spec, bos_id, eos_ids)
     free_memory()
@@ -163,30 +170,37 @@ def _write(run: _Run, model: Model, draft: Path, cache: WeightCache) -> None:
     free_memory()
     progress.stage("lower")
     program = draft / PROGRAM
-    form.write(quantized.decoder, program, progress.advance)
+    with quiet():
+        form.write(quantized.decoder, program, progress.advance)
     _check_size(job, program)
     free_memory()
     progress.stage("verify")
     verification = _verify(progress, form.description, quantized.decoder, reading, program)
     manifest = make_manifest(quantized, form.description, program, verification)
-    (draft / CARD).write_text(model_card(manifest))
+    card = model_card(manifest, chat=find_template(draft) is not None)
+    (draft / CARD).write_text(card, encoding="utf-8")
     write_json(draft / MANIFEST, sealed(manifest, draft).to_json())
 
 
-def _write_tokenizer(run: _Run, model: Model, draft: Path) -> None:
-    """Save the tokenizer's files, with a `tokenizer.json` among them if there is any way."""
-    checkpoint = model.checkpoint
-    try:
-        checkpoint.save_tokenizer(draft)
-        if not (draft / TOKENIZER).is_file():
-            files = list(checkpoint.tokenizer_files.values())
-            convert(files[0].parent if files else draft, draft / TOKENIZER)
-    except CheckpointError as error:
-        run.progress.note(f"The bundle will not read or write text: {error}")
-        return
-    tokenizer = Tokenizer(draft / TOKENIZER)
-    if tokenizer.changed:
-        tokenizer.save(draft / TOKENIZER)
+def _tell_of_the_context(run: _Run, model: Model, job: Job) -> None:
+    """Tell of a context that is longer than config.json says."""
+    meant = model.spec.max_position_embeddings
+    if job.shapes.context > meant:
+        run.progress.note(
+            f"config.json names {meant} positions; the {job.shapes.context} of --context rest on "
+            "its linear scaling of RoPE."
+        )
+
+
+def _tell_of_the_states(run: _Run, model: Model, job: Job) -> None:
+    """Tell what is known not to work of such states on the target, before work is done."""
+    shapes = [state.shape for state in state_specs(model.spec, job.shapes.context)]
+    for rule in broken_by_states(job.target, shapes) if BACKENDS[job.backend].has_targets else []:
+        run.progress.note(
+            f"--target {job.target.name}: {rule.sentence}, and this model's are "
+            f"{' and '.join(str(list(shape)) for shape in dict.fromkeys(shapes))}; {rule.instead} "
+            "has no such limit."
+        )
 
 
 def _read(quantized: Quantized, description: Description, draft: Path) -> ReadText:

@@ -1,6 +1,7 @@
 """Text of others, made fit to print: names in a file, words of a user, what a model wrote.
 
 printable(name)      # one line of bounded length: an escape character is printed as x1b
+whole(10**9999)      # "a number of 10000 digits"
 harmless(answer)     # line ends and emoji stay, but nothing that a terminal obeys
 
 Whatever reaches a terminal, a log or a model card from a file or from a command goes through here.
@@ -8,12 +9,14 @@ Whatever reaches a terminal, a log or a model card from a file or from a command
 
 from __future__ import annotations
 
+import math
 import unicodedata
 
 # A whole message, and a cell of a table: each may list a few names.
 MESSAGE = 1000
 CELL = 2000
 _CUT = " ... "
+_DIGITS = 60
 # They turn the order of all that follows on the line.
 _TURNING = {*map(chr, range(0x202A, 0x202F)), *map(chr, range(0x2066, 0x206A))}
 
@@ -44,6 +47,13 @@ def harmless(text: str) -> str:
     be called piece by piece: a character is judged alone.
     """
     return "".join(_escape(letter) if _obeyed(letter) else letter for letter in text)
+
+
+def whole(value: int) -> str:
+    """Return a whole number in digits, or how many it has: Python writes out no thousands."""
+    if abs(value) < 10**_DIGITS:
+        return str(value)
+    return f"a number of {math.floor(value.bit_length() * math.log10(2)) + 1} digits"
 
 
 def _obeyed(letter: str) -> bool:

@@ -3,17 +3,19 @@
     use = Use(target, "iOS18", ("int4-group",), "iOS18", "--embedding")
     for rule in broken(use):
         rule.id, rule.reason, rule.source, remedy(rule, [use])
+    for rule in broken_by_states(target, [(2, 8, 2048, 100)]):
+        rule.id, rule.sentence
 
 The plan refuses what breaks a rule; `llm-coreml show` names the rules that an artifact breaks.
 Facts about hardware come from public reports; this project has no Apple device and has measured
 none of them.
 
-Adding a rule: one record in `RULES`.
+Adding a rule: one record in `RULES`, or in `STATE_RULES` for what a program remembers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -128,6 +130,55 @@ RULES = (
     ),
     TOO_OLD,
 )
+
+
+@dataclass(frozen=True)
+class StateRule:
+    """What is known not to work of the states of a program; all of them are told, none refused.
+
+    Attributes:
+        id: Short name.
+        reason: What happens, without a full stop.
+        source: The public report.
+        instead: What mends it on the command line.
+        check: Whether states of these shapes break the rule.
+    """
+
+    id: str
+    reason: str
+    source: str
+    instead: str
+    check: Callable[[Sequence[Sequence[int]]], bool]
+
+    @property
+    def sentence(self) -> str:
+        """The reason and its source."""
+        return f"{self.reason} ({self.source})"
+
+
+STATE_RULES = (
+    StateRule(
+        "ane-state-width",
+        "the Neural Engine's compiler has been reported to refuse states whose width, which is "
+        "the model's head_dim, is no multiple of 32",
+        "coremltools issue 2631",
+        "--target gpu",
+        lambda shapes: any(shape[-1] % 32 for shape in shapes),
+    ),
+    StateRule(
+        "ane-many-states",
+        "programs with more than two states have been reported to compile for the Neural Engine, "
+        "and to fail when they run",
+        "CoreML-LLM, docs on MLState",
+        "--target gpu",
+        lambda shapes: len(shapes) > 2,
+    ),
+)
+
+
+def broken_by_states(target: Target, shapes: Sequence[Sequence[int]]) -> list[StateRule]:
+    """Return the rules that states of these shapes break on a target."""
+    return [rule for rule in STATE_RULES if target.neural_engine and rule.check(shapes)]
 
 
 def broken(use: Use) -> list[Rule]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -18,6 +19,7 @@ from llm_coreml.checkpoint import Source
 from llm_coreml.config import SECTIONS, ExportConfig, Shapes, resolve, resolve_shapes
 from llm_coreml.config.schema import sections_schema
 from llm_coreml.config.setting import settings_of
+from llm_coreml.config.values import checked_count
 from llm_coreml.errors import ConfigError, LlmCoreMLError, UnsupportedError
 from llm_coreml.rules import Use, refused
 from llm_coreml.targets import MINIMUM_OS, TARGETS, opset_of
@@ -96,7 +98,7 @@ def test_settings_that_break_a_rule(settings: dict[str, Any], message: str) -> N
         ({"seq_lengths": 5}, "seq_lengths is 5; it must be a list, each part a whole number or"),
         ({"seq_lengths": "1,8"}, "seq_lengths is '1,8'; it must be a list, each part a whole"),
         ({"seq_lengths": (1, 8.5)}, "seq_lengths is (1, 8.5); it must be a list, each part a"),
-        ({"embedding": None}, "embedding is None; it must be a text."),
+        ({"group_size": None}, "group_size is None; it must be a whole number."),
         ({"target": None}, "target is None; it must be a text."),
         ({"zero_point": None}, "zero_point is 'None'; it must be none or int or float."),
         ({"plan": Path("p.json")}, "plan is "),
@@ -108,6 +110,41 @@ def test_values_of_another_kind_are_refused(settings: dict[str, Any], message: s
     with pytest.raises(ConfigError) as caught:
         ExportConfig(**settings)
     assert str(caught.value).startswith(message)
+
+
+WHOLE = [each for each in settings_of(ExportConfig) if each.kind is int]
+
+
+@pytest.mark.parametrize("value", [2**63, 10**30, -(10**30), 10**5000, 1e300], ids=range(5))
+@pytest.mark.parametrize("setting", WHOLE, ids=lambda each: each.name)
+def test_numbers_beyond_64_bits_are_refused_in_a_sentence(setting: Any, value: float) -> None:
+    others = {"calibrate": "bundled"} if setting.name == "tune" else {}
+    given = (1, value) if setting.many else value
+    with pytest.raises(ConfigError) as caught:
+        ExportConfig(**{setting.name: given, **others})
+    message = str(caught.value)
+    assert setting.flag in message and len(message) < 300
+
+
+@pytest.mark.parametrize(
+    "value",
+    [0, -1, 2**31, 10**5000, 1.0, True, "1", None, math.nan],
+    ids=range(9),
+)
+def test_counts_that_are_none(value: object) -> None:
+    with pytest.raises(ConfigError, match=r"^--tokens is .*; it must be a whole number from 1 to"):
+        checked_count("--tokens", value)
+    assert checked_count("--top", 0, least=0) == 0
+
+
+def test_every_whole_number_has_a_largest_one() -> None:
+    assert all(each.most is not None for each in WHOLE)
+
+
+@pytest.mark.parametrize("bits", [10**400, -(10**400), math.nan, math.inf, 0, 17, 1e-300])
+def test_bits_that_are_no_width(bits: float) -> None:
+    with pytest.raises(ConfigError, match=r"--bits is .*; Core ML holds weights of 1, 2, 3"):
+        ExportConfig(bits=bits)
 
 
 def test_whole_numbers_are_ints_however_they_were_written() -> None:
@@ -194,6 +231,20 @@ def test_shapes_that_do_not_fit_a_model(
     assert str(caught.value) == message
 
 
+def test_linear_scaling_gives_room_for_a_longer_context() -> None:
+    spec = small_spec(rope_scaling={"type": "linear", "factor": 4.0})
+    assert resolve(ExportConfig(), spec).shapes.context == 64
+    assert resolve(ExportConfig(context=256), spec).shapes.context == 256
+    with pytest.raises(ConfigError, match=r"longer than the 256 positions that .* use 256 or less"):
+        resolve(ExportConfig(context=288), spec)
+
+
+def test_a_cache_beyond_the_memory_is_refused_before_it_is_made() -> None:
+    spec = small_spec(max_position_embeddings=2**31 - 1)
+    with pytest.raises(ConfigError, match=r"needs 1,099\.5 GB for the cache alone"):
+        resolve(ExportConfig(context=2**31 - 32), spec)
+
+
 CONFIGS = st.builds(
     ExportConfig,
     bits=st.sampled_from([None, 1, 2, 3, 4, 6, 8, 16]),
@@ -204,7 +255,7 @@ CONFIGS = st.builds(
     codebook_columns=st.none() | st.integers(1, 64),
     codebook_vector=st.sampled_from([1, 2, 4]),
     codebook_scale=st.booleans(),
-    embedding=st.sampled_from(["int8-channel", "codebook:4", "none"]),
+    embedding=st.sampled_from([None, "int8-channel", "codebook:4", "none"]),
     lm_head=st.sampled_from([None, "codebook:6"]),
     target=st.sampled_from(sorted(TARGETS)),
     minimum_os=st.sampled_from(sorted(MINIMUM_OS)),

@@ -14,7 +14,7 @@ from llm_coreml.quantize.formats.schemes import (
     Scheme,
     TableGroup,
 )
-from llm_coreml.rules import RULES, TOO_OLD, Rule, Use, broken, refused, remedy
+from llm_coreml.rules import RULES, STATE_RULES, TOO_OLD, Rule, Use, broken, refused, remedy
 from llm_coreml.targets import TARGETS
 
 NEW, OLD = "iOS26", "iOS18"
@@ -52,7 +52,10 @@ def test_formats_of_later_systems_are_refused_on_every_target() -> None:
 
 
 def test_every_rule_has_a_name_a_reason_and_a_public_source() -> None:
-    assert len({rule.id for rule in RULES}) == len(RULES)
+    assert len({rule.id for rule in (*RULES, *STATE_RULES)}) == len(RULES) + len(STATE_RULES)
+    for each in STATE_RULES:
+        assert each.id == each.id.lower() and each.instead.startswith("--")
+        assert not each.reason.endswith(".") and each.sentence == f"{each.reason} ({each.source})"
     for rule in RULES:
         assert rule.id == rule.id.lower() and " " not in rule.id
         assert rule.reason and not rule.reason.endswith(".") and rule.source

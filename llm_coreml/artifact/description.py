@@ -8,6 +8,7 @@ and verification read it instead of knowing how one kind of program looks.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +95,13 @@ class Description:
         return tuple(map(int, given)) if isinstance(given, list) else ()
 
     @property
+    def state_shapes(self) -> list[tuple[int, ...]]:
+        """The sizes of what it remembers, which has one size at least."""
+        texts = (text.partition("[")[2] for text in self.states.values())
+        shapes = (tuple(map(int, re.findall(r"\d+", text))) for text in texts)
+        return [shape for shape in shapes if shape]
+
+    @property
     def main(self) -> str:
         """The method that reads single tokens, and so can read everything."""
         return self.method_for(1)
@@ -123,7 +131,8 @@ class Description:
         """
         told = {name: _as_stored(value) for name, value in self.constant_methods.items()}
         for name in sorted(told.keys() | found.keys()):
-            if told.get(name) != found.get(name):
+            # True is 1, and 8.0 is 8, to Python.
+            if repr(told.get(name)) != repr(found.get(name)):
                 raise ArtifactError(
                     f"'{path}' is not what the manifest describes: {name} is "
                     f"{_told(found.get(name))}, not {_told(told.get(name))}. Export again."

@@ -15,11 +15,20 @@ from llm_coreml.bundle.manifest import (
     Tuned,
 )
 from llm_coreml.printable import CELL, printable
+from llm_coreml.rules import broken_by_states
+from llm_coreml.targets import BACKENDS, get_target
 from llm_coreml.verify.verification import Conversion, PlainFp16
 
+_CHAT = "| chat | by the tokenizer's chat template: `llm-coreml generate --chat` |\n"
 
-def model_card(manifest: Manifest) -> str:
-    """Return the `README.md` that goes beside the program described by `manifest`."""
+
+def model_card(manifest: Manifest, chat: bool) -> str:
+    """Return the `README.md` that goes beside the program described by `manifest`.
+
+    Args:
+        manifest: The export.
+        chat: The bundle has a chat template.
+    """
     source, program, target = manifest.source, manifest.program, manifest.target
     stored, checked = manifest.quantization, manifest.verification
     name = printable(source.name)
@@ -52,6 +61,8 @@ head {stored.lm_head.label}{" (tied)" if stored.tied else ""}; \
 | method | `{described.main}({inputs})`, {program.output} |
 | lengths S | {lengths} |
 | context | {program.context} positions; {_remembered(described.states)} |
+{_doubts(manifest)}\
+{_CHAT if chat else ""}\
 
 ## Verification
 
@@ -75,6 +86,16 @@ def _remembered(states: Mapping[str, str]) -> str:
     return f"states inside the program: {told}"
 
 
+def _doubts(manifest: Manifest) -> str:
+    """Return a row of what is known not to work of the program's states on its target."""
+    target = manifest.target
+    if not BACKENDS[target.backend].has_targets:
+        return ""
+    broken = broken_by_states(get_target(target.name), manifest.description.state_shapes)
+    told = "; ".join(rule.sentence for rule in broken)
+    return f"| known of such programs | {told} |\n" if told else ""
+
+
 def _rotation(found: Rotations | None) -> str:
     return "" if found is None else f"| rotated, in the weights | {rotated_spaces(found)} |\n"
 
@@ -94,9 +115,10 @@ def _mix(found: Allocation | None) -> str:
 def _choice(stored: Quantization) -> str:
     if stored.imported is not None:
         return _imported(stored.imported)
+    expanded = f"values of {stored.expanded}, " if stored.expanded else ""
     if stored.calibration is None:
-        return "rounded to nearest"
-    return _calibrated(stored.calibration)
+        return f"{expanded}rounded to nearest"
+    return expanded + _calibrated(stored.calibration)
 
 
 def _imported(found: Import) -> str:

@@ -12,13 +12,12 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import shutil
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from llm_coreml.errors import VerificationError
-from llm_coreml.output import SCRATCH, write_json
+from llm_coreml.output import write_json
 
 FIGURES = "verification.json"
 
@@ -39,9 +38,8 @@ def keep_failed(draft: Path, output: Path, error: VerificationError) -> Verifica
     """
     figures = _figures(error.found)
     write_json(draft / FIGURES, {"error": str(error), "found": figures})
-    shutil.rmtree(draft / SCRATCH, ignore_errors=True)
-    draft.chmod(0o755)
-    place = _free_place(draft.with_name(f"{output.resolve().name}.failed"))
+    resolved = output.resolve()
+    place = _free_place(resolved.with_name(f"{resolved.name}.failed"))
     draft.rename(place)
     kept = f"{error} The file is kept in '{place}', its figures in {FIGURES} there."
     return VerificationError(kept, error.found)

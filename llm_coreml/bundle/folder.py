@@ -11,17 +11,20 @@ What is opened is what was written, byte by byte, unless the caller does not ask
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llm_coreml.bundle.manifest import Manifest
+from llm_coreml.bundle.manifest import File, Manifest
 from llm_coreml.bundle.manifest_file import read_manifest
-from llm_coreml.bundle.seal import check_seal
+from llm_coreml.bundle.seal import check_seal, file_sha256
 from llm_coreml.checkpoint.checkpoint import TOKENIZER_FILES
+from llm_coreml.drafts import remove_dead
 from llm_coreml.errors import ArtifactError, OutputError
-from llm_coreml.output import folder_beside
+from llm_coreml.output import check_name, folder_beside, output_error
+from llm_coreml.printable import printable
 
 PROGRAM = "model.pte"
 MANIFEST = "manifest.json"
@@ -117,32 +120,77 @@ def check_output(output: Path, overwrite: bool) -> None:
     Raises:
         OutputError: as said.
     """
-    if output.exists():
+    check_name(output)
+    try:
+        _check_output(output, overwrite)
+    except OSError as error:
+        raise output_error(output, error) from None
+
+
+def _check_output(output: Path, overwrite: bool) -> None:
+    if os.path.lexists(output):
         if not overwrite:
             raise OutputError(
                 f"'{output}' exists already; give another -o, or --overwrite to replace it."
             )
-        foreign = _foreign_entry(output)
-        if foreign is not None:
+        if os.path.samefile(output, os.curdir):
+            raise OutputError(f"'{output}' is the folder that this runs in; give another -o.")
+        foreign = _foreign_entries(output)
+        if foreign:
+            more = f" and {len(foreign) - 3:,} more" if foreign[3:] else ""
+            told = ", ".join(f"'{printable(name, 60)}'" for name in foreign[:3])
             raise OutputError(
-                f"'{output}' holds '{foreign}', which no export wrote, so --overwrite leaves the "
-                "folder alone; move that file, or give another -o."
+                f"'{output}' holds {told}{more}, which no export wrote, so --overwrite leaves the "
+                "folder alone; move them away, or give another -o."
             )
+    # A name that is too long, or below a folder that nobody may look into, is told by the system.
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        output.stat()
     parent = output.absolute().parent
     existing = next(folder for folder in (parent, *parent.parents) if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise OutputError(f"'{existing}' cannot be written to; give another -o.")
 
 
-def _foreign_entry(output: Path) -> str | None:
-    """Return the name of something at `output` that an export did not write, or None."""
+def _foreign_entries(output: Path) -> list[str]:
+    """Return the names of what is at `output` and no export wrote: all that no manifest lists."""
     if not output.is_dir():
-        return output.name
-    known = {PROGRAM, MANIFEST, RESULTS, CARD, *TOKENIZER_FILES}
-    names = sorted(entry.name for entry in output.iterdir())
-    if names and not (output / PROGRAM).is_file():
-        return names[0]
-    return next((name for name in names if name not in known), None)
+        return [output.name]
+    remove_dead(output)
+    entries = sorted(output.iterdir())
+    try:
+        manifest = read_manifest(output / MANIFEST, checked=False)
+    except ArtifactError:
+        return [entry.name for entry in entries]
+    ours = {MANIFEST} if _is_file(output / MANIFEST) else set()
+    program = manifest.program
+    listed = {program.file: File(program.bytes, program.sha256), **(manifest.files or {})}
+    # Manifests of the first releases list the program alone.
+    beside = () if manifest.files is not None else (CARD, *TOKENIZER_FILES)
+    for entry in entries:
+        if not _is_file(entry):
+            continue
+        file = listed.get(entry.name)
+        if file is not None:
+            free = entry.name in _FREE
+            same = free or (entry.stat().st_size, file_sha256(entry)) == (file.bytes, file.sha256)
+            ours |= {entry.name} if same else set()
+        elif entry.name in beside or (entry.name == RESULTS and _is_evaluation(entry)):
+            ours.add(entry.name)
+    return [entry.name for entry in entries if entry.name not in ours]
+
+
+def _is_file(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
+
+
+def _is_evaluation(path: Path) -> bool:
+    """Say whether an evaluation of ours wrote `path`."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and "program_sha256" in found
 
 
 @contextlib.contextmanager

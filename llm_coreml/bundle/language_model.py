@@ -1,24 +1,31 @@
-"""A bundle, ready to read and write text.
+"""A bundle, ready to read and write text, and to chat.
 
 model = load("out/")
 model.generate("The with statement", max_new_tokens=40)
+model.chat([{"role": "user", "content": "What is a list?"}])
 model.logits(model.encode("def"))             # float32 [tokens, vocab]
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import torch
 
 from llm_coreml.bundle.bundle_runner import open_runner
 from llm_coreml.bundle.folder import open_bundle
+from llm_coreml.bundle.text_stream import TextStream
+from llm_coreml.config.values import checked_count
 from llm_coreml.errors import ArtifactError, ConfigError
 from llm_coreml.reference.program.execution import Execution
 from llm_coreml.runtime.reference import DECLARED
 from llm_coreml.runtime.sampling import Sampler
 from llm_coreml.tokenizer import Tokenizer
+from llm_coreml.tokenizer.chat_template import ChatTemplate, Message, find_template
+from llm_coreml.tokenizer.detokenizer import Detokenizer
+from llm_coreml.tokenizer.special_ids import end_tokens
 
 
 class LanguageModel:
@@ -42,6 +49,7 @@ class LanguageModel:
         bundle = open_bundle(folder, checked)
         self.manifest = bundle.manifest
         self.runner = open_runner(bundle, execution)
+        self._folder = bundle.folder
         self._stop = self.manifest.description.stop_tokens
         self._tokenizer: Tokenizer | None = None
         if bundle.tokenizer.is_file():
@@ -56,6 +64,23 @@ class LanguageModel:
                 "tokens to logits()."
             )
         return self._tokenizer
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """The chat template. Raises ArtifactError if the bundle has none."""
+        template = find_template(self._folder)
+        if template is None:
+            raise ArtifactError(
+                "This bundle has no chat template, as models without tuning for chat have none; "
+                "give generate() a text to continue, or put a chat_template.jinja beside the "
+                "model's tokenizer and export again."
+            )
+        return template
+
+    @cached_property
+    def _turn_ends(self) -> frozenset[int]:
+        """Tokens that end a text or an answer, by the program and by the tokenizer's files."""
+        return frozenset([*self._stop, *end_tokens(self._folder, self.tokenizer).values()])
 
     def encode(self, text: str) -> list[int]:
         """Return the tokens of `text` as the model reads it, its beginning token included."""
@@ -77,6 +102,7 @@ class LanguageModel:
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
+        stop: Sequence[str] = (),
     ) -> str:
         """Return the text that continues `prompt`.
 
@@ -86,13 +112,15 @@ class LanguageModel:
             temperature: 0 takes the most likely token, more draws more freely.
             top_p: Share of probability to draw from.
             seed: Makes draws repeatable.
+            stop: Texts that end it, beside the model's own end tokens; they are left out.
 
         Raises:
             ConfigError: the prompt is longer than the context, or an argument is out of range.
         """
-        return "".join(
-            self.stream(prompt, max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+        stream = self.stream(
+            prompt, max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop
         )
+        return "".join(stream)
 
     def stream(
         self,
@@ -102,20 +130,71 @@ class LanguageModel:
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
-    ) -> Iterator[str]:
-        """Yield the continuation as it is made; arguments as `generate`."""
-        if max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
+        stop: Sequence[str] = (),
+    ) -> TextStream:
+        """Return the continuation, piece by piece as it is made; arguments as `generate`."""
+        checked_count("max_new_tokens", max_new_tokens)
+        sampler, tokens = Sampler(temperature, top_p, seed), self.encode(prompt)
+        made = self.runner.generate(tokens, max_new_tokens, self._stop, sampler)
+        return TextStream(len(tokens), made, Detokenizer(self.tokenizer, after=tokens), stop)
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        max_new_tokens: int | None = None,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+    ) -> str:
+        """Return the assistant's answer to `messages`.
+
+        A conversation goes on by giving it whole, with the answer and the next question at its
+        end: what the cache holds of it already is not read again.
+
+        Args:
+            messages: The conversation so far, each with a `role` and a `content`.
+            max_new_tokens: Most tokens of the answer; None is as many as the context holds.
+            temperature: As for `generate`, as the rest.
+            top_p: Share of probability to draw from.
+            seed: Makes draws repeatable.
+            stop: Texts that end the answer.
+
+        Raises:
+            ArtifactError: the bundle has no chat template, or a damaged one.
+            ConfigError: the template refuses the messages, the conversation is longer than the
+                context, or an argument is out of range.
+        """
+        stream = self.stream_chat(
+            messages, max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop
+        )
+        return "".join(stream)
+
+    def stream_chat(
+        self,
+        messages: Sequence[Message],
+        max_new_tokens: int | None = None,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+    ) -> TextStream:
+        """Return the answer, piece by piece as it is made; arguments as `chat`."""
+        count = self.runner.context if max_new_tokens is None else max_new_tokens
+        checked_count("max_new_tokens", count)
         sampler = Sampler(temperature, top_p, seed)
-        tokens: list[int] = []
-        told = ""
-        for token in self.runner.generate(self.encode(prompt), max_new_tokens, self._stop, sampler):
-            tokens.append(token)
-            text = self.tokenizer.decode(tokens)
-            # A character may take several tokens; until then it decodes to U+FFFD.
-            if not text.endswith("\ufffd"):
-                yield text[len(told) :]
-                told = text
+        # A template writes the beginning token itself where its model wants one.
+        tokens = self.tokenizer.encode(self.template.render(messages))
+        if len(tokens) > self.runner.context:
+            raise ConfigError(
+                f"The conversation is {len(tokens)} tokens long, and the context holds "
+                f"{self.runner.context}; leave out its oldest messages, or export with a larger "
+                "--context."
+            )
+        made = self.runner.generate(tokens, count, tuple(self._turn_ends), sampler, reuse=True)
+        return TextStream(len(tokens), made, Detokenizer(self.tokenizer), stop)
 
 
 def load(

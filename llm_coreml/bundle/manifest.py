@@ -218,7 +218,8 @@ class Quantization:
         calibration: What the codes were chosen on; None if they are rounded to nearest.
         allocation: What mixed formats were chosen on.
         plan: The scheme of every matrix.
-        imported: None unless the checkpoint was quantized already.
+        imported: None unless the checkpoint was quantized already, and taken as it was.
+        expanded: What it was quantized in, if its values were treated as any others.
     """
 
     linear: Group
@@ -232,6 +233,7 @@ class Quantization:
     allocation: Allocation | None = None
     plan: Plan | None = field(default=None, metadata=LEFT_OUT)
     imported: Import | None = field(default=None, metadata=named("import"))
+    expanded: str | None = field(default=None, metadata=LEFT_OUT)
 
 
 @dataclass(frozen=True)

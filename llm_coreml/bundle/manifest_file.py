@@ -53,6 +53,9 @@ def read_manifest(path: Path, checked: bool) -> Manifest:
         raise ArtifactError(
             f"'{path}' has been changed since it was written: its checksum is another's. {REMEDY}"
         )
+    wrong = _contradiction(recorded["program"]) if checked else None
+    if wrong is not None:
+        raise ArtifactError(f"'{path}' contradicts itself at {wrong}. {REMEDY}")
     return Manifest.from_json(recorded)
 
 
@@ -96,3 +99,19 @@ def _complaint(recorded: Mapping[str, Any]) -> str | None:
     except (ConfigError, UnsupportedError) as wrong:
         return f"$.config: {str(wrong).rstrip('.')}"
     return None
+
+
+def _contradiction(program: Mapping[str, Any]) -> str | None:
+    """Return where the main method is told twice, and not alike; early releases tell it once."""
+    if "methods" not in program:
+        return None
+    main = program["methods"].get(program["method"])
+    if main is None:
+        return f"$.program.method: there is no method {brief(program['method'])}"
+    again = {
+        "inputs": dict(text.partition(" ")[::2] for text in main["inputs"]),
+        "output": main["output"],
+        "seq_lengths": main["seq_lengths"],
+    }
+    wrong = next((name for name, value in again.items() if program[name] != value), None)
+    return None if wrong is None else f"$.program.{wrong}: it is another than its method's"

@@ -35,7 +35,7 @@ from llm_coreml.quantize.calibrate.text import CalibrationText
 from llm_coreml.quantize.calibrate.tune import Tuning
 from llm_coreml.quantize.formats.schemes import Scheme
 from llm_coreml.quantize.plan.choose import Measured
-from llm_coreml.quantize.plan.imported import ImportReport, import_report
+from llm_coreml.quantize.plan.imported import ImportReport, import_report, quantized_in
 from llm_coreml.quantize.plan.plan import QuantizationPlan, matrices
 from llm_coreml.quantize.plan.plan_file import plan_json
 from llm_coreml.quantize.quantized import Quantized
@@ -63,7 +63,7 @@ def make_manifest(
     model, job, plan = quantized.model, quantized.job, quantized.plan
     source, dequantized = model.source, BACKENDS[description.backend].stores_dense
     table = (model.spec.vocab_size, model.spec.hidden_size)
-    measured = quantized.measured
+    measured, report = quantized.measured, import_report(model.checkpoint)
     losses = {} if measured is None else measured.losses
     return Manifest(
         version=MANIFEST_VERSION,
@@ -82,7 +82,8 @@ def make_manifest(
             calibration=_calibration(quantized.calibration, quantized.tuning),
             allocation=None if measured is None else _allocation(measured),
             plan=read_record(Plan, plan_json(plan, model.spec, losses)),
-            imported=_import(import_report(model.checkpoint)),
+            imported=_import(report),
+            expanded=None if report is not None else quantized_in(model.checkpoint),
         ),
         program=_program(description, program),
         target=_target(job),

@@ -8,6 +8,7 @@ unpickled, and no code of a checkpoint is run. A new format of quantized checkpo
 
 from llm_coreml.checkpoint.checkpoint import Checkpoint as Checkpoint
 from llm_coreml.checkpoint.checkpoint import Source as Source
+from llm_coreml.checkpoint.opening import expanded as expanded
 from llm_coreml.checkpoint.opening import is_quantized as is_quantized
 from llm_coreml.checkpoint.opening import open_checkpoint as open_checkpoint
 from llm_coreml.checkpoint.promise import check_tensors as check_tensors

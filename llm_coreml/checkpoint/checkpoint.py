@@ -109,12 +109,17 @@ class Checkpoint(abc.ABC):
 
         Raises:
             CheckpointError: There is no tokenizer.
+            UnsupportedError: A file of it is a link out of its folder.
             OutputError: The files cannot be written.
         """
 
     def contents(self, name: str) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the stored tensors that make up `name`, each under its own name."""
         yield name, self.stored(name)
+
+    def quantized(self) -> Mapping[str, str]:
+        """Return what each quantized matrix is stored as, by name; reads no tensor."""
+        return MappingProxyType({})
 
     def forms(self) -> Mapping[str, PackedForm]:
         """Return how each quantized matrix is stored, by name. Raises CheckpointError."""

@@ -22,7 +22,8 @@ from safetensors import SafetensorError, safe_open
 from llm_coreml.checkpoint.checkpoint import TOKENIZER_FILES, Checkpoint, Source, listing, quoted
 from llm_coreml.checkpoint.conversions import SAVE, conversion_of, folder_conversion
 from llm_coreml.checkpoint.layouts import ordinary_names
-from llm_coreml.checkpoint.packed import find_formats
+from llm_coreml.checkpoint.links import refuse_foreign_link
+from llm_coreml.checkpoint.packed import names_quantization
 from llm_coreml.errors import (
     CheckpointError,
     LlmCoreMLError,
@@ -31,12 +32,15 @@ from llm_coreml.errors import (
     nearest,
 )
 from llm_coreml.lfs import require_fetched
+from llm_coreml.printable import printable
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+# Where a tool wrote its settings before transformers knew it, and the tool.
+QUANTIZERS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 ADAPTER = "adapter_model.safetensors"
 
 _DTYPES = {
@@ -68,6 +72,18 @@ class Entry:
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
+
+    def read(self) -> torch.Tensor:
+        """Return the tensor from the mapped file, not to be written to. Raises CheckpointError."""
+        # Opened anew for each read: a mapping that is kept would keep its pages, shard after shard.
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                tensor: torch.Tensor = file.get_tensor(self.name)
+        except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+            raise CheckpointError(
+                f"'{self.name}' cannot be read from {self.path}: {error}. Download the file again."
+            ) from error
+        return tensor
 
 
 @final
@@ -104,16 +120,7 @@ class FileCheckpoint(Checkpoint):
 
     def stored(self, name: str) -> torch.Tensor:
         """Return `name` from the memory-mapped file; a write to it would reach later reads."""
-        path, stored = self._entry(name).path, self._entry(name).name
-        # Opened anew for each read: a mapping that is kept would keep its pages, shard after shard.
-        try:
-            with safe_open(path, framework="pt") as file:
-                tensor: torch.Tensor = file.get_tensor(stored)
-        except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-            raise CheckpointError(
-                f"'{name}' cannot be read from {path}: {error}. Download the file again."
-            ) from error
-        return tensor
+        return self._entry(name).read()
 
     def save_tokenizer(self, folder: Path) -> dict[str, Path]:
         """Copy the tokenizer's files and generation_config.json into `folder`."""
@@ -146,6 +153,7 @@ def copy_tokenizer(files: Mapping[str, Path], folder: Path, source: str) -> dict
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, path in files.items():
+            refuse_foreign_link(path)
             shutil.copyfile(path, written[name])
     except OSError as error:
         raise OutputError(
@@ -167,7 +175,7 @@ def open_folder(folder: Path, source: Source) -> FileCheckpoint:
     generation = folder / GENERATION_CONFIG
     weight_map = read_weight_map(folder)
     files = [WEIGHTS] if weight_map is None else sorted(set(weight_map.values()))
-    headers = {file: _read_header(folder / file) for file in files}
+    headers = {file: read_header(folder / file) for file in files}
     if weight_map is None:
         entries = headers[WEIGHTS]
     else:
@@ -192,7 +200,7 @@ def open_folder(folder: Path, source: Source) -> FileCheckpoint:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Return the parsed config.json of `folder`, after `check_config`.
+    """Return the parsed config.json of `folder`, with a quantizer's own settings if it has none.
 
     Raises:
         CheckpointError: The file is absent, not a JSON object, or has no `model_type`.
@@ -208,17 +216,19 @@ def read_config(folder: Path) -> dict[str, Any]:
         )
     config = read_json(path)
     check_config(config, str(path))
+    for name, method in QUANTIZERS.items():
+        if (folder / name).is_file() and not names_quantization(config):
+            config["quantization_config"] = {"quant_method": method, **read_json(folder / name)}
     return config
 
 
 def check_config(config: dict[str, Any], where: str) -> None:
-    """Raise unless `config` names its `model_type`, and a known format if it is quantized."""
+    """Raise CheckpointError unless `config` names its `model_type`."""
     if not isinstance(config.get("model_type"), str):
         raise CheckpointError(
             f"{where} has no model_type, so its family is unknown. "
             "Use the config.json that model.save_pretrained(folder) writes."
         )
-    find_formats(config, where)
 
 
 def read_weight_map(folder: Path) -> dict[str, str] | None:
@@ -257,7 +267,7 @@ def _no_weights(folder: Path) -> LlmCoreMLError:
     """Return the error for a folder that has neither weights nor an index."""
     files = sorted(path.name for path in folder.glob("*.safetensors") if path.name != ADAPTER)
     for name in files:
-        answer = conversion_of(_read_header(folder / name))
+        answer = conversion_of(read_header(folder / name))
         if answer:
             return UnsupportedError(f"{folder / name} holds tensors {answer}")
     if files:
@@ -276,13 +286,15 @@ def _no_weights(folder: Path) -> LlmCoreMLError:
 
 def _refuse_adapter(folder: Path) -> None:
     if (folder / ADAPTER_CONFIG).is_file():
+        base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+        told = f" {printable(repr(base), 100)}" if base else ""
         raise UnsupportedError(
-            f"{folder} holds an adapter without its base model. Merge it first: "
+            f"{folder} holds an adapter without its base model{told}. Merge it first: "
             "AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...)."
         )
 
 
-def _read_header(path: Path) -> dict[str, Entry]:
+def read_header(path: Path) -> dict[str, Entry]:
     """Return the tensors that the header of one safetensors file lists."""
     if not path.is_file():
         raise CheckpointError(

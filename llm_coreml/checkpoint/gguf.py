@@ -1,16 +1,19 @@
-"""A checkpoint in one GGUF file, with config.json and the tokenizer beside it.
+"""A checkpoint in one GGUF file, or in the parts of one.
 
-Tensors are given the names that `transformers` has for them. llama.cpp rotates pairs of neighbours
-where `transformers` rotates halves, and reorders the rows of q and k for that; this is undone, by
-whole rows of blocks.
+config.json and the tokenizer beside it are taken where they are, else both are made from the file's
+own metadata. Tensors are given the names that `transformers` has for them. llama.cpp rotates pairs
+of neighbours where `transformers` rotates halves, and reorders the rows of q and k for that; this
+is undone, by whole rows of blocks.
 
-    llm-coreml export ./llama/model-Q4_0.gguf -o out
+    llm-coreml export ./model-Q4_0.gguf -o out
 """
 
 from __future__ import annotations
 
+import json
 import math
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,19 +22,26 @@ from typing import Any, final
 import numpy as np
 import torch
 
-from llm_coreml.checkpoint.checkpoint import Checkpoint, Source
+from llm_coreml.checkpoint.checkpoint import TOKENIZER_FILES, Checkpoint, Source
 from llm_coreml.checkpoint.files import (
+    CONFIG,
     GENERATION_CONFIG,
     copy_tokenizer,
     find_tokenizer,
     read_config,
     read_json,
 )
-from llm_coreml.checkpoint.gguf_header import Header, Octets, TensorInfo, read_header
+from llm_coreml.checkpoint.gguf_config import (
+    ARCHITECTURE,
+    config_of,
+    special_tokens,
+    with_scaling,
+)
+from llm_coreml.checkpoint.gguf_files import GGUFFile, open_parts
+from llm_coreml.checkpoint.gguf_header import TensorInfo
+from llm_coreml.checkpoint.gguf_tokenizer import write_tokenizer
 from llm_coreml.checkpoint.packed.blocks import BLOCKS
-from llm_coreml.errors import CheckpointError, UnsupportedError, nearest
-
-SUFFIX = ".gguf"
+from llm_coreml.errors import CheckpointError, OutputError, UnsupportedError, nearest
 
 _PLAIN = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
 _TOP = {
@@ -50,27 +60,26 @@ _PARTS = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-# Made from config.json here.
-_IGNORED = ("rope_freqs.weight",)
+# Part of the configuration.
+_FREQUENCIES = "rope_freqs.weight"
+# Any of these is a tokenizer.
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class GGUFCheckpoint(Checkpoint):
-    """The tensors of a GGUF file; a quantized one is named after its type, as its only part.
+    """The tensors of GGUF files; a quantized one is named after its type, as its only part.
 
     Attributes:
-        path: The file.
-        header: What it says of itself.
+        files: The parts of the model, in order; the first has the metadata.
     """
 
     config: dict[str, Any]
     generation_config: dict[str, Any]
     source: Source
     tokenizer_files: dict[str, Path]
-    path: Path
-    header: Header = field(repr=False)
-    octets: Octets = field(repr=False)
+    files: tuple[GGUFFile, ...] = field(repr=False)
 
     def names(self) -> frozenset[str]:
         """Return the names of all tensors."""
@@ -82,7 +91,7 @@ class GGUFCheckpoint(Checkpoint):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of `name`; of a quantized matrix rows and bytes of a row."""
-        info = self._info(name)
+        _, info = self._info(name)
         if info.kind in _PLAIN:
             return info.shape
         form = BLOCKS[info.kind]
@@ -90,82 +99,75 @@ class GGUFCheckpoint(Checkpoint):
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the stored type of `name`."""
-        return _PLAIN.get(self._info(name).kind, torch.uint8)
+        return _PLAIN.get(self._info(name)[1].kind, torch.uint8)
 
     def where(self, name: str) -> str:
         """Return the name of the file."""
-        self._info(name)
-        return self.path.name
+        return self._info(name)[0].path.name
 
     def stored(self, name: str) -> torch.Tensor:
         """Return `name` from the mapped file, rows of q and k in the order of `transformers`."""
-        info, dtype, shape = self._info(name), self.dtype(name), self.shape(name)
-        start = self.header.start + info.offset
-        octets = self.octets[start : start + math.prod(shape) * dtype.itemsize]
-        if start % dtype.itemsize:
-            octets = octets.copy()
-        found = torch.from_numpy(octets).view(dtype).view(shape)
+        file, info = self._info(name)
+        shape = self.shape(name)
+        found = _read(file, info, self.dtype(name), shape)
         heads = self._heads(name)
         if heads is None:
             return found
         if shape[0] % (2 * heads):
             raise CheckpointError(
-                f"'{name}' in {self.path} has {shape[0]} rows, which {heads} heads do not divide. "
+                f"'{name}' in {file.path} has {shape[0]} rows, which {heads} heads do not divide. "
                 "Download the file again."
             )
         return found.view(heads, -1, 2, *shape[1:]).transpose(1, 2).reshape(shape)
 
     def save_tokenizer(self, folder: Path) -> dict[str, Path]:
-        """Copy the tokenizer's files into `folder`."""
-        return copy_tokenizer(self.tokenizer_files, folder, self.source.name)
+        """Copy the tokenizer's files into `folder`, or make them from the metadata."""
+        if any(name in self.tokenizer_files for name in _TOKENIZERS):
+            return copy_tokenizer(self.tokenizer_files, folder, self.source.name)
+        try:
+            write_tokenizer(self.files[0].path, self._metadata, folder)
+            generation = self.generation_config or special_tokens(self._metadata)
+            text = json.dumps(generation, indent=2, sort_keys=True) + "\n"
+            (folder / GENERATION_CONFIG).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise OutputError(
+                f"The tokenizer cannot be written to {folder}: {error}. "
+                "Give a folder that can be written."
+            ) from error
+        return {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
+
+    @property
+    def _metadata(self) -> Mapping[str, Any]:
+        return self.files[0].header.metadata
 
     @cached_property
-    def _infos(self) -> dict[str, TensorInfo]:
-        found = {}
-        for name, info in self.header.tensors.items():
-            if name not in _IGNORED:
-                self._check(name, info)
+    def _infos(self) -> dict[str, tuple[GGUFFile, TensorInfo]]:
+        found: dict[str, tuple[GGUFFile, TensorInfo]] = {}
+        for file in self.files:
+            for name, info in file.header.tensors.items():
+                if name == _FREQUENCIES:
+                    continue
+                _check(file, name, info)
                 module, _, suffix = _translate(name).rpartition(".")
-                found[f"{module}.{BLOCKS[info.kind].name if info.kind in BLOCKS else suffix}"] = (
-                    info
-                )
+                named = f"{module}.{BLOCKS[info.kind].name if info.kind in BLOCKS else suffix}"
+                if named in found:
+                    raise CheckpointError(
+                        f"Both {found[named][0].path} and {file.path} hold '{name}'. Download the "
+                        "parts again, from one model."
+                    )
+                found[named] = (file, info)
         return found
 
-    def _info(self, name: str) -> TensorInfo:
+    def _info(self, name: str) -> tuple[GGUFFile, TensorInfo]:
         if name not in self._infos:
             raise CheckpointError(
                 f"'{self.source.name}' has no tensor '{name}'.{nearest(name, self._infos)}"
             )
         return self._infos[name]
 
-    def _check(self, name: str, info: TensorInfo) -> None:
-        """Refuse a type that cannot be read, and bytes that are not there."""
-        if info.kind not in _PLAIN and info.kind not in BLOCKS:
-            known = ", ".join(form.name for form in BLOCKS.values())
-            raise UnsupportedError(
-                f"'{name}' in {self.path} is stored as type {info.kind} of GGUF; {known}, F32, F16 "
-                "and BF16 can be read. Give a file in one of these, or the unquantized checkpoint."
-            )
-        count, size = math.prod(info.shape), 0
-        if info.kind in _PLAIN:
-            size = count * _PLAIN[info.kind].itemsize
-        else:
-            form = BLOCKS[info.kind]
-            if info.shape[-1] % form.elements:
-                raise CheckpointError(
-                    f"'{name}' in {self.path} has rows of {info.shape[-1]}, which blocks of "
-                    f"{form.elements} do not divide. Download the file again."
-                )
-            size = count // form.elements * form.size
-        if self.header.start + info.offset + size > len(self.octets):
-            raise CheckpointError(
-                f"{self.path} ends after {len(self.octets)} bytes, before the end of '{name}'. "
-                "Download it again."
-            )
-
     def _heads(self, name: str) -> int | None:
         """Return how many heads the rows of `name` are to be put in order for, None for most."""
-        metadata, key = self.header.metadata, "llama.attention.head_count"
+        metadata, key = self._metadata, f"{ARCHITECTURE}.attention.head_count"
         wanted = self.config.get("num_attention_heads")
         if ".q_proj." in name:
             heads = metadata.get(key)
@@ -176,47 +178,114 @@ class GGUFCheckpoint(Checkpoint):
             return None
         if not isinstance(heads, int) or heads < 1:
             raise CheckpointError(
-                f"{self.path} gives {key} = {heads!r}; it must be a number of heads. Download the "
-                "file again."
+                f"{self.files[0].path} gives {key} = {heads!r}; it must be a number of heads. "
+                "Download the file again."
             )
         if heads != wanted:
             raise CheckpointError(
-                f"{self.path} orders the rows of '{name}' for {heads} heads, and config.json gives "
-                f"{wanted}; put the config.json of this model beside the file."
+                f"{self.files[0].path} orders the rows of '{name}' for {heads} heads, and "
+                f"config.json gives {wanted}; put the config.json of this model beside the file."
             )
         return heads
 
 
-def open_gguf(path: Path, source: Source) -> GGUFCheckpoint:
+def open_gguf(
+    path: Path, source: Source, judge: Callable[[dict[str, Any]], None] = lambda _: None
+) -> GGUFCheckpoint:
     """Read the header of a GGUF file, and config.json beside it; no tensor data.
 
+    Args:
+        path: The file, or any of the parts of one.
+        source: Where it came from.
+        judge: Given the configuration before anything else is looked at; raises to refuse it.
+
     Raises:
-        CheckpointError: config.json is absent, or the file is damaged.
+        CheckpointError: the file is damaged, a part is absent, or metadata is missing.
         UnsupportedError: it holds another architecture, or a type that cannot be read.
     """
-    folder = path.parent
-    try:
-        # Copied where written to, which nobody does: torch warns of memory that it may not write.
-        octets = np.memmap(path, np.uint8, mode="c")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}. Download it again.") from error
-    header = read_header(path, octets)
-    architecture = header.metadata.get("general.architecture")
-    if architecture != "llama":
+    folder, files = path.parent, open_parts(path)
+    first = files[0]
+    shapes = {}
+    for file in files:
+        for name, info in file.header.tensors.items():
+            _check_size(file, name, info)
+            shapes[name] = info.shape
+    if (folder / CONFIG).is_file():
+        config = read_config(folder)
+    else:
+        config = config_of(first.header.metadata, shapes, first.path)
+    config["quantization_config"] = {"quant_method": "gguf"}
+    judge(config)
+    architecture = first.header.metadata.get("general.architecture")
+    if architecture != ARCHITECTURE:
         raise UnsupportedError(
-            f"{path} holds a model of architecture {architecture!r}; of GGUF files only 'llama' is "
-            "read. Give the safetensors that it was made from."
+            f"{path} holds a model of architecture {architecture!r}; of GGUF files only "
+            f"'{ARCHITECTURE}' is read. Give the safetensors that it was made from."
         )
+    for file in files:
+        if _FREQUENCIES in file.header.tensors:
+            with_scaling(config, _factors(file), file.path)
+            judge(config)
     generation = folder / GENERATION_CONFIG
     return GGUFCheckpoint(
-        config={**read_config(folder), "quantization_config": {"quant_method": "gguf"}},
+        config=config,
         generation_config=read_json(generation) if generation.is_file() else {},
         source=source,
         tokenizer_files=find_tokenizer(folder),
-        path=path,
-        header=header,
-        octets=octets,
+        files=files,
     )
+
+
+def _factors(file: GGUFFile) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Return what RoPE's frequencies are divided by, fp64."""
+    info = file.header.tensors[_FREQUENCIES]
+    _check(file, _FREQUENCIES, info)
+    if info.kind not in _PLAIN or len(info.shape) != 1 or 0 in info.shape:
+        raise CheckpointError(
+            f"'{_FREQUENCIES}' in {file.path} is no row of numbers. Download the file again."
+        )
+    return _read(file, info, _PLAIN[info.kind], info.shape).to(torch.float64).numpy()
+
+
+def _read(
+    file: GGUFFile, info: TensorInfo, dtype: torch.dtype, shape: tuple[int, ...]
+) -> torch.Tensor:
+    start = file.header.start + info.offset
+    octets = file.octets[start : start + math.prod(shape) * dtype.itemsize]
+    if start % dtype.itemsize:
+        octets = octets.copy()
+    return torch.from_numpy(octets).view(dtype).view(shape)
+
+
+def _check(file: GGUFFile, name: str, info: TensorInfo) -> None:
+    """Refuse a type that cannot be read, or whose blocks do not fit."""
+    if info.kind not in _PLAIN and info.kind not in BLOCKS:
+        known = ", ".join(form.name for form in BLOCKS.values())
+        raise UnsupportedError(
+            f"'{name}' in {file.path} is stored as type {info.kind} of GGUF; {known}, F32, F16 "
+            "and BF16 can be read. Give a file in one of these (llama-quantize --allow-requantize "
+            "makes a Q8_0 of most), or the unquantized checkpoint."
+        )
+    if info.kind in BLOCKS and info.shape[-1] % BLOCKS[info.kind].elements:
+        raise CheckpointError(
+            f"'{name}' in {file.path} has rows of {info.shape[-1]}, which blocks of "
+            f"{BLOCKS[info.kind].elements} do not divide. Download the file again."
+        )
+
+
+def _check_size(file: GGUFFile, name: str, info: TensorInfo) -> None:
+    """Refuse bytes that are not there; of a type that is not known, at least one for 8 numbers."""
+    count = math.prod(info.shape)
+    size = count // 8
+    if info.kind in _PLAIN:
+        size = count * _PLAIN[info.kind].itemsize
+    elif info.kind in BLOCKS:
+        size = count // BLOCKS[info.kind].elements * BLOCKS[info.kind].size
+    if file.header.start + info.offset + size > len(file.octets):
+        raise CheckpointError(
+            f"{file.path} ends after {len(file.octets)} bytes, before the end of '{name}'. "
+            "Download it again."
+        )
 
 
 def _translate(name: str) -> str:

@@ -20,7 +20,7 @@ import numpy as np
 from llm_coreml.errors import CheckpointError
 from llm_coreml.lfs import require_fetched
 
-_MAGIC = b"GGUF"
+MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _ALIGNMENT = 32
 _STRING, _ARRAY = 8, 9
@@ -53,7 +53,8 @@ class Header:
     """What a file says of itself.
 
     Attributes:
-        metadata: Numbers and strings by name; of an array only how many elements it has.
+        metadata: Numbers and strings by name; of an array only how many elements it has, and of
+            one of strings how many bytes the longest takes.
         tensors: By name.
         start: Where the data begins.
     """
@@ -72,7 +73,7 @@ def read_header(path: Path, octets: Octets) -> Header:
     require_fetched(path)
     reader = _Reader(octets)
     try:
-        if bytes(octets[:4]) != _MAGIC:
+        if bytes(octets[:4]) != MAGIC:
             raise ValueError("it does not begin with GGUF")
         reader.at = 4
         version = reader.number("I")
@@ -127,8 +128,10 @@ class _Reader:
             self.take(count * struct.calcsize(f"<{_NUMBERS[inner]}"))
         elif inner == _STRING:
             # Each takes a length of eight bytes at least, so the file's end bounds the loop.
+            longest = 0
             for _ in range(count):
-                self.take(self.number("Q"))
+                longest = max(longest, len(self.take(self.number("Q"))))
+            return {"elements": count, "longest": longest}
         else:
             raise ValueError(f"it has an array of type {inner}")
         return {"elements": count}

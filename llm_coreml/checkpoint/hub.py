@@ -18,15 +18,19 @@ from llm_coreml.checkpoint.files import (
     ADAPTER_CONFIG,
     CONFIG,
     INDEX,
+    QUANTIZERS,
     WEIGHTS,
     FileCheckpoint,
     open_folder,
     read_config,
+    read_json,
     read_weight_map,
 )
-from llm_coreml.errors import CheckpointError
+from llm_coreml.checkpoint.packed import find_formats
+from llm_coreml.errors import CheckpointError, UnsupportedError
+from llm_coreml.printable import printable
 
-_SMALL_FILES = (CONFIG, ADAPTER_CONFIG, INDEX, *TOKENIZER_FILES)
+_SMALL_FILES = (CONFIG, ADAPTER_CONFIG, INDEX, *QUANTIZERS, *TOKENIZER_FILES)
 
 
 def open_hub(
@@ -46,16 +50,39 @@ def open_hub(
     Raises:
         CheckpointError: It cannot be fetched, or what was fetched is damaged.
         UnsupportedError: The weights are quantized in an unknown way, or the repository holds
-            only an adapter.
+            an adapter.
     """
     folder = _fetch(repo, revision, local_files_only, _SMALL_FILES)
-    judge(read_config(folder))
+    if not (folder / CONFIG).is_file() and not (folder / ADAPTER_CONFIG).is_file():
+        raise CheckpointError(
+            f"'{repo}' has no config.json. Where it holds GGUF files, fetch one, which is enough "
+            f"alone, and give its path: hf download {repo} FILE.gguf --local-dir ."
+        )
+    config = read_config(folder)
+    judge(config)
+    _refuse_both(repo, folder)
+    find_formats(config, CONFIG)  # a format that cannot be read, before gigabytes of it
     # The cache names a snapshot's folder after its commit: both fetches see the same one.
     commit = folder.name
     weight_map = read_weight_map(folder) if (folder / INDEX).is_file() else None
     weights = sorted(set(weight_map.values())) if weight_map else [WEIGHTS]
     folder = _fetch(repo, commit, local_files_only, (*_SMALL_FILES, *weights))
     return open_folder(folder, Source("hub", repo, commit))
+
+
+def _refuse_both(repo: str, folder: Path) -> None:
+    """Refuse a repository that holds an adapter and a whole model: one may hold the other already.
+
+    transformers takes neither's part: it puts the adapter on the model that the adapter names.
+    """
+    if (folder / ADAPTER_CONFIG).is_file():
+        base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+        raise UnsupportedError(
+            f"'{repo}' holds an adapter for {printable(repr(base), 100)} and a whole model, and "
+            f"which is meant cannot be told. Download it: hf download {repo} --local-dir FOLDER. "
+            f"Remove {ADAPTER_CONFIG} from FOLDER if its weights hold the adapter already, or "
+            "leave it there if they do not, and give FOLDER."
+        )
 
 
 def _fetch(repo: str, revision: str | None, local_files_only: bool, files: tuple[str, ...]) -> Path:

@@ -18,6 +18,7 @@ import torch
 from llm_coreml.checkpoint.checkpoint import TOKENIZER_FILES, Checkpoint, Source
 from llm_coreml.checkpoint.files import GENERATION_CONFIG, check_config
 from llm_coreml.checkpoint.layouts import ordinary_names
+from llm_coreml.checkpoint.live_tokenizer import check_live_tokenizer, save_live_tokenizer
 from llm_coreml.errors import CheckpointError, OutputError, UnsupportedError, nearest
 
 _WHERE = "the live model"
@@ -31,7 +32,7 @@ class LiveCheckpoint(Checkpoint):
     Attributes:
         tensors: Tensors by name, one per storage. They are the model's: never written to.
         aliases: Each further name of such a tensor, and its name in `tensors`.
-        tokenizer: The live tokenizer, or None.
+        tokenizer: The tokenizer, in a form that `live_tokenizer` knows, or None.
     """
 
     config: dict[str, Any]
@@ -81,7 +82,7 @@ class LiveCheckpoint(Checkpoint):
             )
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self.tokenizer.save_pretrained(str(folder))
+            save_live_tokenizer(self.tokenizer, folder)
             if self.generation_config:
                 text = json.dumps(self.generation_config, indent=2, sort_keys=True) + "\n"
                 (folder / GENERATION_CONFIG).write_text(text, encoding="utf-8")
@@ -99,13 +100,12 @@ def open_live(model: torch.nn.Module, tokenizer: Any) -> LiveCheckpoint:
     Raises:
         CheckpointError: It is not a `transformers` model, or its weights are not in memory.
         UnsupportedError: It carries PEFT adapters or quantized weights.
+        ConfigError: `tokenizer` is none.
     """
+    if tokenizer is not None:
+        check_live_tokenizer(tokenizer)
     kind = type(model).__name__
-    if _has_adapters(model):
-        raise UnsupportedError(
-            f"{kind} carries PEFT adapters, which cannot be exported yet. "
-            "Merge them first: model = model.merge_and_unload()."
-        )
+    _refuse_adapters(model)
     config = getattr(model, "config", None)
     if not callable(getattr(config, "to_json_string", None)):
         raise CheckpointError(
@@ -135,9 +135,28 @@ def open_live(model: torch.nn.Module, tokenizer: Any) -> LiveCheckpoint:
     )
 
 
-def _has_adapters(model: torch.nn.Module) -> bool:
-    from_peft = any(cls.__module__.split(".")[0] == "peft" for cls in type(model).__mro__)
-    return from_peft or bool(getattr(model, "_hf_peft_config_loaded", False))
+def _refuse_adapters(model: torch.nn.Module) -> None:
+    """Raise UnsupportedError for PEFT adapters, with advice that the model's class can follow."""
+    kind, merge = type(model).__name__, "Merge them first: "
+    if any(cls.__module__.split(".")[0] == "peft" for cls in type(model).__mro__):
+        # A PeftModel hands on what its kind of adapter can do.
+        if callable(getattr(model, "merge_and_unload", None)):
+            advice = f"{merge}model = model.merge_and_unload()."
+        else:
+            advice = "They are of a kind that cannot be merged: give the model without them."
+    elif getattr(model, "_hf_peft_config_loaded", False):
+        advice = (
+            f"{merge}model.save_pretrained(folder) writes the adapter alone; load the model again "
+            "without it, then model = PeftModel.from_pretrained(model, folder).merge_and_unload()."
+        )
+    elif any(".base_layer." in name for name in model.state_dict()):
+        advice = (
+            f"{merge}model = peft_model.merge_and_unload(), where peft_model is the PeftModel that "
+            "this model is inside of."
+        )
+    else:
+        return
+    raise UnsupportedError(f"{kind} carries PEFT adapters, which are not exported. {advice}")
 
 
 def _untie(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

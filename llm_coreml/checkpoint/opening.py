@@ -8,21 +8,26 @@ never asks where weights come from.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from llm_coreml.checkpoint.checkpoint import Checkpoint, Source
+from llm_coreml.checkpoint.adapters import with_adapter
+from llm_coreml.checkpoint.checkpoint import WEIGHT_DTYPES, Checkpoint, Source
 from llm_coreml.checkpoint.files import open_folder
-from llm_coreml.checkpoint.gguf import SUFFIX, open_gguf
+from llm_coreml.checkpoint.gguf import open_gguf
+from llm_coreml.checkpoint.gguf_files import is_gguf, only_model
 from llm_coreml.checkpoint.hub import open_hub
 from llm_coreml.checkpoint.live import open_live
-from llm_coreml.checkpoint.packed import PackedCheckpoint, find_formats
+from llm_coreml.checkpoint.packed import PackedCheckpoint, find_formats, names_quantization
 from llm_coreml.errors import CheckpointError, ConfigError
+
+_Opened = TypeVar("_Opened", bound=Checkpoint)
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 
@@ -65,31 +70,44 @@ def open_checkpoint(
     if isinstance(source, torch.nn.Module):
         return _judged(open_live(source, tokenizer), judge)
     if file is not None:
-        return _unpacked(_judged(open_gguf(file, Source("folder", str(source))), judge))
+        return _unpacked(open_gguf(file, Source("folder", str(source)), judge))
     if folder is not None:
-        return _unpacked(_judged(open_folder(folder, Source("folder", str(source))), judge))
+        files = open_folder(folder, Source("folder", str(source)))
+        return _unpacked(with_adapter(folder, _judged(files, judge)))
     if isinstance(source, str) and _HUB_ID.fullmatch(source):
         return _unpacked(open_hub(source, revision, local_files_only, judge))
     raise CheckpointError(
-        f"{str(source)!r} is neither an existing folder, a hub id (org/name) nor a live model. "
+        f"{str(source)!r} is neither an existing folder, a hub id (org/name) nor a live model, nor "
+        "an existing .gguf file. "
         "Check the path, or write the id in full."
     )
 
 
-def _judged(checkpoint: Checkpoint, judge: Callable[[dict[str, Any]], None]) -> Checkpoint:
+def _judged(checkpoint: _Opened, judge: Callable[[dict[str, Any]], None]) -> _Opened:
     judge(checkpoint.config)
     return checkpoint
 
 
 def is_quantized(config: dict[str, Any]) -> bool:
     """Say whether a configuration is that of matrices which are quantized already."""
-    return bool(find_formats(config, "config.json"))
+    return names_quantization(config)
+
+
+def expanded(checkpoint: Checkpoint) -> Checkpoint:
+    """Return a checkpoint that gives quantized matrices as values only."""
+    if isinstance(checkpoint, PackedCheckpoint):
+        return dataclasses.replace(checkpoint, as_values=True)
+    return checkpoint
 
 
 def _unpacked(files: Checkpoint) -> Checkpoint:
     """Return files whose matrices are quantized as a checkpoint of matrices."""
-    formats = find_formats(files.config, "config.json")
-    return PackedCheckpoint(files, formats) if formats else files
+    if not names_quantization(files.config):
+        return files
+    # Weights are what counts: settings stay behind where a model was merged or dequantized.
+    if all(files.dtype(name) in WEIGHT_DTYPES for name in files.names()):
+        return PackedCheckpoint(files, ())
+    return PackedCheckpoint(files, find_formats(files.config, "config.json"))
 
 
 def _as_gguf(source: object) -> Path | None:
@@ -97,16 +115,11 @@ def _as_gguf(source: object) -> Path | None:
     if not isinstance(source, (str, Path)):
         return None
     path = Path(os.path.expanduser(source))
-    if path.suffix == SUFFIX and path.is_file():
+    if is_gguf(path):
         return path
-    if not str(source).strip() or not path.is_dir() or any(path.glob("*.safetensors*")):
+    if not str(source).strip() or not os.path.isdir(path) or any(path.glob("*.safetensors*")):
         return None
-    files = sorted(path.glob(f"*{SUFFIX}"))
-    if len(files) > 1:
-        raise CheckpointError(
-            f"{path} holds {len(files)} GGUF files; give the path of one, such as {files[0]}."
-        )
-    return files[0] if files else None
+    return only_model(path)
 
 
 def _as_folder(source: object) -> Path | None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from llm_coreml.checkpoint.checkpoint import WEIGHT_DTYPES, Checkpoint, listing, quoted, type_name
 from llm_coreml.checkpoint.conversions import conversion_of
 from llm_coreml.checkpoint.layouts import HEAD_WEIGHT, TABLE_WEIGHT
-from llm_coreml.checkpoint.packed import find_formats
+from llm_coreml.checkpoint.packed import names_quantization
 from llm_coreml.errors import CheckpointError, UnsupportedError
 
 Shape = tuple[int, ...]
@@ -87,7 +87,7 @@ def check_tensors(
             "ZeRO-3 saved its placeholders; get the weights by python zero_to_fp32.py . FOLDER "
             "--safe_serialization, in the folder of the training."
         )
-    quantized = bool(find_formats(checkpoint.config, "config.json"))
+    quantized = names_quantization(checkpoint.config)
     answer = conversion_of(found.surplus, quantized)
     if answer:
         raise UnsupportedError(f"{source} holds tensors {answer}")

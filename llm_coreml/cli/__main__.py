@@ -1,6 +1,26 @@
-"""`python -m llm_coreml.cli` is the command `llm-coreml`."""
+"""The process `llm-coreml`, which is also `python -m llm_coreml.cli`."""
 
-from llm_coreml.cli.main import main
+from __future__ import annotations
+
+import sys
+
+from llm_coreml.cli import process
+
+
+def run() -> None:
+    """Run the command line as a process of its own, and exit with its code."""
+    process.begin()
+    try:
+        # Takes a tenth of a second, in which Ctrl-C may come as well.
+        from llm_coreml.cli.main import main
+
+        main()
+    except KeyboardInterrupt:
+        print("Interrupted; nothing was written.", file=sys.stderr)
+        sys.exit(process.INTERRUPTION.code)
+    finally:
+        process.end()
+
 
 if __name__ == "__main__":
-    main()
+    run()

@@ -12,6 +12,7 @@ from llm_coreml.cli.options import (
     PATH,
     VERBOSE,
 )
+from llm_coreml.cli.process import INTERRUPTION
 from llm_coreml.cli.settings import given_settings, settings_options
 from llm_coreml.config import ExportConfig
 
@@ -73,22 +74,40 @@ def export_command(
             screen.progress.note(
                 "Exporting the small Llama that ships in the package; --model takes any other."
             )
+        from llm_coreml.bundle.folder import open_bundle
         from llm_coreml.cli.tables import export_table
         from llm_coreml.pipeline import export
 
-        bundle = export(
-            source,
-            output=folder,
-            config=config,
-            overwrite=overwrite,
-            revision=revision,
-            local_files_only=local_files_only,
-            cache=cache or not no_cache,
-            progress=screen.progress,
-        )
+        before = _identity(folder)
+        try:
+            bundle = export(
+                source,
+                output=folder,
+                config=config,
+                overwrite=overwrite,
+                revision=revision,
+                local_files_only=local_files_only,
+                cache=cache or not no_cache,
+                progress=screen.progress,
+            )
+        except KeyboardInterrupt:
+            # It counts as done once it is in its place.
+            if _identity(folder) in (None, before):
+                raise
+            INTERRUPTION.finish()
+            bundle = open_bundle(folder)
         peak = peak_memory()
         told = {**bundle.manifest.to_json(), "peak_memory_bytes": peak}
         screen.show(form, told, lambda: export_table(bundle.manifest, str(folder), peak))
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Return what tells the folder at `path` from another that takes its place, None for none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _config(call: click.Context, model: str | None, given: str | None) -> ExportConfig:

@@ -1,4 +1,4 @@
-"""`llm-coreml generate`: continue a text."""
+"""`llm-coreml generate`: continue a text, or answer messages."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import click
 
 from llm_coreml.cli.options import (
     DEVICE,
+    FORMAT,
     MODE,
     PATH,
     UNCHECKED,
@@ -17,37 +18,58 @@ from llm_coreml.cli.options import (
 
 @click.command("generate")
 @click.argument("bundle", type=PATH)
-@click.option("--prompt", "-p", required=True, help="Text to continue.")
-@click.option("--max-new-tokens", type=int, default=64, show_default=True)
+@click.option("--prompt", "-p", help="Text to continue, or the message to answer with --chat.")
+@click.option(
+    "--chat",
+    is_flag=True,
+    help="Answer by the model's chat template: --prompt, else every line of stdin in turn.",
+)
+@click.option("--system", help="With --chat: what the model is told before the first message.")
+@click.option(
+    "--max-new-tokens",
+    type=int,
+    help="Most tokens to add.  [default: 64; with --chat as many as the context holds]",
+)
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--top-p", type=float, default=1.0, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--stop", multiple=True, help="Text that ends the output; may be given repeatedly.")
 @MODE
 @DEVICE
 @UNCHECKED
+@FORMAT
 @VERBOSE
 def generate_command(
     bundle: Path,
-    prompt: str,
-    max_new_tokens: int,
+    prompt: str | None,
+    chat: bool,
+    system: str | None,
+    max_new_tokens: int | None,
     temperature: float,
     top_p: float,
     seed: int,
+    stop: tuple[str, ...],
     mode: str,
     device: str,
     unchecked: bool,
+    form: str,
     verbose: bool,
 ) -> None:
-    """Continue a text with the program inside the .pte, on this machine."""
+    """Continue a text with the program inside the .pte, on this machine, or chat with it."""
     from llm_coreml.cli.terminal import terminal
 
+    if prompt is None and not chat:
+        raise click.UsageError("Give --prompt a text to continue, or --chat.")
+    if system is not None and not chat:
+        raise click.UsageError("--system belongs to --chat; a text to continue has no such part.")
     with terminal(verbose) as screen:
         from llm_coreml.bundle.language_model import load
+        from llm_coreml.cli.conversation import Asked, Conversation, continue_text
         from llm_coreml.reference.program.execution import Execution
 
-        pieces = load(bundle, Execution(mode, device), not unchecked).stream(
-            prompt, max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
-        )
-        for piece in pieces:
-            click.echo(piece, file=screen.result.file, nl=False)
-        click.echo(file=screen.result.file)
+        model = load(bundle, Execution(mode, device), not unchecked)
+        asked = Asked(max_new_tokens, temperature, top_p, seed, stop)
+        if chat:
+            Conversation(model, screen, asked, form, system).run(prompt)
+        elif prompt is not None:
+            continue_text(model, screen, asked, form, prompt)

@@ -9,6 +9,7 @@ happen inside the commands, so that `--help` is quick.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import sys
 import traceback
@@ -21,6 +22,7 @@ from llm_coreml.cli.export import export_command
 from llm_coreml.cli.generate import generate_command
 from llm_coreml.cli.inspect import inspect_command
 from llm_coreml.cli.listing import ls_command
+from llm_coreml.cli.process import INTERRUPTION, check_folder
 from llm_coreml.cli.run import run_command
 from llm_coreml.cli.show import show_command
 from llm_coreml.errors import LlmCoreMLError
@@ -45,8 +47,9 @@ def cli() -> None:
 
     \b
     Exit codes: 0 done, 1 other error, 2 usage, 4 checkpoint, 5 unsupported, 6 output,
-    7 artifact, 8 verification, 130 interrupted.
+    7 artifact, 8 verification, 130 interrupted (129 by SIGHUP, 143 by SIGTERM).
     """
+    check_folder()
 
 
 for command in (
@@ -67,34 +70,68 @@ def main() -> None:
     keep_one_heap()
     try:
         code = cli.main(standalone_mode=False) or 0
-    except click.ClickException as error:
-        _show(error)
-        code = error.exit_code
-    except LlmCoreMLError as error:
-        click.echo(f"Error: {error}", err=True)
-        code = error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("Interrupted; nothing was written.", err=True)
-        code = 130
-    except Exception as error:
-        if "-v" in sys.argv or "--verbose" in sys.argv:
-            traceback.print_exc()
-        click.echo(
-            f"Error: an unexpected {type(error).__name__} in llm-coreml: "
-            f"{printable(str(error), MESSAGE)}. Run again with -v for the traceback, and please "
-            "report it.",
-            err=True,
-        )
-        code = 1
+        INTERRUPTION.finish()
+    except SystemExit as ended:  # click's way when nobody reads what is printed any more
+        code = ended.code
+    except BaseException as error:
+        code = _tell(error)
     if code:
         # Open temporary files of a failed library find their folder gone; nobody needs to know.
         sys.unraisablehook = lambda _: None
     sys.exit(code)
 
 
-def _show(error: click.ClickException) -> None:
-    """Print what click has to say; its message may quote what the user wrote."""
+def _tell(error: BaseException) -> int:
+    """Print what ended a command in a sentence, and return the exit code."""
+    interrupted = isinstance(error, (click.Abort, KeyboardInterrupt))
+    # Libraries make errors of their own of what interrupts them.
+    if interrupted or INTERRUPTION.number is not None:
+        code = INTERRUPTION.code
+        INTERRUPTION.finish()
+        _print("Interrupted; nothing was written.")
+        return code
+    INTERRUPTION.finish()
+    if isinstance(error, click.ClickException):
+        _print(_usage(error))
+        return error.exit_code
+    if isinstance(error, LlmCoreMLError):
+        _print(f"Error: {error}")
+        return error.exit_code
+    if "-v" in sys.argv or "--verbose" in sys.argv:
+        with contextlib.suppress(OSError):
+            traceback.print_exception(error)
+    _print(f"Error: {_unforeseen(error)}")
+    return 1
+
+
+def _print(text: str) -> None:
+    """Print to stderr, if there is anybody to read it."""
+    with contextlib.suppress(OSError):
+        click.echo(text, err=True)
+
+
+def _usage(error: click.ClickException) -> str:
+    """Return what click has to say; its message may quote what the user wrote."""
     with io.StringIO() as shown:
         error.show(shown)
         usage, mark, message = shown.getvalue().rstrip().partition("Error: ")
-    click.echo(usage + mark + printable(message, MESSAGE), err=True)
+    return usage + mark + printable(message, MESSAGE)
+
+
+def _unforeseen(error: BaseException) -> str:
+    """Return a sentence about what nobody foresaw."""
+    told = printable(str(error), MESSAGE)
+    if isinstance(error, MemoryError):
+        return (
+            f"the machine's memory is not enough{f' ({told})' if told else ''}. Close other "
+            "programs, or give a smaller model."
+        )
+    if isinstance(error, UnicodeEncodeError) and "surrogates" in error.reason:
+        return f"'{printable(str(error.object))}' is a name that is no text; give another to it."
+    if isinstance(error, OSError) and error.strerror:
+        where = f"'{printable(str(error.filename))}': " if error.filename else ""
+        return f"{where}{error.strerror}. The system refuses it; run again with -v to see where."
+    return (
+        f"an unexpected {type(error).__name__} in llm-coreml: {told}. Run again with -v for the "
+        "traceback, and please report it."
+    )

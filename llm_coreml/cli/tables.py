@@ -81,6 +81,7 @@ def _export_rows(manifest: Manifest, folder: str) -> dict[str, str]:
         **_allocation_row(stored.allocation),
         **_calibration_row(stored.calibration),
         **_import_row(stored.imported),
+        **({"expanded from": stored.expanded} if stored.expanded else {}),
         "embedding, head": f"{stored.embedding.label}, {stored.lm_head.label}{tied}",
         "target": f"{target.backend}, {target.compute_unit}, {target.minimum_os}, "
         f"{target.compute_precision}",
@@ -267,7 +268,7 @@ def contents_table(found: Contents) -> Group:
         ]
     if found.rules:
         rows = {
-            name: f"{rule.matrices} matrices: {rule.reason} ({rule.source}); give {rule.flag}"
+            name: f"{_counted(rule.matrices)}{rule.reason} ({rule.source}); give {rule.flag}"
             for name, rule in found.rules.items()
         }
         parts += [listing_table("breaks the rules", rows), Text("")]
@@ -278,6 +279,10 @@ def contents_table(found: Contents) -> Group:
             title = f"{method}: {delegate.backend}, {delegate.bytes:,} bytes"
             parts += [Text(""), listing_table(title, _delegate_rows(delegate))]
     return Group(*parts)
+
+
+def _counted(matrices: int) -> str:
+    return f"{matrices} matrices: " if matrices else ""
 
 
 def _delegate_rows(delegate: DelegateContents) -> dict[str, str]:

@@ -7,41 +7,25 @@ is printed by `screen.show`.
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TextIO
+from typing import Any
 
 from rich.console import Console, RenderableType
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from llm_coreml.cli.options import print_json
-from llm_coreml.printable import MESSAGE, printable
+from llm_coreml.cli.process import INTERRUPTION, own_temporary_files
+from llm_coreml.cli.stages import Stages
+from llm_coreml.drafts import uninterrupted
+from llm_coreml.errors import OutputError
 
-_LABELS = {
-    "open": "opening the checkpoint",
-    "allocate": "measuring what each format costs",
-    "quantize": "reading and quantizing weights",
-    "calibrate": "reading and calibrating weights",
-    "tune": "tuning scales and tables",
-    "lower": "lowering to an ExecuTorch program",
-    "verify": "verifying the artifact",
-    "score": "scoring text",
-    "time": "timing calls",
-    "watch": "watching every operation",
-    "compare": "comparing every operation",
-}
+# Columns of a table, where $COLUMNS leaves no room for one.
+_NARROWEST, _WIDTH = 20, 80
 
 
 @dataclass(frozen=True)
@@ -66,6 +50,7 @@ class Screen:
             value: The result for machines.
             table: Makes the one for people.
         """
+        INTERRUPTION.finish()
         self.progress.close()
         if form == "json":
             print_json(self.result.file, value)
@@ -73,65 +58,32 @@ class Screen:
             self.result.print(table())
 
 
-class Stages:
-    """Draws stages as bars with the time left on a terminal, else a line with the time taken."""
+class _Results(io.TextIOWrapper):
+    """A stream for results: whoever asked for them must know that they are not there."""
 
-    def __init__(self, file: TextIO) -> None:
-        self._console = Console(file=file, highlight=False, soft_wrap=True, markup=False)
-        self._bars: Progress | None = None
-        self._task: TaskID | None = None
-        self._name, self._start = "", 0.0
-        if self._console.is_terminal:
-            self._bars = Progress(
-                TextColumn("{task.description:<32}"),
-                BarColumn(bar_width=30),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(compact=True),
-                console=self._console,
-                # rich would lift what others print out of the descriptors that hide it.
-                redirect_stdout=False,
-                redirect_stderr=False,
-            )
-            self._bars.start()
+    def write(self, text: str) -> int:
+        """Write, and say in a sentence why it cannot be done."""
+        try:
+            return super().write(text)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise OutputError(f"The result cannot be printed: {error.strerror}.") from None
 
-    def stage(self, name: str) -> None:
-        """Begin a stage."""
-        self._finish()
-        self._name, self._start = _LABELS.get(name, name), time.monotonic()
-        if self._bars is not None:
-            self._task = self._bars.add_task(self._name, total=None)
-        else:
-            self._console.print(f"{self._name} ...", end="")
 
-    def advance(self, share: float) -> None:
-        """Move the bar; the first call gives the stage an end."""
-        if self._bars is not None and self._task is not None:
-            self._bars.update(self._task, total=1.0, completed=share)
+class _Notices(io.TextIOWrapper):
+    """A stream for progress, which goes on when nobody can read it."""
 
-    def note(self, text: str) -> None:
-        """Print a line above the bars."""
-        if self._name and self._bars is None:
-            self._console.print()
-        self._console.print(printable(text, MESSAGE))
+    def write(self, text: str) -> int:
+        """Write if it can be done."""
+        with contextlib.suppress(OSError):
+            return super().write(text)
+        return len(text)
 
-    def close(self, finished: bool = True) -> None:
-        """End the last stage, or leave it as it is if it was not finished."""
-        if finished:
-            self._finish()
-        elif self._name and self._bars is None:
-            self._console.print()
-        self._name = ""
-        if self._bars is not None:
-            self._bars.stop()
-
-    def _finish(self) -> None:
-        if not self._name:
-            return
-        if self._bars is not None and self._task is not None:
-            self._bars.update(self._task, total=1.0, completed=1.0)
-        else:
-            self._console.print(f" {time.monotonic() - self._start:.1f} s")
-        self._name = ""
+    def flush(self) -> None:
+        """Flush if it can be done."""
+        with contextlib.suppress(OSError):
+            super().flush()
 
 
 @contextlib.contextmanager
@@ -140,30 +92,43 @@ def terminal(verbose: bool) -> Iterator[Screen]:
 
     torch, coremltools and ExecuTorch print from Python and from C++, so the process's own
     descriptors are pointed elsewhere, and the screen writes to copies of them.
+
+    Raises:
+        OutputError: what is printed as a result cannot be written.
     """
     sys.stdout.flush()
-    sys.stderr.flush()
+    _flush_notices()
     saved = [os.dup(1), os.dup(2)]
     # What a terminal's encoding lacks is printed as its escape.
-    out = os.fdopen(os.dup(saved[0]), "w", buffering=1, errors="backslashreplace")
-    err = os.fdopen(os.dup(saved[1]), "w", buffering=1, errors="backslashreplace")
+    out, err = (
+        kind(os.fdopen(os.dup(copy), "wb"), errors="backslashreplace", line_buffering=True)
+        for kind, copy in zip((_Results, _Notices), saved, strict=True)
+    )
     console = Console(file=out, highlight=False, soft_wrap=True, markup=False)
+    if console.width < _NARROWEST:
+        console.width = _WIDTH
     screen = Screen(console, Stages(err))
     finished = False
     try:
-        with _hidden(verbose):
+        with _hidden(verbose), own_temporary_files():
             yield screen
         finished = True
     finally:
-        screen.progress.close(finished)
-        sys.stdout.flush()
+        with uninterrupted():
+            screen.progress.close(finished)
+            sys.stdout.flush()
+            _flush_notices()
+            for copy, descriptor in zip(saved, (1, 2), strict=True):
+                os.dup2(copy, descriptor)
+                os.close(copy)
+            for file in (out, err):
+                with contextlib.suppress(OSError, OutputError):
+                    file.close()
+
+
+def _flush_notices() -> None:
+    with contextlib.suppress(OSError):
         sys.stderr.flush()
-        for copy, descriptor in zip(saved, (1, 2), strict=True):
-            os.dup2(copy, descriptor)
-            os.close(copy)
-        for file in (out, err):
-            with contextlib.suppress(BrokenPipeError):
-                file.close()
 
 
 @contextlib.contextmanager

@@ -7,13 +7,14 @@ job.weights.group_size                  # a section, where there is nothing left
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from llm_coreml.config.export_config import ExportConfig
 from llm_coreml.config.sections import CalibrationSettings, WeightSettings
 from llm_coreml.config.values import CONTEXT_MULTIPLE, DEFAULT_CONTEXT, DEFAULT_SEQ_LENGTHS
 from llm_coreml.errors import ConfigError
+from llm_coreml.machine import machine_memory
 from llm_coreml.targets import BACKENDS, PRECISIONS, Precision, Target, get_target, opset_of
 
 if TYPE_CHECKING:  # the decoder's package would bring torch
@@ -70,12 +71,14 @@ def resolve(config: ExportConfig, spec: DecoderSpec) -> Job:
     """Decide what settings mean for a model, and check them against it.
 
     Raises:
-        ConfigError: a context beyond the model's, or a length beyond the context.
+        ConfigError: a context beyond the model's or beyond this machine's memory, or a length
+            beyond the context.
     """
     target, backend = get_target(config.target), BACKENDS[config.backend]
+    weights = config.section(WeightSettings)
     return Job(
         config=config,
-        weights=config.section(WeightSettings),
+        weights=replace(weights, embedding=weights.table),
         calibration=config.section(CalibrationSettings),
         target=target,
         minimum_os=config.minimum_os,
@@ -84,23 +87,33 @@ def resolve(config: ExportConfig, spec: DecoderSpec) -> Job:
         backend=config.backend,
         attention=target.attention if backend.fused_attention else "decomposed",
         logits=config.logits,
-        shapes=resolve_shapes(config, spec.max_position_embeddings),
+        shapes=_fitting(
+            resolve_shapes(config, spec.max_position_embeddings, spec.longest_context), spec
+        ),
         force=config.force,
     )
 
 
-def resolve_shapes(config: ExportConfig, max_position_embeddings: int) -> Shapes:
+def resolve_shapes(
+    config: ExportConfig, max_position_embeddings: int, longest_context: int | None = None
+) -> Shapes:
     """Fill in the defaults of context and lengths for a model, and check them against it.
+
+    Args:
+        config: Settings.
+        max_position_embeddings: The longest context that the model is meant for.
+        longest_context: The longest that can be asked for, if that is more.
 
     Raises:
         ConfigError: a context beyond the model's, or a length beyond the context.
     """
     longest = max_position_embeddings - max_position_embeddings % CONTEXT_MULTIPLE
     context = config.context or min(DEFAULT_CONTEXT, longest)
-    if context > max_position_embeddings:
+    most = max(max_position_embeddings, longest_context or 0)
+    if context > most:
         raise ConfigError(
-            f"--context {context} is longer than the {max_position_embeddings} positions that "
-            f"the model was trained for; use {longest} or less."
+            f"--context {context} is longer than the {most} positions that the model was trained "
+            f"for; use {most - most % CONTEXT_MULTIPLE} or less."
         )
     if context < CONTEXT_MULTIPLE:
         raise ConfigError(
@@ -116,3 +129,17 @@ def resolve_shapes(config: ExportConfig, max_position_embeddings: int) -> Shapes
                 "drop it or raise --context."
             )
     return Shapes(context, tuple(sorted(config.seq_lengths)))
+
+
+def _fitting(shapes: Shapes, spec: DecoderSpec) -> Shapes:
+    """Return shapes. Raises ConfigError if the decoder's cache would not fit this machine."""
+    sizes = [layer.mixer.remembers for layer in spec.layers]
+    # Keys and values, which the decoder holds in fp32.
+    needed = shapes.context * sum(2 * 4 * size.heads * size.head_dim for size in sizes)
+    if needed > machine_memory():
+        raise ConfigError(
+            f"A context of {shapes.context} positions needs {needed / 1e9:,.1f} GB for the cache "
+            f"alone, and this machine has {machine_memory() / 1e9:,.1f} GB; give a smaller "
+            "--context."
+        )
+    return shapes

@@ -16,6 +16,10 @@ from llm_coreml.config.values import (
     DEFAULT_CODEBOOK_ROWS,
     DEFAULT_CONTEXT,
     DEFAULT_SEQ_LENGTHS,
+    DEFAULT_TABLE,
+    MOST_BYTES,
+    MOST_POSITIONS,
+    MOST_STEPS,
     checked_bits,
     checked_context,
     checked_lengths,
@@ -65,7 +69,11 @@ class WeightSettings(Section):
         check=checked_bits,
     )
     size: int | None = setting(
-        None, "Mix formats to fit: 600MB, 1.2GB.", metavar="BYTES", read=read_bytes
+        None,
+        "Mix formats to fit: 600MB, 1.2GB.",
+        metavar="BYTES",
+        read=read_bytes,
+        most=MOST_BYTES,
     )
     plan: str | None = setting(
         None, "Formats of an earlier export: its manifest.json.", metavar="FILE"
@@ -73,17 +81,27 @@ class WeightSettings(Section):
     scheme: str | None = setting(
         None, "Weight format, see `llm-coreml ls`; the target's by default."
     )
-    group_size: int = setting(32, "int4-group and such: inputs.")
+    group_size: int = setting(32, "int4-group and such: inputs.", least=1, most=MOST_POSITIONS)
     zero_point: Literal["none", "int", "float"] = setting(
         "none", "Integer formats: what is subtracted from codes, one for every scale."
     )
     codebook_rows: int | None = setting(
-        None, "codebook: rows per table.", shown=str(DEFAULT_CODEBOOK_ROWS)
+        None,
+        "codebook: rows per table.",
+        shown=str(DEFAULT_CODEBOOK_ROWS),
+        least=1,
+        most=MOST_POSITIONS,
     )
-    codebook_columns: int | None = setting(None, "codebook: inputs per table.", shown="all")
-    codebook_vector: int = setting(1, "codebook: rows per entry.")
+    codebook_columns: int | None = setting(
+        None, "codebook: inputs per table.", shown="all", least=1, most=MOST_POSITIONS
+    )
+    codebook_vector: int = setting(1, "codebook: rows per entry.", least=1, most=MOST_POSITIONS)
     codebook_scale: bool = setting(False, "codebook: a factor for each row.")
-    embedding: str = setting("int8-channel", "Scheme of the token table.")
+    embedding: str | None = setting(
+        None,
+        "Scheme of the token table.",
+        shown=f"{DEFAULT_TABLE}; none beside --scheme none or --bits 16",
+    )
     lm_head: str | None = setting(None, "Scheme of the output head; the token table's by default.")
     rotate: Rotate = setting(
         "none",
@@ -102,11 +120,19 @@ class WeightSettings(Section):
             own = getattr(self, name)
             for other in decided_by(name, own):
                 value, flag = getattr(self, other), settings[other].flag
-                if value != settings[other].default:
+                # Earlier releases recorded the usual table beside a plan, too.
+                usual = DEFAULT_TABLE if other == "embedding" else None
+                if value not in (settings[other].default, usual):
                     decider = f"--bits {own}" if name == "bits" else f"--{name}"
                     raise ConfigError(
                         f"{decider} decides what {flag} {value} would; drop one of them."
                     )
+
+    @property
+    def table(self) -> str:
+        """The scheme of the token table: nothing is quantized if the linear layers are not."""
+        usual = "none" if self.scheme == "none" or self.bits == 16 else DEFAULT_TABLE
+        return self.embedding or usual
 
     @property
     def mixed(self) -> bool:
@@ -127,11 +153,12 @@ class CalibrationSettings(Section):
         "Choose the linear layers' codes for what this text makes of them.",
         metavar="bundled|FILE",
     )
-    calibration_tokens: int = setting(16384, "Tokens of the text to read.")
+    calibration_tokens: int = setting(16384, "Tokens of the text to read.", most=MOST_POSITIONS)
     tune: int = setting(
         0,
         "Then tune scales, tables and norms on it; holds the whole model.",
         metavar="STEPS",
+        most=MOST_STEPS,
     )
 
     def __post_init__(self) -> None:
@@ -158,7 +185,11 @@ class ProgramSettings(Section):
 
     logits: Literal["last", "all"] = setting("last", "Rows of logits that a call returns.")
     context: int | None = setting(
-        None, "Positions of the KV cache.", shown=f"up to {DEFAULT_CONTEXT}", check=checked_context
+        None,
+        "Positions of the KV cache.",
+        shown=f"up to {DEFAULT_CONTEXT}",
+        check=checked_context,
+        most=MOST_POSITIONS,
     )
     seq_lengths: tuple[int, ...] | None = setting(
         None,
@@ -167,6 +198,7 @@ class ProgramSettings(Section):
         shown=",".join(map(str, DEFAULT_SEQ_LENGTHS)),
         check=checked_lengths,
         read=read_lengths,
+        most=MOST_POSITIONS,
     )
 
 

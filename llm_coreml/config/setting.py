@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from llm_coreml.errors import ConfigError
+from llm_coreml.printable import whole
 
 # What a setting's value must be, in words.
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
@@ -37,6 +38,8 @@ class Setting:
         shown: What None comes to, in words.
         check: Returns the value as it is kept; raises ConfigError or UnsupportedError.
         read: Returns the value that a text means; raises ValueError.
+        least: The smallest number that it, or any of its parts, may be.
+        most: The largest.
     """
 
     name: str
@@ -50,6 +53,8 @@ class Setting:
     shown: str | None
     check: Callable[[Any], Any] | None
     read: Callable[[str], Any] | None
+    least: int | None
+    most: int | None
 
     @property
     def flag(self) -> str:
@@ -81,6 +86,7 @@ class Setting:
             allowed = " or ".join(self.choices)
             raise ConfigError(f"{self.name} is '{value}'; it must be {allowed}.")
         value = self._of_kind(value)
+        self._check_range(value)
         return value if self.check is None else self.check(value)
 
     def _of_kind(self, value: Any) -> Any:
@@ -94,6 +100,15 @@ class Setting:
         parts = [int(part) for part in parts] if self.kind is int else parts
         return tuple(parts) if self.many else parts[0]
 
+    def _check_range(self, value: Any) -> None:
+        for part in value if self.many else [value]:
+            if self.least is not None and part < self.least:
+                raise ConfigError(
+                    f"{self.flag} is {brief(part)}; it must be at least {self.least}."
+                )
+            if self.most is not None and part > self.most:
+                raise ConfigError(f"{self.flag} is {brief(part)}; it must be at most {self.most}.")
+
 
 def setting(
     default: Any,
@@ -103,6 +118,8 @@ def setting(
     shown: str | None = None,
     check: Callable[[Any], Any] | None = None,
     read: Callable[[str], Any] | None = None,
+    least: int | None = None,
+    most: int | None = None,
 ) -> Any:
     """Return a dataclass field; type and choices (a `Literal`) are those of its annotation.
 
@@ -114,8 +131,11 @@ def setting(
         check: Returns the value as it is kept; raises ConfigError or UnsupportedError.
         read: Returns the value that a text means, for types that a text does not say; raises
             ValueError.
+        least: The smallest number that it, or any of its parts, may be.
+        most: The largest; beyond it nothing fits a tensor, or ends in a lifetime.
     """
-    told = {"about": about, "metavar": metavar, "shown": shown, "check": check, "read": read}
+    told: dict[str, Any] = {"about": about, "metavar": metavar, "shown": shown}
+    told |= {"check": check, "read": read, "least": least, "most": most}
     return dataclasses.field(default=default, metadata={"setting": told})
 
 
@@ -132,6 +152,8 @@ def brief(value: object) -> str:
     """Return a value as an error can show it; what a file nests may be of any size."""
     if isinstance(value, (dict, list)):
         return "a list" if isinstance(value, list) else "a section"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return whole(value)
     text = repr(value)
     return text if len(text) <= 60 else text[:60] + "..."
 

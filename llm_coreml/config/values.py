@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from llm_coreml.config.setting import brief
 from llm_coreml.errors import ConfigError
 from llm_coreml.targets import get_target, opset_of
 
@@ -11,9 +12,14 @@ WHOLE_BITS = (1, 2, 3, 4, 6, 8, 16)
 # State dimensions that are no multiple of 32 are refused by the Neural Engine compiler
 # (coremltools issue 2631).
 CONTEXT_MULTIPLE = 32
+# Positions and sizes are int32 in programs; bytes of files are int64.
+MOST_POSITIONS = 2**31 - 1
+MOST_BYTES = 2**63 - 1
+MOST_STEPS = 1_000_000
 # What None comes to.
 DEFAULT_CODEBOOK_ROWS = 16
 DEFAULT_CONTEXT = 2048
+DEFAULT_TABLE = "int8-channel"
 DEFAULT_SEQ_LENGTHS = (1, 8, 64, 512)
 _UNITS = {
     "": 1,
@@ -46,6 +52,25 @@ def read_lengths(text: str) -> tuple[int, ...]:
         raise ValueError(f"'{text}' is no list of numbers such as 1,8,64.") from None
 
 
+def checked_count(name: str, value: object, least: int = 1, most: int = MOST_POSITIONS) -> int:
+    """Return a count that a flag or an argument gives.
+
+    Args:
+        name: Of the flag or argument.
+        value: What was given.
+        least: The smallest that has a meaning.
+        most: The largest.
+
+    Raises:
+        ConfigError: it is no whole number, or out of this range.
+    """
+    if isinstance(value, int) and not isinstance(value, bool) and least <= value <= most:
+        return value
+    raise ConfigError(
+        f"{name} is {brief(value)}; it must be a whole number from {least} to {most}."
+    )
+
+
 def checked_bits(bits: float) -> float:
     """Return whole bits as an int; fractions are held against a model's formats later.
 
@@ -55,8 +80,9 @@ def checked_bits(bits: float) -> float:
     if bits in WHOLE_BITS:
         return int(bits)
     if not 1 < bits < 16 or bits == int(bits):  # also where it is NaN
+        given = brief(bits) if isinstance(bits, int) else f"{bits:g}"
         raise ConfigError(
-            f"--bits is {bits:g}; Core ML holds weights of 1, 2, 3, 4, 6, 8 and 16 bits."
+            f"--bits is {given}; Core ML holds weights of 1, 2, 3, 4, 6, 8 and 16 bits."
         )
     return bits
 

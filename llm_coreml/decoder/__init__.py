@@ -8,4 +8,5 @@ are in the bytes of every program.
 """
 
 from llm_coreml.decoder.decoder import Decoder as Decoder
+from llm_coreml.decoder.decoder import skeleton as skeleton
 from llm_coreml.decoder.spec import DecoderSpec as DecoderSpec

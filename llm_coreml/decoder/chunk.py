@@ -57,7 +57,8 @@ def make_mask(key: MaskKey, rows: torch.Tensor, columns: torch.Tensor) -> torch.
     Args:
         key: One of `AttentionSpec.masks`.
         rows: int32 `[S]`, positions of the tokens.
-        columns: int32 `[positions]`, positions that there may be something at.
+        columns: int32 `[positions]`, positions that there may be something at, from 0 on; a
+            window that is no shorter cuts nothing off.
 
     Returns:
         float32 `[1, 1, group * S, positions]`.
@@ -65,6 +66,6 @@ def make_mask(key: MaskKey, rows: torch.Tensor, columns: torch.Tensor) -> torch.
     group, window = key
     repeated = torch.cat([rows] * group).view(1, 1, -1, 1)
     mask = (columns > repeated).to(torch.float32) * _MASKED
-    if window is None:
+    if window is None or window >= len(columns):
         return mask
     return mask + (columns <= repeated - window).to(torch.float32) * _MASKED

@@ -29,6 +29,15 @@ from llm_coreml.decoder.wiring import Matrix, Wiring, joined
 LogitsForm = Literal["last", "all"]
 
 
+def skeleton(spec: DecoderSpec) -> Decoder:
+    """Return a decoder with names, shapes and wiring alone, however large a file says that it is.
+
+    Nothing in it has numbers: it cannot be run.
+    """
+    with torch.device("meta"):
+        return Decoder(spec, context=1)
+
+
 class Decoder(nn.Module):
     """A decoder-only transformer with a static graph and a fixed context.
 

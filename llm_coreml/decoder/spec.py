@@ -255,6 +255,15 @@ class DecoderSpec:
             layer.mixer.check_rotary(self.rotary)
 
     @property
+    def longest_context(self) -> int:
+        """Positions that a context may have: those meant, or those that linear scaling gives.
+
+        Files of 2023 name the length before the scaling.
+        """
+        scales = [rope.factor if rope.kind == "linear" else 1.0 for rope in self.rotary]
+        return int(self.max_position_embeddings * max(1.0, min(scales, default=1.0)))
+
+    @property
     def widest_sum(self) -> int:
         """Terms of the longest sum of products outside attention."""
         return max(self.hidden_size, *(layer.feed_forward.widest_sum for layer in self.layers))

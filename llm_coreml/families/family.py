@@ -1,4 +1,4 @@
-"""What a family is: two functions and the names that may be left over."""
+"""What a family is: three functions and the names that may be left over."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ class Family:
             options that the decoder does not compute.
         stored: Says of each parameter of the decoder, by its name, which tensors of a checkpoint it
             is made of.
+        notes: Says in sentences what a `config.json` holds that is read otherwise than it looks.
         ignored: Glob patterns of checkpoint tensors that carry nothing the decoder needs.
     """
 
     spec: Callable[[Mapping[str, Any]], DecoderSpec]
     stored: Callable[[DecoderSpec], dict[str, Stored]]
+    notes: Callable[[Mapping[str, Any]], list[str]]
     ignored: tuple[str, ...] = ()

@@ -3,118 +3,101 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, get_args
+from types import MappingProxyType
+from typing import Any
 
 from llm_coreml.checkpoint.weights_view import Stored
-from llm_coreml.decoder.spec import (
-    AttentionSpec,
-    DecoderSpec,
-    LayerSpec,
-    MLPSpec,
-    NormSpec,
-    RopeKind,
-    RopeSpec,
-)
-from llm_coreml.errors import CheckpointError, UnsupportedError
+from llm_coreml.decoder.spec import AttentionSpec, DecoderSpec, LayerSpec, MLPSpec, NormSpec
+from llm_coreml.errors import UnsupportedError
 from llm_coreml.families.family import Family
-from llm_coreml.families.fields import number, table, whole
+from llm_coreml.families.fields import LARGEST_POSITION, flag, number, shown, table, whole, word
+from llm_coreml.families.rotary import rope_notes, rope_spec
 
-# transformers' own defaults where config.json is silent.
-_POSITIONS = 2048
+# transformers' own defaults where config.json is silent; a null is no default of a size.
+DEFAULTS: Mapping[str, Any] = MappingProxyType(
+    {
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "max_position_embeddings": 2048,
+    }
+)
 _EPSILON = 1e-6
-_THETA = 10000.0
+_LAYERS = 4096
 
 
 def spec(config: Mapping[str, Any]) -> DecoderSpec:
-    """Read a Llama `config.json`.
+    """Read a Llama `config.json`; transformers' own Llama has no attention window.
 
     Raises:
-        CheckpointError: a field is missing, of another type, or makes no sense.
+        CheckpointError: a field is of another type or out of range, or makes no sense.
         UnsupportedError: an activation or RoPE scaling that the decoder does not compute.
     """
-    activation = config.get("hidden_act") or "silu"
+    biases = (flag(config, "attention_bias"), flag(config, "mlp_bias"))
+    return llama_spec({**DEFAULTS, **config}, *biases)
+
+
+def llama_spec(
+    config: Mapping[str, Any], attention_bias: bool = False, mlp_bias: bool = False
+) -> DecoderSpec:
+    """Read the `config.json` of a family with Llama's graph, without attention windows.
+
+    Args:
+        config: With the family's defaults for sizes.
+        attention_bias: The projections of attention have biases.
+        mlp_bias: Those of the feed-forward layers have.
+
+    Raises:
+        CheckpointError: as `spec`.
+        UnsupportedError: as `spec`.
+    """
+    activation = word(config, "hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise UnsupportedError(
-            f"config.json gives hidden_act '{activation}'; this family computes silu only."
+            f"config.json gives hidden_act {shown(activation)}; this family computes silu only."
         )
-    if config.get("sliding_window") is not None and config.get("use_sliding_window", True):
+    if table(config, "per_layer_config"):
         raise UnsupportedError(
-            f"config.json gives sliding_window = {config['sliding_window']}; attention windows "
-            "are not supported yet. Set it to null in config.json only if the model was trained "
-            "without one."
+            "config.json gives single layers settings of their own (per_layer_config); the layers "
+            "of this family are all alike."
         )
-    heads = whole(config, "num_attention_heads")
-    hidden = whole(config, "hidden_size")
+    heads, hidden = whole(config, "num_attention_heads"), whole(config, "hidden_size")
     head_dim = whole(config, "head_dim", max(1, hidden // heads))
-    norm = NormSpec(number(config, "rms_norm_eps", _EPSILON))
-    bias = bool(config.get("attention_bias"))
+    norm = NormSpec(number(config, "rms_norm_eps", _EPSILON, most=1.0))
     attention = AttentionSpec(
         num_attention_heads=heads,
         num_key_value_heads=whole(config, "num_key_value_heads", heads),
         head_dim=head_dim,
         norm=norm,
-        qkv_bias=bias,
-        out_bias=bias,
+        qkv_bias=attention_bias,
+        out_bias=attention_bias,
     )
-    mlp = MLPSpec(whole(config, "intermediate_size"), norm=norm, bias=bool(config.get("mlp_bias")))
+    mlp = MLPSpec(whole(config, "intermediate_size"), norm=norm, bias=mlp_bias)
+    positions = whole(config, "max_position_embeddings", most=LARGEST_POSITION)
     return DecoderSpec(
         model_type=str(config["model_type"]),
         vocab_size=whole(config, "vocab_size"),
         hidden_size=hidden,
-        max_position_embeddings=whole(config, "max_position_embeddings", _POSITIONS),
-        layers=whole(config, "num_hidden_layers") * (LayerSpec(attention, mlp),),
+        max_position_embeddings=positions,
+        layers=whole(config, "num_hidden_layers", most=_LAYERS) * (LayerSpec(attention, mlp),),
         norm=norm,
-        rotary=(rope_spec(config, head_dim),),
-        tie_word_embeddings=bool(config.get("tie_word_embeddings")),
+        rotary=(rope_spec(config, head_dim, positions),),
+        tie_word_embeddings=flag(config, "tie_word_embeddings"),
     )
 
 
-def rope_spec(config: Mapping[str, Any], dim: int) -> RopeSpec:
-    """Read `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before).
-
-    Args:
-        config: `config.json`.
-        dim: How many numbers of a head are rotated.
-
-    Raises:
-        CheckpointError: a parameter of the scaling is missing or of another type.
-        UnsupportedError: a scaling that the decoder does not compute.
-    """
-    values = {**table(config, "rope_scaling"), **table(config, "rope_parameters")}
-    kind = values.get("rope_type") or values.get("type") or "default"
-    for known in get_args(RopeKind):
-        if kind == known:
-            return _rope_spec(known, dim, values, config)
-    raise UnsupportedError(
-        f"config.json scales RoPE by '{kind}'; supported are {', '.join(get_args(RopeKind))}."
-    )
-
-
-def _rope_spec(
-    kind: RopeKind, dim: int, values: dict[str, Any], config: Mapping[str, Any]
-) -> RopeSpec:
-    scaled = kind in ("linear", "llama3")
-    by_band = kind == "llama3"
-    trained = "original_max_position_embeddings"
-    positions = whole(config, "max_position_embeddings", _POSITIONS)
-    where = f"The {kind} scaling of RoPE in config.json"
-    low = number(values, "low_freq_factor", where=where) if by_band else 1.0
-    high = number(values, "high_freq_factor", where=where) if by_band else 4.0
-    if not high > low:
-        raise CheckpointError(
-            f"config.json gives high_freq_factor = {high} and low_freq_factor = {low}; the first "
-            "must be the larger. Download or save the model again."
+def notes(config: Mapping[str, Any]) -> list[str]:
+    """Return what a Llama `config.json` says that is read otherwise than it looks."""
+    found = rope_notes(config)
+    window = config.get("sliding_window")
+    if window is not None:
+        found.append(
+            f"config.json gives sliding_window = {shown(window)}, which transformers' Llama does "
+            "not have; attention sees the whole context here as there."
         )
-    return RopeSpec(
-        dim=dim,
-        theta=number(values, "rope_theta", number(config, "rope_theta", _THETA)),
-        kind=kind,
-        factor=number(values, "factor", where=where) if scaled else 1.0,
-        low_freq_factor=low,
-        high_freq_factor=high,
-        # As transformers looks it up: beside the sizes first, then among the scaling's parameters.
-        original_max_position_embeddings=whole(config, trained, whole(values, trained, positions)),
-    )
+    return found
 
 
 def stored(spec: DecoderSpec) -> dict[str, Stored]:
@@ -140,4 +123,4 @@ def _parts(layer: LayerSpec) -> Iterator[str]:
 
 
 # Old checkpoints store RoPE frequencies; a tied head may be written out beside its table.
-FAMILY = Family(spec, stored, ignored=("*.rotary_emb.inv_freq", "lm_head.weight"))
+FAMILY = Family(spec, stored, notes, ignored=("*.rotary_emb.inv_freq", "lm_head.weight"))

@@ -73,7 +73,7 @@ class Contents:
         bytes: Size of the `.pte`.
         constant_methods: What its constant methods give.
         methods: The delegates of each method that has any.
-        rules: What an export that was forced passed over, by the rule's name.
+        rules: What the export passed over by force, or was warned of, by the rule's name.
     """
 
     path: str
@@ -119,7 +119,7 @@ def contents(path: Path, checked: bool = True) -> Contents:
         bundle.manifest.description.check_constants(constants, program)
     # Who names the program asks for what it says of itself.
     manifest = bundle.manifest if bundle is not None and path.is_dir() else None
-    rules = {} if manifest is None else broken_rules(manifest.target, manifest.quantization.plan)
+    rules = {} if manifest is None else _rules(manifest)
     return Contents(
         path=str(path),
         manifest=manifest,
@@ -132,6 +132,11 @@ def contents(path: Path, checked: bool = True) -> Contents:
         },
         rules=rules,
     )
+
+
+def _rules(manifest: Manifest) -> dict[str, BrokenRule]:
+    plan, states = manifest.quantization.plan, manifest.description.state_shapes
+    return broken_rules(manifest.target, plan, states)
 
 
 def _delegate(delegate: Delegate, packages: Packages) -> DelegateContents:

@@ -23,6 +23,7 @@ from llm_coreml.artifact.description import TOKENS
 from llm_coreml.config import Job
 from llm_coreml.lower.mil_passes import pass_names
 from llm_coreml.lower.package import write_blob
+from llm_coreml.quiet import no_bars
 
 _PRECISIONS = {"fp16": ct.precision.FLOAT16, "fp32": ct.precision.FLOAT32}
 
@@ -55,7 +56,8 @@ def write_program(exported: ExportedProgram, specs: list[CompileSpec], blob: Pat
         specs: See `compile_specs`.
         blob: Where to write.
     """
-    model = CoreMLBackend._convert_to_mlmodel(exported, specs)
+    with no_bars():
+        model = CoreMLBackend._convert_to_mlmodel(exported, specs)
     package = Path(model.package_path)
     spec = model.get_spec()
     names = asdict(CoreMLBackend.model_metadata_from_spec(spec, identifier=""))

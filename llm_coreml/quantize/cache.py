@@ -21,20 +21,20 @@ import mmap
 import os
 import re
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
-from llm_coreml.output import file_beside
+from llm_coreml.drafts import remove_dead
+from llm_coreml.errors import ConfigError
+from llm_coreml.output import check_name, file_beside
 from llm_coreml.quantize.formats.serialize import from_parts, to_parts
 
 _VARIABLE = "LLM_COREML_CACHE"
 _SUFFIX = ".safetensors"
 _ENTRY = re.compile(r"[0-9a-f]{64}\.safetensors")
-_DRAFT = re.compile(r"\.[0-9a-f]{64}(\.safetensors)?\.[0-9]+")
 # What the weights of an entry are computed by.
 _SOURCES = ("checkpoint", "families", "decoder", "quantize")
 _PACKAGES = ("llm-coreml", "torch", "torchao")
@@ -44,17 +44,26 @@ _MAX_HEADER = 1 << 24
 _PIECE = 1 << 22
 # Seconds between two looks at what is in memory.
 _INTERVAL = 0.2
-_DAY = 24 * 3600
 # Of what earlier exports left, the least recently used goes beyond this.
 _LARGEST = 50 * 10**9
 
 
 def default_folder() -> Path:
-    """Return `$LLM_COREML_CACHE`, or `llm-coreml` in `$XDG_CACHE_HOME`, which is `~/.cache`."""
-    if given := os.environ.get(_VARIABLE):
-        return Path(given).expanduser()
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "llm-coreml"
+    """Return `$LLM_COREML_CACHE`, or `llm-coreml` in `$XDG_CACHE_HOME`, which is `~/.cache`.
+
+    Raises:
+        ConfigError: nobody knows where that is.
+    """
+    given, home = os.environ.get(_VARIABLE), os.environ.get("XDG_CACHE_HOME")
+    try:
+        if given:
+            return Path(given).expanduser()
+        return (Path(home) if home else Path.home() / ".cache") / "llm-coreml"
+    except RuntimeError:
+        where = f"${_VARIABLE} is '{given}', and that" if given else "Your"
+        raise ConfigError(
+            f"{where} home folder is not known; give --cache DIR, or --no-cache."
+        ) from None
 
 
 def make_key(facts: Mapping[str, str]) -> str:
@@ -86,6 +95,7 @@ class WeightCache:
     """
 
     def __init__(self, folder: Path, note: Callable[[str], None], largest: int = _LARGEST) -> None:
+        check_name(folder)
         self.folder = folder
         self._note = note
         self._writable = True
@@ -163,12 +173,10 @@ class WeightCache:
 
     def _tidy(self, largest: int) -> None:
         """Remove drafts of exports that were killed, and what has not been used for longest."""
+        remove_dead(self.folder)
         # Nobody else's files: the folder may be one that holds others, too.
-        paths = list(self.folder.iterdir())
-        for draft in paths:
-            if _DRAFT.fullmatch(draft.name) and time.time() - draft.stat().st_mtime > _DAY:
-                draft.unlink()
-        found = [(path.stat(), path) for path in paths if _ENTRY.fullmatch(path.name)]
+        paths = (path for path in self.folder.iterdir() if _ENTRY.fullmatch(path.name))
+        found = [(path.stat(), path) for path in paths]
         total = sum(stat.st_size for stat, _ in found)
         for stat, path in sorted(found, key=lambda item: item[0].st_mtime):
             if total <= largest:

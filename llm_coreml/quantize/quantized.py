@@ -24,7 +24,7 @@ from llm_coreml.quantize.calibrate.text import CalibrationText, read_content, to
 from llm_coreml.quantize.calibrate.tune import Tuning, tune
 from llm_coreml.quantize.fill import fill
 from llm_coreml.quantize.plan.choose import Measured, choose_plan
-from llm_coreml.quantize.plan.imported import ImportReport, import_report
+from llm_coreml.quantize.plan.imported import ImportReport, import_report, keeps_codes, quantized_in
 from llm_coreml.quantize.plan.plan import QuantizationPlan
 from llm_coreml.quantize.rotate.rotation import rotated
 
@@ -77,6 +77,7 @@ def quantize(
         ConfigError: settings contradict each other, or a text cannot be used.
         UnsupportedError: Core ML, the target or a matrix does not allow a format.
     """
+    model = as_asked(model, job, progress)
     measured = None
     if plan is None:
         if job.weights.mixed:
@@ -92,6 +93,20 @@ def quantize(
         progress.stage("tune")
     tuning = tune_decoder(model, job, decoder, calibration, progress.advance)
     return Quantized(model, job, plan, measured, calibration, tuning, decoder)
+
+
+def as_asked(model: Model, job: Job, progress: Progress) -> Model:
+    """Return `model`, expanded where it is quantized and `job` chooses codes all the same."""
+    formats = quantized_in(model.checkpoint)
+    if formats is None or keeps_codes(job):
+        return model
+    progress.note(
+        f"{len(model.checkpoint.quantized())} matrices that the checkpoint holds quantized "
+        f"({formats}) are expanded and treated as any others: "
+        "the errors of both roundings add up. Without --bits, --scheme, --size, --plan, "
+        "--calibrate and --rotate they are taken as they are."
+    )
+    return model.expanded()
 
 
 def _tell_of_the_import(progress: Progress, report: ImportReport | None) -> None:

@@ -10,14 +10,20 @@ padded, so the last row of each chunk is always a real token's.
 
 from __future__ import annotations
 
+import itertools
+import operator
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from typing import final
+from collections.abc import Generator, Mapping, Sequence
+from typing import Literal, SupportsIndex, final
 
 import torch
 
 from llm_coreml.errors import ConfigError
+from llm_coreml.printable import printable, whole
 from llm_coreml.runtime.sampling import Sampler
+
+# Why a text ends: a stop token, the count that was asked for, or a full cache.
+Finish = Literal["stop", "length", "context"]
 
 
 def split_lengths(count: int, lengths: Sequence[int]) -> list[int]:
@@ -48,6 +54,8 @@ class Runner(ABC):
 
     def __init__(self) -> None:
         self.position = 0
+        # The tokens in the cache; positions that no token was read at are -1.
+        self._read: list[int] = []
 
     @abstractmethod
     def _forward(self, tokens: torch.Tensor, start_pos: torch.Tensor) -> torch.Tensor:
@@ -62,6 +70,22 @@ class Runner(ABC):
         """Forget the sequence; the next token is read at `position`, after that many zeros."""
         self._clear()
         self.position = position
+        self._read = [-1] * position
+
+    @final
+    def rewind(self, position: int) -> None:
+        """Go on at an earlier `position`: what the cache holds behind it is masked, then replaced.
+
+        Raises:
+            ConfigError: the sequence is not that long.
+        """
+        if not 0 <= position <= self.position:
+            raise ConfigError(
+                f"The sequence is {self.position} tokens long; go back to 0 to {self.position}, "
+                f"not to {position}."
+            )
+        self.position = position
+        del self._read[position:]
 
     @final
     def resume(self, position: int, states: Mapping[str, torch.Tensor]) -> None:
@@ -77,6 +101,7 @@ class Runner(ABC):
         """
         self._restore(states)
         self.position = position
+        self._read = [-1] * position
 
     def _restore(self, states: Mapping[str, torch.Tensor]) -> None:
         """Fill the cache."""
@@ -92,17 +117,29 @@ class Runner(ABC):
         Raises:
             ConfigError: a token outside the vocabulary, or the context is full.
         """
-        for token in tokens:
-            if not 0 <= token < self.vocab_size:
-                raise ConfigError(
-                    f"Token {token} is outside the vocabulary of {self.vocab_size} entries; use "
-                    "the tokenizer that belongs to the model."
-                )
-        self._check_room(len(tokens))
-        chunk = torch.tensor([list(tokens)], dtype=torch.int64)
+        numbers = [self._checked(token) for token in tokens]
+        self._check_room(len(numbers))
+        chunk = torch.tensor([numbers], dtype=torch.int64)
         logits = self._forward(chunk, torch.tensor([self.position], dtype=torch.int64))
-        self.position += len(tokens)
+        self.position += len(numbers)
+        self._read += numbers
         return logits[0].to(torch.float32)
+
+    def _checked(self, token: SupportsIndex) -> int:
+        """Return a token as a plain number. Raises ConfigError if it is none of the model's."""
+        try:
+            number = operator.index(token)
+        except TypeError:
+            raise ConfigError(
+                f"Token {printable(repr(token), 60)} is no whole number; give the ids that a "
+                "tokenizer makes of a text."
+            ) from None
+        if not 0 <= number < self.vocab_size:
+            raise ConfigError(
+                f"Token {whole(number)} is outside the vocabulary of {self.vocab_size} entries; "
+                "use the tokenizer that belongs to the model."
+            )
+        return number
 
     def _check_room(self, count: int) -> None:
         if self.position + count > self.context:
@@ -152,23 +189,41 @@ class Runner(ABC):
         max_new_tokens: int,
         stop: Sequence[int] = (),
         sampler: Sampler | None = None,
-    ) -> Iterator[int]:
+        reuse: bool = False,
+    ) -> Generator[int, None, Finish]:
         """Yield new tokens after `tokens`, until a stop token, the count or a full cache.
 
         Args:
-            tokens: The prompt; the cache is emptied first.
+            tokens: The prompt.
             max_new_tokens: Most tokens to yield.
             stop: Tokens that end the text; not yielded.
             sampler: How a token is chosen; None takes the most likely.
+            reuse: Keep what the cache holds of the prompt's beginning, and read the rest; else the
+                cache is emptied first.
+
+        Returns:
+            Why it ended.
         """
         sampler = sampler or Sampler()
-        self.reset()
-        row = self.feed(tokens)
+        kept = self._shared(tokens) if reuse else 0
+        if kept:
+            self.rewind(kept)
+        else:
+            self.reset()
+        row = self.feed(tokens[kept:])
         for count in range(1, max_new_tokens + 1):
             token = sampler.choose(row)
             if token in stop:
-                return
+                return "stop"
             yield token
-            if count == max_new_tokens or self.position == self.context:
-                return
+            if count == max_new_tokens:
+                break
+            if self.position == self.context:
+                return "context"
             row = self.step([token])[-1]
+        return "length"
+
+    def _shared(self, tokens: Sequence[int]) -> int:
+        """Return how many of `tokens`, not the last, the cache holds at its beginning."""
+        pairs = zip(self._read, tokens[:-1], strict=False)
+        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))

@@ -25,10 +25,13 @@ class Sampler:
     """
 
     def __init__(self, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0) -> None:
-        if not 0 <= temperature < math.inf:  # NaN too is refused
+        # NaN is in no range.
+        if not isinstance(temperature, (int, float)) or not 0 <= temperature < math.inf:
             raise ConfigError(f"temperature is {temperature}; it must be finite and 0 or more.")
-        if not 0 < top_p <= 1:
+        if not isinstance(top_p, (int, float)) or not 0 < top_p <= 1:
             raise ConfigError(f"top_p is {top_p}; it must lie above 0 and be at most 1.")
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+            raise ConfigError("seed must be a whole number from 0 to 9223372036854775807.")
         self._temperature = temperature
         self._top_p = top_p
         self._generator = torch.Generator().manual_seed(seed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -98,18 +99,23 @@ def test_bytes_of_the_groups_add_up(manifest: dict[str, Any]) -> None:
 
 
 def test_the_card_tells_what_the_manifest_holds(manifest: dict[str, Any]) -> None:
-    card = model_card(Manifest.from_json(manifest))
+    card = model_card(Manifest.from_json(manifest), chat=False)
     for part in ("int4 group 32", "1.00e-03", "No Apple device took part", "float32 [1, 1, 97]"):
         assert part in card
     assert "all 21 weights and tables" in card and "2.0e-07 (bound 3e-05)" in card
     shape = "[1, 2, 32, 16]"
     assert f"`cache_keys` float16 {shape}, `cache_values` float16 {shape}" in card
+    assert "no multiple of 32" not in card
+    engine = {**manifest, "target": {**manifest["target"], "name": "ane"}}
+    assert "is no multiple of 32 (coremltools issue 2631) |" in model_card(
+        Manifest.from_json(engine), chat=False
+    )
     forgetting = {**manifest, "program": {**manifest["program"], "states": {}}}
-    told = model_card(Manifest.from_json(forgetting))
+    told = model_card(Manifest.from_json(forgetting), chat=False)
     assert "32 positions; nothing is remembered between calls" in told
     checked = {**manifest["verification"], "conversion": None}
     unrounded = Manifest.from_json({**manifest, "verification": checked})
-    assert "without rounding" not in model_card(unrounded)
+    assert "without rounding" not in model_card(unrounded, chat=False)
     assert " ".join(manifest["rebuild"]) in card
 
 
@@ -200,6 +206,94 @@ def test_overwrite_replaces_exports_only(tmp_path: Path, bundle: Path) -> None:
         check_output(bundle, overwrite=True)
 
 
+def own(folder: Path, name: str) -> None:
+    """Put somebody's work where an export has a file of that name."""
+    path = folder / name
+    if path.exists():
+        path.unlink()
+    path.mkdir()
+    (path / "thesis.txt").write_text("years of work")
+
+
+FOREIGN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a program alone": (lambda f: (f / MANIFEST).unlink(), "model.pte"),
+    "another program": (lambda f: (f / PROGRAM).write_bytes(b"PROGRAM"), "model.pte"),
+    "another manifest": (lambda f: (f / MANIFEST).write_text("[1]"), "manifest.json"),
+    "a card that is not listed": (lambda f: (f / "README.md").write_text("# Mine"), "README.md"),
+    "a tokenizer that is not listed": (
+        lambda f: (f / "tokenizer.json").write_text("{}"),
+        "tokenizer.json",
+    ),
+    "results of others": (lambda f: (f / "results.json").write_text('{"a": 1}'), "results.json"),
+    "a folder as card": (lambda f: own(f, "README.md"), "README.md"),
+    "a folder as program": (lambda f: own(f, PROGRAM), "model.pte"),
+    "a folder as results": (lambda f: own(f, "results.json"), "results.json"),
+    "a hidden file": (lambda f: (f / ".notes").touch(), ".notes"),
+    "a link as card": (lambda f: (f / "README.md").symlink_to("/etc/passwd"), "README.md"),
+}
+
+
+@pytest.mark.parametrize("change", FOREIGN)
+def test_only_what_a_manifest_lists_is_replaced(change: str, bundle: Path) -> None:
+    make, name = FOREIGN[change]
+    make(bundle)
+    before = {path: path.read_bytes() for path in bundle.rglob("*") if path.is_file()}
+    with pytest.raises(OutputError, match=rf"'{re.escape(name)}'.*, which no export wrote"):
+        check_output(bundle, overwrite=True)
+    with pytest.raises(OutputError), new_bundle(bundle, overwrite=True):
+        pytest.fail("the block must not run")
+    assert {path: path.read_bytes() for path in bundle.rglob("*") if path.is_file()} == before
+
+
+def test_a_listed_card_may_have_been_edited_and_results_added(
+    bundle: Path, manifest: dict[str, Any]
+) -> None:
+    (bundle / "README.md").write_text("# Ours")
+    listed = {**manifest, "files": {"README.md": {"bytes": 6, "sha256": "0" * 64}}}
+    write_json(bundle / MANIFEST, listed)
+    (bundle / "README.md").write_text("# Ours, edited")
+    (bundle / "results.json").write_text('{"program_sha256": "0"}')
+    (bundle / ".llm-coreml-0").touch()  # an evaluation was killed
+    check_output(bundle, overwrite=True)
+    assert entries(bundle) == ["README.md", MANIFEST, PROGRAM, "results.json"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_places_that_cannot_be(
+    overwrite: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "pool")
+    (tmp_path / "pool").symlink_to(tmp_path / "loop")
+    (tmp_path / "nothing").symlink_to(tmp_path / "absent")
+    monkeypatch.chdir(tmp_path)
+    before = entries(tmp_path)
+    for name in (
+        *("loop", "loop/out", "pool/a/b", "nothing", "x" * 256, "x/" * 3000, "x" * 256 + "/out"),
+        *("~nobody-at-all/out", "~nobody-at-all", b"\xff".decode("utf-8", "surrogateescape"), "."),
+    ):
+        with pytest.raises(OutputError) as caught, new_bundle(Path(name), overwrite):
+            pytest.fail(name)
+        assert str(caught.value).isprintable()
+        assert "ive another" in str(caught.value) or "whole path" in str(caught.value)
+    assert entries(tmp_path) == before
+
+
+def test_a_folder_that_nobody_may_look_into(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stat = Path.stat
+
+    # Root may look everywhere, so the system's answer is given here.
+    def refuse(path: Path, **settings: Any) -> os.stat_result:
+        if "closed" in path.parts[:-1]:
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, **settings)
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    with pytest.raises(OutputError, match=r"out' cannot be written: Permission denied"):
+        check_output(tmp_path / "closed" / "out", overwrite=False)
+
+
 def test_a_failed_swap_puts_the_earlier_export_back(
     bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -263,7 +357,7 @@ def test_a_good_end_leaves_the_bundle_alone(tmp_path: Path) -> None:
     with new_bundle(output, overwrite=False) as draft:
         assert not output.exists()
         (draft / PROGRAM).write_bytes(b"program")
-        assert Path(tempfile.gettempdir()).is_relative_to(draft), "libraries write into the draft"
+        assert Path(tempfile.gettempdir()).is_relative_to(draft.parent), "and it goes too"
         Path(tempfile.mkdtemp(), "leftover").write_text("x")
     assert tempfile.gettempdir() == before
     assert entries(tmp_path / "deep") == ["out"]
@@ -272,7 +366,7 @@ def test_a_good_end_leaves_the_bundle_alone(tmp_path: Path) -> None:
 
 
 def test_overwrite_swaps_the_folder_whole(bundle: Path) -> None:
-    (bundle / "results.json").write_text("{}")
+    (bundle / "results.json").write_text('{"program_sha256": "0"}')
     with new_bundle(bundle, overwrite=True) as draft:
         (draft / PROGRAM).write_bytes(b"new")
         assert (bundle / PROGRAM).read_bytes() == b"program", "the old one stays until the end"

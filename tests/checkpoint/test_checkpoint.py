@@ -382,18 +382,30 @@ def test_no_tokenizer(one: Path, tmp_path: Path, models_by_tie: dict[bool, Any])
         open_checkpoint(models_by_tie[True]).save_tokenizer(tmp_path / "out")
 
 
-def test_adapters_are_refused(one: Path) -> None:
-    peft_model = type("PeftModelForCausalLM", (torch.nn.Module,), {"__module__": "peft.peft_model"})
-    with pytest.raises(UnsupportedError, match=r"PeftModelForCausalLM.*merge_and_unload"):
-        open_checkpoint(peft_model())
+def test_a_live_model_with_adapters_is_told_what_its_class_can_do() -> None:
+    peft = {"__module__": "peft.peft_model"}
+    prompts = type("PeftModelForCausalLM", (torch.nn.Module,), peft)
+    with pytest.raises(UnsupportedError, match="cannot be merged: give the model without"):
+        open_checkpoint(prompts())
+    lora = type("PeftModelForCausalLM", (torch.nn.Module,), {**peft, "merge_and_unload": print})
+    with pytest.raises(UnsupportedError, match=r"PeftModelForC.*: model = model\.merge_and_unload"):
+        open_checkpoint(lora())
+    # transformers' own classes merge nothing themselves.
     model = llama(True)
-    model._hf_peft_config_loaded = True
-    with pytest.raises(UnsupportedError, match="merge_and_unload"):
+    model.model.layers[0].mlp.up_proj = torch.nn.ModuleDict({"base_layer": torch.nn.Linear(2, 2)})
+    with pytest.raises(UnsupportedError, match=r"model = peft_model\.merge_and_unload\(\), where"):
         open_checkpoint(model)
-    (one / "adapter_config.json").write_text("{}")
-    open_checkpoint(one)
+    model._hf_peft_config_loaded = True
+    with pytest.raises(
+        UnsupportedError, match=r"model\.save_pretrained\(folder\) writes.*PeftModel"
+    ):
+        open_checkpoint(model)
+
+
+def test_an_adapter_alone_is_refused(one: Path) -> None:
+    (one / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
     (one / "model.safetensors").rename(one / "adapter_model.safetensors")
-    with pytest.raises(UnsupportedError, match="adapter without its base model"):
+    with pytest.raises(UnsupportedError, match="adapter without its base model 'org/base'"):
         open_checkpoint(one)
     (one / "config.json").unlink()
     with pytest.raises(UnsupportedError, match="adapter without its base model"):
@@ -567,6 +579,11 @@ def test_unknown_quantization_is_refused(one: Path, key: str) -> None:
     edit_json(one / "config.json", lambda value: value.update({key: None}))
     open_checkpoint(one)
     edit_json(one / "config.json", lambda value: value.update({key: {"quant_method": "aqlm"}}))
+    (note,) = open_checkpoint(one).notes
+    assert "no tensor is quantized" in note
+    tensors = load_file(one / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.codes"] = torch.ones(2, 2, dtype=torch.int16)
+    save_file(tensors, one / "model.safetensors")
     with pytest.raises(UnsupportedError, match=rf"{key} aqlm.*unquantized checkpoint"):
         open_checkpoint(one)
 
@@ -670,6 +687,18 @@ def test_hub_refuses_before_the_weights_are_fetched(hub: FakeHub) -> None:
         open_checkpoint("org/name")
     assert hub.calls == [("org/name", None, False)]
     assert not (hub.cache / COMMIT / "model.safetensors").exists()
+
+
+def test_hub_without_config(hub: FakeHub) -> None:
+    (hub.remote / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"'org/name' has no config.json.*FILE.gguf"):
+        open_checkpoint("org/name")
+
+
+def test_hub_with_an_adapter_beside_a_whole_model(hub: FakeHub) -> None:
+    (hub.remote / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    with pytest.raises(UnsupportedError, match=r"adapter for 'org/base' and a whole.*hf download"):
+        open_checkpoint("org/name")
 
 
 def test_hub_without_safetensors(hub: FakeHub) -> None:

@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
-from gguf import quants
 
+import gguf_files
+from gguf_files import tiny
 from llm_coreml.checkpoint import open_checkpoint
 from llm_coreml.checkpoint.packed import PackedCheckpoint
+from llm_coreml.checkpoint.packed.blocks import BLOCKS
 from llm_coreml.config import ExportConfig, resolve
 from llm_coreml.errors import CheckpointError, UnsupportedError
 from llm_coreml.model import open_model
@@ -24,85 +26,24 @@ from llm_coreml.quantize.formats.round import dense_rows
 from llm_coreml.quantize.plan.choose import plan_for
 from llm_coreml.quantize.plan.imported import import_report
 from llm_coreml.quantize.quantized import build_decoder
-from tiny import llama, save
+from tiny import save
 
 Array = np.ndarray[Any, Any]
-HEADS, KEY_HEADS = 4, 2
-NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "model.layers.0.input_layernorm": "blk.0.attn_norm",
-    "model.layers.0.post_attention_layernorm": "blk.0.ffn_norm",
-    "model.layers.0.self_attn.q_proj": "blk.0.attn_q",
-    "model.layers.0.self_attn.k_proj": "blk.0.attn_k",
-    "model.layers.0.self_attn.v_proj": "blk.0.attn_v",
-    "model.layers.0.self_attn.o_proj": "blk.0.attn_output",
-    "model.layers.0.mlp.gate_proj": "blk.0.ffn_gate",
-    "model.layers.0.mlp.up_proj": "blk.0.ffn_up",
-    "model.layers.0.mlp.down_proj": "blk.0.ffn_down",
-}
-# Where each block of a K format has fp16 numbers, which random bytes must not fill.
-HALVES = {Kind.IQ4_NL: (0,), Kind.Q4_K: (0, 2), Kind.Q5_K: (0, 2), Kind.Q6_K: (208,)}
-
-
-def blocks(kind: Kind, weight: Array) -> Array:
-    """Return rows of blocks: the package's rounding, or random blocks where it has none."""
-    if kind not in HALVES:
-        return quants.quantize(weight, kind)
-    elements, size = gguf.GGML_QUANT_SIZES[kind]
-    rng = np.random.default_rng(1)
-    found = rng.integers(0, 256, (len(weight), weight.shape[1] // elements, size), np.uint8)
-    for start in HALVES[kind]:
-        numbers = rng.uniform(1e-4, 2e-4, (*found.shape[:2], 1)).astype(np.float16)
-        found[:, :, start : start + 2] = numbers.view(np.uint8)
-    return found.reshape(len(weight), -1)
-
-
-def reordered(rows: Array, heads: int) -> Array:
-    """Put the rows of q or k as llama.cpp has them: the halves of each head interleaved."""
-    halves = rows.reshape(heads, 2, -1, rows.shape[1])
-    return halves.swapaxes(1, 2).reshape(rows.shape)
 
 
 def write(folder: Path, kinds: dict[str, Kind], architecture: str = "llama") -> dict[str, Array]:
-    """Write config.json and model.gguf; return the values of matrices by `transformers` names.
-
-    Args:
-        folder: Where.
-        kinds: The type of each matrix by the end of its name; others become F16.
-        architecture: What the file says it holds.
-    """
-    model = llama(hidden_size=256, intermediate_size=256, vocab_size=64)
-    with torch.no_grad():
-        model.model.layers[0].mlp.gate_proj.weight[3, 32:64] = 0
+    """Write config.json and model.gguf; return the values of matrices by `transformers` names."""
+    model = tiny()
     save(model, folder)
     (folder / "model.safetensors").unlink()
-    writer = gguf.GGUFWriter(folder / "model.gguf", architecture)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(KEY_HEADS)
-    writer.add_array("tokenizer.ggml.tokens", ["<s>", "</s>", "a"])
-    writer.add_array("tokenizer.ggml.scores", [0.0, 1.0, 2.0])
-    meant = {}
-    for name, tensor in model.state_dict().items():
-        module = name.removesuffix(".weight")
-        values = tensor.numpy()
-        if values.ndim == 1:
-            writer.add_tensor(f"{NAMES[module]}.weight", values)
-            continue
-        kind = kinds.get(module.rpartition(".")[2], Kind.F16)
-        rows = values.astype(np.float16) if kind == Kind.F16 else blocks(kind, values)
-        meant[name] = rows if kind == Kind.F16 else quants.dequantize(rows, kind)
-        if module.endswith(("q_proj", "k_proj")):
-            rows = reordered(rows, HEADS if module.endswith("q_proj") else KEY_HEADS)
-        raw = None if kind == Kind.F16 else kind
-        writer.add_tensor(f"{NAMES[module]}.weight", rows, raw_dtype=raw)
-    writer.add_tensor("rope_freqs.weight", np.ones(32, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return meant
+    meant = gguf_files.write(
+        folder / "model.gguf",
+        model,
+        kinds,
+        architecture=architecture,
+        extra=lambda writer: writer.add_tensor("rope_freqs.weight", np.ones(32, np.float32)),
+    )
+    return {name: values for name, values in meant.items() if values.ndim == 2}
 
 
 def decoder_values(path: Path, **settings: Any) -> dict[str, Array]:
@@ -122,6 +63,7 @@ def test_exact_formats_keep_every_value(tmp_path: Path) -> None:
     kinds = {
         "q_proj": Kind.Q4_0,
         "k_proj": Kind.Q8_0,
+        "v_proj": Kind.Q5_0,
         "gate_proj": Kind.MXFP4,
         "up_proj": Kind.IQ4_NL,
         "lm_head": Kind.Q8_0,
@@ -134,22 +76,37 @@ def test_exact_formats_keep_every_value(tmp_path: Path) -> None:
             assert np.array_equal(held[name], values), name
     report = import_report(open_model(tmp_path).checkpoint)
     assert report is not None
-    assert report.format == "GGUF IQ4_NL, GGUF MXFP4, GGUF Q4_0, GGUF Q8_0"
-    assert report.matrices == 5
+    assert report.format == "GGUF IQ4_NL, GGUF MXFP4, GGUF Q4_0, GGUF Q5_0, GGUF Q8_0"
+    assert report.matrices == 6
     assert report.exactness == "exact"
 
 
-def test_inexact_formats_need_leave_and_tell_their_error(tmp_path: Path) -> None:
-    kinds = {
-        "q_proj": Kind.Q4_1,
-        "k_proj": Kind.Q4_K,
-        "v_proj": Kind.Q6_K,
-        "up_proj": Kind.Q4_K,
-        "down_proj": Kind.Q5_K,
-        "lm_head": Kind.Q6_K,
-    }
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        {
+            "q_proj": Kind.Q4_1,
+            "k_proj": Kind.Q4_K,
+            "v_proj": Kind.Q6_K,
+            "up_proj": Kind.Q4_K,
+            "down_proj": Kind.Q5_K,
+            "lm_head": Kind.Q6_K,
+        },
+        {
+            "q_proj": Kind.Q2_K,
+            "k_proj": Kind.Q3_K,
+            "v_proj": Kind.Q5_1,
+            "up_proj": Kind.IQ4_XS,
+            "down_proj": Kind.Q3_K,
+            "lm_head": Kind.Q2_K,
+        },
+    ],
+)
+def test_inexact_formats_need_leave_and_tell_their_error(
+    kinds: dict[str, Kind], tmp_path: Path
+) -> None:
     meant = write(tmp_path, kinds)
-    with pytest.raises(UnsupportedError, match=r"GGUF Q4_1, .*is off by up to .*--allow-inexact"):
+    with pytest.raises(UnsupportedError, match=r"GGUF Q.*is off by up to .*--allow-inexact"):
         decoder_values(tmp_path)
     held = decoder_values(tmp_path, allow_inexact=True)
     report = import_report(open_model(tmp_path).checkpoint)
@@ -220,14 +177,41 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="architecture 'qwen2'; of GGUF files only 'llama'"):
         open_model(tmp_path / "a")
     write(tmp_path / "b", {"q_proj": Kind.Q5_0})
-    with pytest.raises(UnsupportedError, match=r"blk.0.attn_q.weight.*type 6 of GGUF; Q4_0"):
+    octets = (tmp_path / "b" / "model.gguf").read_bytes()
+    place = octets.index(b"blk.0.attn_q.weight") + 19 + 4 + 2 * 8
+    assert octets[place] == Kind.Q5_0
+    (tmp_path / "b" / "model.gguf").write_bytes(octets[:place] + b"\x09" + octets[place + 1 :])
+    with pytest.raises(UnsupportedError, match=r"blk.0.attn_q.weight.*type 9 of GGUF; Q4_0"):
         open_model(tmp_path / "b")
     (tmp_path / "b" / "other.gguf").write_bytes(b"")
-    with pytest.raises(CheckpointError, match="holds 2 GGUF files; give the path of one"):
+    with pytest.raises(CheckpointError, match=r"holds 2 GGUF models: 'model.gguf', 'other.gguf'"):
         open_model(tmp_path / "b")
-    (tmp_path / "b" / "config.json").unlink()
-    with pytest.raises(CheckpointError, match=r"has no config.json"):
-        open_model(tmp_path / "b" / "model.gguf")
+
+
+def test_types_that_core_ml_cannot_hold_are_read_as_values(tmp_path: Path) -> None:
+    kinds = {
+        "q_proj": Kind.IQ2_XXS,
+        "k_proj": Kind.IQ3_S,
+        "v_proj": Kind.TQ1_0,
+        "o_proj": Kind.IQ1_S,
+        "gate_proj": Kind.IQ3_XXS,
+        "up_proj": Kind.IQ2_XS,
+        "down_proj": Kind.IQ2_S,
+        "lm_head": Kind.TQ2_0,
+    }
+    meant = write(tmp_path, kinds)
+    checkpoint = open_checkpoint(tmp_path)
+    for name, values in meant.items():
+        assert np.array_equal(checkpoint.tensor(name, torch.float32).numpy(), values), name
+    with pytest.raises(UnsupportedError, match=r"is stored as .*Give --bits 4"):
+        decoder_values(tmp_path)
+
+
+def test_sizes_of_blocks_are_those_of_llama_cpp() -> None:
+    for number, form in BLOCKS.items():
+        kind = Kind(number)
+        assert form.name == kind.name
+        assert (form.elements, form.size) == gguf.GGML_QUANT_SIZES[kind]
 
 
 def test_heads_that_config_json_counts_otherwise(tmp_path: Path) -> None:

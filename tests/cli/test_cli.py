@@ -21,8 +21,10 @@ from exported import (
     command,
     files_of,
     in_process,
+    make_model,
     manifest_of,
     run,
+    save_model,
     write_manifest,
 )
 from llm_coreml import pipeline
@@ -98,7 +100,7 @@ def test_exit_codes_of_the_help_page_are_those_of_the_errors() -> None:
     told = {int(code) for code in re.findall(r"\b\d+\b", text)}
     kinds = [kind for kind in vars(errors).values() if hasattr(kind, "exit_code")]
     # No command has a threshold yet.
-    assert told == {0, 130} | {kind.exit_code for kind in kinds} - {3}
+    assert told == {0, 129, 130, 143} | {kind.exit_code for kind in kinds} - {3}
 
 
 def test_version(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -483,6 +485,33 @@ def test_eval_of_a_moved_original(
     write_manifest(own_bundle, manifest)
     words = (own_bundle, "--text", text_file, "--tokens", "9", "--model", checkpoint)
     done = in_process(capfd, monkeypatch, "eval", *words)
+    assert done.code == 0, done.err
+
+
+def test_eval_finds_an_original_that_was_given_by_a_relative_path(
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    own_bundle: Path,
+    checkpoint: Path,
+    text_file: Path,
+    tmp_path: Path,
+) -> None:
+    manifest = manifest_of(own_bundle)
+    manifest["source"]["name"] = "models/llama"
+    write_manifest(own_bundle, manifest)
+    words = ("eval", own_bundle, "--text", text_file, "--tokens", "9")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    refused = in_process(capfd, monkeypatch, *words)
+    assert refused.code == 4 and "--model" in refused.err and "--artifact-only" in refused.err
+    assert "there is no 'models/llama', neither from here nor beside the bundle" in refused.err
+    # Another model of that name is passed over for the one that was exported.
+    save_model(elsewhere / "models" / "llama", make_model(hidden_size=64))
+    refused = in_process(capfd, monkeypatch, *words)
+    assert refused.code == 4 and "'models/llama' holds other weights" in refused.err
+    shutil.copytree(checkpoint, tmp_path / "llama")
+    done = in_process(capfd, monkeypatch, *words)
     assert done.code == 0, done.err
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C in every stage: one line, exit code 130, and nothing left behind."""
+"""Ctrl-C in every stage, and what else ends a process: one line, an exit code, nothing left."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ def heed_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def interrupt(label: str, temporary: Path, *words: str | Path) -> str:
-    """Run a command, press Ctrl-C when stderr ends with `label`, and return what stderr says."""
+def interrupt(
+    label: str, temporary: Path, *words: str | Path, number: signal.Signals = signal.SIGINT
+) -> str:
+    """Run a command, signal it when stderr ends with `label`, and return what stderr says."""
     temporary.mkdir()
     process = subprocess.Popen(
         command(*words),
@@ -38,9 +40,9 @@ def interrupt(label: str, temporary: Path, *words: str | Path) -> str:
         byte = process.stderr.read(1)
         assert byte, told.decode()
         told += byte
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, rest = process.communicate(timeout=120)
-    assert process.returncode == 130, (told + rest).decode()
+    assert process.returncode == 128 + number, (told + rest).decode()
     assert out == b""
     return (told + rest).decode()
 
@@ -63,11 +65,18 @@ EXPORT = (
 
 
 # The lowering has most to leave behind.
-@pytest.mark.parametrize("label", cases(EXPORT, set(EXPORT) - {EXPORT[2]}))
-def test_export(checkpoint: Path, tmp_path: Path, label: str) -> None:
+ENDS = [("SIGINT", label) for label in EXPORT] + [("SIGTERM", EXPORT[2]), ("SIGHUP", EXPORT[3])]
+KEPT = {("SIGINT", EXPORT[2]), ("SIGHUP", EXPORT[3])}
+
+
+@pytest.mark.parametrize(
+    "end", cases(map(": ".join, ENDS), {": ".join(end) for end in ENDS if end not in KEPT})
+)
+def test_export(checkpoint: Path, tmp_path: Path, end: str) -> None:
     (tmp_path / "exports").mkdir()
-    output = tmp_path / "exports/out"
-    told = interrupt(label, tmp_path / "temporary", "export", checkpoint, "-o", output, *SHAPES)
+    name, label = end.split(": ")
+    words = ("export", checkpoint, "-o", tmp_path / "exports/out", *SHAPES)
+    told = interrupt(label, tmp_path / "temporary", *words, number=signal.Signals[name])
     check(told)
     assert files_of(tmp_path / "exports") == set()
     assert files_of(tmp_path / "temporary") == set()

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
 
 from llm_coreml.decoder.norm import RMSNorm
 
-# Nine fp16 operations of relative error 2^-11 each, the last two on values near one.
+# Ten fp16 operations of relative error 2^-11 each, the last two on values near one.
 FP16_BOUND = 2.0**-8
 
 
@@ -86,3 +89,28 @@ def test_does_not_overflow_where_the_textbook_does(largest: float) -> None:
 def test_zero_rows_give_zeros(dtype: torch.dtype) -> None:
     norm = norm_with(64, 1e-6, 0, dtype)
     assert torch.equal(norm(torch.zeros(2, 64, dtype=dtype)), torch.zeros(2, 64, dtype=dtype))
+
+
+@pytest.mark.parametrize("size", [64, 576, 2048])
+@pytest.mark.parametrize("flushed", [False, True])
+def test_what_stands_beside_a_massive_activation_keeps_its_bits(size: int, flushed: bool) -> None:
+    """Also on a device that takes subnormal numbers for zero."""
+    x = rows_of(size, 1.0, seed=0)[:1].half().abs().clamp(min=0.3)
+    x[0, 0] = 18_000
+    norm = norm_with(size, 1e-5, 0, torch.float16)
+    expected = textbook(x, norm.weight, 1e-5)
+    with _FlushedSubnormals() if flushed else contextlib.nullcontext():
+        found = norm(x)
+    assert ((found - expected).abs() <= FP16_BOUND * expected.abs()).all()
+
+
+class _FlushedSubnormals(TorchFunctionMode):
+    """Takes every subnormal fp16 number that an operation gives for zero."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.dtype == torch.float16:
+            with torch._C.DisableTorchFunction():
+                small = result.abs() < torch.finfo(torch.float16).smallest_normal
+                return torch.where(small, torch.zeros_like(result), result)
+        return result

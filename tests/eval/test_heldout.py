@@ -48,6 +48,12 @@ def test_too_little_text(tokens: list[int], bos_id: int | None) -> None:
         cut(tokens, 8, bos_id, 10)
 
 
+@pytest.mark.parametrize("bos_id", [None, BOS])
+def test_no_room_is_refused(bos_id: int | None) -> None:
+    with pytest.raises(ConfigError, match="A context of 1 positions has no room"):
+        cut(range(10), 1, bos_id, 10)
+
+
 def test_one_token_after_the_beginning_is_enough() -> None:
     assert cut([5], 8, BOS, 10) == [[BOS, 5]]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,14 @@ from exported import in_process
 from handmade import HALF, INT, program, tensor
 from llm_coreml.cli.options import MODES
 from llm_coreml.cli.tables import inspection_table
-from llm_coreml.eval.inspection import Difference, Inspection, Result, inspect_numerics
+from llm_coreml.errors import ConfigError
+from llm_coreml.eval.inspection import (
+    Difference,
+    Inspection,
+    Result,
+    check_threshold,
+    inspect_numerics,
+)
 from llm_coreml.reference.observe.watch import Observed, Watch
 from llm_coreml.reference.program.numerics import MODES as KNOWN_MODES
 
@@ -229,8 +237,8 @@ def test_the_table_tells_where_overflow_begins() -> None:
     ("words", "code", "told"),
     [
         ((), 2, "Say what to inspect; so far there is --numerics."),
-        (("--numerics", "--tokens", "0"), 2, "--tokens is 0; read at least 1."),
-        (("--numerics", "--top", "-1"), 2, "--top is -1; list 0 results or more."),
+        (("--numerics", "--tokens", "0"), 2, "--tokens is 0; it must be a whole number from 1"),
+        (("--numerics", "--top", "-1"), 2, "--top is -1; it must be a whole number from 0"),
         (
             ("--numerics", "--threshold", "nan"),
             2,
@@ -274,3 +282,9 @@ def test_a_program_alone_needs_ids(
         ids.write_text(content)
         refused = in_process(capfd, monkeypatch, *words, "--ids", ids)
         assert refused.code == 2 and told in refused.err
+
+
+@pytest.mark.parametrize("value", ["1", None, math.nan, math.inf, -(10**5000)], ids=range(5))
+def test_thresholds_that_are_no_numbers(value: Any) -> None:
+    with pytest.raises(ConfigError, match="give a number of 0 or more"):
+        check_threshold(value)

@@ -105,8 +105,13 @@ def awq(group: int) -> Packer:
     return pack
 
 
-def compressed(bits: int, group: int, symmetric: bool, seed: int | None = None) -> Packer:
-    """Return a packer of compressed-tensors' `pack-quantized`; of a `seed` see `gptq`."""
+def compressed(
+    bits: int, group: int, symmetric: bool, seed: int | None = None, plain: bool = False
+) -> Packer:
+    """Return a packer of compressed-tensors' `pack-quantized`; of a `seed` see `gptq`.
+
+    With `plain`, zero points are int8, as they were before version 0.9.4.
+    """
 
     def pack(rng: np.random.Generator, rows: int, columns: int) -> tuple[Tensors, Array]:
         codes, scale = draw(rng, rows, columns, bits, group)
@@ -119,6 +124,8 @@ def compressed(bits: int, group: int, symmetric: bool, seed: int | None = None) 
         }
         if not symmetric:
             parts["weight_zero_point"] = words(zero.T, bits).t().contiguous()
+            if plain:
+                parts["weight_zero_point"] = torch.from_numpy((zero - low).astype(np.int8))
         if seed is None:
             parts["weight_g_idx"] = torch.full((columns,), -1, dtype=torch.int32)
             return parts, affine(codes, scale, zero)
@@ -135,6 +142,34 @@ def plain_bytes(rng: np.random.Generator, rows: int, columns: int) -> tuple[Tens
     scale = torch.from_numpy(rng.uniform(1e-3, 2e-3, (rows, 1))).to(torch.bfloat16)
     parts = {"weight": torch.from_numpy(codes.astype(np.int8)), "weight_scale": scale}
     return parts, affine(codes, scale.double().numpy(), np.zeros((rows, 1)))
+
+
+def fp8(scale: str, shape: str) -> Packer:
+    """Return a packer of FP8, a scale for `all`, for each of the `rows` or of 40 x 24 `blocks`."""
+
+    def pack(rng: np.random.Generator, rows: int, columns: int) -> tuple[Tensors, Array]:
+        numbers = torch.from_numpy(rng.uniform(-400, 400, (rows, columns))).to(torch.float8_e4m3fn)
+        sizes = {"all": (1,), "rows": (rows, 1), "blocks": (-(-rows // 40), -(-columns // 24))}
+        scales = rng.uniform(1e-4, 3e-4, sizes[shape]).astype(np.float32)
+        wide = scales.astype(np.float64)
+        if shape == "blocks":
+            wide = np.repeat(np.repeat(wide, 40, axis=0)[:rows], 24, axis=1)[:, :columns]
+        parts = {"weight": numbers, scale: torch.from_numpy(scales)}
+        return parts, numbers.double().numpy() * wide
+
+    return pack
+
+
+def int8(rng: np.random.Generator, rows: int, columns: int) -> tuple[Tensors, Array]:
+    """Pack a matrix of bitsandbytes' 8 bits, with the largest value of each row."""
+    codes = rng.integers(-127, 128, (rows, columns))
+    largest = rng.uniform(0.1, 0.4, rows).astype(np.float32)
+    parts = {
+        "weight": torch.from_numpy(codes.astype(np.int8)),
+        "SCB": torch.from_numpy(largest),
+        "weight_format": torch.tensor(0, dtype=torch.uint8),
+    }
+    return parts, codes * (largest.astype(np.float64)[:, None] / 127)
 
 
 def mlx(bits: int, group: int, whole: bool) -> Packer:
@@ -207,7 +242,7 @@ def mxfp4(mlx: bool) -> Packer:
 FLOATS = np.sort(np.random.default_rng(4).uniform(-1, 1, 16)).astype(np.float32)
 
 
-def nf4(group: int, nested: bool) -> Packer:
+def nf4(group: int, nested: bool, storage: torch.dtype = torch.uint8) -> Packer:
     """Return a packer of bitsandbytes' 4 bit floats, whose table the checkpoint brings."""
 
     def pack(rng: np.random.Generator, rows: int, columns: int) -> tuple[Tensors, Array]:
@@ -217,7 +252,7 @@ def nf4(group: int, nested: bool) -> Packer:
         scale = rng.uniform(0.1, 0.4, count).astype(np.float32)
         flat = codes.reshape(-1, 2).astype(np.uint8)
         parts = {
-            "weight": torch.from_numpy(flat[:, :1] * 16 + flat[:, 1:]),
+            "weight": torch.from_numpy(flat[:, 0] * 16 + flat[:, 1]).view(storage).view(-1, 1),
             "weight.quant_map": torch.from_numpy(FLOATS.copy()),
             "weight.absmax": torch.from_numpy(scale),
         }

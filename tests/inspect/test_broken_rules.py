@@ -18,7 +18,7 @@ from llm_coreml.inspect.broken_rules import BrokenRule, broken_rules
 from llm_coreml.inspect.contents import Contents
 from llm_coreml.quantize import make_plan
 from llm_coreml.quantize.plan.plan_file import plan_json
-from llm_coreml.rules import RULES
+from llm_coreml.rules import RULES, STATE_RULES
 from tiny import small_spec
 
 SPEC = small_spec()
@@ -55,6 +55,37 @@ def test_what_was_forced_is_named_with_its_reason() -> None:
     assert broken_rules(*tables)["ane-int8-group"].matrices == 2
     told = broken_rules(*tables)["ane-int8-group"].flag
     assert told == "--embedding int8-channel --lm-head int8-channel"
+
+
+WIDE, NARROW = (2, 2, 64, 64), (2, 2, 64, 20)
+
+
+def test_states_that_the_neural_engine_refuses_are_told() -> None:
+    target, plan = manifest(target="ane")
+    found = broken_rules(target, plan, [NARROW, NARROW])
+    assert found == {
+        "ane-state-width": BrokenRule(
+            level="warning",
+            reason=STATE_RULES[0].reason,
+            source="coremltools issue 2631",
+            flag="--target gpu",
+            matrices=0,
+        )
+    }
+    console = Console(width=400)
+    with console.capture() as captured:
+        console.print(contents_table(Contents("", None, 1, {}, {}, found)))
+    assert re.search(
+        r"^ane-state-width +the Neural Engine's .*; give --target gpu$", captured.get(), re.M
+    )
+    assert broken_rules(target, plan, [WIDE, WIDE]) == {}
+    assert list(broken_rules(target, plan, 4 * [WIDE])) == ["ane-many-states"]
+    assert list(broken_rules(target, None, [NARROW])) == ["ane-state-width"], (
+        "of the first releases"
+    )
+    for other in ("gpu", "cpu"):
+        assert broken_rules(replace(target, name=other), plan, [NARROW]) == {}
+    assert broken_rules(replace(target, backend="xnnpack"), plan, [NARROW]) == {}
 
 
 def test_what_breaks_no_rule() -> None:

@@ -104,6 +104,7 @@ ODD = {
     "linear rope, head_dim 8": Odd(
         {
             "head_dim": 8,
+            "max_position_embeddings": 32,
             "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 3.0},
         },
         (1, 2, 64),
@@ -130,8 +131,8 @@ ODD = {
         config={"target": "cpu"},
         dtype=torch.float16,
     ),
-    "mistral for iOS26": Odd(
-        {"sliding_window": None}, (1, 8), config={"minimum_os": "iOS26"}, make=mistral
+    "mistral with a window, for iOS26": Odd(
+        {"sliding_window": 12}, (1, 8), config={"minimum_os": "iOS26"}, make=mistral
     ),
 }
 

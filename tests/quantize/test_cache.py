@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from artifacts import SCHEMES
 from llm_coreml.config import ExportConfig, resolve
+from llm_coreml.errors import ConfigError
 from llm_coreml.model import open_model
 from llm_coreml.quantize import cache, make_plan
 from llm_coreml.quantize.cache import WeightCache, default_folder
@@ -267,17 +268,16 @@ def test_a_full_disk_is_told_of_and_leaves_no_draft(folder: Path, tmp_path: Path
 
 def test_old_entries_and_drafts_make_room(tmp_path: Path) -> None:
     new, old, oldest = (f"{letter * 64}.safetensors" for letter in "abc")
-    fresh, stale = (f".{letter * 64}.{number}" for letter, number in (("d", 1), ("e", 2)))
+    killed = ".llm-coreml-0"
     # The folder may be one that holds other things.
     others = ["mine.txt", ".bashrc", "model-00001.safetensors", ".git"]
     for age, name in enumerate([new, old, oldest]):
         (tmp_path / name).write_bytes(bytes(100))
         os.utime(tmp_path / name, (time.time() - 100 * age,) * 2)
-    for name, days in ((fresh, 0), (stale, 2), *((other, 9) for other in others)):
+    for name in (killed, *others):
         (tmp_path / name).write_bytes(bytes(400))
-        os.utime(tmp_path / name, (time.time() - days * 24 * 3600,) * 2)
     WeightCache(tmp_path, print, largest=250)
-    assert {path.name for path in tmp_path.iterdir()} == {new, old, fresh, *others}
+    assert {path.name for path in tmp_path.iterdir()} == {new, old, *others}
 
 
 @pytest.mark.parametrize(
@@ -296,6 +296,25 @@ def test_the_default_folder(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert default_folder() == Path(expected)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [("~nobody-at-all/c", r"\$LLM_COREML_CACHE is '~nobody-at-all/c'"), (None, "Your home folder")],
+)
+def test_a_home_that_nobody_knows(
+    given: str | None, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(*_: object) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("LLM_COREML_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    if given is not None:
+        monkeypatch.setenv("LLM_COREML_CACHE", given)
+    monkeypatch.setattr(Path, "home", unknown)
+    with pytest.raises(ConfigError, match=told):
+        default_folder()
 
 
 # Stops for good in the middle of the third entry.

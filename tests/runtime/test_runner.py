@@ -152,3 +152,26 @@ def test_runner_of_a_bundle(bundle: Path) -> None:
     assert isinstance(runner, ReferenceRunner)
     assert (runner.context, runner.seq_lengths, runner.vocab_size) == (64, (1, 8), 300)
     assert runner.every_row is False and runner.label == "reference runtime"
+
+
+@pytest.mark.parametrize(
+    ("token", "told"),
+    [
+        (None, "Token None is no whole number"),
+        ("1", "Token '1' is no whole number"),
+        (1.0, "Token 1.0 is no whole number"),
+        ([1], "is no whole number"),
+        (VOCAB, "Token 11 is outside the vocabulary of 11 entries"),
+        (-1, "Token -1 is outside"),
+        (2**63, "is outside"),
+        (10**5000, "Token a number of 5001 digits is outside"),
+    ],
+    ids=range(8),
+)
+def test_tokens_that_are_none_are_refused(token: Any, told: str) -> None:
+    runner = fake()
+    for feed in (runner.feed, runner.logits):
+        with pytest.raises(ConfigError) as caught:
+            feed([1, token])
+        assert told in str(caught.value)
+    assert len(runner.logits(torch.tensor([1, 2]).numpy())) == 2, "any library's whole numbers"

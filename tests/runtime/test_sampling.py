@@ -103,3 +103,9 @@ def test_values_out_of_range(arguments: tuple[float, ...], message: str) -> None
     with pytest.raises(ConfigError) as caught:
         Sampler(*arguments)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 10**30, True, 1.0, "1", None])
+def test_seeds_that_no_generator_takes(seed: int) -> None:
+    with pytest.raises(ConfigError, match="seed must be a whole number from 0 to 9223372036854"):
+        Sampler(0.5, 1.0, seed)

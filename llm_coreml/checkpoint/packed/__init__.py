@@ -7,4 +7,5 @@ a `PackedFormat` in a file, and a reader of its settings in `formats`.
 """
 
 from llm_coreml.checkpoint.packed.formats import find_formats as find_formats
+from llm_coreml.checkpoint.packed.formats import names_quantization as names_quantization
 from llm_coreml.checkpoint.packed.view import PackedCheckpoint as PackedCheckpoint

@@ -1,9 +1,12 @@
-"""bitsandbytes' 4 bit floats, NF4 and FP4: places in a table, in blocks along the flattened matrix.
+"""bitsandbytes: 4 bit floats in blocks along the flattened matrix, NF4 and FP4, and 8 bit integers.
 
-`weight` uint8 [N * K / 2, 1], the first code of a byte in its high bits; `weight.quant_map` [16],
+`weight` uint8 [N * K / 2, 1], the first code of a byte in its high bits, or the same bytes as
+numbers of another type (`bnb_4bit_quant_storage`); `weight.quant_map` [16],
 what they stand for; `weight.absmax` [blocks], the scale of each block; and a JSON object in bytes
 with the shape and the block's size. Of nested ones `absmax` is uint8, places in
 `weight.nested_quant_map` [256], scaled by blocks of `weight.nested_absmax`, plus an offset.
+
+Of 8 bits, `weight` int8 [N, K] and `SCB` [N]: a code q stands for `SCB / 127 * q`.
 """
 
 from __future__ import annotations
@@ -14,11 +17,13 @@ from typing import Any, Literal, final
 
 import torch
 
+from llm_coreml.checkpoint.checkpoint import WEIGHT_DTYPES, type_name
 from llm_coreml.checkpoint.matrix import Affine
 from llm_coreml.checkpoint.packed.parts import PackedFormat, Parts
 from llm_coreml.errors import UnsupportedError
 
 _LONGEST = 4096
+_STORAGE = (torch.uint8, torch.int8, *WEIGHT_DTYPES)
 
 
 @final
@@ -63,7 +68,12 @@ class BitsAndBytes(PackedFormat):
     def codes(self, parts: Parts) -> torch.Tensor:
         """See `PackedFormat`."""
         rows, columns = self.shape(parts)
-        octets = parts.read("weight", (rows * columns // 2, 1), (torch.uint8,))
+        storage = parts.dtype("weight")
+        if storage not in _STORAGE:
+            raise parts.error(f"weight is {type_name(storage)}")
+        count = rows * columns // 2 // storage.itemsize
+        stored = parts.read("weight", (count, 1), (storage,))
+        octets = stored.contiguous().view(torch.uint8).view(-1, 1)
         codes = torch.cat([octets >> 4, octets & 15], dim=1)
         return codes.view(torch.int8).view(rows, columns)
 
@@ -99,3 +109,33 @@ class BitsAndBytes(PackedFormat):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise parts.error(f"its {key} is {value!r}, which is no number of at least 1")
         return value
+
+
+@final
+@dataclass(frozen=True)
+class BitsAndBytes8(PackedFormat):
+    """Codes of 8 bits with a scale for each row."""
+
+    label = "bitsandbytes"
+    suffixes = ("weight", "SCB")
+    optional = ("weight_format",)
+
+    def shape(self, parts: Parts) -> tuple[int, int]:
+        """See `PackedFormat`."""
+        rows, columns = parts.shape("weight")
+        return rows, columns
+
+    def scales(self, parts: Parts) -> Affine:
+        """See `PackedFormat`."""
+        rows, _ = self.shape(parts)
+        if "weight_format" in parts and bool(parts.read("weight_format", (), (torch.uint8,))):
+            raise UnsupportedError(
+                f"'{parts.module}' is stored in the order of a kernel, which cannot be read. Save "
+                "the model again with a present bitsandbytes."
+            )
+        scale = parts.numbers("SCB", (rows,)).view(rows, 1) / 127
+        return Affine(8, scale, torch.zeros_like(scale), (-127, 127))
+
+    def codes(self, parts: Parts) -> torch.Tensor:
+        """See `PackedFormat`."""
+        return parts.read("weight", self.shape(parts), (torch.int8,))

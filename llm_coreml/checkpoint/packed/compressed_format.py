@@ -2,8 +2,9 @@
 
 Packed: `weight_packed` int32 [N, K * bits / 32], `weight_shape` [2], `weight_scale` [N, groups] and
 for asymmetric ones `weight_zero_point` int32 [N * bits / 32, groups], packed along the outputs;
-codes and zero points have 2^(bits - 1) added. Plain: `weight` int8 [N, K], `weight_scale`, and
-`weight_zero_point` int8. A code q stands for `scale * (q - zero)`.
+codes and zero points have 2^(bits - 1) added. Up to version 0.9.3 zero points were plain int8
+[N, groups]. Plain: `weight` int8 [N, K], `weight_scale`, and `weight_zero_point` int8. A code q
+stands for `scale * (q - zero)`.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class _Compressed(PackedFormat):
 
     label = "compressed-tensors"
     optional = ("weight_zero_point", "weight_g_idx")
+    beside = ("input_scale", "input_zero_point", "output_scale", "output_zero_point")
 
     def order(self, parts: Parts) -> torch.Tensor | None:
         """See `PackedFormat`: inputs by their groups, which `actorder=group` has anywhere."""
@@ -78,6 +80,9 @@ class PackedWords(_Compressed):
         scale = self._scale(parts, rows, columns)
         if "weight_zero_point" not in parts:
             return Affine(bits, scale, torch.zeros_like(scale))
+        if parts.dtype("weight_zero_point") == torch.int8:
+            plain = parts.read("weight_zero_point", tuple(scale.shape), (torch.int8,))
+            return Affine(bits, scale, -scale * plain.to(torch.float64))
         words = (-(-rows * bits // 32), scale.shape[1])
         packed = parts.read("weight_zero_point", words, (torch.int32,))
         zero = unpack(packed.t(), bits)[:, :rows].t().to(torch.float64)

@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from llm_coreml.checkpoint.packed.awq_format import AWQ
-from llm_coreml.checkpoint.packed.bitsandbytes_format import BitsAndBytes
+from llm_coreml.checkpoint.packed.bitsandbytes_format import BitsAndBytes, BitsAndBytes8
 from llm_coreml.checkpoint.packed.blocks import BLOCKS
 from llm_coreml.checkpoint.packed.compressed_format import PackedWords, PlainBytes
-from llm_coreml.checkpoint.packed.gptq_format import GPTQ
+from llm_coreml.checkpoint.packed.fp8_format import FP8
+from llm_coreml.checkpoint.packed.gptq_format import BITS, GPTQ
 from llm_coreml.checkpoint.packed.hqq_format import HQQ
 from llm_coreml.checkpoint.packed.mlx_format import MLX
 from llm_coreml.checkpoint.packed.mxfp4_format import COMPRESSED_MXFP4, MLX_MXFP4
@@ -57,25 +58,49 @@ def find_formats(config: Mapping[str, Any], where: str) -> Formats:
     return ()
 
 
+def names_quantization(config: Mapping[str, Any]) -> bool:
+    """Say whether a configuration speaks of quantized weights, in whatever way."""
+    return any(config.get(key) for key in _KEYS)
+
+
 def _implied(settings: Mapping[str, Any]) -> str:
     """Return the method of settings that name none: MLX gives its two numbers and no name."""
     return "mlx" if {"bits", "group_size"} <= settings.keys() else ""
 
 
 def _gptq(settings: Mapping[str, Any], where: str) -> Formats:
-    bits = _choice(settings, "bits", (2, 3, 4, 8), where)
+    bits = _choice(settings, "bits", BITS, where)
     version = str(settings.get("checkpoint_format") or "gptq")
     if version not in ("gptq", "gptq_v2"):
         raise _refusal(where, f"GPTQ weights in the form '{version}'")
-    return (GPTQ(bits, _group_size(settings, where), bias=1 if version == "gptq" else 0),)
+    bias, group_size = 1 if version == "gptq" else 0, _group_size(settings, where)
+    # Rules by module, in regular expressions that nobody vouches for: the tensors say it, too.
+    if settings.get("dynamic"):
+        return (GPTQ(None, None, bias),)
+    return (GPTQ(bits, group_size, bias),)
 
 
 def _awq(settings: Mapping[str, Any], where: str) -> Formats:
+    settings = {
+        "bits": settings.get("w_bit"),
+        "group_size": settings.get("q_group_size"),
+        **settings,
+    }  # the names of the tool's own file first
     _choice(settings, "bits", (4,), where)
     version = str(settings.get("version") or "gemm").lower()
     if version != "gemm":
         raise _refusal(where, f"AWQ weights in the form '{version}'")
     return (AWQ(_group_size(settings, where)),)
+
+
+def _auto_round(settings: Mapping[str, Any], where: str) -> Formats:
+    packing = str(settings.get("packing_format") or "").rpartition(":")[2]
+    if packing == "auto_awq":
+        return _awq(settings, where)
+    if packing != "auto_gptq":
+        raise _refusal(where, f"AutoRound weights in the form '{packing or 'unnamed'}'")
+    # Modules may have settings of their own, which the tensors say, too.
+    return (GPTQ(None, None, bias=1),)
 
 
 def _compressed(settings: Mapping[str, Any], where: str) -> Formats:
@@ -85,26 +110,55 @@ def _compressed(settings: Mapping[str, Any], where: str) -> Formats:
     sparsity = settings.get("sparsity_config")
     if sparsity and (not isinstance(sparsity, Mapping) or sparsity.get("format") != "dense"):
         raise _refusal(where, "sparse weights")
-    sizes, floats = set(), False
+    sizes: set[int] = set()
+    blocks: set[tuple[int, int]] = set()
+    mxfp4 = False
     for group in groups.values():
         weights = group.get("weights") if isinstance(group, Mapping) else None
         kind = weights.get("type", "int") if isinstance(weights, Mapping) else None
         form = group.get("format") or settings.get("format") if isinstance(group, Mapping) else None
         if kind == "float" and form == "mxfp4-pack-quantized":
-            floats = True
+            mxfp4 = True
+            continue
+        if isinstance(weights, Mapping) and (kind, weights.get("num_bits")) == ("float", 8):
+            blocks.add(_block(weights.get("block_structure"), where))
             continue
         if not isinstance(weights, Mapping) or kind != "int":
-            raise _refusal(where, "compressed-tensors whose weights are not integers or MXFP4")
+            raise _refusal(
+                where,
+                f"compressed-tensors whose weights are {form or kind}, not integers, FP8 or MXFP4",
+            )
         _choice(weights, "num_bits", (4, 8), where)
         sizes.add(_group_size({"group_size": weights.get("group_size") or -1}, where))
-    packed = (PackedWords(frozenset(sizes)), PlainBytes(frozenset(sizes)))
-    return (*packed, COMPRESSED_MXFP4) if floats else packed
+    # FP8 first, which looks at types: names alone do not part it from int8.
+    fp8 = [FP8("weight_scale", block) for block in sorted(blocks)]
+    words = [PackedWords(frozenset(sizes)), PlainBytes(frozenset(sizes))]
+    return (*fp8, *words, *([COMPRESSED_MXFP4] if mxfp4 else []))
 
 
 def _bitsandbytes(settings: Mapping[str, Any], where: str) -> Formats:
-    if not settings.get("load_in_4bit"):
-        raise _refusal(where, "bitsandbytes weights that are not of 4 bits")
-    return BitsAndBytes("nf4"), BitsAndBytes("fp4")
+    return BitsAndBytes("nf4"), BitsAndBytes("fp4"), BitsAndBytes8()
+
+
+def _fp8(settings: Mapping[str, Any], where: str) -> Formats:
+    block = _block(settings.get("weight_block_size"), where)
+    return FP8("weight_scale_inv", block), FP8("weight_scale", block)
+
+
+def _block(value: object, where: str) -> tuple[int, int]:
+    """Return rows and columns of a block of FP8; those of DeepSeek if none are named."""
+    if value is None:
+        return 128, 128
+    if isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_is_size, value)):
+        return int(value[0]), int(value[1])
+    raise CheckpointError(
+        f"{where} gives {value!r} as the blocks of its quantized weights; it must be two whole "
+        "numbers of at least 1. Download the checkpoint again."
+    )
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _mlx(settings: Mapping[str, Any], where: str) -> Formats:
@@ -151,10 +205,14 @@ def _types(value: object) -> Iterator[str]:
 _READERS: dict[str, Callable[[Mapping[str, Any], str], Formats]] = {
     "gguf": _gguf,
     "gptq": _gptq,
+    "auto-round": _auto_round,
     "awq": _awq,
     "bitsandbytes": _bitsandbytes,
     "compressed-tensors": _compressed,
+    "fbgemm_fp8": _fp8,
+    "fp8": _fp8,
     "hqq": _hqq,
+    "intel/auto-round": _auto_round,
     "mlx": _mlx,
     "torchao": _torchao,
 }

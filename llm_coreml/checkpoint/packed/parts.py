@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import final
+from typing import NoReturn, final
 
 import torch
 
 from llm_coreml.checkpoint.checkpoint import WEIGHT_DTYPES, Checkpoint, type_name
-from llm_coreml.checkpoint.matrix import Affine
-from llm_coreml.errors import CheckpointError
+from llm_coreml.checkpoint.matrix import Affine, values
+from llm_coreml.errors import CheckpointError, UnsupportedError
 
 
 @final
@@ -40,6 +40,10 @@ class Parts:
         if len(found) != dims or 0 in found:
             raise self.error(f"{suffix} is {list(found)}, which is no {dims}-dimensional array")
         return found
+
+    def dtype(self, suffix: str) -> torch.dtype:
+        """Return the type of a part."""
+        return self.checkpoint.dtype(self._name(suffix))
 
     def read(
         self, suffix: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...] = WEIGHT_DTYPES
@@ -111,11 +115,17 @@ class PackedFormat(ABC):
         label: The format, as people call it.
         suffixes: The parts that every matrix has.
         optional: Parts that it may have.
+        beside: Parts of activations, which are not quantized here: left out, and told.
     """
 
     label: str
     suffixes: tuple[str, ...]
     optional: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
+
+    def holds(self, parts: Parts) -> bool:
+        """Say whether parts of these names are of this format, by their types."""
+        return True
 
     @abstractmethod
     def shape(self, parts: Parts) -> tuple[int, int]:
@@ -134,6 +144,16 @@ class PackedFormat(ABC):
     def codes(self, parts: Parts) -> torch.Tensor:
         """Return the signed codes, int8 `[rows, columns]`. Raises CheckpointError."""
 
+    def values(self, parts: Parts) -> torch.Tensor:
+        """Return what the codes stand for, fp32 `[rows, columns]`, inputs in their own order.
+
+        Raises:
+            CheckpointError: as `scales` and `codes`.
+            UnsupportedError: as `scales`.
+        """
+        found, order = values(self.codes(parts), self.scales(parts)), self.order(parts)
+        return found if order is None else found[:, torch.argsort(order)]
+
     def order(self, parts: Parts) -> torch.Tensor | None:
         """Return which input each column of `codes` belongs to, int64 `[columns]`; None is its own.
 
@@ -141,3 +161,23 @@ class PackedFormat(ABC):
             CheckpointError: it is no order.
         """
         return None
+
+
+class ValueFormat(PackedFormat):
+    """A format of which only `shape` and `values` are read: Core ML cannot hold its codes."""
+
+    def scales(self, parts: Parts) -> NoReturn:
+        """See `PackedFormat`; always raises UnsupportedError."""
+        raise UnsupportedError(
+            f"'{parts.module}' in '{parts.checkpoint.source.name}' is stored as {self.label}, "
+            "which Core ML cannot hold as it is. Give --bits 4 (or 8, or 16 for no quantization), "
+            "which quantizes its values again."
+        )
+
+    def codes(self, parts: Parts) -> NoReturn:
+        """See `PackedFormat`; always raises UnsupportedError."""
+        self.scales(parts)
+
+    @abstractmethod
+    def values(self, parts: Parts) -> torch.Tensor:
+        """See `PackedFormat`."""

@@ -12,12 +12,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, final
 
 import torch
 
-from llm_coreml.checkpoint.checkpoint import Checkpoint, Source
-from llm_coreml.checkpoint.matrix import Levels, Packed, PackedForm, fit, values
+from llm_coreml.checkpoint.checkpoint import Checkpoint, Source, listing
+from llm_coreml.checkpoint.matrix import Levels, Packed, PackedForm, fit
 from llm_coreml.checkpoint.packed.parts import PackedFormat, Parts
 
 _WEIGHT = "weight"
@@ -31,10 +32,13 @@ class PackedCheckpoint(Checkpoint):
     Attributes:
         files: The tensors as they are stored.
         formats: What the matrices may be stored as; the first that finds all its parts is taken.
+            None of them: nothing is quantized, whatever config.json says.
+        as_values: Matrices are not given as codes, so that they are quantized as any others.
     """
 
     files: Checkpoint = field(repr=False)
     formats: tuple[PackedFormat, ...]
+    as_values: bool = False
 
     @property
     def config(self) -> dict[str, Any]:  # type: ignore[override]
@@ -52,18 +56,30 @@ class PackedCheckpoint(Checkpoint):
         return self.files.source
 
     @property
+    def notes(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Return what is to know of how the files are read, and what is left out."""
+        notes = list(self.files.notes)
+        if not self.formats:
+            notes.append(
+                "config.json speaks of quantized weights, but no tensor is quantized: that is left "
+                "over, and the weights are read as they are."
+            )
+        beside = sorted(self._beside)
+        if beside:
+            notes.append(
+                f"{len(beside)} tensors are left out, which quantize activations: "
+                f"{listing(beside, limit=2)}. Activations are not quantized."
+            )
+        return tuple(notes)
+
+    @property
     def tokenizer_files(self) -> dict[str, Path]:  # type: ignore[override]
         """Return the tokenizer's files by name."""
         return self.files.tokenizer_files
 
-    @property
-    def notes(self) -> tuple[str, ...]:  # type: ignore[override]
-        """Return what is to know of how the files are read."""
-        return self.files.notes
-
     def names(self) -> frozenset[str]:
         """Return the names of all tensors, a quantized matrix under that of its weight."""
-        names = set(self.files.names())
+        names = set(self.files.names()) - self._beside
         for weight, (form, parts) in self._matrices.items():
             names -= {f"{parts.module}.{part}" for part in (*form.suffixes, *form.optional)}
             if self._is_padding(f"{parts.module}.bias"):
@@ -98,8 +114,7 @@ class PackedCheckpoint(Checkpoint):
         if name not in self._matrices:
             return self.files.stored(name)
         form, parts = self._matrices[name]
-        found, order = values(form.codes(parts), form.scales(parts)), form.order(parts)
-        return found if order is None else found[:, torch.argsort(order)]
+        return form.values(parts)
 
     def contents(self, name: str) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the stored tensors that make up `name`."""
@@ -111,13 +126,17 @@ class PackedCheckpoint(Checkpoint):
             if part in parts:
                 yield from self.files.contents(f"{parts.module}.{part}")
 
+    def quantized(self) -> Mapping[str, str]:
+        """Return the label of each quantized matrix' format, by name."""
+        return MappingProxyType({name: form.label for name, (form, _) in self._matrices.items()})
+
     def forms(self) -> Mapping[str, PackedForm]:
         """Return how each quantized matrix is stored; reads all scales at the first call."""
-        return self._forms
+        return MappingProxyType({}) if self.as_values else self._forms
 
     def packed(self, name: str) -> Packed | None:
         """Return the codes and levels of a quantized matrix, None for any other tensor."""
-        if name not in self._matrices:
+        if self.as_values or name not in self._matrices:
             return None
         form, parts = self._matrices[name]
         levels, codes = _levels(form, parts), form.codes(parts)
@@ -131,6 +150,16 @@ class PackedCheckpoint(Checkpoint):
         return self.files.save_tokenizer(folder)
 
     @cached_property
+    def _beside(self) -> frozenset[str]:
+        found = {
+            f"{parts.module}.{part}"
+            for form, parts in self._matrices.values()
+            for part in form.beside
+            if part in parts
+        }
+        return frozenset(found)
+
+    @cached_property
     def _matrices(self) -> dict[str, tuple[PackedFormat, Parts]]:
         names = self.files.names()
         found: dict[str, tuple[PackedFormat, Parts]] = {}
@@ -139,8 +168,14 @@ class PackedCheckpoint(Checkpoint):
                 module, _, suffix = name.rpartition(".")
                 weight = f"{module}.{_WEIGHT}"
                 complete = all(f"{module}.{part}" in names for part in form.suffixes)
-                if suffix == form.suffixes[0] and complete and weight not in found:
-                    found[weight] = (form, Parts(self.files, module))
+                parts = Parts(self.files, module)
+                if (
+                    suffix == form.suffixes[0]
+                    and complete
+                    and weight not in found
+                    and form.holds(parts)
+                ):
+                    found[weight] = (form, parts)
         return found
 
     @cached_property

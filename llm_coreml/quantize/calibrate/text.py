@@ -63,7 +63,7 @@ def read_content(source: str) -> str:
         raise ConfigError(f"--calibrate: {advice}")
     try:
         content = Path(source).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(
             f"--calibrate '{source}' cannot be read: {error}. Give a UTF-8 file, or 'bundled'."
         ) from None

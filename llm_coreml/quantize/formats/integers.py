@@ -9,7 +9,8 @@ outermost weights lose, the others win. The search goes from coarse to fine.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
@@ -78,10 +79,9 @@ def _search(
         sign = torch.where(top > -bottom, -1.0, 1.0)
     floor = (largest * _LEAST).clamp(min=_SMALLEST_SCALE)
     root = None if counts is None else counts.sqrt()
-    best, chosen = torch.full_like(full, torch.inf), torch.ones_like(full)
-    kept, shift = torch.ones_like(full), torch.zeros_like(full)
+    best = _Best(torch.full_like(full, torch.inf), torch.ones_like(full), full, full)
     stored = torch.empty_like(grouped)
-    for share in _tried(lambda: chosen, high - low + 1):
+    for share in _tried(best, high - low + 1):
         scale = (torch.maximum(full * share, floor) * sign).to(torch.float16).to(torch.float32)
         shrunk = (bottom + top) / 2 - share * (top - bottom) / 2
         zero = _zero_points(shrunk / scale, low, high, kind)
@@ -90,28 +90,50 @@ def _search(
             stored.sub_(zero.unsqueeze(2))
         torch.addcmul(grouped, stored, scale.unsqueeze(2), value=-1, out=stored)
         error = torch.linalg.vector_norm(stored if root is None else stored.mul_(root), dim=2)
-        better = error < best
-        best, kept = torch.where(better, error, best), torch.where(better, scale, kept)
-        chosen = torch.where(better, share, chosen)
-        shift = shift if zero is None else torch.where(better, zero, shift)
-    if not bool(torch.isfinite(best).all()):
+        best.keep(_Best(error, share, scale, scale if zero is None else zero))
+    if not bool(torch.isfinite(best.error).all()):
         raise UnsupportedError(
             f"a weight is {float(largest.max()):g}, whose scale fp16 cannot hold; use another "
             "scheme, or scale the weights."
         )
-    return kept, None if kind == "none" else shift
+    return best.scale, None if kind == "none" else best.zero
 
 
-def _tried(best: Callable[[], torch.Tensor], codes: int) -> Iterator[torch.Tensor]:
-    """Yield shares of the groups' ranges, the later ones near `best()` of the earlier."""
-    ones = torch.ones_like(best())
+@dataclass
+class _Best:
+    """What is best so far, each `[rows, groups]`.
+
+    Attributes:
+        error: Of the groups.
+        share: Of their ranges.
+        scale: For those.
+        zero: Zero points, if there are any.
+    """
+
+    error: torch.Tensor
+    share: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor
+
+    def keep(self, other: _Best) -> None:
+        """Take what is better there."""
+        better = other.error < self.error
+        self.error = torch.where(better, other.error, self.error)
+        self.share = torch.where(better, other.share, self.share)
+        self.scale = torch.where(better, other.scale, self.scale)
+        self.zero = torch.where(better, other.zero, self.zero)
+
+
+def _tried(best: _Best, codes: int) -> Iterator[torch.Tensor]:
+    """Yield shares of the groups' ranges, the later ones near the best of the earlier."""
+    ones = torch.ones_like(best.share)
     if codes >= 2**_UNSEARCHED:
         yield ones
         return
     for share in _SHARES:
         yield ones * share
     for distance in _NEARER:
-        centre = best()
+        centre = best.share
         yield centre - distance
         yield (centre + distance).clamp(max=1)
 

@@ -14,7 +14,7 @@ from dataclasses import replace
 from torch import nn
 
 from llm_coreml.config import Job
-from llm_coreml.decoder import Decoder, DecoderSpec
+from llm_coreml.decoder import DecoderSpec, skeleton
 from llm_coreml.errors import UnsupportedError
 from llm_coreml.quantize.formats.schemes import Scheme
 from llm_coreml.quantize.plan.plan import (
@@ -120,7 +120,7 @@ def other_bytes(job: Job, spec: DecoderSpec, plan: QuantizationPlan) -> int:
 
 def _vectors(spec: DecoderSpec) -> int:
     """Return how many numbers norms and biases hold."""
-    decoder = Decoder(spec, context=1)
+    decoder = skeleton(spec)
     tables = (nn.Linear, nn.Embedding)
     held = {m.weight for m in decoder.modules() if isinstance(m, tables)}
     return sum(p.numel() for p in decoder.parameters() if not any(p is weight for weight in held))

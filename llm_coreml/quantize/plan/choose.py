@@ -19,7 +19,8 @@ from llm_coreml.quantize.plan.allocate import Option, allocate
 from llm_coreml.quantize.plan.budget import matrix_bits, mixed_options
 from llm_coreml.quantize.plan.imported import (
     import_report,
-    refuse_choices,
+    keeps_codes,
+    left_as_is,
     refuse_inexact,
     with_imports,
 )
@@ -111,13 +112,16 @@ def plan_for(job: Job, model: Model) -> QuantizationPlan:
         CheckpointError: scales of a quantized checkpoint are damaged.
         ConfigError: settings contradict each other, or choose what is chosen already.
         UnsupportedError: Core ML or the target cannot hold a matrix, or only inexactly.
+        ValueError: codes are to be chosen of a model that was not expanded, see `as_asked`.
     """
     report = import_report(model.checkpoint)
     if report is None:
         return make_plan(job, model.spec)
+    if not keeps_codes(job):
+        raise ValueError("a quantized model whose codes are chosen again must be expanded first")
     refuse_inexact(report, job)
     held = {name.removesuffix(".weight"): form for name, form in model.weights.forms().items()}
-    plan = make_plan(refuse_choices(job), model.spec)
+    plan = make_plan(left_as_is(job), model.spec)
     return with_imports(plan, job, model.spec, held)
 
 

@@ -2,6 +2,7 @@
 
 report = import_report(checkpoint)              # None where nothing is quantized
 plan = with_imports(make_plan(...), ...)        # their schemes come from the checkpoint
+keeps_codes(job)                                # no: their values are quantized as any others
 weight = imported_weight(checkpoint.packed(name))
 """
 
@@ -62,36 +63,21 @@ class ImportReport:
         )
 
 
-def refuse_choices(job: Job) -> Job:
-    """Return `job` for a quantized checkpoint, which leaves no codes to choose.
+def quantized_in(checkpoint: Checkpoint) -> str | None:
+    """Return the formats of a checkpoint's quantized matrices, None where there are none."""
+    return ", ".join(sorted(set(checkpoint.quantized().values()))) or None
 
-    Linear layers that it holds unquantized stay so.
 
-    Raises:
-        ConfigError: codes are to be chosen.
-    """
+def keeps_codes(job: Job) -> bool:
+    """Say whether a quantized checkpoint is taken as it is: no setting chooses other codes."""
     weights = job.weights
-    choices: dict[str, object] = {
-        "--bits": weights.bits,
-        "--size": weights.size,
-        "--plan": weights.plan,
-        "--scheme": weights.scheme,
-        "--calibrate": job.calibration.calibrate,
-    }
-    for flag, value in choices.items():
-        if value is not None:
-            raise ConfigError(
-                f"{flag} {value} chooses codes, but the checkpoint's linear layers are quantized "
-                f"already and are taken as they are; drop {flag}, or give the unquantized "
-                "checkpoint that it was made from."
-            )
-    if weights.rotate != "none":
-        raise ConfigError(
-            f"--rotate {weights.rotate} changes weights, but the checkpoint's are quantized "
-            "already and are taken as they are; drop --rotate, or give the unquantized checkpoint "
-            "that it was made from."
-        )
-    return replace(job, weights=replace(weights, scheme="none"))
+    choices = (weights.bits, weights.size, weights.plan, weights.scheme, job.calibration.calibrate)
+    return weights.rotate == "none" and all(choice is None for choice in choices)
+
+
+def left_as_is(job: Job) -> Job:
+    """Return `job` for linear layers that a quantized checkpoint left unquantized: they stay so."""
+    return replace(job, weights=replace(job.weights, scheme="none"))
 
 
 def import_report(checkpoint: Checkpoint) -> ImportReport | None:
@@ -142,7 +128,7 @@ def with_imports(
         lm_head = embedding
     head = held.get("lm_head", held.get("embed_tokens") if spec.tie_word_embeddings else None)
     usual, weights = WeightSettings(), job.weights
-    if weights.embedding != usual.embedding:
+    if weights.table != usual.table:
         _refuse_table(f"--embedding {weights.embedding}", held.get("embed_tokens"))
     if weights.lm_head != usual.lm_head:
         _refuse_table(f"--lm-head {weights.lm_head}", head)
@@ -199,7 +185,8 @@ def refuse_inexact(report: ImportReport, job: Job) -> None:
     if report.exactness == "inexact" and not job.weights.allow_inexact:
         raise UnsupportedError(
             f"These {report.format} weights cannot be stored for Core ML as they are: "
-            f"{report.sentence}. Give --allow-inexact to take that, or the unquantized checkpoint."
+            f"{report.sentence}. Give --allow-inexact to take that, --bits 4 (or 8, or 16 for no "
+            "quantization) to quantize their values again, or the unquantized checkpoint."
         )
 
 

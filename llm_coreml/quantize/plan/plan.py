@@ -17,7 +17,7 @@ from torch import nn
 
 from llm_coreml.config import Job
 from llm_coreml.config.values import DEFAULT_CODEBOOK_ROWS
-from llm_coreml.decoder import Decoder, DecoderSpec
+from llm_coreml.decoder import DecoderSpec, skeleton
 from llm_coreml.errors import ConfigError, UnsupportedError, nearest
 from llm_coreml.quantize.formats.schemes import (
     CODEBOOK_BITS,
@@ -61,7 +61,7 @@ class QuantizationPlan:
 
 def matrices(spec: DecoderSpec) -> Iterator[tuple[str, tuple[int, int]]]:
     """Yield name and shape of every linear weight in the blocks, as the decoder names them."""
-    for name, module in Decoder(spec, context=1).layers.named_modules(prefix="layers"):
+    for name, module in skeleton(spec).layers.named_modules(prefix="layers"):
         if isinstance(module, nn.Linear):
             yield name, (module.out_features, module.in_features)
 
@@ -88,11 +88,9 @@ def make_plan(
         linear = _prevalent(chosen, shapes)
         exceptions = {name: chosen[name] for name in shapes if chosen[name] != linear}
     tables = chosen or {}
-    embedding = tables.get("embed_tokens") or _table_scheme(
-        job.weights.embedding, job, "--embedding"
-    )
+    embedding = tables.get("embed_tokens") or _table_scheme(job.weights.table, job, "--embedding")
     lm_head = tables.get("lm_head") or _table_scheme(
-        job.weights.lm_head or job.weights.embedding, job, "--lm-head"
+        job.weights.lm_head or job.weights.table, job, "--lm-head"
     )
     schemes = {linear, *exceptions.values()}
     calibrated = job.calibration.calibrate is not None

@@ -24,7 +24,7 @@ from llm_coreml.checkpoint.checkpoint import cast_checked
 from llm_coreml.checkpoint.matrix import Packed, PackedForm
 from llm_coreml.checkpoint.weights_view import Weights
 from llm_coreml.config import Rotate
-from llm_coreml.decoder import Decoder, DecoderSpec
+from llm_coreml.decoder import DecoderSpec, skeleton
 from llm_coreml.decoder.wiring import Space, Wiring
 from llm_coreml.errors import UnsupportedError
 from llm_coreml.quantize.rotate.hadamard import SEED, Rotation
@@ -67,7 +67,7 @@ def rotated(weights: Weights, spec: DecoderSpec, kind: Rotate) -> tuple[Weights,
         return weights, spec
     found = rotations(kind, spec)
     apart = "residual" in found and spec.tie_word_embeddings
-    wiring = Decoder(spec, context=1).wiring
+    wiring = skeleton(spec).wiring
     turned = RotatedWeights(weights, wiring, found, {_HEAD: _TABLE} if apart else {})
     return turned, replace(spec, tie_word_embeddings=spec.tie_word_embeddings and not apart)
 

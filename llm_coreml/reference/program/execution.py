@@ -47,7 +47,8 @@ class Execution:
         try:
             device = torch.device(self.device)
             torch.empty(1, device=device).item()
-        except (RuntimeError, AssertionError) as error:
+        # Of devices that this torch was built without, some lack a module, others a number.
+        except (RuntimeError, AssertionError, ImportError, ValueError, TypeError) as error:
             raise ConfigError(
                 f"The device '{self.device}' cannot be used here ({reason(error)}); use 'cpu'."
             ) from error

@@ -40,7 +40,7 @@ SIZES: dict[str, Any] = {"num_hidden_layers": 3, "intermediate_size": 96}
 LENGTHS = (*[32] * 16, 9)  # several times as many tokens as a layer has inputs
 WINDOWS = tuple(tuple(tokens_for(97, count, seed)) for seed, count in enumerate(LENGTHS))
 CALIBRATION = CalibrationText("drawn", sum(LENGTHS), WINDOWS)
-UNQUANTIZED = ExportConfig(scheme="none", context=32)
+UNQUANTIZED = ExportConfig(scheme="none", embedding="int8-channel", context=32)
 VALIDATION_SHA256 = "e821ae911a3e1bf1af7bc4dc98c2b59e5aebea28020c085c6a7b1a0d5d740247"
 CALIBRATED = ExportConfig(scheme="int4-group", calibrate="drawn", context=32)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from llm_coreml.config import ExportConfig, resolve
-from llm_coreml.errors import UnsupportedError
+from llm_coreml.errors import CheckpointError, UnsupportedError
 from llm_coreml.model import open_model
 from llm_coreml.pipeline import export
 from llm_coreml.quantize import make_plan
@@ -31,8 +33,10 @@ from packers import (
     checkpoint,
     compressed,
     dealt,
+    fp8,
     gptq,
     hqq,
+    int8,
     mlx,
     mxfp4,
     nf4,
@@ -74,8 +78,21 @@ EXACT: dict[str, tuple[dict[str, Any], tuple[Packer, ...]]] = {
     "gptq-8-bit": (BYTES, (gptq(8, 16, 1, (128, 128)), gptq(8, 16, 1, (1, 256)))),
     "gptq-3-bit": (THREE, (gptq(3, 32, 1, (4, 4)), gptq(3, 32, 1, (1, 8)))),
     "gptq-2-bit": (TWO, (gptq(2, 32, 2, (0, 3)),)),
+    "gptq-dynamic": (
+        with_method("gptq", bits=4, group_size=32, dynamic={r".*\.mlp\..*": {"bits": 8}}),
+        (gptq(4, 32, 1, (1, 16)), gptq(8, 16, 1, (1, 256)), gptq(3, 32, 1, (1, 8))),
+    ),
+    "auto-round": (
+        with_method("auto-round", bits=4, group_size=32, packing_format="auto_round:auto_gptq"),
+        (gptq(4, 32, 1, (8, 8)), gptq(8, 16, 1, (128, 128))),
+    ),
+    "auto-round-awq": (
+        with_method("auto-round", bits=4, group_size=32, packing_format="auto_round:auto_awq"),
+        (awq(32),),
+    ),
     "awq": (with_method("awq", bits=4, group_size=32), (awq(32),)),
     "compressed-4-bit": (groups(4, 16), (compressed(4, 16, True), compressed(4, 16, False))),
+    "compressed-plain-zeros": (groups(4, 16), (compressed(4, 16, False, plain=True),)),
     "compressed-8-bit": (groups(8, 32), (compressed(8, 32, True), compressed(8, 32, False))),
     "compressed-bytes": (groups(8, None), (plain_bytes,)),
     "mlx": (MLX, (mlx(4, 32, whole=True),)),
@@ -181,6 +198,116 @@ def test_the_largest_error_is_told_and_needs_leave(label: str, tmp_path: Path) -
     assert report.largest_error == pytest.approx(errors[worst], rel=1e-3)
     assert f"'{worst}' is off by up to {report.largest_error:.2%}" in str(refused.value)
     assert "--allow-inexact" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "packer"),
+    [
+        (
+            "quantize_config.json",
+            {"bits": 4, "group_size": 32, "desc_act": False, "damp_percent": 0.01},
+            gptq(4, 32, 1, (1, 16)),
+        ),
+        (
+            "quant_config.json",
+            {"w_bit": 4, "q_group_size": 32, "zero_point": True, "version": "GEMM"},
+            awq(32),
+        ),
+    ],
+)
+def test_settings_in_the_file_of_the_tool(
+    name: str, settings: dict[str, Any], packer: Packer, tmp_path: Path
+) -> None:
+    folder, meant = checkpoint(tmp_path / "model", {}, packer)
+    with pytest.raises(UnsupportedError, match=r"no quantization_config"):
+        decoder_values(folder)
+    (folder / name).write_text(json.dumps(settings))
+    held = decoder_values(folder)
+    for tensor, values in meant.items():
+        assert np.array_equal(held[tensor], values), tensor
+
+
+def test_scales_of_activations_are_left_out_and_told(tmp_path: Path) -> None:
+    folder, meant = checkpoint(tmp_path / "model", groups(8, None), plain_bytes)
+    tensors = load_file(folder / "model.safetensors")
+    for tensor in meant:
+        tensors[tensor.replace("weight", "input_scale")] = torch.tensor([0.02])
+    tensors["model.layers.0.self_attn.k_scale"] = torch.tensor([0.05])
+    save_file(tensors, folder / "model.safetensors")
+    held = decoder_values(folder)
+    for tensor, values in meant.items():
+        assert np.array_equal(held[tensor], values), tensor
+    activations, cache = sorted(open_model(folder).notes)[::-1]
+    assert activations.startswith("7 tensors are left out, which quantize activations")
+    assert "k_scale" in cache
+
+
+def test_settings_that_are_left_over_beside_plain_weights(tmp_path: Path) -> None:
+    for method in ("bitsandbytes", "fp8", "aqlm"):
+        folder, _ = checkpoint(tmp_path / method, with_method(method, load_in_4bit=True), awq(32))
+        model = llama(vocab_size=96, intermediate_size=96).half()
+        save_file(model.state_dict(), folder / "model.safetensors", {"format": "pt"})
+        held = decoder_values(folder, replace(CONFIG, scheme="none", embedding="none"))
+        for tensor, values in model.state_dict().items():
+            assert values.ndim == 1 or np.array_equal(held[tensor], values.double().numpy()), tensor
+        (note,) = open_model(folder).notes
+        assert "no tensor is quantized" in note
+        assert import_report(open_model(folder).checkpoint) is None
+
+
+@pytest.mark.parametrize(
+    ("scale", "shape", "settings"),
+    [
+        ("weight_scale", "all", with_method("fp8", activation_scheme="static")),
+        ("weight_scale", "rows", with_method("fbgemm_fp8")),
+        ("weight_scale_inv", "blocks", with_method("fp8", weight_block_size=[40, 24])),
+        (
+            "weight_scale",
+            "rows",
+            with_method(
+                "compressed-tensors",
+                format="float-quantized",
+                config_groups={"group_0": {"weights": {"num_bits": 8, "type": "float"}}},
+            ),
+        ),
+    ],
+)
+def test_floats_of_8_bits_are_read_as_values(
+    scale: str, shape: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    folder, meant = checkpoint(tmp_path / "model", settings, fp8(scale, shape))
+    stored = open_model(folder).checkpoint
+    for name, values in meant.items():
+        found = stored.tensor(name, torch.float32).double().numpy()
+        assert np.allclose(found, values, rtol=2**-22, atol=0), name
+    with pytest.raises(UnsupportedError, match=r"is stored as FP8, .*Give --bits 4"):
+        decoder_values(folder)
+    tensors = load_file(folder / "model.safetensors")
+    name = f"model.layers.0.mlp.up_proj.{scale}"
+    tensors[name] = torch.ones(3, 1)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"{scale} is \[3, 1\] for a matrix \[96, 64\]"):
+        open_model(folder).checkpoint.tensor("model.layers.0.mlp.up_proj.weight", torch.float32)
+
+
+def test_integers_of_bitsandbytes(tmp_path: Path) -> None:
+    settings = with_method("bitsandbytes", load_in_8bit=True)
+    folder, meant = checkpoint(tmp_path / "model", settings, int8)
+    held = decoder_values(folder, replace(CONFIG, allow_inexact=True))
+    for name, values in meant.items():
+        assert np.abs(held[name] - values).max() < 2**-11 * np.abs(values).max(), name
+        stored = open_model(folder).checkpoint.tensor(name, torch.float32).double().numpy()
+        assert np.allclose(stored, values, rtol=2**-23, atol=0), name
+
+
+@pytest.mark.parametrize("storage", [torch.bfloat16, torch.float16, torch.float32, torch.int8])
+def test_bytes_of_bitsandbytes_seen_as_other_numbers(storage: torch.dtype, tmp_path: Path) -> None:
+    settings = with_method("bitsandbytes", load_in_4bit=True)
+    folder, meant = checkpoint(tmp_path / "model", settings, nf4(32, True, storage))
+    stored = open_model(folder).checkpoint
+    for name, values in meant.items():
+        found = stored.tensor(name, torch.float32).numpy()
+        assert np.array_equal(found, values.astype(np.float32)), name
 
 
 @pytest.mark.parametrize("nested", [False, True])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from llm_coreml.bundle.record import bits_per_weight
-from llm_coreml.config import ExportConfig, resolve
+from llm_coreml.config import ExportConfig, WeightSettings, resolve
 from llm_coreml.config.values import WHOLE_BITS, takes_bits
 from llm_coreml.errors import ConfigError, LlmCoreMLError, UnsupportedError
 from llm_coreml.quantize import SCHEMES, Scheme, make_plan
@@ -61,6 +61,41 @@ SCALED_TABLES = (
 )
 def test_what_bits_and_scheme_mean(settings: dict[str, Any], expected: Scheme) -> None:
     assert linear_scheme(resolve(ExportConfig(**settings), SPEC)) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "embedding", "lm_head"),
+    [
+        ({}, IntChannel(8), IntChannel(8)),
+        ({"bits": 8}, IntChannel(8), IntChannel(8)),
+        ({"scheme": "none"}, Unquantized(16), Unquantized(16)),
+        ({"bits": 16}, Unquantized(16), Unquantized(16)),
+        ({"bits": 16, "scheme": "none"}, Unquantized(16), Unquantized(16)),
+        ({"bits": 16, "compute_precision": "fp32"}, Unquantized(32), Unquantized(32)),
+        ({"bits": 16, "embedding": "int8-channel"}, IntChannel(8), IntChannel(8)),
+        ({"scheme": "none", "lm_head": "int4-channel"}, Unquantized(16), IntChannel(4)),
+        ({"bits": 16, "embedding": "int8-group", "lm_head": "none"}, IntGroup(8), Unquantized(16)),
+        ({"bits": 4, "embedding": "none"}, Unquantized(16), Unquantized(16)),
+    ],
+    ids=str,
+)
+def test_nothing_is_quantized_where_nothing_is_asked_to_be(
+    settings: dict[str, Any], embedding: Scheme, lm_head: Scheme
+) -> None:
+    named = {key: value for key, value in settings.items() if key != "compute_precision"}
+    recipe = ExportConfig.from_json({"weights": named})
+    for config in (ExportConfig(**settings), ExportConfig().under(settings)):
+        plan = make_plan(resolve(config, SPEC), SPEC)
+        assert (plan.embedding, plan.lm_head) == (embedding, lm_head)
+        assert recipe.section(WeightSettings) == config.section(WeightSettings)
+
+
+def test_manifests_that_record_the_usual_table_mean_it() -> None:
+    """Earlier releases recorded the default; a plan stood beside it."""
+    config = ExportConfig.from_json({"weights": {"plan": "p.json", "embedding": "int8-channel"}})
+    assert config.plan == "p.json"
+    with pytest.raises(ConfigError, match="--plan decides what --scheme int8-channel would"):
+        ExportConfig(plan="p.json", scheme="int8-channel")
 
 
 @pytest.mark.parametrize(

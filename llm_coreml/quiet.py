@@ -1,0 +1,90 @@
+"""Keeps the libraries below from talking, in a program that is somebody else's.
+
+    with quiet(), no_bars():
+        program = convert(...)          # no warnings, log lines and bars of coremltools and such
+
+What they print is about their own versions and internals, and nobody who calls `export` can act on
+it. All that is changed for that is put back: filters of warnings, levels of their loggers, and the
+handlers that they give to the root logger. Warnings and logs of anybody else pass, the host
+program's and ours. Like `warnings.catch_warnings`, it holds for all threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import PurePath
+from typing import Any
+
+_LIBRARIES = frozenset({"coremltools", "executorch", "torch", "torchao", "transformers"})
+# Whom they call in a way that makes the warning the callee's.
+_BORROWED = ("copyreg",)
+# Where coremltools keeps what draws its bars.
+_BARS = (
+    ("coremltools.converters.mil.frontend.torch.ops", "_tqdm"),
+    ("coremltools.converters.mil.mil.passes.pass_pipeline", "tqdm"),
+)
+_SILENT = logging.CRITICAL + 1
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Drop warnings and log lines of the libraries below inside the block."""
+    # Loaded first, since torch sets the levels of its loggers when it is.
+    importlib.import_module("torch")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        names = "|".join([*sorted(_LIBRARIES), *_BORROWED])
+        warnings.filterwarnings("ignore", module=rf"({names})(\.|$)")
+        stack.enter_context(_silent_loggers())
+        yield
+
+
+@contextlib.contextmanager
+def _silent_loggers() -> Iterator[None]:
+    root = logging.root
+    # Those below take their level from the library's own, unless they have one.
+    below = [
+        logger
+        for name, logger in list(root.manager.loggerDict.items())
+        if isinstance(logger, logging.Logger) and logger.level and name.split(".")[0] in _LIBRARIES
+    ]
+    loggers = {*below, *map(logging.getLogger, _LIBRARIES)}
+    levels = {logger: logger.level for logger in loggers}
+    handlers = list(root.handlers)
+    for logger in loggers:
+        logger.setLevel(_SILENT)
+    root.addFilter(_not_theirs)
+    try:
+        yield
+    finally:
+        root.removeFilter(_not_theirs)
+        for logger, level in levels.items():
+            logger.setLevel(level)
+        # `logging.warning` gives the root logger a handler that would stay.
+        root.handlers[:] = handlers
+
+
+def _not_theirs(record: logging.LogRecord) -> bool:
+    """Say whether the root logger was asked by none of the libraries."""
+    return not _LIBRARIES & set(PurePath(record.pathname).parts)
+
+
+@contextlib.contextmanager
+def no_bars() -> Iterator[None]:
+    """Drop the progress bars of coremltools, which is loaded, inside the block."""
+    drawn: list[tuple[Any, str, Any]] = []
+    for module, name in _BARS:
+        found = importlib.import_module(module)
+        drawn.append((found, name, getattr(found, name)))
+    for found, name, bar in drawn:
+        setattr(found, name, functools.partial(bar, disable=True))
+    try:
+        yield
+    finally:
+        for found, name, bar in drawn:
+            setattr(found, name, bar)

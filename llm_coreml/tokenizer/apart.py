@@ -1,0 +1,89 @@
+"""Runs foreign data through native code, or a foreign template, in a process of its own.
+
+reply = run_apart("trial", {"path": "tokenizer.json"}, seconds=10)
+
+What would end or stop this process ends that one: a crash of a native library, endless work, all
+of memory. The work is a function `work(request)` of a module of this room.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+_MODULES = ("trial", "rendering")
+# Bytes; the largest tokenizers take a fifth of it.
+_MEMORY = 2 << 30
+
+
+class ApartError(Exception):
+    """The other process did not come to an end of its work; the text says why, as a clause."""
+
+
+def run_apart(module: str, request: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+    """Return what `work(request)` of the room's `module` returns; both are JSON.
+
+    Raises:
+        ApartError: it crashed, or took longer, or more than 2 GB of memory.
+    """
+    # The same modules as here, from the same places; nothing from the current folder.
+    program = (
+        f"import sys; sys.path[:] = {sys.path!r}; sys.dont_write_bytecode = True; "
+        f"from {__name__} import serve; serve({module!r}, {_MEMORY})"
+    )
+    settings = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            input=json.dumps(request).encode(),
+            capture_output=True,
+            env=settings,
+            timeout=seconds,
+        )
+    except subprocess.TimeoutExpired:
+        raise ApartError(f"it is not done after {seconds:g} s") from None
+    except OSError as error:
+        raise ApartError(f"no process can be started for it ({error})") from None
+    try:
+        reply = json.loads(done.stdout)
+    except ValueError:
+        raise ApartError(_last_words(done.returncode, done.stderr)) from None
+    if not isinstance(reply, dict):
+        raise ApartError(_last_words(done.returncode, done.stderr))
+    return reply
+
+
+def _last_words(code: int, stderr: bytes) -> str:
+    lines = stderr.decode(errors="replace").strip().splitlines()
+    if code < 0:
+        return f"it crashed with signal {-code}" + (f" ({lines[-1]})" if lines else "")
+    return f"it failed ({lines[-1] if lines else f'exit code {code}'})"
+
+
+def serve(module: str, memory: int) -> None:
+    """Answer one request from stdin, in the other process, with so many bytes of `memory`."""
+    _bound_memory(memory)
+    if module not in _MODULES:
+        raise ValueError(module)
+    work = importlib.import_module(f"{__package__}.{module}").work
+    reply = json.dumps(work(json.load(sys.stdin.buffer)))
+    sys.stdout.write(reply)
+    sys.stdout.flush()
+    # Whatever a library still does at its end cannot change the answer.
+    os._exit(0)
+
+
+def _bound_memory(memory: int) -> None:
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        limit = memory if hard == resource.RLIM_INFINITY else min(memory, hard)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -1,0 +1,147 @@
+"""A `tokenizer.json`, loaded and asked with care: its library is native, and the file anybody's.
+
+tokenizer = Tokenizer(Path("out/tokenizer.json"))
+tokenizer.prompt("def add(a, b):")
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+
+from llm_coreml.errors import CheckpointError, ConfigError
+from llm_coreml.tokenizer.trial import try_apart
+
+# One of these is read by any tokenizer, if only as an unknown word.
+_PROBES = ("a", "0", " ", "\n", "\u4e2d")
+# Decoders by which a token may change the spaces before it.
+_REVISING = ("WordPiece", "CTC")
+
+
+class Tokenizer:
+    """A `tokenizer.json`.
+
+    Attributes:
+        bos_id: Token that the tokenizer itself puts before a text, or None. (config.json may name
+            a beginning token that the model never saw.)
+        changed: The file asks for truncation, padding or dropout, which are left out here.
+
+    Args:
+        path: The file.
+
+    Raises:
+        CheckpointError: the file is damaged, or its library ends, hangs or fails on plain texts.
+    """
+
+    def __init__(self, path: Path) -> None:
+        import tokenizers
+
+        try_apart(path)
+        with _native(f"'{path}' is no tokenizer", "Save it again."):
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        # Left over from training, each would change what is read without a word.
+        model = self._tokenizer.model
+        dropout = isinstance(model, tokenizers.models.BPE) and model.dropout is not None
+        self.changed = bool(self._tokenizer.truncation or self._tokenizer.padding or dropout)
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        if dropout:
+            model.dropout = None
+        self.bos_id = self._beginning()
+
+    def _beginning(self) -> int | None:
+        for probe in _PROBES:
+            plain, marked = self.encode(probe), self._encode(probe, special=True)
+            found = [at for at in range(len(marked)) if marked[at : at + len(plain)] == plain]
+            if plain and found:
+                return marked[0] if found[0] > 0 else None
+        return None
+
+    @cached_property
+    def revises(self) -> bool:
+        """Whether a token may change the text of those before it, beyond unfinished characters."""
+        described = json.loads(self._tokenizer.to_str())["decoder"] or {}
+        parts = [described, *described.get("decoders", ())]
+        return any(part.get("type") in _REVISING for part in parts)
+
+    @cached_property
+    def special(self) -> dict[str, int]:
+        """The ids of special tokens, by their text."""
+        return {
+            token.content: number
+            for number, token in self._tokenizer.get_added_tokens_decoder().items()
+            if token.special
+        }
+
+    @property
+    def size(self) -> int:
+        """The number of ids: one more than the largest."""
+        return 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+
+    def save(self, path: Path) -> None:
+        """Write the tokenizer, without what is left out here, for other runners to read."""
+        self._tokenizer.save(str(path))
+
+    def encode(self, text: str) -> list[int]:
+        """Return the tokens of `text`, without any that begin or end a text.
+
+        Raises:
+            ConfigError: the text holds half of a surrogate pair.
+            CheckpointError: the tokenizer has no token for a part of it.
+        """
+        return self._encode(text, special=False)
+
+    def _encode(self, text: str, special: bool) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(
+                f"The text holds {text[error.start]!a} at {error.start}, half of a surrogate pair "
+                "and no character; give valid Unicode."
+            ) from None
+        with _native(f"The tokenizer cannot read {text[:40]!r}", "Give a text that it knows."):
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=special).ids
+        return ids
+
+    def prompt(self, text: str) -> list[int]:
+        """Return the tokens of `text` as a model reads it: with the beginning token, if any.
+
+        A text that has it already, such as a chat template's, is not given a second one.
+        """
+        ids = self.encode(text)
+        return ids if self.bos_id is None or ids[:1] == [self.bos_id] else [self.bos_id, *ids]
+
+    def decode(self, tokens: Sequence[int], special: bool = False) -> str:
+        """Return the text of `tokens`; special tokens are left out unless `special`.
+
+        Raises:
+            ConfigError: a token is no id.
+        """
+        try:
+            with _native("The tokenizer cannot write these tokens", "Use those of its model."):
+                text: str = self._tokenizer.decode(list(tokens), skip_special_tokens=not special)
+        except (OverflowError, TypeError):
+            raise ConfigError("Tokens are whole numbers from 0 on; give such.") from None
+        return text
+
+    def token(self, text: str) -> int | None:
+        """Return the id of the token that is written `text`, or None."""
+        number: int | None = self._tokenizer.token_to_id(text)
+        return number
+
+
+@contextlib.contextmanager
+def _native(failure: str, advice: str) -> Iterator[None]:
+    """Turn what the library raises, bare Exceptions and panics, into a CheckpointError."""
+    try:
+        yield
+    except (OverflowError, TypeError, MemoryError):
+        raise
+    except BaseException as error:
+        # A panic is no Exception, and its type is in no module that could be imported.
+        if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
+            raise
+        raise CheckpointError(f"{failure}: {error}. {advice}") from None

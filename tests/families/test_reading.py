@@ -1,0 +1,266 @@
+"""The reading of `config.json`, judged: each spelling means what `transformers` makes of it.
+
+Verification holds an artifact against our own reading, so a wrong one would pass there. Here the
+file is the only thing that both sides share: `transformers` builds its model from it, and tables,
+options and logits are compared.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from llm_coreml.decoder import Decoder, DecoderSpec
+from llm_coreml.decoder.rope import rope_tables
+from llm_coreml.families import find_family, known_model_types
+from llm_coreml.model import open_model
+from llm_coreml.quantize.fill import fill
+from tiny import expected_logits, randomize, tokens_for
+
+CONTEXT = 96
+SIZES: dict[str, Any] = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "sliding_window": None,
+}
+ABSENT = object()
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+BANDS = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 = {"rope_type": "llama3", **BANDS, "original_max_position_embeddings": 32}
+DEFAULT = {"rope_type": "default", "rope_theta": 500.0}
+SPELLINGS: dict[str, dict[str, Any]] = {
+    "silent": {},
+    # RoPE, before transformers 5
+    "theta": {"rope_theta": 500.0},
+    "whole theta": {"rope_theta": 500},
+    "null scaling": {"rope_theta": 500.0, "rope_scaling": None},
+    "empty scaling": {"rope_theta": 500.0, "rope_scaling": {}},
+    "linear by type": {"rope_scaling": {"type": "linear", "factor": 4.0}},
+    "linear by rope_type": {"rope_theta": 500.0, "rope_scaling": LINEAR},
+    "linear, whole factor": {"rope_scaling": {"type": "linear", "factor": 4}},
+    "type and rope_type": {"rope_scaling": {**LINEAR, "type": "dynamic"}},
+    "rope_type linear, type default": {"rope_scaling": {**LINEAR, "type": "default"}},
+    "theta inside scaling": {"rope_theta": 7000.0, "rope_scaling": {**LINEAR, "rope_theta": 500.0}},
+    "dynamic": {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+    "dynamic, trained length": {
+        "rope_scaling": {
+            "type": "dynamic",
+            "factor": 2.0,
+            "original_max_position_embeddings": 32,
+        }
+    },
+    "llama3": {"rope_theta": 500.0, "rope_scaling": LLAMA3},
+    "llama3, no trained length": {"rope_scaling": {"rope_type": "llama3", **BANDS}},
+    "llama3, length beside": {
+        "rope_scaling": LLAMA3,
+        "original_max_position_embeddings": 64,
+    },
+    # transformers 5
+    "parameters": {"rope_parameters": DEFAULT},
+    "parameters without type": {"rope_parameters": {"rope_theta": 500.0}},
+    "parameters without theta": {"rope_parameters": LINEAR},
+    "theta beside parameters": {"rope_theta": 500.0, "rope_parameters": LINEAR},
+    "theta twice": {"rope_theta": 7000.0, "rope_parameters": DEFAULT},
+    "null parameters": {"rope_parameters": None, "rope_theta": 500.0},
+    "llama3 parameters": {"rope_parameters": {**LLAMA3, "rope_theta": 500.0}},
+    "dynamic parameters": {
+        "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 500.0}
+    },
+    "partial factor, unscaled": {"rope_parameters": {**DEFAULT, "partial_rotary_factor": 0.5}},
+    "whole factor, scaled": {"rope_parameters": {**LINEAR, "partial_rotary_factor": 1.0}},
+    # Both
+    "scaling added": {"rope_scaling": LINEAR, "rope_parameters": DEFAULT},
+    "scaling and theta added": {
+        "rope_scaling": LINEAR,
+        "rope_theta": 700.0,
+        "rope_parameters": DEFAULT,
+    },
+    "null scaling beside parameters": {"rope_scaling": None, "rope_parameters": DEFAULT},
+    "empty scaling beside parameters": {"rope_scaling": {}, "rope_parameters": LINEAR},
+    "default scaling beside linear": {
+        "rope_scaling": {"rope_type": "default"},
+        "rope_parameters": LINEAR,
+    },
+    # Sizes and options
+    "no key/value heads": {"num_key_value_heads": ABSENT, "num_attention_heads": 8},
+    "null head_dim": {"head_dim": None},
+    "wide heads": {"head_dim": 24},
+    "coarse eps": {"rms_norm_eps": 0.25},
+    "no eps": {"rms_norm_eps": ABSENT},
+    "no length": {"max_position_embeddings": ABSENT},
+    "swish": {"hidden_act": "swish"},
+    "tied": {"tie_word_embeddings": True},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "biases of attention": {"attention_bias": True},
+    "window": {"sliding_window": 9},
+    "wide window": {"sliding_window": 4096},
+    "no window": {"sliding_window": ABSENT},
+    "window put off": {"sliding_window": 9, "use_sliding_window": False},
+    "layers in turn": {
+        "layer_types": ["full_attention", "sliding_attention"],
+        "num_hidden_layers": 2,
+        "sliding_window": 9,
+        "head_dim": 8,
+    },
+    "dtype": {"dtype": "float16"},
+    "torch_dtype": {"torch_dtype": "float16"},
+}
+
+
+def write_config(folder: Path, model_type: str, changes: dict[str, Any]) -> dict[str, Any]:
+    config = {"model_type": model_type, **SIZES, **changes}
+    config = {key: value for key, value in config.items() if value is not ABSENT}
+    (folder / "config.json").write_text(json.dumps(config))
+    return config
+
+
+def their_model(folder: Path) -> Any:
+    """Return the model that transformers makes of a config.json, with random fp32 weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder)
+    config.dtype = None
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    assert model.dtype == torch.float32
+    return randomize(model, std=0.3)
+
+
+def same_tables(spec: DecoderSpec, theirs: Any) -> None:
+    (rope,) = spec.rotary
+    # As far as both go; what is dynamic may not have been asked for more before.
+    positions = torch.arange(min(512, spec.max_position_embeddings)).unsqueeze(0)
+    cos, sin = theirs.model.rotary_emb(torch.zeros(1), positions)
+    for found, wanted in zip(rope_tables(rope, positions.shape[1]), (cos, sin), strict=True):
+        assert (torch.cat((found, found), dim=1) - wanted[0]).abs().max() < 1e-4
+
+
+def same_options(spec: DecoderSpec, theirs: Any) -> None:
+    config = theirs.config
+    assert spec.max_position_embeddings == config.max_position_embeddings
+    assert spec.norm.eps == theirs.model.norm.variance_epsilon
+    assert spec.tie_word_embeddings == config.tie_word_embeddings
+    for layer, block in zip(spec.layers, theirs.model.layers, strict=True):
+        attention = layer.mixer
+        assert attention.norm is not None and layer.feed_forward.norm is not None
+        assert attention.norm.eps == block.input_layernorm.variance_epsilon
+        assert layer.feed_forward.norm.eps == block.post_attention_layernorm.variance_epsilon
+        assert attention.num_queries_per_kv == block.self_attn.num_key_value_groups
+        assert attention.head_dim == block.self_attn.head_dim
+        assert attention.qkv_bias == (block.self_attn.q_proj.bias is not None)
+        assert layer.feed_forward.bias == (block.mlp.up_proj.bias is not None)
+
+
+@pytest.mark.parametrize("model_type", known_model_types())
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_a_config_means_what_transformers_makes_of_it(
+    spelling: str, model_type: str, tmp_path: Path
+) -> None:
+    write_config(tmp_path, model_type, SPELLINGS[spelling])
+    theirs = their_model(tmp_path)
+    tied = theirs.config.tie_word_embeddings
+    weights = {k: v for k, v in theirs.state_dict().items() if not (tied and k == "lm_head.weight")}
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    model = open_model(tmp_path)
+    same_options(model.spec, theirs)
+    same_tables(model.spec, theirs)
+    decoder = Decoder(model.spec, CONTEXT, logits="all")
+    fill(decoder, model.weights, plan=None, storage=None)
+    tokens = tokens_for(61, CONTEXT)
+    expected = expected_logits(theirs, tokens)
+    with torch.inference_mode():
+        rows = [
+            decoder(torch.tensor([tokens[at : at + 32]]), torch.tensor([at]))[0]
+            for at in range(0, CONTEXT, 32)
+        ]
+    assert expected.abs().max() > 1
+    assert (torch.cat(rows) - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("model_type", known_model_types())
+def test_what_a_config_leaves_out_is_what_transformers_takes(model_type: str) -> None:
+    from transformers import AutoConfig
+
+    theirs = AutoConfig.for_model(model_type)
+    spec = find_family({"model_type": model_type}).spec({"model_type": model_type})
+    attention = spec.layers[0].mixer
+    assert len(spec.layers) == theirs.num_hidden_layers
+    assert spec.layers[0].feed_forward.intermediate_size == theirs.intermediate_size
+    assert attention.num_attention_heads == theirs.num_attention_heads
+    assert attention.num_key_value_heads == theirs.num_key_value_heads
+    assert attention.head_dim == theirs.head_dim
+    assert attention.window == getattr(theirs, "sliding_window", None)
+    assert spec.rotary[0].theta == theirs.rope_parameters["rope_theta"]
+    for name in ("vocab_size", "hidden_size", "max_position_embeddings", "tie_word_embeddings"):
+        assert getattr(spec, name) == getattr(theirs, name), name
+    assert spec.norm.eps == theirs.rms_norm_eps
+
+
+@pytest.mark.parametrize("model_type", known_model_types())
+@pytest.mark.parametrize("context", [256, 384])
+def test_linear_scaling_reaches_beyond_the_length_in_the_file(
+    model_type: str, context: int, tmp_path: Path
+) -> None:
+    changes = {"rope_scaling": {"type": "linear", "factor": 3.0}}
+    config = write_config(tmp_path, model_type, changes)
+    spec = find_family(config).spec(config)
+    assert spec.longest_context == 3 * 128
+    cos, sin = their_model(tmp_path).model.rotary_emb(
+        torch.zeros(1), torch.arange(context).unsqueeze(0)
+    )
+    for found, wanted in zip(rope_tables(spec.rotary[0], context), (cos, sin), strict=True):
+        assert (torch.cat((found, found), dim=1) - wanted[0]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (
+            SPELLINGS["scaling added"],
+            "config.json holds rope_scaling ('linear') and rope_parameters ('default'), which "
+            "differ; transformers takes rope_scaling alone, and so does this export.",
+        ),
+        (
+            SPELLINGS["type and rope_type"],
+            "config.json names the scaling of RoPE twice, type 'dynamic' and rope_type 'linear'; "
+            "transformers takes rope_type, and so does this export.",
+        ),
+        (
+            SPELLINGS["theta twice"],
+            "config.json gives rope_theta twice, 7000.0 beside the sizes and 500.0 in "
+            "rope_parameters; transformers takes the second, and so does this export.",
+        ),
+    ],
+    ids=["scaling", "type", "theta"],
+)
+def test_what_contradicts_is_told(changes: dict[str, Any], told: str) -> None:
+    for model_type in known_model_types():
+        family = find_family({"model_type": model_type})
+        assert family.notes({**SIZES, **changes}) == [told]
+
+
+@pytest.mark.parametrize(
+    "spelling", ["silent", "theta", "llama3", "parameters", "theta beside parameters"]
+)
+def test_what_agrees_is_not_told(spelling: str) -> None:
+    for model_type in known_model_types():
+        family = find_family({"model_type": model_type})
+        assert family.notes({**SIZES, **SPELLINGS[spelling]}) == []
+    both = {"rope_scaling": {"type": "linear", "factor": 4.0}, "rope_parameters": LINEAR}
+    assert find_family({"model_type": "llama"}).notes({**SIZES, **both}) == []
+
+
+def test_a_window_that_llama_does_not_have_is_told() -> None:
+    (told,) = find_family({"model_type": "llama"}).notes({**SIZES, "sliding_window": 9})
+    assert "sliding_window = 9, which transformers' Llama does not have" in told
+    assert find_family({"model_type": "mistral"}).notes({**SIZES, "sliding_window": 9}) == []
