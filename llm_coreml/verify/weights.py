@@ -57,7 +57,7 @@ class Digest:
     def add(self, piece: torch.Tensor) -> None:
         """Take the next rows, as fp32 or another type."""
         self._neutral = {number for number in self._neutral if bool((piece == number).all())}
-        for part in piece.reshape(-1).split(_HASHED):
+        for part in torch.split(piece.reshape(-1), _HASHED):
             # Adding zero makes one of the two zeros, which compare equal.
             self._hash.update((part + 0.0).numpy().data)
         self.rows += len(piece) if piece.ndim else 1

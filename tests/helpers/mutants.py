@@ -33,7 +33,8 @@ from tiny import llama
 CONTEXT, VOCABULARY, LENGTHS = 32, 64, (1, 4, 8)
 # Logits of one program, computed twice, are equal; a millionth is far below any rounding of fp16.
 SAME = 1e-6
-UNROUNDED = Execution(mode="fp32")
+UNROUNDED = Execution(mode="fp32", memory_budget=0)
+DECLARED = Execution(memory_budget=0)
 
 PROGRAMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "int4-group, fused": ({}, {}),
@@ -126,7 +127,7 @@ class Trial:
             where = "unrounded"
             conversion = verify_conversion(unrounded, self._artifact.decoder, self._reading)
             where = "as declared"
-            verify(ReferenceRunner(path), self._reading, conversion)
+            verify(ReferenceRunner(path, DECLARED), self._reading, conversion)
         except (ArtifactError, ConfigError, VerificationError) as error:
             return where, str(error), probed
         return "", "", probed

@@ -31,14 +31,17 @@ def decoder_of(model: Any, **settings: Any) -> Decoder:
     return build_decoder(opened, job, make_plan(job, opened.spec))
 
 
-def read_late(decoder: Decoder, count: int, start: int) -> tuple[Reading, Reading, LaterCache]:
+def read_late(
+    decoder: Decoder, count: int, start: int, half: bool = False
+) -> tuple[Reading, Reading, LaterCache]:
     """Read `count` tokens from position 0, and the text again from position `start` on."""
     tokens = tokens_for(decoder.spec.vocab_size, count)
     text = CachedText(decoder)
     later = LaterCache(decoder, text, start)
     late = [tokens[place % count] for place in range(start, decoder.context)]
     readings = Reading(0, tokens, text), Reading(start, late, CachedText(decoder, later))
-    read_together(decoder, readings)
+    halves = [Reading(start, late, CachedText(decoder, later), half=True)] if half else []
+    read_together(decoder, [*readings, *halves])
     return *readings, later
 
 
@@ -77,11 +80,9 @@ def test_a_short_text_stands_in_the_cache_again_and_again(config: dict[str, Any]
     decoder = decoder_of(llama(num_hidden_layers=1, **config), **UNQUANTIZED)
     count, start = 5, 23
     first, late, later = read_late(decoder, count, start)
-    states = {name: state.clone() for name, state in later.states.items()}
     # Nor does what is read in plain fp16 change it.
-    half = Reading(start, late.tokens, CachedText(decoder, later), half=True)
-    read_together(decoder, [first, half])
-    assert all(state.equal(states[name]) for name, state in later.states.items())
+    again = read_late(decoder, count, start, half=True)[2]
+    assert all(state.equal(again.states[name]) for name, state in later.states.items())
     assert first.states.shape[0] == count and late.states.shape[0] == CONTEXT - start
     # Keys and values of a first layer depend on token and position alone.
     tokens = tokens_for(decoder.spec.vocab_size, count)
