@@ -240,7 +240,7 @@ def main() -> None:
         model, bundle = make_bundle(root)
         (root / "files").mkdir()
         for call in (*calls(verbs, model, bundle), *file_calls(verbs, bundle, root / "files")):
-            if options.flags and not set(options.flags.split(",")) & set(call.words):
+            if options.flags and not set(options.flags.split(",")) & set(call.words[-2:-1]):
                 continue
             ending = ended(call, root / "scratch")
             counts[ending.kind] += 1

@@ -79,7 +79,7 @@ class Place:
         with folder_beside(self.output.with_name("next"), lambda _: None):
             pass
         shutil.rmtree(self.output.with_name("next"))
-        remove_dead(self.root / "temporary", "llm-coreml-")
+        remove_dead(self.root / "temporary", "llm-coreml-process-")
         remove_dead(self.root / "cache")
 
 

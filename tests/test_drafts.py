@@ -17,6 +17,7 @@ from llm_coreml.bundle.folder import new_bundle
 from llm_coreml.drafts import draft_file, draft_folder, remove_dead, uninterrupted
 from llm_coreml.output import file_beside
 
+pytestmark = pytest.mark.usefixtures("interruptible")
 # Stops inside of the block for good.
 HOLDING = """
 import sys, time

@@ -183,6 +183,9 @@ def test_every_package_is_installed() -> None:
         "llm_coreml.config",
         "llm_coreml.recipes",
         "llm_coreml.bundle.manifest",
+        "llm_coreml.cli.tables",
+        "llm_coreml.inspect.contents",
+        "llm_coreml.quantize.formats.schemes",
     ],
 )
 def test_light_modules_load_no_torch(module: str) -> None:

@@ -41,7 +41,8 @@ class MethodForm:
     Attributes:
         inputs: Name, element type and shape of each argument, in order: `tokens int64 [1, S]`.
         output: Element type and shape of its logits: `float32 [1, 1, 32000]`.
-        seq_lengths: The lengths S that a call accepts, ascending.
+        seq_lengths: The lengths S that a call takes as they are, ascending. Others, up to the
+            longest, are padded where the constant method `enable_dynamic_shape` says so.
         functions: The Core ML function of each partition, in the order in which they run; none in
             a method of another runtime.
 

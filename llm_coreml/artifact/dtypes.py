@@ -1,11 +1,7 @@
-"""Core ML's element types: one row per type, and how each is held in numpy and in torch.
+"""Core ML's element types: one row per type, and how each is held in numpy.
 
-The reference computes every floating value in float32; how what is declared fp16 is kept in between
-is for `numerics` to say. Integers keep their width, except the unsigned ones that torch computes
-poorly, which get the next signed type.
-
-    >>> by_code(10).name
-    'fp16'
+>>> by_code(10).name
+'fp16'
 """
 
 from __future__ import annotations
@@ -13,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from llm_coreml.errors import ArtifactError
 
@@ -28,7 +23,6 @@ class DType:
         bits: width of one element where it is stored packed.
         signed: whether a packed element carries a sign bit.
         array: numpy type that holds the unpacked elements.
-        tensor: torch type in which the reference computes, or None where it cannot.
     """
 
     name: str
@@ -36,7 +30,6 @@ class DType:
     bits: int
     signed: bool
     array: np.dtype[np.generic]
-    tensor: torch.dtype | None
 
     @property
     def is_float(self) -> bool:
@@ -44,32 +37,30 @@ class DType:
         return self.array.kind == "f"
 
 
-def _row(
-    name: str, code: int, bits: int, signed: bool, array: str, tensor: torch.dtype | None
-) -> DType:
-    return DType(name, code, bits, signed, np.dtype(array), tensor)
+def _row(name: str, code: int, bits: int, signed: bool, array: str) -> DType:
+    return DType(name, code, bits, signed, np.dtype(array))
 
 
 _TABLE = (
-    _row("bool", 1, 8, False, "bool", torch.bool),
-    _row("string", 2, 0, False, "O", None),
-    _row("fp16", 10, 16, True, "<f2", torch.float32),
-    _row("fp32", 11, 32, True, "<f4", torch.float32),
-    _row("fp64", 12, 64, True, "<f8", None),
-    _row("int8", 21, 8, True, "i1", torch.int8),
-    _row("int16", 22, 16, True, "<i2", torch.int16),
-    _row("int32", 23, 32, True, "<i4", torch.int32),
-    _row("int64", 24, 64, True, "<i8", torch.int64),
-    _row("int4", 25, 4, True, "i1", torch.int8),
-    _row("uint8", 31, 8, False, "u1", torch.uint8),
-    _row("uint16", 32, 16, False, "<u2", torch.int32),
-    _row("uint32", 33, 32, False, "<u4", torch.int64),
-    _row("uint64", 34, 64, False, "<u8", None),
-    _row("uint4", 35, 4, False, "u1", torch.uint8),
-    _row("uint2", 36, 2, False, "u1", torch.uint8),
-    _row("uint1", 37, 1, False, "u1", torch.uint8),
-    _row("uint6", 38, 6, False, "u1", torch.uint8),
-    _row("uint3", 39, 3, False, "u1", torch.uint8),
+    _row("bool", 1, 8, False, "bool"),
+    _row("string", 2, 0, False, "O"),
+    _row("fp16", 10, 16, True, "<f2"),
+    _row("fp32", 11, 32, True, "<f4"),
+    _row("fp64", 12, 64, True, "<f8"),
+    _row("int8", 21, 8, True, "i1"),
+    _row("int16", 22, 16, True, "<i2"),
+    _row("int32", 23, 32, True, "<i4"),
+    _row("int64", 24, 64, True, "<i8"),
+    _row("int4", 25, 4, True, "i1"),
+    _row("uint8", 31, 8, False, "u1"),
+    _row("uint16", 32, 16, False, "<u2"),
+    _row("uint32", 33, 32, False, "<u4"),
+    _row("uint64", 34, 64, False, "<u8"),
+    _row("uint4", 35, 4, False, "u1"),
+    _row("uint2", 36, 2, False, "u1"),
+    _row("uint1", 37, 1, False, "u1"),
+    _row("uint6", 38, 6, False, "u1"),
+    _row("uint3", 39, 3, False, "u1"),
 )
 
 DTYPES = {row.name: row for row in _TABLE}
@@ -86,24 +77,3 @@ def by_code(code: int) -> DType:
     if found is None:
         raise ArtifactError(f"The program uses the unknown Core ML data type number {code}.")
     return found
-
-
-def storage(name: str) -> torch.dtype:
-    """Return the torch type that holds values declared as `name`.
-
-    Raises:
-        ArtifactError: the reference does not compute with this type.
-    """
-    row = DTYPES.get(name)
-    if row is None or row.tensor is None:
-        raise ArtifactError(f"The reference runtime does not compute with values of type {name}.")
-    return row.tensor
-
-
-def to_tensor(array: np.ndarray, name: str) -> torch.Tensor:
-    """Copy `array` into a tensor of the storage type of `name`, with the same shape and values."""
-    target = storage(name)
-    if array.dtype == np.uint16 or array.dtype == np.uint32:
-        array = array.astype(np.int64)
-    # A copy: the array may be a read-only view of a mapped file.
-    return torch.from_numpy(np.array(array, order="C")).to(target)

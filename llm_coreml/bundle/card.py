@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 
+from llm_coreml.artifact.description import Description
 from llm_coreml.bundle.manifest import (
     Allocation,
     Calibration,
@@ -60,6 +61,7 @@ head {stored.lm_head.label}{" (tied)" if stored.tied else ""}; \
 | precision | {target.compute_precision} |
 | method | `{described.main}({inputs})`, {program.output} |
 | lengths S | {lengths} |
+| prompts | {_feeding(described)} |
 | context | {program.context} positions; {_remembered(described.states)} |
 {_doubts(manifest)}\
 {_CHAT if chat else ""}\
@@ -77,6 +79,18 @@ No Apple device took part.
 
     {printable(shlex.join(manifest.rebuild), CELL) or "llm_coreml.export(model, tokenizer, ...)"}
 """
+
+
+def _feeding(described: Description) -> str:
+    """Return how runners feed a prompt, as the constant methods tell them."""
+    constants = described.constant_methods
+    if constants["enable_dynamic_shape"] is not True:
+        return "fed token by token, by every runner"
+    padded = ", which the method pads to the next length" if described.backend == "coreml" else ""
+    return (
+        f"ExecuTorch's LLM runner feeds up to {constants['get_max_seq_len']} tokens in a call, of "
+        f"any number{padded}; llm-coreml feeds a sum of the lengths, which needs no pads"
+    )
 
 
 def _remembered(states: Mapping[str, str]) -> str:

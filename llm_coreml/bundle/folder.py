@@ -20,7 +20,6 @@ from pathlib import Path
 from llm_coreml.bundle.manifest import File, Manifest
 from llm_coreml.bundle.manifest_file import read_manifest
 from llm_coreml.bundle.seal import check_seal, file_sha256
-from llm_coreml.checkpoint.checkpoint import TOKENIZER_FILES
 from llm_coreml.drafts import remove_dead
 from llm_coreml.errors import ArtifactError, OutputError
 from llm_coreml.output import check_name, folder_beside, output_error
@@ -154,6 +153,9 @@ def _check_output(output: Path, overwrite: bool) -> None:
 
 def _foreign_entries(output: Path) -> list[str]:
     """Return the names of what is at `output` and no export wrote: all that no manifest lists."""
+    # Imported here: it brings torch, and a bundle is also shown.
+    from llm_coreml.checkpoint.checkpoint import TOKENIZER_FILES
+
     if not output.is_dir():
         return [output.name]
     remove_dead(output)

@@ -20,6 +20,7 @@ from llm_coreml.bundle.strict_json import parse
 from llm_coreml.config import ExportConfig
 from llm_coreml.config.setting import brief
 from llm_coreml.errors import ArtifactError, ConfigError, UnsupportedError
+from llm_coreml.lfs import pointer_advice
 
 # A matrix takes some 400 bytes, and a layer a dozen of them; no model has a thousand layers.
 _LARGEST = 1 << 22
@@ -37,6 +38,8 @@ def read_manifest(path: Path, checked: bool) -> Manifest:
         ArtifactError: it cannot be read, is damaged or changed, or of a version that this release
             does not read.
     """
+    if advice := pointer_advice(path):
+        raise ArtifactError(advice)
     recorded = _parsed(path)
     version = recorded.get("version") if isinstance(recorded, dict) else None
     # True is 1 to Python.

@@ -22,6 +22,7 @@ from typing import Any
 
 from llm_coreml.bundle.manifest import CHECKSUM, File, Manifest
 from llm_coreml.errors import ArtifactError
+from llm_coreml.lfs import pointer_advice
 
 # What to do where files are not what was written.
 REMEDY = "Export again, or open it all the same with --unchecked (in Python, checked=False)."
@@ -75,6 +76,8 @@ def check_seal(manifest: Manifest, folder: Path, free: frozenset[str]) -> None:
     for path, file in listed.items():
         if not path.is_file():
             raise ArtifactError(f"'{path}' is missing, which its manifest lists. {REMEDY}")
+        if advice := pointer_advice(path):
+            raise ArtifactError(advice)
         if path.stat().st_size != file.bytes:
             found = f"it has {path.stat().st_size:,} bytes, not {file.bytes:,}"
             raise ArtifactError(f"{_another(path)}: {found}. {REMEDY}")

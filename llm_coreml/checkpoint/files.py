@@ -40,7 +40,11 @@ ADAPTER_CONFIG = "adapter_config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # Where a tool wrote its settings before transformers knew it, and the tool.
-QUANTIZERS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+QUANTIZERS = {
+    "quantize_config.json": "gptq",
+    "quant_config.json": "awq",
+    "hf_quant_config.json": "modelopt",
+}
 ADAPTER = "adapter_model.safetensors"
 
 _DTYPES = {

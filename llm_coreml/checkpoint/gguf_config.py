@@ -34,6 +34,18 @@ _OPTIONAL = {
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "attention.sliding_window": "sliding_window",
 }
+_EXPERTS = {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"}
+# Where llama.cpp's name is not that of transformers.
+_MODEL_TYPES = {
+    "command-r": "cohere",
+    "deepseek2": "deepseek_v2",
+    "gemma3": "gemma3_text",
+    "gpt-oss": "gpt_oss",
+    "gptneox": "gpt_neox",
+    "qwen2moe": "qwen2_moe",
+    "qwen3moe": "qwen3_moe",
+    "qwen35": "qwen3_5_text",
+}
 _HEAD_SIZES = ("attention.key_length", "attention.value_length", "rope.dimension_count")
 # Read below, or of no effect on what is computed.
 _OTHERS = (
@@ -73,7 +85,7 @@ def config_of(
 
     Returns:
         Sizes, special tokens and RoPE without the scaling that a tensor holds. Of an architecture
-        that is not Llama's the `model_type` alone, for its family to be found missing.
+        that is not Llama's the `model_type` and a few sizes, for its family to be found missing.
 
     Raises:
         CheckpointError: a size is missing, no number, or not that of the tensors.
@@ -82,15 +94,13 @@ def config_of(
     architecture = metadata.get("general.architecture")
     if not isinstance(architecture, str):
         raise CheckpointError(f"{path} does not name its general.architecture. {_ADVICE}")
-    if architecture != ARCHITECTURE:
-        return {"model_type": architecture}
     own = {
-        key.removeprefix(f"{ARCHITECTURE}."): value
+        key.removeprefix(f"{architecture}."): value
         for key, value in metadata.items()
-        if key.startswith(f"{ARCHITECTURE}.")
+        if key.startswith(f"{architecture}.")
     }
-    if own.get("expert_count"):
-        return {"model_type": "mixtral"}
+    if architecture != ARCHITECTURE or own.get("expert_count"):
+        return _of_another(architecture, own)
     _refuse_unknown(own, path)
     config: dict[str, Any] = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
     for key, name in (_NEEDED | _OPTIONAL).items():
@@ -105,7 +115,20 @@ def config_of(
     config["tie_word_embeddings"] = "output.weight" not in shapes
     config["attention_bias"] = "blk.0.attn_q.bias" in shapes
     config["mlp_bias"] = "blk.0.ffn_up.bias" in shapes
+    if "sliding_window" in config:  # llama.cpp has one architecture for both
+        config |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
     return {**config, **special_tokens(metadata)}
+
+
+def _of_another(architecture: str, own: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the model_type of a model that is not read, and the sizes by which it is told."""
+    known = "mixtral" if architecture == ARCHITECTURE else architecture
+    sizes = {
+        name: own[key]
+        for key, name in (_NEEDED | _OPTIONAL | _EXPERTS).items()
+        if isinstance(own.get(key), int)
+    }
+    return {"model_type": _MODEL_TYPES.get(known, known), **sizes}
 
 
 def special_tokens(metadata: Mapping[str, Any]) -> dict[str, Any]:

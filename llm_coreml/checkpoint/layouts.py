@@ -97,6 +97,8 @@ def _wrappers_of(name: str) -> dict[str, str]:
 def _unwrapped(name: str) -> str:
     """Return a name without the parts that wrappers add, with `model.` where it belongs."""
     parts = [part for part in name.split(".") if part not in _WRAPPERS]
+    if not parts:
+        return name
     at = 0
     while at < len(parts) - 1 and (parts[at] == _MODEL or parts[at] in _FRONTS):
         at += 1

@@ -52,7 +52,8 @@ def open_checkpoint(
 
     Raises:
         CheckpointError: Nothing is there, it cannot be fetched, or it is damaged.
-        UnsupportedError: The weights are quantized in an unknown way, or are an adapter.
+        UnsupportedError: The weights are quantized or arranged in an unknown way, or are an adapter
+            that is not merged here.
         ConfigError: `tokenizer` or `revision` is given for a source that has none.
     """
     live = isinstance(source, torch.nn.Module)

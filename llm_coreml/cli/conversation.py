@@ -13,6 +13,7 @@ from typing import IO, Any
 from llm_coreml.bundle.language_model import LanguageModel
 from llm_coreml.bundle.text_stream import TextStream
 from llm_coreml.cli.options import print_json
+from llm_coreml.cli.process import INTERRUPTION
 from llm_coreml.cli.terminal import Screen
 from llm_coreml.errors import ConfigError
 from llm_coreml.printable import harmless
@@ -184,7 +185,7 @@ def _tell(
             if form != "json":
                 _show(screen.result.file, piece)
     except KeyboardInterrupt:
-        if not typed:
+        if not typed or not INTERRUPTION.pardon():
             raise
     if form != "json":
         _show(screen.result.file, "\n")

@@ -23,6 +23,9 @@ from types import FrameType
 from llm_coreml.drafts import ENDING, draft_folder
 from llm_coreml.errors import LlmCoreMLError
 
+# Of no other temporary folder: what has it and is not locked is removed.
+_TEMPORARY = "llm-coreml-process-"
+
 # Who presses Ctrl-C again within these seconds does not stop the cleaning up.
 _PATIENCE = 3.0
 # Threads of OpenMP that wait sleep, or beside other work they take the time of those they wait for.
@@ -61,6 +64,13 @@ class Interruption:
         """End the work again if a library has caught what was raised."""
         if self.number is not None and not self.over:
             raise KeyboardInterrupt
+
+    def pardon(self) -> bool:
+        """Let the process go on if it was Ctrl-C that interrupted it, and return whether it was."""
+        if self.number not in (None, signal.SIGINT):
+            return False
+        self.number = None
+        return True
 
     def finish(self) -> None:
         """From now on, let nothing interrupt: only printing is left."""
@@ -122,7 +132,7 @@ def own_temporary_files() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         try:
             parent = Path(tempfile.gettempdir())
-            folder = str(stack.enter_context(draft_folder(parent, "llm-coreml-")))
+            folder = str(stack.enter_context(draft_folder(parent, _TEMPORARY)))
         except OSError:
             yield  # who needs one will say so
             return

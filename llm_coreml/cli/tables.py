@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
 from rich.table import Table
@@ -20,14 +20,15 @@ from llm_coreml.bundle.manifest import (
     Quantization,
     Rotations,
 )
-from llm_coreml.eval.difference import Comparison
-from llm_coreml.eval.inspection import Inspection
-from llm_coreml.eval.metrics import Metric
-from llm_coreml.eval.results import Evaluation, Quality
-from llm_coreml.inspect.contents import Contents, DelegateContents
 from llm_coreml.printable import CELL, printable
-from llm_coreml.reference.observe.watch import FP16_MAX
 from llm_coreml.verify.verification import Conversion, PlainFp16
+
+if TYPE_CHECKING:  # they bring torch, which a list does not need
+    from llm_coreml.eval.difference import Comparison
+    from llm_coreml.eval.inspection import Inspection
+    from llm_coreml.eval.metrics import Metric
+    from llm_coreml.eval.results import Evaluation, Quality
+    from llm_coreml.inspect.contents import Contents, DelegateContents
 
 
 def export_table(manifest: Manifest, folder: str, peak: int) -> Group:
@@ -167,6 +168,9 @@ def evaluation_table(result: Evaluation) -> Group:
 
 def inspection_table(found: Inspection) -> Group:
     """Return what `inspect_numerics` found."""
+    # Imported here: it brings torch, as the inspection has.
+    from llm_coreml.reference.observe.watch import FP16_MAX
+
     parts: list[Any] = [
         _line(
             f"{found.tokens:,} tokens of {found.text}; {found.operations:,} floating-point values"

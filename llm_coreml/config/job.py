@@ -8,6 +8,7 @@ job.weights.group_size                  # a section, where there is nothing left
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
 from llm_coreml.config.export_config import ExportConfig
@@ -32,6 +33,17 @@ class Shapes:
 
     context: int
     seq_lengths: tuple[int, ...]
+
+    @property
+    def spare(self) -> int:
+        """Positions beyond the context that pads may reach.
+
+        A call of S tokens is padded to the next length, and its last token may be the last of the
+        context. Rounded up as contexts are.
+        """
+        gaps = (after - before for before, after in pairwise(self.seq_lengths))
+        pads = max(gaps, default=1) - 1
+        return -(-pads // CONTEXT_MULTIPLE) * CONTEXT_MULTIPLE
 
 
 @dataclass(frozen=True)

@@ -43,9 +43,10 @@ class Decoder(nn.Module):
 
     Args:
         spec: Sizes and options.
-        context: Positions that the states hold.
+        context: Positions of a sequence.
         attention: `fused` or `decomposed`, see `Attention`.
         logits: `last` returns the last row of a chunk, `all` every row.
+        spare: Positions that the states hold beyond the context, see `forward`.
     """
 
     positions: torch.Tensor
@@ -56,10 +57,12 @@ class Decoder(nn.Module):
         context: int,
         attention: AttentionForm = "fused",
         logits: LogitsForm = "last",
+        spare: int = 0,
     ) -> None:
         super().__init__()
         self.spec = spec
         self.context = context
+        self.spare = spare
         self.attention = attention
         self.logits = logits
         self.embed_tokens = Embedding(spec.vocab_size, spec.hidden_size)
@@ -68,7 +71,7 @@ class Decoder(nn.Module):
         )
         self.norm = RMSNorm(spec.hidden_size, spec.norm.eps)
         self.lm_head = Linear(spec.hidden_size, spec.vocab_size, bias=False)
-        for name, state in make_states(spec, context).items():
+        for name, state in make_states(spec, context, spare).items():
             self.add_module(name, state)
         for names, rope in zip(self._rotary_names(), spec.rotary, strict=True):
             for name, table in zip(names, rope_tables(rope, context), strict=True):
@@ -97,17 +100,29 @@ class Decoder(nn.Module):
         assert isinstance(block, Block)
         return block
 
-    def forward(self, tokens: torch.Tensor, start_pos: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        start_pos: torch.Tensor,
+        last_pos: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Run one chunk that continues the sequence at `start_pos`.
 
+        A padded chunk repeats its last token. With `last_pos` the pads are read at that token's
+        position, so that their rows equal its row, and the last row is always a real token's. What
+        they write to the states lies behind it: no real row sees it, and the next chunk writes
+        over it. Up to `spare` pads may lie beyond the context.
+
         Args:
-            tokens: int64 `[1, S]`, 1 <= S, `start_pos` + S <= context.
-            start_pos: int64 `[1]`, how many positions of the states are filled.
+            tokens: int `[1, S]`, 1 <= S, `start_pos` + S <= context + spare.
+            start_pos: int `[1]`, how many positions of the states are filled.
+            last_pos: int `[1]`, position of the last real token, below the context; None if there
+                are no pads.
 
         Returns:
             float32 logits, `[1, 1, vocab]` (`last`) or `[1, S, vocab]` (`all`).
         """
-        x = self.hidden(tokens, start_pos)
+        x = self.blocks(self.embed(tokens), start_pos, last_pos)
         return self.head(x[:, -1:] if self.logits == "last" else x)
 
     def hidden(self, tokens: torch.Tensor, start_pos: torch.Tensor) -> torch.Tensor:
@@ -123,19 +138,25 @@ class Decoder(nn.Module):
         multiplier = self.spec.embedding_multiplier
         return rows if multiplier == 1 else rows * multiplier
 
-    def blocks(self, x: torch.Tensor, start_pos: torch.Tensor) -> torch.Tensor:
+    def blocks(
+        self, x: torch.Tensor, start_pos: torch.Tensor, last_pos: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Do what `hidden` does, for tokens of which the first block gets `x` `[1, S, hidden]`."""
-        chunk = self.chunk(x.shape[1], start_pos)
+        chunk = self.chunk(x.shape[1], start_pos, last_pos)
         for block in self.layers:
             x = block(x, chunk)
         for name, state in self.states.items():
             state.close(chunk.views[name])
         return x
 
-    def chunk(self, length: int, start_pos: torch.Tensor) -> Chunk:
-        """Return what every block is told of `length` tokens from `start_pos` int64 `[1]` on."""
+    def chunk(
+        self, length: int, start_pos: torch.Tensor, last_pos: torch.Tensor | None = None
+    ) -> Chunk:
+        """Return what every block is told of `length` tokens from `start_pos` int `[1]` on."""
         start_pos = start_pos.to(torch.int32)
         rows = self.positions[:length] + start_pos  # [S]
+        if last_pos is not None:
+            rows = torch.minimum(rows, last_pos.to(torch.int32))
         views = {name: state.open() for name, state in self.states.items()}
         return self._chunk(rows, self.positions, views, start_pos)
 

@@ -1,13 +1,14 @@
 """What a decoder remembers between calls: packed buffers that become Core ML states.
 
-    states = make_states(spec, context)                # {"cache": KVCache(...)}
-    for state in state_specs(spec, context): ...       # cache_keys, cache_values and their shapes
+    states = make_states(spec, context, spare)         # {"cache": KVCache(...)}
+    for state in state_specs(spec, context, spare): ...  # cache_keys, cache_values, their shapes
 
 Each kind of state is a class here: its buffers, what a pass sees of them, and the custom op that
 writes them. For every such op there is a Core ML lowering (`lower/coreml_ops.py`) and a form in
 ATen ops (`lower/xnnpack.py`). There is one kind: keys and values. Layers of the same sizes share a
-buffer for keys and one for values, `[layers, kv_heads, context, head_dim]`: programs with more than
-two states have been reported to compile and then fail on device. In an exported graph a write is
+buffer for keys and one for values, `[layers, kv_heads, context + spare, head_dim]`: programs with
+more than two states have been reported to compile and then fail on device. The spare positions take
+what a padded chunk writes beyond the context; nothing reads them. In an exported graph a write is
 the op `llm_coreml::kv_write`, which the Core ML lowering turns into `read_state -> slice_update ->
 write_state`, in place; eagerly it is a plain slice assignment.
 """
@@ -58,6 +59,9 @@ class View:
 class State(nn.Module, ABC):
     """What a decoder remembers of one sequence, of one kind; all buffers are fp32.
 
+    A pass may end with pads, which repeat the last token at its position, see `Decoder.forward`:
+    what it writes of them must not be seen by any later pass.
+
     Attributes:
         write: The custom op that an exported graph writes it with.
     """
@@ -89,7 +93,7 @@ def kv_write(
     """Return `cache` with `update` stored at `[layer, :, start_pos : start_pos + S, :]`.
 
     Args:
-        cache: `[layers, kv_heads, context, head_dim]`.
+        cache: `[layers, kv_heads, context + spare, head_dim]`.
         update: New keys or values, `[1, kv_heads, S, head_dim]`.
         layer: Row of the cache that belongs to the calling layer.
         start_pos: int `[1]`, position of the first new token.
@@ -112,11 +116,17 @@ class CacheView(View):
 
     Eagerly it writes into the buffers. In an exported graph it carries the updated tensors from
     layer to layer, so that each write is one op on the value before it, and no copy in between.
+
+    Args:
+        keys: The state's keys.
+        values: Its values.
+        context: How many of their positions are read.
     """
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, context: int) -> None:
         self.keys = keys
         self.values = values
+        self.context = context
 
     def update(
         self, layer: int, keys: torch.Tensor, values: torch.Tensor, start_pos: torch.Tensor
@@ -134,7 +144,12 @@ class CacheView(View):
             span = slice(int(start_pos), int(start_pos) + keys.shape[2])
             self.keys[layer, :, span] = keys[0]
             self.values[layer, :, span] = values[0]
-        return self.keys[layer : layer + 1], self.values[layer : layer + 1]
+        return self._read(self.keys, layer), self._read(self.values, layer)
+
+    def _read(self, cache: torch.Tensor, layer: int) -> torch.Tensor:
+        """Return a layer's rows of all positions of the context."""
+        rows = cache[layer : layer + 1]
+        return rows if cache.shape[2] == self.context else rows[:, :, : self.context]
 
 
 class _WindowView(CacheView):
@@ -156,8 +171,9 @@ class KVCache(State):
     Args:
         num_layers: Layers of these sizes.
         num_key_value_heads: Key/value heads of one layer.
-        context: Positions that fit.
+        context: Positions that are read.
         head_dim: Width of one head.
+        spare: Positions behind them, which pads are written to.
     """
 
     write = kv_write
@@ -165,16 +181,22 @@ class KVCache(State):
     values: torch.Tensor
 
     def __init__(
-        self, num_layers: int, num_key_value_heads: int, context: int, head_dim: int
+        self,
+        num_layers: int,
+        num_key_value_heads: int,
+        context: int,
+        head_dim: int,
+        spare: int = 0,
     ) -> None:
         super().__init__()
-        shape = (num_layers, num_key_value_heads, context, head_dim)
+        self.context = context
+        shape = (num_layers, num_key_value_heads, context + spare, head_dim)
         self.register_buffer("keys", torch.zeros(shape), persistent=False)
         self.register_buffer("values", torch.zeros(shape), persistent=False)
 
     def open(self) -> CacheView:
         """Return the view that one forward pass reads and updates."""
-        return CacheView(self.keys, self.values)
+        return CacheView(self.keys, self.values, self.context)
 
     def close(self, view: View) -> None:
         """Keep what the pass wrote; eagerly it is in the buffers already."""
@@ -197,18 +219,18 @@ def slots(spec: DecoderSpec) -> tuple[Slot, ...]:
     return tuple(found[index] for index in range(len(spec.layers)))
 
 
-def make_states(spec: DecoderSpec, context: int) -> dict[str, State]:
+def make_states(spec: DecoderSpec, context: int, spare: int = 0) -> dict[str, State]:
     """Return empty states for `context` positions, by their names in the decoder."""
     return {
-        numbered("cache", number): KVCache(len(layers), sizes.heads, context, sizes.head_dim)
+        numbered("cache", number): KVCache(len(layers), sizes.heads, context, sizes.head_dim, spare)
         for number, (sizes, layers) in enumerate(_caches(spec).items())
     }
 
 
-def state_specs(spec: DecoderSpec, context: int) -> tuple[StateSpec, ...]:
+def state_specs(spec: DecoderSpec, context: int, spare: int = 0) -> tuple[StateSpec, ...]:
     """Return every tensor that programs of `context` positions remember."""
     with torch.device("meta"):
-        states = make_states(spec, context)
+        states = make_states(spec, context, spare)
     return tuple(
         StateSpec(f"{name}_{part}", tuple(buffer.shape))
         for name, state in states.items()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from llm_coreml.bundle.manifest import Plan, Target
 from llm_coreml.errors import ArtifactError, LlmCoreMLError
-from llm_coreml.quantize.plan.plan_file import scheme_from_json
+from llm_coreml.quantize.formats.scheme_json import scheme_from_json
 from llm_coreml.rules import Rule, Use, broken, broken_by_states, remedy
 from llm_coreml.targets import BACKENDS, get_target
 

@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import torch
 from executorch.exir import ExecutorchBackendConfig, ExecutorchProgramManager
 from executorch.exir._serialize._cord import FileBackedData
 from executorch.exir._serialize._serialize import serialize_for_executorch
@@ -19,9 +18,10 @@ from executorch.exir._serialize._serialize import serialize_for_executorch
 from llm_coreml.artifact.description import Description
 from llm_coreml.config import Job
 from llm_coreml.decoder import Decoder
-from llm_coreml.lower.method import Method, edge_method
+from llm_coreml.lower.method import edge_method, program_of
+from llm_coreml.lower.padded import method_around
 from llm_coreml.lower.program import compile_specs, write_program
-from llm_coreml.lower.traced import trace
+from llm_coreml.lower.traced import trace_program
 
 # Share of a lowering's time, as measured on models of 4 and 16 layers.
 _TRACED = 0.4
@@ -45,17 +45,18 @@ def lower_coreml(
         path: Where to write the `.pte`.
         on_progress: Called with the share of the usual time that is over, 0 to 1.
     """
-    lengths, context = description.seq_lengths, description.context
+    lengths = description.seq_lengths
     with _uncollected(), tempfile.TemporaryDirectory(prefix="llm-coreml-") as folder:
         # coremltools wants the writes of the states among the results.
-        exported = trace(decoder, lengths, context, torch.int32).run_decompositions({})
+        exported = trace_program(decoder, lengths).run_decompositions({})
         on_progress(_TRACED)
         specs = compile_specs(exported, job, lengths)
         blob = Path(folder, "blob")
         write_program(exported, specs, blob)
         del exported
-        method = Method(description.every_row, decoder.spec.vocab_size)
-        edge = edge_method(method, lengths, context, description.constant_methods, specs)
+        program = program_of(description, decoder.spec.vocab_size)
+        method = method_around(program, description.context, lengths, description.every_row)
+        edge = edge_method(method, lengths[-1], description.constant_methods, specs)
         _write(edge.to_executorch(), blob, path)
 
 

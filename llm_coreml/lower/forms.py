@@ -24,7 +24,7 @@ from llm_coreml.artifact.description import (
     MethodForm,
 )
 from llm_coreml.artifact.method_plan import Constant
-from llm_coreml.config import Job
+from llm_coreml.config import Job, Shapes
 from llm_coreml.decoder import Decoder, DecoderSpec
 from llm_coreml.decoder.states import state_specs
 from llm_coreml.lower.traced import constant_methods
@@ -70,7 +70,7 @@ class Lowering(ABC):
             backend=cls.backend,
             methods={MAIN_METHOD: form},
             every_row=every_row,
-            states=_states(spec, job.shapes.context, cls.state_dtype),
+            states=_states(spec, job.shapes, cls.state_dtype),
             context=job.shapes.context,
             constant_methods=constants,
         )
@@ -177,5 +177,6 @@ def form_for(
     return kind(job, kind.describe(job, spec, constants))
 
 
-def _states(spec: DecoderSpec, context: int, dtype: str) -> dict[str, str]:
-    return {state.name: f"{dtype} {list(state.shape)}" for state in state_specs(spec, context)}
+def _states(spec: DecoderSpec, shapes: Shapes, dtype: str) -> dict[str, str]:
+    states = state_specs(spec, shapes.context, shapes.spare)
+    return {state.name: f"{dtype} {list(state.shape)}" for state in states}

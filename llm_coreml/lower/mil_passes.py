@@ -6,6 +6,7 @@ from typing import Any
 
 import coremltools as ct
 import numpy as np
+from coremltools.converters.mil import Builder as mb
 from coremltools.converters.mil.mil.passes.defs.cleanup.const_deduplication import (
     const_deduplication,
 )
@@ -34,6 +35,65 @@ class drop_repeated_state_writes(AbstractGraphPass):  # type: ignore[misc]
                 else:
                     last_write[op.state] = op.outputs[0]
             function.remove_ops(repeated)
+
+
+@register_pass(namespace="llm_coreml")
+class join_slices(AbstractGraphPass):  # type: ignore[misc]
+    """Cut out of a cut in one operation.
+
+    A layer's part of the cache is a row of it without the spare positions. In two steps, a device
+    may copy it twice.
+    """
+
+    def apply(self, prog: Any) -> None:
+        """Edit every function of the program in place."""
+        for function in prog.functions.values():
+            with function:
+                for op in list(function.operations):
+                    if op.op_type == "slice_by_index":
+                        _join(function, op)
+
+
+def _join(function: Any, op: Any) -> None:
+    """Replace a slice of a slice that nothing else reads."""
+    inner = op.x.op
+    if inner is None or inner.op_type != "slice_by_index" or len(op.x.child_ops) > 1:
+        return
+    within, cut = _bounds(inner), _bounds(op)
+    if within is None or cut is None:
+        return
+    begin = [start + first for (start, _), (first, _) in zip(within, cut, strict=True)]
+    end = [start + last for (start, _), (_, last) in zip(within, cut, strict=True)]
+    joined = mb.slice_by_index(
+        x=inner.x,
+        begin=np.array(begin, dtype=np.int32),
+        end=np.array(end, dtype=np.int32),
+        name=op.name,
+        before_op=op,
+    )
+    function.replace_uses_of_var_after_op(op, op.outputs[0], joined)
+    function.remove_ops([op, inner])
+
+
+def _bounds(op: Any) -> list[tuple[int, int]] | None:
+    """Return what a `slice_by_index` takes of each axis; None if that is no plain range."""
+    given = {"begin": op.begin.val, "end": op.end.val}
+    plain = all(
+        part is None or not np.any(np.array(part.val) != usual)
+        for part, usual in ((op.stride, 1), (op.squeeze_mask, False))
+    )
+    if not plain or any(value is None for value in given.values()):
+        return None
+    found = []
+    for axis, size in enumerate(op.x.shape):
+        if not isinstance(size, (int, np.integer)):
+            return None
+        masks = (op.begin_mask, op.end_mask)
+        first, last = (mask is not None and bool(mask.val[axis]) for mask in masks)
+        begin, end = int(given["begin"][axis]), int(given["end"][axis])
+        begin, end = (value + int(size) if value < 0 else value for value in (begin, end))
+        found.append((0 if first else begin, int(size) if last else min(end, int(size))))
+    return found
 
 
 @register_pass(namespace="llm_coreml")
@@ -76,7 +136,7 @@ _REPLACED = {"common::const_deduplication": "llm_coreml::share_equal_constants"}
 
 
 def pass_names() -> list[str]:
-    """Return coremltools' default pipeline, all but one pass, with ours in it and at its end."""
+    """Return coremltools' default pipeline, all but one pass, with ours in it and around it."""
     default = ct.PassPipeline.DEFAULT.passes
     names = [_REPLACED.get(name, name) for name in default if name != _OMITTED]
-    return [*names, "llm_coreml::drop_repeated_state_writes"]
+    return ["llm_coreml::join_slices", *names, "llm_coreml::drop_repeated_state_writes"]

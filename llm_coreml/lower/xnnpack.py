@@ -25,7 +25,8 @@ from torchao.utils import TorchAOBaseTensor
 from llm_coreml.artifact.method_plan import Constant
 from llm_coreml.decoder import Decoder
 from llm_coreml.decoder.states import kv_write, state_specs
-from llm_coreml.lower.traced import trace
+from llm_coreml.lower.padded import method_around
+from llm_coreml.lower.traced import trace_method
 
 
 def _kv_write(
@@ -65,7 +66,10 @@ def lower_xnnpack(
         path: Where to write the `.pte`.
     """
     _dequantize(decoder)
-    traced = trace(decoder, lengths, decoder.context)
+    longest = lengths[-1]
+    padding = lengths if longest == 1 else None  # XNNPACK takes every length
+    method = method_around(decoder, decoder.context, padding, decoder.logits == "all")
+    traced = trace_method(method, longest)
     writes = {state.write for state in decoder.states.values()}
     exported = traced.run_decompositions({write._opoverload: WRITES[write] for write in writes})
     edge = to_edge_transform_and_lower(
@@ -75,7 +79,7 @@ def lower_xnnpack(
         constant_methods=dict(constants),
     )
     # Without this the cache begins with whatever is in memory, and a masked NaN is still a NaN.
-    states = state_specs(decoder.spec, decoder.context)
+    states = state_specs(decoder.spec, decoder.context, decoder.spare)
     zeros = InitializedMutableBufferPass([state.name for state in states])
     program = edge.to_executorch(ExecutorchBackendConfig(passes=[zeros]))
     with path.open("wb") as file:

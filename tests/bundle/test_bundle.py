@@ -103,7 +103,11 @@ def test_the_card_tells_what_the_manifest_holds(manifest: dict[str, Any]) -> Non
     for part in ("int4 group 32", "1.00e-03", "No Apple device took part", "float32 [1, 1, 97]"):
         assert part in card
     assert "all 21 weights and tables" in card and "2.0e-07 (bound 3e-05)" in card
-    shape = "[1, 2, 32, 16]"
+    assert "feeds up to 8 tokens in a call, of any number, which the method pads" in card
+    constants = {**manifest["program"]["constant_methods"], "enable_dynamic_shape": False}
+    alone = {**manifest, "program": {**manifest["program"], "constant_methods": constants}}
+    assert "| prompts | fed token by token" in model_card(Manifest.from_json(alone), False)
+    shape = "[1, 2, 64, 16]"
     assert f"`cache_keys` float16 {shape}, `cache_values` float16 {shape}" in card
     assert "no multiple of 32" not in card
     engine = {**manifest, "target": {**manifest["target"], "name": "ane"}}

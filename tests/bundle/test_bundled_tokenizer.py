@@ -127,6 +127,18 @@ def test_a_difference_from_transformers_is_told(
     assert "and transformers' differ: " in note and "such as ' leading'" in note
 
 
+@pytest.mark.parametrize("odd", ["long", {}, -1, None])
+def test_settings_that_transformers_stumbles_over(odd: object, model: Path, tmp_path: Path) -> None:
+    edit(model / "tokenizer_config.json", lambda value: value.update(model_max_length=odd))
+    _, notes = written(model, tmp_path / "out")
+    assert all("was not compared with transformers'" in note for note in notes)
+
+
+def test_a_special_token_that_is_no_text(model: Path, tmp_path: Path) -> None:
+    edit(model / "tokenizer_config.json", lambda value: value.update(unk_token="\ud800"))
+    written(model, tmp_path / "out")
+
+
 def test_a_conversion_that_loses_is_refused(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

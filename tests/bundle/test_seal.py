@@ -157,6 +157,16 @@ def test_every_file_is_listed_and_held_to_the_list(own_bundle: Path) -> None:
         open_bundle(own_bundle)
 
 
+@pytest.mark.parametrize("name", [PROGRAM, "tokenizer.json", MANIFEST])
+def test_a_bundle_that_was_cloned_without_its_files_is_told_so(own_bundle: Path, name: str) -> None:
+    pointer = (
+        "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935\nsize 9085657\n"
+    )
+    (own_bundle / name).write_text(pointer)
+    with pytest.raises(ArtifactError, match=rf"{name} is a Git-LFS pointer.*git lfs pull"):
+        open_bundle(own_bundle)
+
+
 def test_the_card_may_be_edited(own_bundle: Path) -> None:
     (own_bundle / "README.md").write_text("# Mine\n")
     (own_bundle / "results.json").write_text("{}")

@@ -352,13 +352,12 @@ def put(key: str, value: Any) -> Callable[[gguf.GGUFWriter], None]:
 @pytest.mark.parametrize(
     ("extra", "kind", "message"),
     [
-        (put("llama.expert_count", 8), UnsupportedError, "no family for model_type 'mixtral'"),
-        (put("llama.logit_scale", 0.5), UnsupportedError, r"gives llama.logit_scale, which is not"),
         (
-            put("llama.attention.sliding_window", 512),
+            put("llama.expert_count", 8),
             UnsupportedError,
-            r"sliding_window = 512",
+            r"model_type 'mixtral' is not supported.*mixture of experts",
         ),
+        (put("llama.logit_scale", 0.5), UnsupportedError, r"gives llama.logit_scale, which is not"),
         (put("llama.rope.scaling.type", "yarn"), UnsupportedError, r"scales RoPE by 'yarn'"),
     ],
 )
@@ -396,8 +395,18 @@ def test_linear_scaling_is_read(tmp_path: Path) -> None:
 
 def test_other_architectures_are_told_by_their_family(tmp_path: Path) -> None:
     write(tmp_path / "model.gguf", tiny(), {}, architecture="qwen2")
-    with pytest.raises(UnsupportedError, match=r"no family for model_type 'qwen2'"):
+    with pytest.raises(UnsupportedError, match=r"'qwen2' is not supported.*in shape to 'llama'"):
         open_model(tmp_path / "model.gguf")
+    write(tmp_path / "model.gguf", tiny(), {}, architecture="gemma3")
+    with pytest.raises(UnsupportedError, match=r"'gemma3_text' is not supported"):
+        open_model(tmp_path / "model.gguf")
+
+
+def test_a_sliding_window_is_mistral(tmp_path: Path) -> None:
+    write(tmp_path / "model.gguf", tiny(), {}, extra=put("llama.attention.sliding_window", 32))
+    spec = open_model(tmp_path / "model.gguf").spec
+    assert spec.model_type == "mistral"
+    assert [layer.mixer.window for layer in spec.layers] == [32]
 
 
 def test_metadata_that_is_missing(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from llm_coreml.errors import CheckpointError, LlmCoreMLError, UnsupportedError
 from llm_coreml.model import open_model
 from llm_coreml.quantize.quantized import build_original
 from llm_coreml.runtime.eager import EagerRunner
+from packers import checkpoint, gptq
 from tiny import expected_logits, llama, mistral, save, tokens_for
 
 CONTEXT = 64
@@ -124,8 +125,21 @@ def test_a_compiled_live_model_is_read(tmp_path: Path) -> None:
     assert "torch.compile" in model.notes[0]
 
 
+def test_quantized_matrices_are_found_under_other_names(tmp_path: Path) -> None:
+    settings = {"quant_method": "gptq", "bits": 4, "group_size": 32}
+    packed = gptq(4, 32, 1, (8, 8))
+    folder, meant = checkpoint(tmp_path / "m", {"quantization_config": settings}, packed)
+    plain = open_model(folder)
+    sha256, forms = plain.sha256(), plain.weights.forms()
+    model = open_model(edit(folder, renamed("^", "_orig_mod.")))
+    assert model.sha256() == sha256 and "torch.compile" in model.notes[0]
+    assert model.weights.forms() == forms and len(forms) == 7
+    found = model.checkpoint.tensor(f"{Q}.weight", torch.float32)
+    assert torch.equal(found, torch.from_numpy(meant[f"{Q}.weight"]).float())
+
+
 def test_names_that_would_fall_together_stay_apart() -> None:
-    names = ["model.norm.weight", "module.model.norm.weight", "norm.weight", "other.norm.weight"]
+    names = ["model.norm.weight", "module.model.norm.weight", "layers.0.a.weight", "_orig_mod"]
     layout = ordinary_names(names, tied=False)
     assert layout.names == {name: name for name in names} and layout.notes == ()
 

@@ -245,6 +245,7 @@ def test_damage_is_told_by_the_matrix(
         ),
         ({"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemv"}, "'gemv'"),
         ({"quant_method": "auto-round", "packing_format": "auto_round:marlin"}, "form 'marlin'"),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "ModelOpt weights of NVFP4"),
         ({"quant_method": "compressed-tensors"}, "names no config_groups"),
         ({"quant_method": "torchao", "quant_type": {"_type": "Int4Config"}}, "of Int4Config"),
         (

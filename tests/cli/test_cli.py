@@ -69,6 +69,29 @@ print("LOADED", *sorted(set({HEAVY!r}) & sys.modules.keys()))
     assert done.stdout.splitlines()[-1] == "LOADED"
 
 
+@pytest.mark.parametrize("command", ["ls", "show"])
+def test_a_look_runs_no_model_library(command: str, bundle: Path) -> None:
+    words = [command] if command == "ls" else [command, str(bundle)]
+    script = f"""
+import sys, time
+sys.argv = ["llm-coreml", *{words!r}]
+from llm_coreml.cli.main import main
+try:
+    main()
+except SystemExit as ended:
+    assert not ended.code, ended.code
+heavy = {{"torch", "coremltools", "transformers", "executorch", "torchao", "tokenizers"}}
+print("LOADED", *sorted(heavy & sys.modules.keys()))
+print("SECONDS", time.process_time())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    *_, loaded, seconds = done.stdout.splitlines()
+    assert loaded == "LOADED"
+    # It takes a fifth of that.
+    assert float(seconds.removeprefix("SECONDS ")) < 1.5
+
+
 def options_of(name: str) -> list[click.Option]:
     return [option for option in cli.commands[name].params if isinstance(option, click.Option)]
 
@@ -592,8 +615,12 @@ def test_show_json(
     assert found["constant_methods"] == {**constants, "get_eos_ids": 1}  # a list of one
     (delegate,) = found["methods"]["forward"]
     assert delegate["backend"] == "CoreMLBackend"
-    assert delegate["states"] == dict.fromkeys(("cache_keys", "cache_values"), "fp16 [1, 2, 64, 8]")
-    assert list(delegate["inputs"].values()) == ["int32 [1, 1] or [1, 8]", "int32 [1]"]
+    assert delegate["states"] == dict.fromkeys(("cache_keys", "cache_values"), "fp16 [1, 2, 96, 8]")
+    assert delegate["inputs"] == {
+        "tokens": "int32 [1, 1] or [1, 8]",
+        "start_pos": "int32 [1]",
+        "last_pos": "int32 [1]",
+    }
     assert list(delegate["outputs"].values()) == ["fp16 [1, 1, 300]"]
     assert delegate["ops"]["write_state"] == 2 and delegate["ops"]["linear"] == 8
     assert sum(delegate["files"].values()) < delegate["bytes"]
@@ -617,7 +644,7 @@ def test_show_tables(
         r"forward: CoreMLBackend, [\d,]+ bytes",
         r"input \w+ +int32 \[1, 1\] or \[1, 8\]",
         r"output \w+ +fp16 \[1, 1, 300\]",
-        r"state cache_keys +fp16 \[1, 2, 64, 8\]",
+        r"state cache_keys +fp16 \[1, 2, 96, 8\]",
         r"weight\.bin +[\d,]+ bytes",
         r"\d+ ops +.*\d+ linear",
     ):

@@ -8,6 +8,7 @@ import os
 import pty
 import select
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -166,6 +167,42 @@ def test_at_a_terminal(chatty: Path) -> None:
         process.kill()
         process.wait()
         os.close(ours)
+
+
+def test_ctrl_c_ends_an_answer_and_not_the_chat(chatty: Path) -> None:
+    from rich.console import Console
+
+    from llm_coreml.cli.conversation import Asked, Conversation
+    from llm_coreml.cli.process import Interruption
+    from llm_coreml.cli.terminal import Screen, Stages
+    from llm_coreml.runtime.runner import Runner
+
+    model, out = load(chatty, checked=False), io.StringIO()
+    screen = Screen(Console(file=out), Stages(io.StringIO()))
+    talk = Conversation(model, screen, Asked(6), "human", None)
+    step, count = Runner.step, 0
+
+    def interrupted(self: Runner, tokens: list[int]) -> object:
+        nonlocal count
+        count += 1
+        if self.position > 12 and count > 3 and len(tokens) == 1:
+            raise KeyboardInterrupt
+        return step(self, tokens)
+
+    pardoned = Interruption(signal.SIGINT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Runner, "step", interrupted)
+        patch.setattr("llm_coreml.cli.conversation.INTERRUPTION", pardoned)
+        talk._answer("Hi", typed=True)
+        assert pardoned.number is None
+        shown = out.getvalue().rstrip("\n")
+        assert talk._messages[-1] == {"role": "assistant", "content": shown}
+        for told, typed in ((signal.SIGINT, False), (signal.SIGTERM, True)):
+            count, pardoned.number = 0, told
+            with pytest.raises(KeyboardInterrupt):
+                talk._answer("So", typed)
+    talk._answer("So", typed=True)
+    assert load(chatty, checked=False).chat(talk._messages[:1], 6).startswith(shown)
 
 
 def test_terminals_obey_nothing_of_a_text(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -24,11 +24,12 @@ from llm_coreml.cli.tables import listing_table
 from llm_coreml.cli.terminal import terminal
 from llm_coreml.drafts import ENDING, draft_folder
 
+pytestmark = pytest.mark.usefixtures("interruptible")
 Export = Callable[[Callable[..., Any]], Run]
 
 
 @pytest.fixture
-def heeding(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def heeding(interruptible: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Heed signals as the command line's own process does."""
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # so that nothing is set
     before = {number: signal.getsignal(number) for number in ENDING}
@@ -125,7 +126,7 @@ def test_libraries_find_a_folder_for_temporary_files_that_goes(
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", None)
-    (tmp_path / "llm-coreml-0").mkdir()  # of a process that was killed
+    (tmp_path / "llm-coreml-process-0").mkdir()  # of a process that was killed
     before = dict(os.environ)
     with own_temporary_files():
         from torch._inductor.runtime.cache_dir_utils import cache_dir

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from llm_coreml.artifact import pte
-from llm_coreml.artifact.dtypes import DTYPES, to_tensor
+from llm_coreml.artifact.dtypes import DTYPES
 from llm_coreml.artifact.inmemoryfs import unpack
 from llm_coreml.artifact.method_plan import Method
 from llm_coreml.artifact.mil import Constant, Function, Operation, TensorType
@@ -26,6 +26,7 @@ from llm_coreml.reference.ops.constexpr import (
     constexpr_blockwise_shift_scale,
     constexpr_lut_to_dense,
 )
+from llm_coreml.reference.ops.storage import to_tensor
 from llm_coreml.runtime.reference import ReferenceRunner
 from llm_coreml.runtime.runner import Runner
 from shared import Shared

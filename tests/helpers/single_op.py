@@ -21,8 +21,9 @@ from coremltools.converters.mil.mil import Function as Building
 from coremltools.converters.mil.mil import types
 
 from llm_coreml.artifact import mil
-from llm_coreml.artifact.dtypes import DTYPES, to_tensor
+from llm_coreml.artifact.dtypes import DTYPES
 from llm_coreml.reference.ops import OPS
+from llm_coreml.reference.ops.storage import to_tensor
 from llm_coreml.reference.program.compiler import compile_function
 from llm_coreml.reference.program.execution import Execution
 from llm_coreml.reference.program.steps import run_all

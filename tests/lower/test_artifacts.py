@@ -216,16 +216,20 @@ def test_fp32_program_is_tight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 # The shape of the program
 
 
-def test_everything_but_two_casts_is_delegated(three_layers: Artifact) -> None:
-    steps = [(item.kind, item.target) for item in method(three_layers.path).instructions]
-    cast = ("kernel", "aten::_to_copy.out")
-    assert steps == [cast, cast, ("delegate", "0")]
+def test_only_the_padding_is_not_delegated(three_layers: Artifact) -> None:
+    *kernels, last = method(three_layers.path).instructions
+    assert (last.kind, last.target) == ("delegate", "0")
+    padding = "_to_copy add arange clamp index_select mul scalar_tensor sub sym_min sym_size"
+    called = {step.target.partition("::")[2].partition(".")[0] for step in kernels}
+    assert called == set(padding.split())
 
 
 def test_two_states_hold_all_layers_in_fp16(three_layers: Artifact) -> None:
     (core,) = three_layers.runner().programs
     mixer = three_layers.decoder.spec.layers[0].mixer
-    shape = (3, mixer.num_key_value_heads, 32, mixer.head_dim)
+    spare = three_layers.shapes.spare
+    assert spare == 32, "what pads reach beyond the context, rounded up"
+    shape = (3, mixer.num_key_value_heads, 32 + spare, mixer.head_dim)
     assert {(state.name, state.dtype, state.shape) for state in core.states} == {
         ("cache_keys", "fp16", shape),
         ("cache_values", "fp16", shape),
@@ -234,6 +238,16 @@ def test_two_states_hold_all_layers_in_fp16(three_layers: Artifact) -> None:
         item for item in program(three_layers.path).inputs if isinstance(item.type, StateType)
     ]
     assert [item.type for item in states] == [StateType(TensorType("fp16", shape))] * 2
+
+
+def test_a_layer_cuts_its_rows_out_of_the_cache_at_once(three_layers: Artifact) -> None:
+    operations = program(three_layers.path).operations
+    cuts = [op for op in operations if op.type == "slice_by_index"]
+    names = {op.outputs[0].name for op in cuts}
+    assert not any(set(op.inputs["x"]) & names for op in cuts)
+    mixer = three_layers.decoder.spec.layers[0].mixer
+    rows = TensorType("fp16", (1, mixer.num_key_value_heads, 32, mixer.head_dim))
+    assert [op.outputs[0].type for op in cuts].count(rows) == 6
 
 
 def test_every_state_write_follows_its_update_in_place(three_layers: Artifact) -> None:

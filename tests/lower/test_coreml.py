@@ -6,7 +6,6 @@ import gc
 from pathlib import Path
 
 import pytest
-import torch
 
 from llm_coreml.config import ExportConfig, resolve
 from llm_coreml.model import open_model
@@ -21,15 +20,14 @@ def test_the_traced_program_has_nothing_to_decompose(target: str) -> None:
     from executorch.backends.apple.coreml.partition import CoreMLPartitioner
     from executorch.exir.tracer import _default_decomposition_table
 
-    from llm_coreml.lower.traced import trace
+    from llm_coreml.lower.traced import trace_program
 
     scheme = "int4-channel" if target == "ane" else "int4-group"
     config = ExportConfig(target=target, scheme=scheme, context=64, seq_lengths=(1, 8))
     model = open_model(llama(vocab_size=96, intermediate_size=96))
     job = resolve(config, model.spec)
     decoder = build_decoder(model, job, plan_for(job, model))
-    exported = trace(decoder, job.shapes.seq_lengths, 64, torch.int32)
-    exported = exported.run_decompositions({})
+    exported = trace_program(decoder, job.shapes.seq_lengths).run_decompositions({})
     table = _default_decomposition_table()
     kept, _ = CoreMLPartitioner().ops_to_not_decompose(exported)
     called = {node.target for node in exported.graph.nodes if node.op == "call_function"}

@@ -62,7 +62,7 @@ BOUND = 2e-3
 
 
 def random_decoder(form: Literal["fused", "decomposed"]) -> Decoder:
-    decoder, generator = Decoder(SPEC, 32, form, "all"), torch.Generator().manual_seed(0)
+    decoder, generator = Decoder(SPEC, 32, form, "all", spare=32), torch.Generator().manual_seed(0)
     for name, parameter in list(decoder.named_parameters()):
         owner, _, attribute = name.rpartition(".")
         noise = torch.randn(parameter.shape, generator=generator) * 0.15
@@ -105,10 +105,10 @@ def test_layers_with_all_options_are_lowered(backend: Any, tmp_path: Path) -> No
     (core,) = runner.programs
     states = {state.name: state.shape for state in core.states}
     assert states == {
-        "cache_keys": (2, 2, 32, 16),
-        "cache_values": (2, 2, 32, 16),
-        "cache_1_keys": (1, 1, 32, 16),
-        "cache_1_values": (1, 1, 32, 16),
+        "cache_keys": (2, 2, 64, 16),
+        "cache_values": (2, 2, 64, 16),
+        "cache_1_keys": (1, 1, 64, 16),
+        "cache_1_values": (1, 1, 64, 16),
     }
     assert states.keys() == form.description.states.keys()
 

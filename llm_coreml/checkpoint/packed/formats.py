@@ -145,6 +145,14 @@ def _fp8(settings: Mapping[str, Any], where: str) -> Formats:
     return FP8("weight_scale_inv", block), FP8("weight_scale", block)
 
 
+def _modelopt(settings: Mapping[str, Any], where: str) -> Formats:
+    own = settings.get("quantization")  # as the tool's own file has it
+    kind = (own if isinstance(own, Mapping) else settings).get("quant_algo")
+    if kind != "FP8":
+        raise _refusal(where, f"ModelOpt weights of {kind}")
+    return (FP8("weight_scale", (128, 128)),)
+
+
 def _block(value: object, where: str) -> tuple[int, int]:
     """Return rows and columns of a block of FP8; those of DeepSeek if none are named."""
     if value is None:
@@ -214,6 +222,7 @@ _READERS: dict[str, Callable[[Mapping[str, Any], str], Formats]] = {
     "hqq": _hqq,
     "intel/auto-round": _auto_round,
     "mlx": _mlx,
+    "modelopt": _modelopt,
     "torchao": _torchao,
 }
 

@@ -13,41 +13,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, fields
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any
 
 from llm_coreml.config import Job
 from llm_coreml.decoder import DecoderSpec
 from llm_coreml.errors import ConfigError, LlmCoreMLError, nearest
-from llm_coreml.quantize.formats.schemes import (
-    CODEBOOK_BITS,
-    GROUP_BITS,
-    INTEGER_BITS,
-    Codebook,
-    IntChannel,
-    IntGroup,
-    Mxfp4,
-    Scheme,
-    TableGroup,
-    Unquantized,
-)
+from llm_coreml.quantize.formats.scheme_json import scheme_from_json, scheme_json, shown
+from llm_coreml.quantize.formats.schemes import Scheme, TableGroup, Unquantized
 from llm_coreml.quantize.plan.plan import QuantizationPlan, matrices
 
 # A matrix takes some 400 bytes; nobody's plan needs more.
 _LARGEST_FILE = 1 << 26
-_BITS: Mapping[type[Scheme], tuple[int, ...]] = MappingProxyType(
-    {
-        Codebook: CODEBOOK_BITS,
-        IntGroup: GROUP_BITS,
-        IntChannel: INTEGER_BITS,
-        Mxfp4: (4,),
-        TableGroup: CODEBOOK_BITS,
-        Unquantized: (16, 32),
-    }
-)
-_TYPES = {kind.__name__: kind for kind in _BITS}
 
 
 def plan_json(
@@ -65,7 +42,7 @@ def plan_json(
         scheme = plan.scheme_of(name)
         described[name] = {
             "shape": list(shape),
-            "scheme": {"type": type(scheme).__name__, **asdict(scheme)},  # type: ignore[call-overload]
+            "scheme": scheme_json(scheme),
             "bytes": -(-scheme.stored_bits(shape) // 8),
             **({"kl": losses[name]} if name in losses else {}),
         }
@@ -125,7 +102,7 @@ def parse_plan(content: object, job: Job, spec: DecoderSpec) -> dict[str, Scheme
     for name in found:
         if name not in expected:
             raise ConfigError(
-                f"the model has no matrix {_shown(name)}; the plan is another model's."
+                f"the model has no matrix {shown(name)}; the plan is another model's."
                 + nearest(name, expected)
             )
     absent = [name for name in expected if name not in found]
@@ -140,7 +117,7 @@ def _entry(name: str, entry: object, shape: tuple[int, int], job: Job) -> Scheme
     if not isinstance(entry, dict) or entry.get("shape") != list(shape):
         given = entry.get("shape") if isinstance(entry, dict) else entry
         raise ConfigError(
-            f"{name} is {list(shape)} in the model, not {_shown(given)}; the plan is another "
+            f"{name} is {list(shape)} in the model, not {shown(given)}; the plan is another "
             "model's."
         )
     try:
@@ -158,44 +135,3 @@ def _entry(name: str, entry: object, shape: tuple[int, int], job: Job) -> Scheme
             f"{job.precision.name}; give the precision that the plan was made for."
         )
     return scheme
-
-
-def scheme_from_json(entry: object) -> Scheme:
-    """Build a scheme from the name of its class and all of its fields.
-
-    Raises:
-        ConfigError: there is no such scheme.
-        UnsupportedError: it cannot be.
-    """
-    kind = entry.get("type") if isinstance(entry, dict) else None
-    if not isinstance(entry, dict) or not isinstance(kind, str) or kind not in _TYPES:
-        raise ConfigError(
-            f"there is no scheme {_shown(kind)}; the schemes are {', '.join(_TYPES)}."
-            + nearest(str(kind), _TYPES)
-        )
-    given = {key: value for key, value in entry.items() if key != "type"}
-    hints = get_type_hints(_TYPES[kind])
-    names = [field.name for field in fields(_TYPES[kind])]  # type: ignore[arg-type]
-    if set(given) != set(names):
-        raise ConfigError(f"a {kind} has the fields {', '.join(names)}, not {_shown(list(given))}.")
-    for key, value in given.items():
-        if not _fits(value, hints[key]):
-            raise ConfigError(f"{key} of a {kind} is {_shown(value)}, which it cannot be.")
-    scheme = _TYPES[kind](**given)
-    if scheme.bits not in _BITS[_TYPES[kind]]:
-        allowed = ", ".join(map(str, _BITS[_TYPES[kind]]))
-        raise ConfigError(f"a {kind} has {allowed} bits, not {scheme.bits}.")
-    return scheme
-
-
-def _fits(value: object, hint: Any) -> bool:
-    """Return whether a JSON value is of a field's type; true is no number."""
-    if get_origin(hint) is Literal:
-        return value in get_args(hint)
-    return type(value) in (get_args(hint) or (hint,))
-
-
-def _shown(value: object) -> str:
-    """Return a value as an error can show it."""
-    text = ascii(value)
-    return text if len(text) <= 60 else text[:60] + "..."

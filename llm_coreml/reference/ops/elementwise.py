@@ -11,9 +11,10 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from llm_coreml.artifact.dtypes import DTYPES, storage
+from llm_coreml.artifact.dtypes import DTYPES
 from llm_coreml.errors import ArtifactError
 from llm_coreml.reference.ops.registry import Tensor, fixed, floats, named_by, op, same
+from llm_coreml.reference.ops.storage import storage
 
 
 def _unary(name: str, function: Callable[[Tensor], Tensor], *, exact: bool = False) -> None:
@@ -193,7 +194,7 @@ def to_integer(x: Tensor, dtype: str) -> Tensor:
     """
     row = DTYPES[dtype]
     target = storage(dtype)
-    if x.dtype == target and row.tensor is not None and row.array.itemsize == target.itemsize:
+    if x.dtype == target and row.array.itemsize == target.itemsize:
         return x
     if x.numel() and x.dtype != torch.bool:
         low, high = torch.aminmax(x)

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from llm_coreml.artifact.dtypes import storage
 from llm_coreml.errors import ArtifactError
 from llm_coreml.reference.ops.elementwise import to_integer
 from llm_coreml.reference.ops.registry import Tensor, fixed, named_by, op, same
+from llm_coreml.reference.ops.storage import storage
 
 Reduce = Callable[[Tensor, list[int], bool], Tensor]
 

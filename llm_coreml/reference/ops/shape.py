@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from llm_coreml.artifact.dtypes import DTYPES, storage
+from llm_coreml.artifact.dtypes import DTYPES
 from llm_coreml.artifact.limits import beyond
 from llm_coreml.errors import ArtifactError
 from llm_coreml.reference.ops.registry import (
@@ -23,6 +23,7 @@ from llm_coreml.reference.ops.registry import (
     op,
     same,
 )
+from llm_coreml.reference.ops.storage import storage
 
 
 def _check_size(elements: int) -> None:

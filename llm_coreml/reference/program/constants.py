@@ -21,12 +21,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from llm_coreml.artifact.dtypes import DTYPES, storage, to_tensor
+from llm_coreml.artifact.dtypes import DTYPES
 from llm_coreml.artifact.limits import FAILURES, beyond, reason
 from llm_coreml.artifact.mil import Constant, TensorType, fixed_shape
 from llm_coreml.errors import ArtifactError
 from llm_coreml.machine import machine_memory
 from llm_coreml.reference.ops import Spec
+from llm_coreml.reference.ops.storage import storage, to_tensor
 from llm_coreml.reference.program.numerics import Numerics
 
 # Elements that one slice of a large constant has about.

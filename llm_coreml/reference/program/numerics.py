@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 import torch
 
-from llm_coreml.artifact.dtypes import storage
 from llm_coreml.errors import ConfigError, nearest
 from llm_coreml.reference.ops import OPS, STRICT_OPS, Spec
+from llm_coreml.reference.ops.storage import storage
 
 
 @dataclass(frozen=True)

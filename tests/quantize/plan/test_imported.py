@@ -260,6 +260,8 @@ def test_settings_that_are_left_over_beside_plain_weights(tmp_path: Path) -> Non
     [
         ("weight_scale", "all", with_method("fp8", activation_scheme="static")),
         ("weight_scale", "rows", with_method("fbgemm_fp8")),
+        ("weight_scale", "all", with_method("modelopt", quant_algo="FP8")),
+        ("weight_scale", "all", with_method("modelopt", quantization={"quant_algo": "FP8"})),
         ("weight_scale_inv", "blocks", with_method("fp8", weight_block_size=[40, 24])),
         (
             "weight_scale",
