@@ -64,9 +64,17 @@ class ArtifactError(LlmCoreMLError):
 
 
 class VerificationError(LlmCoreMLError):
-    """The artifact's output is further from the model's than the bound allows."""
+    """The artifact's output is further from the model's than the bound allows.
+
+    Attributes:
+        found: The record of what was found, a dataclass; None if no logits were compared.
+    """
 
     exit_code = 8
+
+    def __init__(self, message: str, found: object = None) -> None:
+        super().__init__(message)
+        self.found = found
 
 
 def nearest(value: str, known: Iterable[str]) -> str:

@@ -19,6 +19,7 @@ import torch
 from llm_coreml.artifact.description import Description
 from llm_coreml.bundle.bundled_tokenizer import write_tokenizer
 from llm_coreml.bundle.card import model_card
+from llm_coreml.bundle.failed import keep_failed
 from llm_coreml.bundle.folder import (
     CARD,
     MANIFEST,
@@ -34,7 +35,7 @@ from llm_coreml.bundle.seal import sealed
 from llm_coreml.config import ExportConfig, Job, resolve
 from llm_coreml.decoder import Decoder, DecoderSpec
 from llm_coreml.decoder.states import state_specs
-from llm_coreml.errors import UnsupportedError
+from llm_coreml.errors import UnsupportedError, VerificationError
 from llm_coreml.lower.forms import form_for
 from llm_coreml.machine import free_memory, trim_memory
 from llm_coreml.model import Model, open_model
@@ -44,18 +45,19 @@ from llm_coreml.quantize.cache import WeightCache, default_folder
 from llm_coreml.quantize.calibrate.text import read_content
 from llm_coreml.quantize.plan.choose import plan_without_weights
 from llm_coreml.quantize.plan.imported import keeps_codes, left_as_is
-from llm_coreml.quantize.quantized import quantize
+from llm_coreml.quantize.quantized import Quantized, quantize
 from llm_coreml.quiet import quiet
 from llm_coreml.recipes import bundled_model, find_recipe
 from llm_coreml.reference.program.execution import Execution
 from llm_coreml.rules import broken_by_states
-from llm_coreml.runtime.eager import EagerRunner
 from llm_coreml.runtime.program_runner import program_runner
 from llm_coreml.runtime.reference import ReferenceRunner
 from llm_coreml.targets import BACKENDS
 from llm_coreml.tokenizer import Tokenizer
 from llm_coreml.tokenizer.chat_template import find_template
-from llm_coreml.verify.logits import ReadText, verify, verify_conversion
+from llm_coreml.verify.logits import verify, verify_conversion
+from llm_coreml.verify.passes import plan_passes
+from llm_coreml.verify.reading import ReadText, read_text
 from llm_coreml.verify.verification import Verification
 
 # Share of a verification's time.
@@ -104,7 +106,8 @@ def export(
         The written bundle.
 
     Raises:
-        LlmCoreMLError: see `errors`; nothing is left at `output` that was not there before.
+        LlmCoreMLError: see `errors`; nothing is left at `output` that was not there before. What
+            failed its verification is kept in a folder beside it, see `bundle.failed`.
     """
     given = {"bits": bits, "scheme": scheme, "target": target, "context": context}
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
@@ -117,7 +120,10 @@ def export(
     for note in opened.notes:
         run.progress.note(note)
     with new_bundle(Path(output), overwrite) as draft, run.open_cache() as kept, kept.paged_out():
-        _write(run, opened, draft, kept)
+        try:
+            _write(run, opened, draft, kept)
+        except VerificationError as error:
+            raise keep_failed(draft, Path(output), error) from None
     return open_bundle(Path(output))
 
 
@@ -160,6 +166,8 @@ def _write(run: _Run, model: Model, draft: Path, cache: WeightCache) -> None:
     quantized = quantize(model, job, draft / TOKENIZER, progress, cache)
     form = form_for(job, model.spec, bos_id, eos_ids)
     free_memory()
+    reading = _read(quantized, form.description, draft)
+    free_memory()
     progress.stage("lower")
     program = draft / PROGRAM
     with quiet():
@@ -167,7 +175,7 @@ def _write(run: _Run, model: Model, draft: Path, cache: WeightCache) -> None:
     _check_size(job, program)
     free_memory()
     progress.stage("verify")
-    verification = _verify(progress, form.description, quantized.decoder, program)
+    verification = _verify(progress, form.description, quantized.decoder, reading, program)
     manifest = make_manifest(quantized, form.description, program, verification)
     card = model_card(manifest, chat=find_template(draft) is not None)
     (draft / CARD).write_text(card, encoding="utf-8")
@@ -195,9 +203,24 @@ def _tell_of_the_states(run: _Run, model: Model, job: Job) -> None:
         )
 
 
-def _verification_text(draft: Path, decoder: Decoder) -> tuple[str, list[int]]:
-    """Return the tokens that an artifact is verified on, and what they are."""
-    count = decoder.context
+def _read(quantized: Quantized, description: Description, draft: Path) -> ReadText:
+    """Have the quantized model read what its program will be held to."""
+    plan = plan_passes(description.seq_lengths, description.context)
+    text, tokens = _verification_text(draft, quantized.decoder, plan.tokens)
+    on_reference = BACKENDS[description.backend].runtime == "reference"
+    return read_text(
+        quantized.decoder,
+        tokens,
+        text,
+        plan,
+        every_row=description.every_row,
+        natural=on_reference,
+        in_fp16=on_reference and quantized.job.precision.name == "fp16",
+    )
+
+
+def _verification_text(draft: Path, decoder: Decoder, count: int) -> tuple[str, list[int]]:
+    """Return `count` tokens that an artifact is verified on, and what they are."""
     if not (draft / TOKENIZER).is_file():
         generator = torch.Generator().manual_seed(0)
         shape = (count,)
@@ -221,22 +244,16 @@ def _check_size(job: Job, program: Path) -> None:
 
 
 def _verify(
-    progress: Progress, description: Description, decoder: Decoder, program: Path
+    progress: Progress,
+    description: Description,
+    decoder: Decoder,
+    reading: ReadText,
+    program: Path,
 ) -> Verification:
     def advance(share: float) -> None:
         trim_memory()
         progress.advance(share)
 
-    text, tokens = _verification_text(program.parent, decoder)
-    reading = ReadText(
-        EagerRunner(decoder, "quantized").at,
-        tokens,
-        text,
-        description.seq_lengths,
-        description.context,
-        description.every_row,
-    )
-    free_memory()
     conversion, begun = None, 0.0
     if BACKENDS[description.backend].runtime == "reference":
         unrounded = Execution(mode="fp32", memory_budget=_EXPANDED)
@@ -251,9 +268,18 @@ def _verify(
         free_memory()
     execution = Execution(memory_budget=_EXPANDED)
     artifact = program_runner(program, description, execution)
-    return verify(
+    found = verify(
         artifact,
         reading,
         conversion,
         lambda share: advance(begun + (1 - begun) * share),
     )
+    plain = found.plain_fp16
+    if plain is not None and plain.noisy:
+        progress.note(
+            f"fp16 is noisy in this model, most of all in layer {plain.layer}: plain fp16 changes "
+            f"its logits by up to {plain.max_relative_error:.1e} of the largest and "
+            f"{plain.mean_kl:.1e} nats, this program by {found.max_relative_error:.1e} and "
+            f"{found.mean_kl:.1e} nats. --compute-precision fp32 avoids it."
+        )
+    return found

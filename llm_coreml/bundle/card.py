@@ -19,7 +19,7 @@ from llm_coreml.bundle.manifest import (
 from llm_coreml.printable import CELL, printable
 from llm_coreml.rules import broken_by_states
 from llm_coreml.targets import BACKENDS, get_target
-from llm_coreml.verify.verification import Conversion
+from llm_coreml.verify.verification import Conversion, PlainFp16
 
 _CHAT = "| chat | by the tokenizer's chat template: `llm-coreml generate --chat` |\n"
 
@@ -75,7 +75,8 @@ Produced by: {checked.runtime}. {checked.rows} rows of logits on
 {checked.text}, up to position {checked.last_position}, against the quantized model in
 PyTorch, fp32: largest error {checked.max_relative_error:.2e} of the largest logit (bound
 {checked.max_relative_error_bound:.0e}), mean KL divergence {checked.mean_kl:.2e} nats (bound
-{checked.mean_kl_bound:.0e}). {_conversion(checked.conversion)}No Apple device took part.
+{checked.mean_kl_bound:.0e}). {_plain(checked.plain_fp16)}{_conversion(checked.conversion)}\
+No Apple device took part.
 
 ## Rebuild
 
@@ -164,6 +165,16 @@ def tuned(found: Tuned | None) -> str:
         f", then tuned in {found.steps:,} steps: KL divergence on it {found.kl_before:.1e} "
         f"-> {found.kl_after:.1e}"
     )
+
+
+def _plain(found: PlainFp16 | None) -> str:
+    if found is None:
+        return ""
+    noisy = f"""fp16 is noisy in this model, most of all in layer
+{found.layer}. """
+    return f"""Plain fp16, which no such program
+can be expected to surpass, is {found.max_relative_error:.2e} and {found.mean_kl:.2e} nats from it
+on {found.rows} rows. {noisy if found.noisy else ""}"""
 
 
 def _conversion(found: Conversion | None) -> str:

@@ -21,7 +21,7 @@ from llm_coreml.bundle.manifest import (
     Rotations,
 )
 from llm_coreml.printable import CELL, printable
-from llm_coreml.verify.verification import Conversion
+from llm_coreml.verify.verification import Conversion, PlainFp16
 
 if TYPE_CHECKING:  # they bring torch, which a list does not need
     from llm_coreml.eval.difference import Comparison
@@ -91,6 +91,7 @@ def _export_rows(manifest: Manifest, folder: str) -> dict[str, str]:
         "verified by": f"{checked.runtime}: {checked.rows} rows, largest error "
         f"{checked.max_relative_error:.1e} (bound {checked.max_relative_error_bound:.0e}), "
         f"mean KL {checked.mean_kl:.1e} (bound {checked.mean_kl_bound:.0e})",
+        **_plain_row(checked.plain_fp16),
     }
 
 
@@ -131,6 +132,17 @@ def _conversion_row(found: Conversion | None) -> dict[str, str]:
         "the same model": f"{found.weights} weights and tables bit by bit; {found.rows} rows "
         f"without rounding, largest error {found.max_relative_error:.1e} "
         f"(bound {found.max_relative_error_bound:.0e})"
+    }
+
+
+def _plain_row(found: PlainFp16 | None) -> dict[str, str]:
+    """Return what plain fp16 makes of the model; early manifests do not say."""
+    if found is None:
+        return {}
+    noisy = f"; noisy, most of all in layer {found.layer}" if found.noisy else ""
+    return {
+        "plain fp16": f"largest error {found.max_relative_error:.1e}, mean KL {found.mean_kl:.1e}, "
+        f"{found.rows} rows{noisy}"
     }
 
 

@@ -169,6 +169,14 @@ class Decoder(nn.Module):
         views = {name: state.window() for name, state in self.states.items()}
         return self._chunk(rows, rows, views, self.positions[:1])
 
+    def reading(self, length: int, start: int, views: Mapping[str, View]) -> Chunk:
+        """Return what every block is told of `length` tokens from position `start` on.
+
+        The views of the states hold what came before, and nothing else.
+        """
+        rows = self.positions[start : start + length]
+        return self._chunk(rows, self.positions[: start + length], views, rows[:1])
+
     def head(self, x: torch.Tensor) -> torch.Tensor:
         """Return the logits of rows that `hidden` gave, `[..., hidden]` -> `[..., vocab]`."""
         return self.leaving(self.lm_head(self.norm(x)))

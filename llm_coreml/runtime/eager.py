@@ -5,7 +5,6 @@ EagerRunner(decoder, "quantized").logits([1, 42, 7])
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import final
 
 import torch
@@ -13,7 +12,7 @@ import torch.nn.functional as F
 
 from llm_coreml.decoder import Decoder
 from llm_coreml.quantize.formats.round import dense_rows
-from llm_coreml.runtime.runner import Runner, split_lengths
+from llm_coreml.runtime.runner import Runner
 
 
 @final
@@ -54,29 +53,6 @@ class EagerRunner(Runner):
         weight = self.decoder.lm_head.weight
         products = torch.cat([F.linear(x, rows) for rows in dense_rows(weight)], -1)
         return self.decoder.leaving(products)
-
-    def at(self, tokens: Sequence[int], position: int, rows: Sequence[int]) -> torch.Tensor:
-        """Return the logits after some of `tokens` only, read as `logits` does.
-
-        The head of a large vocabulary costs more than a small model's layers.
-
-        Args:
-            tokens: The sequence.
-            position: Where its first token is read.
-            rows: Which of the tokens.
-
-        Returns:
-            float32 `[len(rows), vocab]`.
-        """
-        self.reset(position)
-        self._check_room(len(tokens))
-        states, start = [], 0
-        with torch.no_grad():
-            for length in split_lengths(len(tokens), self.seq_lengths):
-                chunk = torch.tensor([list(tokens[start : start + length])])
-                states.append(self._hidden(chunk, torch.tensor([position + start]))[0])
-                start += length
-            return self._head(torch.cat(states)[list(rows)])
 
     def _clear(self) -> None:
         with torch.no_grad():

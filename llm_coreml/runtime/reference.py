@@ -6,7 +6,8 @@ ReferenceRunner(folder / "model.pte").logits([1, 42, 7])
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
@@ -19,10 +20,33 @@ from llm_coreml.reference.method.method import LoadedMethod
 from llm_coreml.reference.program.constants import PackedWeight
 from llm_coreml.reference.program.coreml_program import INTERFACE_TYPES, CoreMLProgram
 from llm_coreml.reference.program.execution import Execution
+from llm_coreml.reference.program.side_by_side import OnRows
 from llm_coreml.runtime.runner import Runner
 
 # What a device is meant to compute, on any machine.
 DECLARED = Execution()
+
+
+@dataclass(frozen=True, eq=False)
+class Sequenced:
+    """A text to be read in chunks.
+
+    Attributes:
+        start: Position of the first token.
+        chunks: Tokens of every call.
+        states: What is remembered before, see `Runner.resume`; None is nothing but zeros.
+    """
+
+    start: int
+    chunks: Sequence[Sequence[int]]
+    states: Mapping[str, torch.Tensor] | None = None
+
+    def calls(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield the arguments of every call: tokens int64 `[1, S]`, position int64 `[1]`."""
+        position = self.start
+        for chunk in self.chunks:
+            yield torch.tensor([list(chunk)]), torch.tensor([position])
+            position += len(chunk)
 
 
 @final
@@ -84,6 +108,42 @@ class ReferenceRunner(Runner):
         """Yield the constants of all programs, see `CoreMLProgram.constants`."""
         return itertools.chain.from_iterable(program.constants() for program in self.programs)
 
+    def read(
+        self, sequences: Sequence[Sequenced], on_rows: OnRows = lambda weight, rows: None
+    ) -> list[list[torch.Tensor]]:
+        """Read several texts in chunks, expanding every weight once for all where that is possible.
+
+        Args:
+            sequences: The texts.
+            on_rows: Told of the rows of packed weights that are expanded for products.
+
+        Returns:
+            For each text what `step` gives for its chunks. Nothing is remembered.
+
+        Raises:
+            ArtifactError: the program contradicts itself.
+        """
+        main = self._methods[self.description.main]
+        if len(self._methods) > 1 or not main.halts:
+            return [self._alone(text) for text in sequences]
+        calls = [list(text.calls()) for text in sequences]
+        given = [[main.inputs_of(*call) for call in text] for text in calls]
+        states = [{} if text.states is None else text.states for text in sequences]
+        outputs = main.programs[0].side_by_side(list(zip(states, given, strict=True)), on_rows)
+        return [
+            [
+                main.run_with(found, *call)[0].to(torch.float32).cpu()
+                for found, call in zip(results, text, strict=True)
+            ]
+            for results, text in zip(outputs, calls, strict=True)
+        ]
+
+    def _alone(self, text: Sequenced) -> list[torch.Tensor]:
+        self.reset(text.start)
+        if text.states is not None:
+            self.resume(text.start, text.states)
+        return [self.step(chunk) for chunk in text.chunks]
+
     def _forward(self, tokens: torch.Tensor, start_pos: torch.Tensor) -> torch.Tensor:
         method = self._methods[self.description.method_for(tokens.shape[1])]
         return method(tokens, start_pos).cpu()
@@ -91,6 +151,12 @@ class ReferenceRunner(Runner):
     def _clear(self) -> None:
         for method in self._methods.values():
             method.reset()
+
+    def _restore(self, states: Mapping[str, torch.Tensor]) -> None:
+        self._clear()
+        for program in self.programs:
+            if program.states:
+                program.remember(states)
 
 
 def _check_signature(method: LoadedMethod, path: Path) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Literal, SupportsIndex, final
 
 import torch
@@ -86,6 +86,26 @@ class Runner(ABC):
             )
         self.position = position
         del self._read[position:]
+
+    @final
+    def resume(self, position: int, states: Mapping[str, torch.Tensor]) -> None:
+        """Go on at `position`, with what the program is to remember of the tokens before it.
+
+        Args:
+            position: Of the next token.
+            states: Every state by name, of the sizes that the program declares, any float type.
+
+        Raises:
+            ArtifactError: the program has other states.
+            ConfigError: the runtime lets nobody set them.
+        """
+        self._restore(states)
+        self.position = position
+        self._read = [-1] * position
+
+    def _restore(self, states: Mapping[str, torch.Tensor]) -> None:
+        """Fill the cache."""
+        raise ConfigError(f"Nobody can set what a program remembers on this runtime: {self.label}.")
 
     @final
     def step(self, tokens: Sequence[int]) -> torch.Tensor:

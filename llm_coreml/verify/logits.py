@@ -2,11 +2,12 @@
 
 Two questions, one after the other. Is it the same model: run without rounding, the artifact must
 hold the eager model's weights bit by bit and give its logits but for the order of fp32 sums. And is
-it precise enough: run as it declares, its logits may differ by what fp16 activations cost. Both
-times it reads real text, in every length that it accepts, from both ends, then token by token, at
-the beginning and at the end of the context. The bounds are part of the manifest.
+it precise enough: run as it declares, its logits may differ by what fp16 activations cost, usually
+or in this very model. Both times it reads real text, in every length that is asked for, from the
+first position to the last, where its cache holds what the text has left there. The bounds are part
+of the manifest.
 
-    reading = ReadText(eager.at, tokens, "held-out text", lengths, context, every_row=False)
+    reading = read_text(decoder, tokens, "held-out text", plan, ...)
     conversion = verify_conversion(unrounded, decoder, reading)
     verification = verify(artifact, reading, conversion)
 """
@@ -16,21 +17,27 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 
 from llm_coreml.decoder import Decoder
 from llm_coreml.errors import VerificationError
 from llm_coreml.fidelity import kl_divergence
-from llm_coreml.runtime.reference import ReferenceRunner
+from llm_coreml.reference.program.constants import PackedWeight
+from llm_coreml.reference.program.side_by_side import OnRows
+from llm_coreml.runtime.reference import ReferenceRunner, Sequenced
 from llm_coreml.runtime.runner import Runner
-from llm_coreml.verify.verification import MAX_RELATIVE_ERROR, Conversion, Verification
-from llm_coreml.verify.weights import check_weights
-
-# The second reads what the first has written. Each is a call: a longer decoding costs time on a
-# large model, and shows nothing more.
-_DECODED = 2
+from llm_coreml.verify.passes import Pass
+from llm_coreml.verify.reading import ReadText
+from llm_coreml.verify.verification import (
+    MAX_RELATIVE_ERROR,
+    Conversion,
+    PlainFp16,
+    Verification,
+    bounds,
+)
+from llm_coreml.verify.weights import Digest, check_weights
 
 
 def conversion_bound(decoder: Decoder) -> float:
@@ -41,54 +48,6 @@ def conversion_bound(decoder: Decoder) -> float:
     """
     terms = max(decoder.spec.widest_sum, decoder.context)
     return MAX_RELATIVE_ERROR * 2.0**-13 * math.sqrt(terms)
-
-
-# Tokens, the position of the first, and which of them -> the logits after those.
-Judge = Callable[[Sequence[int], int, Sequence[int]], torch.Tensor]
-
-
-class ReadText:
-    """A text as the eager model reads it; its logits are computed once for all comparisons.
-
-    Args:
-        judge: `EagerRunner.at` of the quantized decoder.
-        tokens: What to read; more than the context is not.
-        text: What it is, for the record.
-        lengths: Chunks that the artifact accepts.
-        context: Positions of its cache.
-        every_row: Whether it returns every row of a chunk, or the last.
-
-    Attributes:
-        passes: How the artifact is to read the text.
-    """
-
-    def __init__(
-        self,
-        judge: Judge,
-        tokens: Sequence[int],
-        text: str,
-        lengths: Sequence[int],
-        context: int,
-        every_row: bool,
-    ) -> None:
-        self.tokens = tokens
-        self.text = text
-        self.passes = verification_passes(lengths, context, len(tokens))
-        compared: dict[int, set[int]] = {}
-        for part in self.passes:
-            ends = range(1, part.count + 1) if every_row else accumulate(part.lengths)
-            compared.setdefault(part.start, set()).update(end - 1 for end in ends)
-        # A causal model: what it says of a text begins with what it says of its beginning.
-        self._rows = {
-            start: dict(
-                zip(sorted(rows), judge(tokens[: max(rows) + 1], start, sorted(rows)), strict=True)
-            )
-            for start, rows in compared.items()
-        }
-
-    def rows(self, start: int, first: int, last: int) -> torch.Tensor:
-        """Return the logits after tokens `first` to `last` - 1, read from position `start`."""
-        return torch.stack([self._rows[start][row] for row in range(first, last)])
 
 
 def verify_conversion(
@@ -108,17 +67,31 @@ def verify_conversion(
     Raises:
         VerificationError: a weight differs, or the logits do by more than sums explain.
     """
-    weights = check_weights(unrounded.constants(), decoder)
-    compared = _compare(unrounded, reading, reading.passes, on_progress)
+    digests: dict[PackedWeight, Digest] = {}
+
+    def note(weight: PackedWeight, rows: torch.Tensor) -> None:
+        digests.setdefault(weight, Digest()).add(rows)
+
+    given = _given(unrounded, reading, reading.plan.unrounded, on_progress, note)
+    weights = check_weights(
+        unrounded.constants(),
+        reading.contents,
+        {
+            weight: digest.content(weight.shape)
+            for weight, digest in digests.items()
+            if digest.rows == weight.rows
+        },
+    )
+    compared = _compare(reading, reading.plan.unrounded, given)
     result = Conversion(
         weights, len(compared.divergences), compared.relative_error, conversion_bound(decoder)
     )
-    if not result.max_relative_error <= result.max_relative_error_bound:
+    if not result.passed:
         raise VerificationError(
             "The artifact is not the model: it holds the weights, but run without rounding its "
             f"largest logit error is {result.max_relative_error:.2e} of the largest logit (bound "
-            f"{result.max_relative_error_bound:.1e}), {compared.worst}. Nothing was written; "
-            "report the model."
+            f"{result.max_relative_error_bound:.1e}), {compared.worst}. Report the model.",
+            result,
         )
     return result
 
@@ -140,9 +113,10 @@ def verify(
     Raises:
         VerificationError: they differ by more than the bounds allow.
     """
-    # That the order of the lengths makes no difference has been seen there.
-    passes = reading.passes if conversion is None else [*reading.passes[:-2], reading.passes[-1]]
-    compared = _compare(artifact, reading, passes, on_progress)
+    # What all lengths compute has been seen there.
+    passes = reading.plan.unrounded if conversion is None else reading.plan.declared
+    compared = _compare(reading, passes, _given(artifact, reading, passes, on_progress))
+    error_bound, kl_bound = bounds(reading.plain_fp16)
     result = Verification(
         runtime=artifact.label,
         text=reading.text,
@@ -152,35 +126,30 @@ def verify(
         max_relative_error=compared.relative_error,
         mean_kl=float(compared.divergences.mean()),
         conversion=conversion,
+        max_relative_error_bound=error_bound,
+        mean_kl_bound=kl_bound,
+        plain_fp16=reading.plain_fp16,
     )
-    within = result.max_relative_error <= result.max_relative_error_bound
-    if not (within and result.mean_kl <= result.mean_kl_bound):
+    if not result.passed:
         raise VerificationError(
             f"The artifact does not compute what the model computes: the largest logit error is "
-            f"{result.max_relative_error:.2e} of the largest logit (bound "
-            f"{result.max_relative_error_bound:.0e}), {compared.worst}, and the mean KL divergence "
-            f"is {result.mean_kl:.2e} nats (bound {result.mean_kl_bound:.0e}). Nothing was "
-            "written; try --compute-precision fp32, and report the model if that fails too."
+            f"{result.max_relative_error:.2e} of the largest logit (bound {error_bound:.0e}), "
+            f"{compared.worst}, and the mean KL divergence is {result.mean_kl:.2e} nats (bound "
+            f"{kl_bound:.0e}).{_beside(reading.plain_fp16)} Try --compute-precision fp32, and "
+            "report the model if that fails too.",
+            result,
         )
     return result
 
 
-@dataclass(frozen=True)
-class Pass:
-    """One reading of the text.
-
-    Attributes:
-        start: Position of the first token; the cache before it is zero.
-        lengths: Chunks to feed.
-    """
-
-    start: int
-    lengths: tuple[int, ...]
-
-    @property
-    def count(self) -> int:
-        """Tokens read."""
-        return sum(self.lengths)
+def _beside(plain: PlainFp16 | None) -> str:
+    """Say what plain fp16 makes of the model."""
+    if plain is None:
+        return ""
+    return (
+        f" Plain fp16 makes {plain.max_relative_error:.2e} and {plain.mean_kl:.2e} nats of this "
+        f"model, most of it in layer {plain.layer}."
+    )
 
 
 @dataclass(frozen=True)
@@ -198,19 +167,45 @@ class _Compared:
     divergences: torch.Tensor
 
 
-def _compare(
+def _given(
     artifact: Runner,
     reading: ReadText,
     passes: Sequence[Pass],
     on_progress: Callable[[float], None],
-) -> _Compared:
-    total, read = sum(part.count for part in passes), 0
-    errors, sizes, divergences, places = [], [], [], []
+    on_rows: OnRows = lambda weight, rows: None,
+) -> list[list[torch.Tensor]]:
+    """Return what an artifact gives in every call of every pass."""
+    texts = []
     for part in passes:
-        artifact.reset(part.start)
+        tokens, ends = reading.tokens_of(part), [0, *accumulate(part.lengths)]
+        chunks = [tokens[first:last] for first, last in pairwise(ends)]
+        texts.append(Sequenced(part.start, chunks, reading.later if part.start else None))
+    if isinstance(artifact, ReferenceRunner):
+        packed = sum(isinstance(value, PackedWeight) for _, value in artifact.constants())
+        begun: set[PackedWeight] = set()
+
+        def note(weight: PackedWeight, rows: torch.Tensor) -> None:
+            if weight not in begun:
+                on_progress(len(begun) / packed)
+                begun.add(weight)
+            on_rows(weight, rows)
+
+        return artifact.read(texts, note)
+    given = []
+    for number, text in enumerate(texts):
+        on_progress(number / len(texts))
+        artifact.reset(text.start)
+        given.append([artifact.step(chunk) for chunk in text.chunks])
+    return given
+
+
+def _compare(
+    reading: ReadText, passes: Sequence[Pass], given: Sequence[Sequence[torch.Tensor]]
+) -> _Compared:
+    errors, sizes, divergences, places = [], [], [], []
+    for part, calls in zip(passes, given, strict=True):
         at = 0
-        for length in part.lengths:
-            rows = artifact.step(reading.tokens[at : at + length])
+        for length, rows in zip(part.lengths, calls, strict=True):
             at += length
             wanted = reading.rows(part.start, at - len(rows), at)
             error = (rows - wanted).abs()
@@ -219,8 +214,6 @@ def _compare(
             row, token = divmod(int(error.argmax()), error.shape[1])
             places.append((part.start + at - len(rows) + row, length, token))
             divergences.append(kl_divergence(wanted, rows))
-            on_progress((read + at) / total)
-        read += at
     # max() of a tensor keeps NaN, as the bounds need; so does argmax.
     position, length, token = places[int(torch.stack(errors).argmax())]
     worst, largest = float(torch.stack(errors).max()), float(torch.stack(sizes).max())
@@ -229,29 +222,3 @@ def _compare(
         f"for token {token} after position {position}, in a call of length {length}",
         torch.cat(divergences),
     )
-
-
-def verification_passes(lengths: Sequence[int], context: int, available: int) -> list[Pass]:
-    """Plan what to read: every length from either end, decode after it, and the context's end."""
-    limit = min(context, available)
-    left = sorted((length for length in lengths if length <= limit), reverse=True)
-    passes = []
-    while left:
-        # Not all of them need fit the context together.
-        descending = _fitting(left, limit)
-        passes.append(Pass(0, _with_decoding(descending, limit)))
-        left = [length for length in left if length not in descending]
-    ascending = _with_decoding(_fitting(sorted(lengths), limit), limit)
-    return [*passes, Pass(0, ascending), Pass(context - sum(ascending), ascending)]
-
-
-def _fitting(lengths: Sequence[int], limit: int) -> tuple[int, ...]:
-    parts: list[int] = []
-    for length in lengths:
-        if sum(parts) + length <= limit:
-            parts.append(length)
-    return tuple(parts)
-
-
-def _with_decoding(lengths: tuple[int, ...], limit: int) -> tuple[int, ...]:
-    return (*lengths, *([1] * min(_DECODED, limit - sum(lengths))))

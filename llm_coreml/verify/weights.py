@@ -4,16 +4,19 @@ Every parameter and table of the eager decoder must be among the program's const
 once both are expanded, and every array of fractions in the program must be one of them, or zero.
 Only what is all ones or all zeros may be absent: a compiler drops it. Logits cannot show this: a
 changed row of the token table is seen by nobody who does not read that token. Contents are compared
-by their hashes, a few rows at a time.
+by their hashes, which are taken a few rows at a time, where the rows are expanded for use anyway.
 
-    compared = check_weights(runner.constants(), decoder)
+    digests = Digests()
+    digests.add("lm_head.weight", rows)            # as they come by
+    compared = check_weights(constants, digests.contents(decoder))
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
 
@@ -22,9 +25,12 @@ from llm_coreml.errors import VerificationError
 from llm_coreml.quantize.formats.round import dense_rows
 from llm_coreml.reference.program.constants import PackedWeight
 
+# Elements at a time: few enough to stay near the core.
+_HASHED = 1 << 16
+
 
 @dataclass(frozen=True)
-class _Content:
+class Content:
     """What tells tensors apart.
 
     Attributes:
@@ -40,14 +46,60 @@ class _Content:
     fractions: bool = field(compare=False)
 
 
+class Digest:
+    """The content of a tensor whose rows come one after the other."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+        self._neutral = {0.0, 1.0}
+        self.rows = 0
+
+    def add(self, piece: torch.Tensor) -> None:
+        """Take the next rows, as fp32 or another type."""
+        self._neutral = {number for number in self._neutral if bool((piece == number).all())}
+        for part in torch.split(piece.reshape(-1), _HASHED):
+            # Adding zero makes one of the two zeros, which compare equal.
+            self._hash.update((part + 0.0).numpy().data)
+        self.rows += len(piece) if piece.ndim else 1
+
+    def content(self, shape: tuple[int, ...], *, fractions: bool = True) -> Content:
+        """Return the content of what has come, a tensor of that shape."""
+        return Content(tuple(shape), self._hash.digest(), bool(self._neutral), fractions)
+
+
+class Digests:
+    """The contents of a decoder's tensors, of which many come by while it reads."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, Digest] = {}
+
+    def add(self, name: str, rows: torch.Tensor) -> None:
+        """Take a parameter's next rows, by its name."""
+        self._found.setdefault(name, Digest()).add(rows)
+
+    def contents(self, decoder: Decoder) -> dict[str, Content]:
+        """Return the content of all that the decoder computes with, by name."""
+        contents = {}
+        for name, value in _held(decoder):
+            found = self._found.get(name)
+            if found is None or found.rows != len(value):
+                contents[name] = _content(value.shape, dense_rows(value))
+            else:
+                contents[name] = found.content(value.shape)
+        return contents
+
+
 def check_weights(
-    constants: Iterable[tuple[str, torch.Tensor | PackedWeight]], decoder: Decoder
+    constants: Iterable[tuple[str, torch.Tensor | PackedWeight]],
+    expected: Mapping[str, Content],
+    known_contents: Mapping[PackedWeight, Content] = MappingProxyType({}),
 ) -> int:
     """Hold a program's constants against the decoder's parameters and tables.
 
     Args:
         constants: Names and values of a program that was loaded to run without rounding.
-        decoder: The quantized decoder that the program was made from.
+        expected: The contents of the quantized decoder that the program was made from.
+        known_contents: Of constants that have been expanded already.
 
     Returns:
         How many tensors of the decoder were compared.
@@ -55,12 +107,13 @@ def check_weights(
     Raises:
         VerificationError: one is missing, or the program holds numbers that the decoder has not.
     """
-    found: dict[_Content, str] = {}
+    found: dict[Content, str] = {}
     for name, value in constants:
+        if isinstance(value, PackedWeight):
+            found[known_contents.get(value) or _program_content(value)] = name
         # A number of its own is a part of the computation, which the logits show.
-        if isinstance(value, PackedWeight) or value.ndim:
+        elif value.ndim:
             found[_program_content(value)] = name
-    expected = {name: _content(value.shape, dense_rows(value)) for name, value in _held(decoder)}
     known = set(expected.values())
     strange = {
         content: name
@@ -80,12 +133,12 @@ def check_weights(
 
 
 _NEXT = (
-    "Nothing was written: the file is not the model that was lowered. Export again, and report "
-    "the model if that fails too."
+    "The file is not the model that was lowered. Export again, and report the model if that fails "
+    "too."
 )
 
 
-def _missing(name: str, content: _Content, unknown: dict[_Content, str]) -> str:
+def _missing(name: str, content: Content, unknown: dict[Content, str]) -> str:
     """Say that a weight is missing, and what the program may have in its place."""
     similar = next((other for known, other in unknown.items() if known.shape == content.shape), "")
     instead = f"; '{similar}' of that shape holds other values" if similar else ""
@@ -104,7 +157,7 @@ def _held(decoder: Decoder) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, buffer
 
 
-def _program_content(value: torch.Tensor | PackedWeight) -> _Content:
+def _program_content(value: torch.Tensor | PackedWeight) -> Content:
     if isinstance(value, PackedWeight):
         return _content(value.shape, (rows for _, _, rows in value.slices()))
     return _content(value.shape, dense_rows(value), fractions=value.is_floating_point())
@@ -112,10 +165,8 @@ def _program_content(value: torch.Tensor | PackedWeight) -> _Content:
 
 def _content(
     shape: tuple[int, ...], pieces: Iterable[torch.Tensor], *, fractions: bool = True
-) -> _Content:
-    digest, neutral = hashlib.sha256(), {0.0, 1.0}
+) -> Content:
+    digest = Digest()
     for piece in pieces:
-        neutral = {number for number in neutral if bool((piece == number).all())}
-        # Adding zero makes one of the two zeros, which compare equal.
-        digest.update((piece + 0.0).contiguous().numpy().data)
-    return _Content(tuple(shape), digest.digest(), bool(neutral), fractions)
+        digest.add(piece)
+    return digest.content(shape, fractions=fractions)

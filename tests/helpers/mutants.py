@@ -22,17 +22,19 @@ from artifacts import Artifact, lower
 from llm_coreml.config import ExportConfig
 from llm_coreml.errors import ArtifactError, ConfigError, VerificationError
 from llm_coreml.reference.program.execution import Execution
-from llm_coreml.runtime.eager import EagerRunner
 from llm_coreml.runtime.reference import ReferenceRunner
 from llm_coreml.runtime.runner import Runner
-from llm_coreml.verify.logits import ReadText, verify, verify_conversion
+from llm_coreml.verify.logits import verify, verify_conversion
+from llm_coreml.verify.passes import plan_passes
+from llm_coreml.verify.reading import read_text
 from mutations import Mutation, Package, draw
 from tiny import llama
 
 CONTEXT, VOCABULARY, LENGTHS = 32, 64, (1, 4, 8)
 # Logits of one program, computed twice, are equal; a millionth is far below any rounding of fp16.
 SAME = 1e-6
-UNROUNDED = Execution(mode="fp32")
+UNROUNDED = Execution(mode="fp32", memory_budget=0)
+DECLARED = Execution(memory_budget=0)
 
 PROGRAMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "int4-group, fused": ({}, {}),
@@ -94,13 +96,16 @@ class Trial:
         self._artifact = artifact
         self._logits = _probe(ReferenceRunner(artifact.path, UNROUNDED))
         order = torch.randperm(VOCABULARY, generator=torch.Generator().manual_seed(7)).tolist()
-        # Half a dozen tokens after the lengths show decoding; an export reads sixteen.
-        tokens = order[: sum(LENGTHS) + 6]
-        eager, every_row = (
-            EagerRunner(artifact.decoder, ""),
-            PROGRAMS[name][1].get("logits") == "all",
+        every_row = PROGRAMS[name][1].get("logits") == "all"
+        self._reading = read_text(
+            artifact.decoder,
+            order[:CONTEXT],
+            "random",
+            plan_passes(LENGTHS, CONTEXT),
+            every_row=every_row,
+            natural=True,
+            in_fp16=True,
         )
-        self._reading = ReadText(eager.at, tokens, "random", LENGTHS, CONTEXT, every_row)
 
     def judge(self, mutation: Mutation) -> Mutant:
         """Say whether `mutation` changes the function, and whether it is noticed."""
@@ -122,7 +127,7 @@ class Trial:
             where = "unrounded"
             conversion = verify_conversion(unrounded, self._artifact.decoder, self._reading)
             where = "as declared"
-            verify(ReferenceRunner(path), self._reading, conversion)
+            verify(ReferenceRunner(path, DECLARED), self._reading, conversion)
         except (ArtifactError, ConfigError, VerificationError) as error:
             return where, str(error), probed
         return "", "", probed

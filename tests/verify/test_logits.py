@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from typing import final
 
 import pytest
@@ -13,17 +13,16 @@ from artifacts import Artifact
 from llm_coreml.decoder import Decoder
 from llm_coreml.errors import VerificationError
 from llm_coreml.reference.program.execution import Execution
-from llm_coreml.runtime.eager import EagerRunner
 from llm_coreml.runtime.reference import ReferenceRunner
 from llm_coreml.runtime.runner import Runner
-from llm_coreml.verify.logits import (
+from llm_coreml.verify.logits import conversion_bound, verify, verify_conversion
+from llm_coreml.verify.passes import Pass, plan_passes
+from llm_coreml.verify.reading import ReadText, read_text
+from llm_coreml.verify.verification import (
     MAX_RELATIVE_ERROR,
     Conversion,
-    ReadText,
-    conversion_bound,
-    verification_passes,
-    verify,
-    verify_conversion,
+    PlainFp16,
+    Verification,
 )
 from tiny import tokens_for
 
@@ -55,77 +54,97 @@ class Formula(Runner):
 
 
 TOKENS = [(7 * n) % VOCABULARY for n in range(CONTEXT)]
+PLAN = plan_passes((1, 8, 64), CONTEXT)
 
 
-def read(every_row: bool = False) -> ReadText:
-    def judge(tokens: Sequence[int], start: int, rows: Sequence[int]) -> torch.Tensor:
-        return Formula(every_row=True).logits(tokens, start)[list(rows)]
-
-    return ReadText(judge, TOKENS, "held-out text", (1, 8, 64), CONTEXT, every_row)
+def read(every_row: bool = False, plain: PlainFp16 | None = None) -> ReadText:
+    """What the formula says of a text, as a model would have read it."""
+    part = PLAN.unrounded[-1]
+    texts = {0: TOKENS, part.start: TOKENS[part.start :]}
+    logits = {
+        start: dict(enumerate(Formula(every_row=True).logits(tokens, start)))
+        for start, tokens in texts.items()
+    }
+    return ReadText("held-out text", PLAN, TOKENS, logits, plain_fp16=plain)
 
 
 READING = read()
-
-
-def test_every_length_is_read_from_both_ends_and_the_context_is_read_to_its_end() -> None:
-    passes = verification_passes((1, 8, 64), CONTEXT, CONTEXT)
-    assert [part.lengths[:3] for part in passes] == [(64, 8, 1), (1, 8, 64), (1, 8, 64)]
-    assert [part.start for part in passes[:2]] == [0, 0]
-    assert passes[2].start + passes[2].count == CONTEXT
-    assert verification_passes((1,), 32, 32)[2].start == 29
-    assert all(part.count <= 5 for part in verification_passes((1, 8), 32, 5))
 
 
 def test_equal_runners_pass_and_the_record_says_what_was_read() -> None:
     result = verify(Formula(), READING)
     assert result.conversion is None and result.max_relative_error == 0 and result.mean_kl == 0
     assert result.last_position == CONTEXT - 1
-    assert result.rows == 3 * (3 + 2) and result.text == "held-out text"
+    assert result.rows == 2 * (3 + 2) and result.text == "held-out text"
 
 
-def test_what_ran_without_rounding_is_recorded_and_leaves_two_passes_to_read() -> None:
+def test_what_ran_without_rounding_is_recorded_and_leaves_long_calls_out() -> None:
+    plan = replace(PLAN, declared=(Pass(0, (8, 1)), PLAN.declared[-1]))
     conversion = Conversion(7, 33, 1e-7, 1e-5)
-    result = verify(Formula(), READING, conversion)
+    result = verify(Formula(), replace(READING, plan=plan), conversion)
     assert result.to_json()["conversion"] == asdict(conversion)
-    assert result.rows == 2 * (3 + 2) and result.last_position == CONTEXT - 1
+    assert result.rows == 2 + (3 + 2) and result.last_position == CONTEXT - 1
 
 
 def test_a_program_that_returns_every_row_has_every_row_compared() -> None:
     result = verify(Formula(every_row=True), read(every_row=True))
-    assert result.rows == result.tokens == 3 * (1 + 8 + 64 + 2)
+    assert result.rows == result.tokens == 2 * (1 + 8 + 64 + 2)
     # Position 40 is in the middle of a chunk of 64.
     with pytest.raises(VerificationError, match="for token 3 after position 40, in a call of"):
         verify(Formula(wrong_at=40, error=1.0, every_row=True), read(every_row=True))
 
 
-def test_some_rows_of_the_eager_model_are_those_of_all(
-    quantized: Callable[[str], Artifact],
-) -> None:
-    eager = EagerRunner(quantized("int4-channel").decoder, "")
-    tokens, rows = tokens_for(96, 20), [0, 7, 19]
-    torch.testing.assert_close(eager.at(tokens, 5, rows), eager.logits(tokens, 5)[rows])
-
-
-# 0 is a one-token chunk, 72 the end of 64 + 8 + ..., CONTEXT - 1 the last decode.
-@pytest.mark.parametrize("position", [0, 71, 74, CONTEXT - 1])
+# 63 is the end of 64 tokens, 74 of decoding after them, CONTEXT - 1 the last decode.
+@pytest.mark.parametrize("position", [63, 71, 74, CONTEXT - 1])
 @pytest.mark.parametrize("error", [5 * MAX_RELATIVE_ERROR, float("nan"), float("inf")])
 def test_one_wrong_logit_is_noticed(position: int, error: float) -> None:
     wrong = Formula(wrong_at=position, error=error)
-    with pytest.raises(VerificationError, match=f"after position {position}, in a call"):
+    with pytest.raises(VerificationError, match=f"after position {position}, in a call") as caught:
         verify(wrong, READING)
+    assert isinstance(caught.value.found, Verification) and not caught.value.found.passed
 
 
 def test_an_error_within_the_bound_passes() -> None:
-    wrong = Formula(wrong_at=0, error=MAX_RELATIVE_ERROR)
+    wrong = Formula(wrong_at=63, error=MAX_RELATIVE_ERROR)
     result = verify(wrong, READING)
     assert 0 < result.max_relative_error < MAX_RELATIVE_ERROR
 
 
+# The formula's largest logit is 4.
+@pytest.mark.parametrize(
+    ("plain", "error", "passes"),
+    [
+        (None, 0.1, False),
+        (PlainFp16(64, 1e-2, 1e-3, 3), 0.1, False),
+        (PlainFp16(64, 2e-2, 1e-3, 3), 0.1, True),
+        (PlainFp16(64, 2e-2, 1e-3, 3), 0.2, False),
+        (PlainFp16(64, 5e-2, 1e-3, 3), 0.2, True),
+        (PlainFp16(64, float("inf"), 1e-3, 3), 0.1, False),
+        (PlainFp16(64, float("nan"), float("nan"), 3), 0.1, False),
+        (PlainFp16(64, 5e-2, 1e-3, 3), float("inf"), False),
+        (PlainFp16(64, 5e-2, 1e-3, 3), float("nan"), False),
+        # No noise excuses another distribution.
+        (PlainFp16(64, 9.0, 9.0, 3), 12.0, False),
+    ],
+)
+def test_an_error_is_held_to_what_plain_fp16_makes_of_the_model(
+    plain: PlainFp16 | None, error: float, passes: bool
+) -> None:
+    wrong, reading = Formula(wrong_at=63, error=error), read(plain=plain)
+    if passes:
+        result = verify(wrong, reading)
+        assert result.plain_fp16 == plain and result.max_relative_error > MAX_RELATIVE_ERROR
+        return
+    with pytest.raises(VerificationError) as caught:
+        verify(wrong, reading)
+    assert (plain is None) != ("Plain fp16 makes" in str(caught.value))
+
+
 def converted(artifact: Artifact, decoder: Decoder) -> Conversion:
-    tokens = tokens_for(decoder.spec.vocab_size, decoder.context)
     unrounded = ReferenceRunner(artifact.path, Execution(mode="fp32"))
-    judge, context = EagerRunner(decoder, "").at, decoder.context
-    reading = ReadText(judge, tokens, "text", unrounded.seq_lengths, context, every_row=False)
+    plan = plan_passes(unrounded.seq_lengths, decoder.context)
+    tokens = tokens_for(decoder.spec.vocab_size, plan.tokens)
+    reading = read_text(decoder, tokens, "text", plan, every_row=False, natural=True, in_fp16=False)
     return verify_conversion(unrounded, decoder, reading)
 
 
@@ -153,12 +172,12 @@ def test_a_change_far_below_the_bound_of_fp16_is_noticed_without_rounding(
     quantized: Callable[[str], Artifact], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     artifact = quantized("int4-channel")
-    whole = EagerRunner._head
+    whole = Decoder.leaving
 
-    def almost(self: EagerRunner, x: torch.Tensor) -> torch.Tensor:
-        return whole(self, x) * (1 + MAX_RELATIVE_ERROR / 100)
+    def almost(self: Decoder, products: torch.Tensor) -> torch.Tensor:
+        return whole(self, products) * (1 + MAX_RELATIVE_ERROR / 100)
 
-    monkeypatch.setattr(EagerRunner, "_head", almost)
+    monkeypatch.setattr(Decoder, "leaving", almost)
     with pytest.raises(
         VerificationError, match=r"is not the model: .* for token \d+ after position"
     ):

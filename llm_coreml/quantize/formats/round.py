@@ -166,6 +166,11 @@ def dense_rows(weight: torch.Tensor, elements: int = _PIECE) -> Iterator[torch.T
         yield _rows(weight, start, min(start + step, count)).to(torch.float32)
 
 
+def one_row(weight: torch.Tensor, row: int) -> torch.Tensor:
+    """Return a row of `weight`, see `dense_rows`, `[1, ...]`."""
+    return _rows(weight, row, row + 1).to(torch.float32)
+
+
 def _rows(weight: torch.Tensor, start: int, stop: int) -> torch.Tensor:
     dense: torch.Tensor
     if isinstance(weight, CodebookQuantizedTensor):

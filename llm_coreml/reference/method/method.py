@@ -10,7 +10,9 @@ an error that names it, when the method is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import NoReturn
 
 import torch
 
@@ -24,6 +26,12 @@ from llm_coreml.reference.program.coreml_program import INTERFACE_TYPES, CoreMLP
 
 # A step returns the number of the next one if it is not the one that follows.
 Step = Callable[[Values], int | None]
+# Gives the outputs of a program for its inputs.
+Answer = Callable[[CoreMLProgram, Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]]
+
+
+class _HaltedError(Exception):
+    """The program has been reached."""
 
 
 class LoadedMethod:
@@ -58,6 +66,7 @@ class LoadedMethod:
             CoreMLProgram(item.package.model, item.function, pool, compiled=compiled)
             for item in self._lowered
         ]
+        self._answer: Answer = lambda program, given: program(given)
         self._steps = [
             self._step(number, instruction)
             for number, instruction in enumerate(method.instructions)
@@ -109,6 +118,44 @@ class LoadedMethod:
                 at = at + 1 if target is None else target
         return tuple(self._present(values, number).clone() for number in self._method.outputs)
 
+    @property
+    def halts(self) -> bool:
+        """Whether there is one program, which runs once in every call."""
+        kinds = [instruction.kind for instruction in self._method.instructions]
+        return len(self.programs) == kinds.count("delegate") == 1 and "jump_false" not in kinds
+
+    def inputs_of(self, *arguments: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return what the only program is given in a call with these arguments, without running it.
+
+        Raises:
+            ArtifactError: as `run` says.
+        """
+        given: dict[str, torch.Tensor] = {}
+
+        def halt(_: CoreMLProgram, inputs: Mapping[str, torch.Tensor]) -> NoReturn:
+            # The method's memory is used again by the next call.
+            given.update({name: value.clone() for name, value in inputs.items()})
+            raise _HaltedError
+
+        with self._answered(halt), contextlib.suppress(_HaltedError):
+            self.run(*arguments)
+        return given
+
+    def run_with(
+        self, outputs: Mapping[str, torch.Tensor], *arguments: torch.Tensor
+    ) -> torch.Tensor:
+        """Do what a call with these arguments does, once its program has given `outputs`."""
+        with self._answered(lambda program, given: outputs):
+            return self(*arguments)
+
+    @contextlib.contextmanager
+    def _answered(self, answer: Answer) -> Iterator[None]:
+        usual, self._answer = self._answer, answer
+        try:
+            yield
+        finally:
+            self._answer = usual
+
     def _present(self, values: Values, number: int) -> torch.Tensor:
         try:
             return present(values, number)
@@ -158,7 +205,7 @@ class LoadedMethod:
             for name, number in sources.items():
                 value = _exact(self._present(values, number), wanted[name], f"The input '{name}'")
                 given[name] = value if value.ndim else value.reshape(1)
-            outputs = program(given)
+            outputs = self._answer(program, given)
             for name, number in results.items():
                 who, spec = f"The output '{name}'", expected[name]
                 value = _exact(outputs[name], dtype_of(spec), who)

@@ -50,6 +50,7 @@ class Compiled:
         types: declared types of inputs, states and outputs.
         rounds: how often the loops of a call may still run.
         constants: place to name, of the constants that have one.
+        in_place: whether states are written nowhere but in place.
     """
 
     steps: tuple[Step, ...]
@@ -60,6 +61,7 @@ class Compiled:
     types: dict[str, TensorType]
     rounds: Rounds
     constants: dict[int, str]
+    in_place: bool
 
 
 def compile_function(function: Function, pool: ConstantPool) -> Compiled:
@@ -102,6 +104,11 @@ class _Compiler:
             {name: self.types[name] for name in [*names, *outputs]},
             self.rounds,
             {slot: name for (name, *_), slot in self.constant_slots.items()},
+            all(
+                number in updates.settled
+                for number, operation in enumerate(operations)
+                if operation.type == "write_state" or operation.type in CONTROL
+            ),
         )
 
     def _place(self, value: Any) -> int:

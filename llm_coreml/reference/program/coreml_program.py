@@ -11,16 +11,17 @@ type, rank and known sizes must be what the program declares.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 
 from llm_coreml.artifact.mil import Feature, Interface, Model, TensorType, fixed_shape
 from llm_coreml.errors import ArtifactError, nearest
-from llm_coreml.reference.program.compiler import compile_function
+from llm_coreml.reference.program.compiler import Compiled, compile_function
 from llm_coreml.reference.program.constants import ConstantPool, PackedWeight
 from llm_coreml.reference.program.execution import Execution
+from llm_coreml.reference.program.side_by_side import OnRows, run_side_by_side
 from llm_coreml.reference.program.specialize import Specialized, analyse, specialize
 from llm_coreml.reference.program.steps import Observer, Step, Values, run_all
 
@@ -32,6 +33,7 @@ INTERFACE_TYPES = {
 }
 
 
+Tensors = Mapping[str, torch.Tensor]
 # Programs for that many combinations of input shapes are kept.
 _MOST_SHAPES = 32
 _MOST_NUMBERS = 1 << 10
@@ -117,16 +119,11 @@ class CoreMLProgram:
         """
         given = {**(inputs or {}), **named}
         self._check_inputs(given)
-        compiled, held = self._compiled, self._pool.numerics.held
+        compiled = self._compiled
         compiled.rounds.reset()
         shapes = tuple(given[name].shape for name in compiled.inputs)
         special = None if self._observe else self._specialized.get(shapes)
-        values = (special or compiled).initial.copy()
-        for name, slot in compiled.inputs.items():
-            dtype = held(compiled.types[name].dtype)
-            values[slot] = given[name].to(self._pool.device, dtype)
-        for name, slot in compiled.states.items():
-            values[slot] = self._state_values[name]
+        values = self._values(special or compiled, given, self._state_values)
         with torch.inference_mode():
             if special is None:
                 self._run_checked(values, shapes)
@@ -134,10 +131,76 @@ class CoreMLProgram:
                 special.run(values)
             for name, slot in compiled.states.items():
                 self._state_values[name] = values[slot]
+        return self._results(values)
+
+    def _values(
+        self,
+        start: Compiled | Specialized,
+        given: Mapping[str, torch.Tensor],
+        states: Mapping[str, torch.Tensor],
+    ) -> Values:
+        """Return the values of a call before its first step."""
+        compiled, values = self._compiled, start.initial.copy()
+        for name, slot in compiled.inputs.items():
+            dtype = self._pool.numerics.held(compiled.types[name].dtype)
+            values[slot] = given[name].to(self._pool.device, dtype)
+        for name, slot in compiled.states.items():
+            values[slot] = states[name]
+        return values
+
+    def _results(self, values: Values) -> dict[str, torch.Tensor]:
         # Outside of the inference mode, so that the caller may change them.
         return {
-            feature.name: values[compiled.outputs[feature.name]].clone() for feature in self.outputs
+            feature.name: values[self._compiled.outputs[feature.name]].clone()
+            for feature in self.outputs
         }
+
+    def side_by_side(
+        self,
+        sequences: Sequence[
+            tuple[Mapping[str, torch.Tensor], Sequence[Mapping[str, torch.Tensor]]]
+        ],
+        on_rows: OnRows = lambda weight, rows: None,
+    ) -> list[list[dict[str, torch.Tensor]]]:
+        """Run sequences of calls, expanding every weight that stays packed once for all of them.
+
+        Args:
+            sequences: The states that each begins with, as `remember` takes them, none for zeros;
+                and the inputs of its calls, in order.
+            on_rows: Told of the rows of packed weights that are expanded for products.
+
+        Returns:
+            For each sequence what its calls gave, see `__call__`. The program's states are zero.
+
+        Raises:
+            ArtifactError: as for a call.
+        """
+        if not self._compiled.in_place:
+            return [self._one_by_one(states, calls) for states, calls in sequences]
+        begun: list[list[Values]] = []
+        self._compiled.rounds.reset()
+        for states, calls in sequences:
+            self.reset()
+            if states:
+                self.remember(states)
+            for given in calls:
+                self._check_inputs(given)
+            # All calls of a sequence hold the same tensors, which are written in place.
+            begun.append([self._values(self._compiled, i, self._state_values) for i in calls])
+        self.reset()
+        with torch.inference_mode():
+            run_side_by_side(self._compiled, [call for calls in begun for call in calls], on_rows)
+        return [[self._results(values) for values in calls] for calls in begun]
+
+    def _one_by_one(
+        self, states: Mapping[str, torch.Tensor], calls: Sequence[Mapping[str, torch.Tensor]]
+    ) -> list[dict[str, torch.Tensor]]:
+        self.reset()
+        if states:
+            self.remember(states)
+        results = [self(given) for given in calls]
+        self.reset()
+        return results
 
     def _run_checked(self, values: Values, shapes: tuple[torch.Size, ...]) -> None:
         """Run every step with all checks, and keep what the input shapes decide."""
@@ -210,6 +273,20 @@ class CoreMLProgram:
         self._state_values = {
             name: value.to(self._pool.device, copy=True) for name, value in snapshot.items()
         }
+
+    def remember(self, states: Mapping[str, torch.Tensor]) -> None:
+        """Set every state to these numbers, as near as its type holds them.
+
+        Raises:
+            ArtifactError: see `restore`.
+        """
+        known = self._state_values
+        self.restore(
+            {
+                name: value.to(known[name].dtype) if name in known else value
+                for name, value in states.items()
+            }
+        )
 
     def state(self, name: str) -> torch.Tensor:
         """Return a copy of the state `name`, of its declared type (fp32 in the mode `fp32`).

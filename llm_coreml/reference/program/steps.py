@@ -89,6 +89,15 @@ class Call:
     dynamic: frozenset[str] = frozenset()
     sizes_from_data: bool = False
 
+    def arguments(self, values: Values) -> dict[str, Any]:
+        """Return what the function is given, of operands that are no lists."""
+        given = dict(self.fixed)
+        for name, place in self.places.items():
+            assert isinstance(place, int), "a list of operands"
+            wide = name in self.widened
+            given[name] = values[place].to(torch.float32) if wide else values[place]
+        return given
+
     def bind(self) -> Compute:
         """Return the call as a function of the values."""
         function, fixed = self.function, dict(self.fixed)
@@ -153,7 +162,14 @@ class Step:
         Raises:
             ArtifactError: the operation fails, or its result is not what the program declares.
         """
-        result = self.guarded(values)
+        self.keep(values, self.guarded(values))
+
+    def keep(self, values: Values, result: Any) -> None:
+        """Check, round and store what the operation gave.
+
+        Raises:
+            ArtifactError: it is not what the program declares.
+        """
         results = result if isinstance(result, (tuple, list)) else (result,)
         if len(results) != len(self.outputs):
             raise ArtifactError(

@@ -1,0 +1,118 @@
+"""What a cache holds of a text, layer by layer, while a decoder reads it block by block.
+
+    text = CachedText(decoder, half=False)               # read from position 0
+    later = CachedText(decoder, before=LaterCache(decoder, text, start))
+    decoder.told(rows, columns, later.views)
+
+A cache before a late position must be one that use produces: of zeros, to which all attention goes,
+no model has ever seen any. So it holds the keys and values of the text that was read from position
+0; where that is shorter, it stands there again and again, its keys turned to where they stand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from llm_coreml.decoder import Decoder
+from llm_coreml.decoder.rope import rotate
+from llm_coreml.decoder.states import CacheView, numbered
+
+Entries = tuple[torch.Tensor, torch.Tensor]
+
+
+class LaterCache:
+    """Caches whose first positions are filled with a text.
+
+    Args:
+        decoder: Tells of what sizes they are.
+        text: What is read from position 0; its block is always computed first. None leaves zeros.
+        start: How many positions are filled.
+
+    Attributes:
+        states: What programs call each tensor -> its content, fp16, as programs remember it:
+            `[layers, kv_heads, context, head_dim]`. It grows with every block.
+    """
+
+    def __init__(self, decoder: Decoder, text: CachedText | None, start: int) -> None:
+        self.start = start
+        self._decoder = decoder
+        self._text = text
+        self._filled: set[tuple[str, int]] = set()
+        self.states = {
+            f"{name}_{part}": torch.zeros(buffer.shape, dtype=torch.float16)
+            for name, state in decoder.states.items()
+            for part, buffer in state.named_buffers()
+        }
+
+    def entries(self, name: str, row: int) -> Entries:
+        """Return keys and values of a layer, fp32 `[1, kv_heads, start, head_dim]` each."""
+        keys, values = (self.states[f"{name}_{part}"][row] for part in ("keys", "values"))
+        # Once: what a layer is given in fp32, and in plain fp16 after it, is the same.
+        if self._text is not None and (name, row) not in self._filled:
+            self._filled.add((name, row))
+            read = self._text.views[name].entries
+            keys[:, : self.start] = self._repeated(read[0], self._rope_of(name, row))[0]
+            values[:, : self.start] = self._repeated(read[1], None)[0]
+        found = (keys[None, :, : self.start], values[None, :, : self.start])
+        return found[0].to(torch.float32), found[1].to(torch.float32)
+
+    def _repeated(self, entries: torch.Tensor, rope: int | None) -> torch.Tensor:
+        """Return `[1, kv_heads, start, head_dim]`: what was read, as often as it takes."""
+        count, parts = entries.shape[2], []
+        for first in range(0, self.start, count):
+            part = entries[:, :, : self.start - first]
+            if rope is not None and first:
+                # Turned by a further `first` positions; angles grow evenly with positions.
+                tables = (numbered(table, rope) for table in ("cos", "sin"))
+                cos, sin = (self._decoder.get_buffer(table)[first, None] for table in tables)
+                part = rotate(part, cos, sin)
+            parts.append(part)
+        return torch.cat(parts, 2)
+
+    def _rope_of(self, name: str, row: int) -> int | None:
+        """Return which table turns the keys of a layer, told by where its part of a cache lies."""
+        for index, layer in enumerate(self._decoder.spec.layers):
+            slot = self._decoder.block(index).self_attn.slot
+            if (slot.state, slot.row) == (name, row):
+                return layer.mixer.rope
+        raise AssertionError(f"no layer owns row {row} of {name}")
+
+
+class _GrowingView(CacheView):
+    """A layer's keys and values so far; the block after it begins anew."""
+
+    def __init__(self, name: str, before: LaterCache | None) -> None:
+        self._name = name
+        self._before = before
+        self._row: int | None = None
+        self.entries: Entries = (torch.empty(0), torch.empty(0))
+
+    def update(
+        self, layer: int, keys: torch.Tensor, values: torch.Tensor, start_pos: torch.Tensor
+    ) -> Entries:
+        """Append `[1, kv_heads, S, head_dim]` and return all that there is of the layer."""
+        if layer != self._row:
+            self._row = layer
+            past = None if self._before is None else self._before.entries(self._name, layer)
+        else:
+            past = self.entries
+        if past is not None:
+            keys, values = torch.cat((past[0], keys), 2), torch.cat((past[1], values), 2)
+        self.entries = keys, values
+        return self.entries
+
+
+class CachedText:
+    """A text that is being read.
+
+    Args:
+        decoder: What reads it, block by block.
+        before: What the caches hold before its first token; None if that is at position 0.
+    """
+
+    def __init__(self, decoder: Decoder, before: LaterCache | None = None) -> None:
+        self.views: Mapping[str, _GrowingView] = {
+            name: _GrowingView(name, before) for name in decoder.states
+        }

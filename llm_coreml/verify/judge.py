@@ -1,0 +1,200 @@
+"""What the quantized model itself says of a text: the judge of every artifact, in eager PyTorch.
+
+    texts = [Reading(0, tokens, cached), Reading(949, more, CachedText(decoder, later))]
+    read_together(decoder, texts)
+    texts[0].states                       # float32 [S, hidden], before the last norm
+    logits_of(decoder, [texts[0].states[rows]])
+
+All texts go through the decoder side by side, one stage of matrices after the other, so that each
+matrix is expanded once, and no more than a stage's at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from llm_coreml.decoder import Decoder
+from llm_coreml.decoder.block import Block
+from llm_coreml.decoder.wiring import Steps
+from llm_coreml.quantize.formats.round import dense_rows, one_row
+from llm_coreml.verify.cached_text import CachedText
+from llm_coreml.verify.halves import PlainHalf, half_of, plain_half
+
+# Called with a matrix's name in the decoder and its values, or the next rows of them, fp32.
+OnWeight = Callable[[str, torch.Tensor], None]
+# Bounds the size of attention scores.
+_LONGEST = 1024
+
+
+def ignore_weight(_name: str, _rows: torch.Tensor) -> None:
+    """Do nothing with a weight."""
+
+
+class Reading:
+    """A text on its way through a decoder.
+
+    Args:
+        start: Position of its first token.
+        tokens: What is read.
+        cached: What the caches hold of it.
+        half: Whether it is read in plain fp16, see `halves`; such texts come after all others.
+
+    Attributes:
+        states: What the last block gave, float32 `[S, hidden]`.
+    """
+
+    def __init__(
+        self, start: int, tokens: Sequence[int], cached: CachedText, *, half: bool = False
+    ) -> None:
+        self.start = start
+        self.tokens = tuple(tokens)
+        self.half = half
+        self.states = torch.empty(0)
+        self._cached = cached
+
+    def steps(self, decoder: Decoder, block: Block) -> Iterator[Steps]:
+        """Yield the steps of a block for every chunk of the text, in order."""
+        for first in range(0, len(self.tokens), _LONGEST):
+            x = self.states[None, first : first + _LONGEST]
+            chunk = decoder.reading(x.shape[1], self.start + first, self._cached.views)
+            yield block.steps(x, chunk)
+
+
+@torch.no_grad()
+def read_together(
+    decoder: Decoder,
+    texts: Sequence[Reading],
+    on_layer: Callable[[], None] = lambda: None,
+    on_weight: OnWeight = ignore_weight,
+) -> None:
+    """Read all texts.
+
+    Args:
+        decoder: Quantized; its weights are the same afterwards.
+        texts: What later ones find in their caches comes before them.
+        on_layer: Called after every block, when `states` are what it gave.
+        on_weight: Called with every matrix of the blocks.
+    """
+    _enter(decoder, texts)
+    with plain_half(decoder) as half:
+        for index in range(len(decoder.layers)):
+            _through(decoder, index, texts, half, on_weight)
+            on_layer()
+
+
+def _enter(decoder: Decoder, texts: Sequence[Reading]) -> None:
+    """Take the tokens' rows of the table, without expanding it as a whole."""
+    table = decoder.embed_tokens.weight
+    for text in texts:
+        tokens, places = torch.unique(torch.tensor(text.tokens), return_inverse=True)
+        rows = torch.cat([one_row(table, token) for token in tokens.tolist()])[places]
+        text.states = decoder.entering(half_of(rows) if text.half else rows)
+
+
+def _through(
+    decoder: Decoder,
+    index: int,
+    texts: Sequence[Reading],
+    half: PlainHalf,
+    on_weight: OnWeight,
+) -> None:
+    block, passages = decoder.block(index), []
+    for text in texts:
+        with half if text.half else nullcontext():
+            passages += [_Passage(text, steps) for steps in text.steps(decoder, block)]
+    for text in texts:
+        text.states = text.states[:0]
+    for names in block.wiring.shared:
+        with _expanded(block, names) as weights:
+            for name, weight in zip(names, weights, strict=True):
+                on_weight(f"layers.{index}.{name}.weight", weight)
+            rounded = False
+            for passage in passages:
+                if passage.text.half and not rounded:
+                    for weight in weights:
+                        weight.copy_(half_of(weight))
+                    rounded = True
+                with half if passage.text.half else nullcontext():
+                    passage.advance()
+    for passage in passages:
+        passage.text.states = torch.cat((passage.text.states, passage.inputs[0]))
+
+
+class _Passage:
+    """A chunk of a text, halted before a stage of a block's matrices.
+
+    Attributes:
+        text: Whose chunk it is.
+        inputs: What the matrices get, and at last what the block gives.
+    """
+
+    def __init__(self, text: Reading, steps: Steps) -> None:
+        self.text = text
+        self.inputs = next(steps)()
+        self._steps = steps
+
+    def advance(self) -> None:
+        """Go on to the next stage, whatever lies between."""
+        try:
+            halt = self._steps.send(self.inputs)
+        except StopIteration as done:
+            self.inputs = done.value
+            return
+        self.inputs = halt()
+
+
+@contextmanager
+def _expanded(block: nn.Module, names: Sequence[str]) -> Iterator[list[torch.Tensor]]:
+    """Give modules of a block their weights as fp32 for a while."""
+    found = []
+    with ExitStack() as stack:
+        for name in names:
+            module = block.get_submodule(name)
+            stored = module.get_parameter("weight")
+            stack.callback(setattr, module, "weight", stored)
+            dense = torch.cat(list(dense_rows(stored)))
+            module.weight = nn.Parameter(dense, requires_grad=False)
+            found.append(dense)
+        yield found
+
+
+@torch.no_grad()
+def logits_of(
+    decoder: Decoder,
+    states: Sequence[torch.Tensor],
+    halves: Sequence[torch.Tensor] = (),
+    on_weight: OnWeight = ignore_weight,
+) -> list[torch.Tensor]:
+    """Return the logits of what the last block gave, without expanding the head as a whole.
+
+    Args:
+        decoder: As above.
+        states: float32 `[rows, hidden]` each.
+        halves: Further ones, whose logits are computed in plain fp16.
+        on_weight: Called with rows of the head.
+
+    Returns:
+        float32 `[rows, vocab]` for each of `states`, then of `halves`.
+    """
+    with plain_half(decoder) as mode:
+        inputs = [decoder.norm(x) for x in states]
+        with mode:
+            inputs += [decoder.norm(x) for x in halves]
+        products: list[list[torch.Tensor]] = [[] for _ in inputs]
+        for rows in dense_rows(decoder.lm_head.weight):
+            on_weight("lm_head.weight", rows)
+            for x, found in zip(inputs[: len(states)], products, strict=False):
+                found.append(F.linear(x, rows))
+            rounded = half_of(rows) if halves else rows
+            for x, found in zip(inputs[len(states) :], products[len(states) :], strict=True):
+                found.append(half_of(F.linear(x, rounded)))
+        logits = []
+        for number, found in enumerate(products):
+            with nullcontext() if number < len(states) else mode:
+                logits.append(decoder.leaving(torch.cat(found, -1)))
+        return logits

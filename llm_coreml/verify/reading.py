@@ -1,0 +1,189 @@
+"""A text as the quantized model reads it, once for all comparisons.
+
+reading = read_text(decoder, tokens, "held-out text", plan, every_row=False, natural=True)
+reading.rows(start=0, first=71, last=72)      # logits after token 71
+reading.later                                  # what is remembered before plan.start
+reading.plain_fp16                             # the noise that fp16 makes of it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+import torch
+
+from llm_coreml.decoder import Decoder
+from llm_coreml.fidelity import kl_divergence
+from llm_coreml.verify.cached_text import CachedText, LaterCache
+from llm_coreml.verify.judge import Reading, logits_of, read_together
+from llm_coreml.verify.passes import Pass, Plan
+from llm_coreml.verify.verification import PlainFp16
+from llm_coreml.verify.weights import Content, Digests
+
+# Rows of a text that plain fp16 is compared on, at least those that an artifact is.
+_COMPARED = 32
+
+
+@dataclass(frozen=True, eq=False)
+class ReadText:
+    """What the quantized model says of a text.
+
+    Attributes:
+        text: What it is, for the record.
+        plan: How an artifact is to read it.
+        tokens: The text; position p holds token p of it, from the end on the first again.
+        logits: Where a pass begins -> which of its tokens -> the logits after it.
+        later: Every state before the start of `plan`, by name; None if the cache is of zeros there.
+        plain_fp16: The noise of plain fp16; None if the artifact is not in fp16.
+        contents: What tells each tensor of the model from others, by name.
+    """
+
+    text: str
+    plan: Plan
+    tokens: Sequence[int]
+    logits: Mapping[int, Mapping[int, torch.Tensor]]
+    later: Mapping[str, torch.Tensor] | None = None
+    plain_fp16: PlainFp16 | None = None
+    contents: Mapping[str, Content] = field(default_factory=dict)
+
+    def tokens_of(self, part: Pass) -> list[int]:
+        """Return what a pass reads."""
+        return _tokens_at(self.tokens, part.start, part.count)
+
+    def rows(self, start: int, first: int, last: int) -> torch.Tensor:
+        """Return the logits after tokens `first` to `last` - 1, read from position `start`."""
+        return torch.stack([self.logits[start][row] for row in range(first, last)])
+
+
+def compared_rows(passes: Iterable[Pass], every_row: bool) -> dict[int, list[int]]:
+    """Return which tokens there are logits after, by where their passes begin.
+
+    Args:
+        passes: What is read.
+        every_row: Whether a call gives every row of a chunk, or the last.
+    """
+    found: dict[int, set[int]] = {}
+    for part in passes:
+        ends = range(1, part.count + 1) if every_row else accumulate(part.lengths)
+        found.setdefault(part.start, set()).update(end - 1 for end in ends)
+    return {start: sorted(rows) for start, rows in found.items()}
+
+
+def read_text(
+    decoder: Decoder,
+    tokens: Sequence[int],
+    text: str,
+    plan: Plan,
+    *,
+    every_row: bool,
+    natural: bool,
+    in_fp16: bool,
+) -> ReadText:
+    """Read a text with the quantized model.
+
+    Args:
+        decoder: The model.
+        tokens: As many as `plan` says.
+        text: What it is, for the record.
+        plan: How an artifact is to read it.
+        every_row: Whether it gives every row of a chunk, or the last.
+        natural: Whether it can be told what to remember before a late position; else that is
+            nothing but zeros.
+        in_fp16: Whether to measure the noise of plain fp16, too.
+    """
+    rows = compared_rows((*plan.unrounded, *plan.declared), every_row)
+    first = CachedText(decoder)
+    later = LaterCache(decoder, first if natural else None, plan.start)
+    texts = {0: Reading(0, tokens[: plan.tokens], first)}
+    if plan.start:
+        count = max(part.count for part in plan.unrounded if part.start)
+        late = _tokens_at(tokens, plan.start, count)
+        texts[plan.start] = Reading(plan.start, late, CachedText(decoder, later))
+    halves = _halves(decoder, texts, plan, later) if in_fp16 else {}
+    growth = _Growth([(texts[start], half) for start, half in halves.items()])
+    digests = Digests()
+    read_together(decoder, [*texts.values(), *halves.values()], growth.note, on_weight=digests.add)
+    exact = [texts[start].states[found] for start, found in rows.items()]
+    chosen = _spread(plan, halves, every_row)
+    beside = [texts[start].states[found] for start, found in chosen.items()]
+    rounded = [halves[start].states[found] for start, found in chosen.items()]
+    tied = decoder.lm_head.weight is decoder.embed_tokens.weight
+
+    def note(name: str, weight: torch.Tensor) -> None:
+        digests.add("embed_tokens.weight" if tied else name, weight)
+
+    found = logits_of(decoder, [*exact, *beside], rounded, on_weight=note)
+    logits = {
+        start: dict(zip(wanted, values.unbind(), strict=True))
+        for (start, wanted), values in zip(rows.items(), found, strict=False)
+    }
+    plain = None
+    if halves:
+        count = len(exact)
+        wanted_rows = torch.cat(found[count : count + len(beside)])
+        plain = _noise(wanted_rows, torch.cat(found[count + len(beside) :]), growth.largest)
+    states = later.states if natural else None
+    return ReadText(text, plan, tokens, logits, states, plain, digests.contents(decoder))
+
+
+def _tokens_at(tokens: Sequence[int], start: int, count: int) -> list[int]:
+    return [tokens[place % len(tokens)] for place in range(start, start + count)]
+
+
+def _halves(
+    decoder: Decoder, texts: Mapping[int, Reading], plan: Plan, later: LaterCache
+) -> dict[int, Reading]:
+    """Return what is read in plain fp16: as much of each text as an artifact reads so."""
+    found = {}
+    for start, text in texts.items():
+        count = max(part.count for part in plan.declared if part.start == start)
+        cached = CachedText(decoder, later if start else None)
+        found[start] = Reading(start, text.tokens[:count], cached, half=True)
+    return found
+
+
+class _Growth:
+    """How the error of the residual stream grows from layer to layer.
+
+    Args:
+        pairs: Texts beside the same in plain fp16.
+    """
+
+    def __init__(self, pairs: Sequence[tuple[Reading, Reading]]) -> None:
+        self._pairs = pairs
+        self._errors = [0.0]
+
+    def note(self) -> None:
+        """Take the error that a block has just left."""
+        errors = []
+        for text, half in self._pairs:
+            exact = text.states[: len(half.states)]
+            errors.append((half.states - exact).norm(dim=-1) / exact.norm(dim=-1))
+        if errors:
+            self._errors.append(float(torch.cat(errors).mean()))
+
+    @property
+    def largest(self) -> int:
+        """The layer with the largest growth, or the first without a number."""
+        steps = torch.tensor(self._errors).diff()
+        lost = (~steps.isfinite()).nonzero()
+        return int(lost[0]) if len(lost) else int(steps.argmax())
+
+
+def _spread(plan: Plan, halves: Mapping[int, Reading], every_row: bool) -> dict[int, list[int]]:
+    """Return which rows of each text in plain fp16 are compared.
+
+    With few calls few rows of an artifact are; the largest error of few is a matter of chance.
+    """
+    rows, found = compared_rows(plan.declared, every_row), {}
+    for start, half in halves.items():
+        spread = range(0, len(half.tokens), max(1, len(half.tokens) // _COMPARED))
+        found[start] = sorted({*rows[start], *spread})
+    return found
+
+
+def _noise(wanted: torch.Tensor, found: torch.Tensor, layer: int) -> PlainFp16:
+    error = float((found - wanted).abs().max() / wanted.abs().max())
+    return PlainFp16(len(wanted), error, float(kl_divergence(wanted, found).mean()), layer)
