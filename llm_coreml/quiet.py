@@ -17,6 +17,7 @@ import importlib
 import logging
 import warnings
 from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import PurePath
 from typing import Any
 
@@ -29,11 +30,25 @@ _BARS = (
     ("coremltools.converters.mil.mil.passes.pass_pipeline", "tqdm"),
 )
 _SILENT = logging.CRITICAL + 1
+_LOUD = ContextVar("_LOUD", default=False)
+
+
+@contextlib.contextmanager
+def loud() -> Iterator[None]:
+    """Have `quiet` and `no_bars` drop nothing inside the block."""
+    before = _LOUD.set(True)
+    try:
+        yield
+    finally:
+        _LOUD.reset(before)
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Drop warnings and log lines of the libraries below inside the block."""
+    if _LOUD.get():
+        yield
+        return
     # Loaded first, since torch sets the levels of its loggers when it is.
     importlib.import_module("torch")
     with contextlib.ExitStack() as stack:
@@ -77,6 +92,9 @@ def _not_theirs(record: logging.LogRecord) -> bool:
 @contextlib.contextmanager
 def no_bars() -> Iterator[None]:
     """Drop the progress bars of coremltools, which is loaded, inside the block."""
+    if _LOUD.get():
+        yield
+        return
     drawn: list[tuple[Any, str, Any]] = []
     for module, name in _BARS:
         found = importlib.import_module(module)

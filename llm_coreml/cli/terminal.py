@@ -23,6 +23,7 @@ from llm_coreml.cli.process import INTERRUPTION, own_temporary_files
 from llm_coreml.cli.stages import Stages
 from llm_coreml.drafts import uninterrupted
 from llm_coreml.errors import OutputError
+from llm_coreml.quiet import loud
 
 # Columns of a table, where $COLUMNS leaves no room for one.
 _NARROWEST, _WIDTH = 20, 80
@@ -136,7 +137,8 @@ def _hidden(verbose: bool) -> Iterator[None]:
     if verbose:
         # Results alone belong on stdout, whoever else writes there.
         os.dup2(2, 1)
-        yield
+        with loud():
+            yield
         return
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)

@@ -371,7 +371,8 @@ def test_a_recipe_is_exported_with_its_settings(
     done = in_process(capfd, monkeypatch, "export", recipe, *words, "--context", "64")
     assert done.code == 0, done.err
     assert fake_export.given["model"] == "org/other"
-    assert fake_export.given["config"] == ExportConfig(size=10**9, context=64, target="ane")
+    given = ExportConfig(size=10**9, embedding="int8-channel", context=64, target="ane")
+    assert fake_export.given["config"] == given
     done = in_process(capfd, monkeypatch, "export", recipe, "--bits", "3")
     assert done.code == 0, done.err
     assert fake_export.given["config"] == ExportConfig(bits=3, **settings)

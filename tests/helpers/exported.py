@@ -20,7 +20,7 @@ from tiny import llama
 
 SHAPES = ("--context", "64", "--seq-lengths", "1,8")
 # What coremltools, torch and ExecuTorch say of themselves during an export.
-CHATTER = ("Failed to load", "passes/s", "not been tested", "ops/s", "WARNING:")
+CHATTER = ("Failed to load", "passes/s", "not been tested", "ops/s", "Warning:")
 TEXT = """The quick brown fox jumps over the lazy dog. A program is read more often than it is
 written, and so the reader's time is worth more than the writer's. Measure the thing itself, not
 the thing that it was made from; then say what was measured, where, and by which tool.
