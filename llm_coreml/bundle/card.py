@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
+from pathlib import PurePath
 
 from llm_coreml.artifact.description import Description
 from llm_coreml.bundle.manifest import (
@@ -32,7 +33,9 @@ def model_card(manifest: Manifest, chat: bool) -> str:
     """
     source, program, target = manifest.source, manifest.program, manifest.target
     stored, checked = manifest.quantization, manifest.verification
-    name = printable(source.name)
+    # Cards are published: of a folder its own name, and not where it lay.
+    shown = PurePath(source.name).name if source.kind == "folder" else source.name
+    name = printable(shown)
     base = f"base_model: {name}\n" if source.kind == "hub" else ""
     lengths = ", ".join(map(str, program.seq_lengths))
     described = manifest.description

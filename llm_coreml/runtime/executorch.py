@@ -9,6 +9,7 @@ from typing import Any, final
 import torch
 
 from llm_coreml.artifact.description import Description
+from llm_coreml.artifact.pte import constant_methods
 from llm_coreml.runtime.runner import Runner
 
 
@@ -21,12 +22,15 @@ class ExecutorchRunner(Runner):
         description: What it offers.
 
     Raises:
-        ArtifactError: several of its methods have states.
+        ArtifactError: the container is damaged, contradicts its description, or several of its
+            methods have states.
     """
 
     def __init__(self, path: Path, description: Description) -> None:
         super().__init__()
         description.check_one_sequence()
+        # ExecuTorch trusts offsets and lengths; this reader has checked them all.
+        description.check_constants(constant_methods(path), path)
         from executorch.runtime import Runtime, Verification
 
         self._load: Callable[[], Any] = lambda: Runtime.get().load_program(

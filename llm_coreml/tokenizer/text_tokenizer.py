@@ -129,6 +129,8 @@ class Tokenizer:
 
     def token(self, text: str) -> int | None:
         """Return the id of the token that is written `text`, or None."""
+        if text.encode(errors="ignore").decode() != text:  # half of a surrogate pair is in none
+            return None
         number: int | None = self._tokenizer.token_to_id(text)
         return number
 

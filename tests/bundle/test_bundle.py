@@ -123,6 +123,17 @@ def test_the_card_tells_what_the_manifest_holds(manifest: dict[str, Any]) -> Non
     assert " ".join(manifest["rebuild"]) in card
 
 
+def test_the_title_of_a_card_is_no_path(manifest: dict[str, Any]) -> None:
+    folder = {**manifest["source"], "kind": "folder", "name": "/home/somebody/my-finetune"}
+    assert "\n# my-finetune for ExecuTorch" in model_card(
+        Manifest.from_json({**manifest, "source": folder}), chat=False
+    )
+    hub = {**folder, "kind": "hub", "name": "org/name"}
+    assert "\n# org/name for ExecuTorch" in model_card(
+        Manifest.from_json({**manifest, "source": hub}), chat=False
+    )
+
+
 @pytest.mark.parametrize(
     ("change", "part"),
     [

@@ -135,7 +135,7 @@ def test_settings_that_transformers_stumbles_over(odd: object, model: Path, tmp_
 
 
 def test_a_special_token_that_is_no_text(model: Path, tmp_path: Path) -> None:
-    edit(model / "tokenizer_config.json", lambda value: value.update(unk_token="\ud800"))
+    edit(model / "tokenizer_config.json", lambda value: value.update(eos_token="\ud800"))
     written(model, tmp_path / "out")
 
 

@@ -367,6 +367,7 @@ def test_a_live_model_gives_the_program_of_its_folder(
     differing = {
         key for key, value in open_bundle(here).manifest.to_json().items() if told[key] != value
     }
-    assert differing <= {"source", "rebuild"}
+    # The card names the source, and the checksum covers that.
+    assert differing <= {"source", "rebuild", "files", "checksum"}
     assert live.manifest.source.kind == "live"
     assert BASE["hidden_size"] == live.manifest.spec["hidden_size"]

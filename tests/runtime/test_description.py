@@ -149,3 +149,16 @@ def test_each_length_is_read_by_its_method(two_methods: Path) -> None:
     with pytest.raises(ArtifactError, match="holds 2 Core ML programs; only a single one"):
         _ = runner.program
     assert ReferenceRunner(two_methods).seq_lengths == (1,), "alone, `forward` is what is there"
+
+
+def test_a_damaged_container_never_reaches_executorch(bundle: Path, tmp_path: Path) -> None:
+    opened = open_bundle(bundle)
+    told = replace(opened.manifest.description, backend="xnnpack")
+    content, path = opened.program.read_bytes(), tmp_path / "twin.pte"
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ArtifactError, match="it is truncated"):
+        program_runner(path, told, DECLARED)
+    path.write_bytes(content)
+    other = replace(told, constant_methods={**told.constant_methods, "get_vocab_size": 7})
+    with pytest.raises(ArtifactError, match="get_vocab_size is 300, not 7"):
+        program_runner(path, other, DECLARED)
