@@ -12,6 +12,7 @@ import os
 import random
 import struct
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -92,12 +93,17 @@ def test_bytes(seed: int, name: str, sample_pte: Path, portable_pte: Path, tmp_p
     attempt(path)
 
 
-def with_blob(content: bytes, blob: bytes) -> bytes:
-    """Return the `.pte` of one segment with `blob` in it."""
+def with_blob(content: bytes, old: bytes, blob: bytes) -> bytes:
+    """Return a `.pte` whose last segment, `old`, is `blob`."""
     base, size = struct.unpack_from("<QQ", content, 24)
-    old = struct.pack("<Q", size)
-    assert content[:base].count(old) == 2
-    return content[:base].replace(old, struct.pack("<Q", len(blob))) + blob
+    first = content.rindex(old)
+    head = content[:base]
+    # The size of the segment and that of all of them, which are the same if there is one.
+    for number, count in Counter((len(old), size)).items():
+        assert head.count(struct.pack("<Q", number)) == count
+        new = number - len(old) + len(blob)
+        head = head.replace(struct.pack("<Q", number), struct.pack("<Q", new))
+    return head + content[base:first] + blob
 
 
 def fields(message: Any) -> Iterator[tuple[Any, Any, Any]]:
@@ -179,7 +185,7 @@ def test_models(
         mutate(spec if anywhere else chance.choice(operations), chance, names)
     files[MODEL] = spec.SerializeToString()
     path = tmp_path / "mutated.pte"
-    path.write_bytes(with_blob(content, pack(files)))
+    path.write_bytes(with_blob(content, bytes(delegate.data), pack(files)))
     attempt(path)
 
 
@@ -220,7 +226,7 @@ def test_folders(seed: int, segmented_pte: Path, tmp_path: Path) -> None:
         files[name] = json.dumps(mutated_json(json.loads(files[name]), chance)).encode()
         blob = pack(files)
     path = tmp_path / "mutated.pte"
-    path.write_bytes(with_blob(content, blob))
+    path.write_bytes(with_blob(content, bytes(delegate.data), blob))
     attempt(path)
 
 
@@ -232,5 +238,5 @@ def test_unmutated_programs_run(
     content = segmented_pte.read_bytes()
     (delegate,) = pte.read_delegates(segmented_pte)
     path = tmp_path / "same.pte"
-    path.write_bytes(with_blob(content, pack(unpack(delegate.data))))
+    path.write_bytes(with_blob(content, bytes(delegate.data), pack(unpack(delegate.data))))
     assert attempt(path)
