@@ -33,7 +33,7 @@ class Source:
 
     Attributes:
         kind: Where it came from.
-        name: Folder, hub id, recipe or class.
+        name: Hub id, recipe or class; of a folder its own name alone, and no path to it.
         revision: Commit of a hub id.
         sha256: Hash of the tensors that the decoder is made of.
     """

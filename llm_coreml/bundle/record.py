@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
+import os
 import platform
 from collections import Counter
 from collections.abc import Sequence
@@ -67,7 +68,7 @@ def make_manifest(
     losses = {} if measured is None else measured.losses
     return Manifest(
         version=MANIFEST_VERSION,
-        source=Source(source.kind, source.name, source.revision, model.sha256()),
+        source=Source(source.kind, public_name(source), source.revision, model.sha256()),
         spec=model.spec.to_json(),
         config=job.config.to_json(),
         rebuild=tuple(rebuild_command(source, job.config)),
@@ -114,11 +115,20 @@ def _program(description: Description, path: Path) -> Program:
     )
 
 
+def public_name(source: CheckpointSource) -> str:
+    """Return what a bundle may tell of its source: of a folder or file its own name, no path."""
+    if source.kind != "folder":
+        return source.name
+    return Path(os.path.abspath(os.path.expanduser(source.name))).name
+
+
 def rebuild_command(source: CheckpointSource, config: ExportConfig) -> list[str]:
     """Return the command line that makes the same artifact again; none for a live model."""
     if source.kind == "live":
         return []
-    words = ["llm-coreml", "export", source.name]
+    name = public_name(source)
+    # Not to be taken for a recipe or a hub id: the folder is wherever it is.
+    words = ["llm-coreml", "export", f"./{name}" if source.kind == "folder" else name]
     if source.revision is not None:
         words += ["--revision", source.revision]
     return [*words, *config.flags()]

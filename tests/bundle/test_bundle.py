@@ -11,7 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jsonschema
 import pytest
@@ -25,8 +25,9 @@ from llm_coreml.bundle.folder import (
     open_bundle,
 )
 from llm_coreml.bundle.manifest import Manifest, manifest_schema
-from llm_coreml.bundle.record import make_manifest
+from llm_coreml.bundle.record import make_manifest, public_name, rebuild_command
 from llm_coreml.bundle.seal import file_sha256, sealed
+from llm_coreml.checkpoint import Source
 from llm_coreml.config import ExportConfig, resolve
 from llm_coreml.errors import ArtifactError, ConfigError, OutputError
 from llm_coreml.lower.forms import form_for
@@ -496,3 +497,23 @@ def test_a_library_that_fails_on_a_full_disk_is_told_so(tmp_path: Path) -> None:
             assert done.returncode == OutputError.exit_code, done.stderr
             assert "is full" in done.stdout
         assert entries(tmp_path / "disk") == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "told"),
+    [
+        ("folder", "/home/somebody/secret/my-finetune", "my-finetune"),
+        ("folder", "../my-finetune/", "my-finetune"),
+        ("folder", "models/file-Q4_0.gguf", "file-Q4_0.gguf"),
+        ("hub", "org/name", "org/name"),
+        ("bundled", "llama", "llama"),
+    ],
+)
+def test_no_path_of_the_exporter_s_machine_is_told(
+    kind: Literal["folder", "hub", "bundled"], name: str, told: str
+) -> None:
+    source = Source(kind, name)
+    assert public_name(source) == told
+    words = rebuild_command(source, ExportConfig())
+    assert words[2] == (f"./{told}" if kind == "folder" else told)
+    assert "somebody" not in " ".join(words)
