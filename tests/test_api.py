@@ -220,10 +220,10 @@ TOKENS = 90
 
 @pytest.fixture(scope="module")
 def evaluation(
-    bundle: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory
+    bundle: Path, checkpoint: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Evaluation:
     own = shutil.copytree(bundle, tmp_path_factory.mktemp("evaluated") / "own")
-    result = llm_coreml.evaluate(own, text=text_file, tokens=TOKENS)
+    result = llm_coreml.evaluate(own, model=checkpoint, text=text_file, tokens=TOKENS)
     assert json.loads(json.dumps(result.to_json())) == json.loads(
         (own / "results.json").read_text()
     )

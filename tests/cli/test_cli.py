@@ -434,11 +434,12 @@ def test_eval_json_is_results_json(
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     own_bundle: Path,
+    checkpoint: Path,
     text_file: Path,
 ) -> None:
-    words = (own_bundle, "--text", text_file, "--tokens", "70", "--format", "json")
+    words = ("--model", checkpoint, "--text", text_file, "--tokens", "70", "--format", "json")
     before = files_of(own_bundle)
-    done = in_process(capfd, monkeypatch, "eval", *words)
+    done = in_process(capfd, monkeypatch, "eval", own_bundle, *words)
     assert done.code == 0, done.err
     results = json.loads(done.out)
     assert results == json.loads((own_bundle / "results.json").read_text())
@@ -461,9 +462,11 @@ def test_eval_table(
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     own_bundle: Path,
+    checkpoint: Path,
     text_file: Path,
 ) -> None:
-    done = in_process(capfd, monkeypatch, "eval", own_bundle, "--text", text_file, "--tokens", "9")
+    words = (own_bundle, "--model", checkpoint, "--text", text_file, "--tokens", "9")
+    done = in_process(capfd, monkeypatch, "eval", *words)
     assert done.code == 0, done.err
     results = json.loads((own_bundle / "results.json").read_text())
     assert done.out.startswith("9 tokens of tëxt.txt, windows of up to 10; KL and agreement")

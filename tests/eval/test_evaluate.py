@@ -13,7 +13,11 @@ from llm_coreml.eval import evaluate
 
 
 def test_only_a_missing_text_leaves_the_quantized_model_out(
-    bundle: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bundle: Path,
+    checkpoint: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def refuse(*args: object, **settings: object) -> None:
         raise ConfigError("no such format")
@@ -21,4 +25,4 @@ def test_only_a_missing_text_leaves_the_quantized_model_out(
     own = Path(shutil.copytree(bundle, tmp_path / "own"))
     monkeypatch.setattr(evaluate, "quantize", refuse)
     with pytest.raises(ConfigError, match="no such format"):
-        llm_coreml.evaluate(own, text=text_file, tokens=9)
+        llm_coreml.evaluate(own, model=checkpoint, text=text_file, tokens=9)

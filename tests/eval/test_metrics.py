@@ -88,10 +88,12 @@ def test_a_made_up_metric_is_measured_and_compares_only_what_has_an_original() -
 
 
 def test_a_made_up_metric_stands_in_results_and_table(
-    bundle: Path, text_file: Path, tmp_path: Path
+    bundle: Path, checkpoint: Path, text_file: Path, tmp_path: Path
 ) -> None:
     own = Path(shutil.copytree(bundle, tmp_path / "own"))
-    result = llm_coreml.evaluate(own, text=text_file, tokens=9, metrics=(*METRICS, LARGEST, MOVED))
+    result = llm_coreml.evaluate(
+        own, model=checkpoint, text=text_file, tokens=9, metrics=(*METRICS, LARGEST, MOVED)
+    )
     written = json.loads((own / "results.json").read_text())
     assert written == json.loads(json.dumps(result.to_json()))
     original, quantized, artifact = written["qualities"]
