@@ -355,8 +355,8 @@ def test_the_rebuild_command_says_all_of_it(config: ExportConfig) -> None:
 
 
 def test_the_rebuild_command_leaves_defaults_out() -> None:
-    source = Source("folder", "m")
-    assert rebuild_command(source, ExportConfig()) == ["llm-coreml", "export", "m"]
+    source = Source("folder", "/home/me/m")  # nobody is told where it was
+    assert rebuild_command(source, ExportConfig()) == ["llm-coreml", "export", "./m"]
     assert rebuild_command(Source("live", "m"), ExportConfig()) == []
     config = ExportConfig(bits=3, seq_lengths=(1, 16), force=True)
     assert rebuild_command(source, config)[3:] == [

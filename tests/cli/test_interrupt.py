@@ -94,10 +94,10 @@ def test_overwrite_keeps_the_earlier_export(bundle: Path, checkpoint: Path, tmp_
 
 
 @pytest.mark.parametrize("label", cases([EXPORT[0], "scoring text ..."], {EXPORT[0]}))
-def test_eval(bundle: Path, tmp_path: Path, label: str) -> None:
+def test_eval(bundle: Path, checkpoint: Path, tmp_path: Path, label: str) -> None:
     own = Path(shutil.copytree(bundle, tmp_path / "exports/out"))
     before = files_of(own)
-    told = interrupt(label, tmp_path / "temporary", "eval", own)
+    told = interrupt(label, tmp_path / "temporary", "eval", own, "--model", checkpoint)
     check(told)
     assert files_of(own) == before
     assert files_of(tmp_path / "temporary") == set()

@@ -254,7 +254,7 @@ def export(
 
 
 def test_a_calibrated_export_is_verified_recorded_and_the_same_every_time(
-    export: Any, bundle: Path, tmp_path: Path
+    export: Any, bundle: Path, checkpoint: Path, tmp_path: Path
 ) -> None:
     text = tmp_path / "mine.txt"
     text.write_text(TEXT * 2)
@@ -282,17 +282,19 @@ def test_a_calibrated_export_is_verified_recorded_and_the_same_every_time(
     card = (first / "README.md").read_text()
     assert "calibrated by GPTQ on 200 tokens of mine.txt, then tuned in 4 steps" in card
     assert "rounded to nearest" in (bundle / "README.md").read_text()
-    evaluation_knows_the_quantized_model_while_it_knows_the_text(first, text)
+    evaluation_knows_the_quantized_model_while_it_knows_the_text(first, checkpoint, text)
 
 
-def evaluation_knows_the_quantized_model_while_it_knows_the_text(folder: Path, text: Path) -> None:
-    result = llm_coreml.evaluate(folder, tokens=64)
+def evaluation_knows_the_quantized_model_while_it_knows_the_text(
+    folder: Path, checkpoint: Path, text: Path
+) -> None:
+    result = llm_coreml.evaluate(folder, model=checkpoint, tokens=64)
     quantized, artifact = result.quality("quantized"), result.quality("artifact")
     assert artifact.perplexity == pytest.approx(quantized.perplexity, rel=1e-3)
     for change in (lambda: text.write_text(TEXT.upper() * 3), text.unlink):
         change()
         progress = Notes()
-        result = llm_coreml.evaluate(folder, tokens=64, progress=progress)
+        result = llm_coreml.evaluate(folder, model=checkpoint, tokens=64, progress=progress)
         assert [row.name for row in result.qualities] == ["original", "artifact"]
         (note,) = progress.notes
         assert "left out" in note and "mine.txt" in note

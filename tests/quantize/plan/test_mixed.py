@@ -205,7 +205,9 @@ def export(
     return command
 
 
-def test_a_size_is_held_and_its_plan_makes_the_same_file(export: Any, tmp_path: Path) -> None:
+def test_a_size_is_held_and_its_plan_makes_the_same_file(
+    export: Any, checkpoint: Path, tmp_path: Path
+) -> None:
     first, again, plan = tmp_path / "first", tmp_path / "again", tmp_path / "plan.json"
     done = export(first, "--size", "79.6KB")
     assert done.code == 0, done.err
@@ -223,7 +225,7 @@ def test_a_size_is_held_and_its_plan_makes_the_same_file(export: Any, tmp_path: 
     assert repeated["allocation"] is None
     assert repeated["linear"] == described["linear"]
     assert "block 0" in done.out
-    quality = llm_coreml.evaluate(first, tokens=64).quality
+    quality = llm_coreml.evaluate(first, model=checkpoint, tokens=64).quality
     assert quality("artifact").perplexity == pytest.approx(
         quality("quantized").perplexity, rel=1e-3
     )

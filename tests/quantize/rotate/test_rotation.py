@@ -370,7 +370,7 @@ def test_a_rotated_export_is_verified_recorded_and_measured_against_the_original
     plain = manifest_of(bundle)
     assert plain["quantization"]["rotation"] is None
     assert manifest["source"]["sha256"] == plain["source"]["sha256"]
-    result = llm_coreml.evaluate(folder, tokens=64)
+    result = llm_coreml.evaluate(folder, model=checkpoint, tokens=64)
     original, artifact = result.quality("original"), result.quality("artifact")
     assert artifact.perplexity == pytest.approx(original.perplexity, rel=0.02)
     assert artifact.mean_kl is not None and artifact.mean_kl < 5e-3
