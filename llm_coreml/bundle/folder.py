@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llm_coreml.bundle.manifest import File, Manifest
+from llm_coreml.bundle.manifest import Manifest
 from llm_coreml.bundle.manifest_file import read_manifest
 from llm_coreml.bundle.seal import check_seal, file_sha256
 from llm_coreml.drafts import remove_dead
@@ -165,10 +165,9 @@ def _foreign_entries(output: Path) -> list[str]:
     except ArtifactError:
         return [entry.name for entry in entries]
     ours = {MANIFEST} if _is_file(output / MANIFEST) else set()
-    program = manifest.program
-    listed = {program.file: File(program.bytes, program.sha256), **(manifest.files or {})}
     # Manifests of the first releases list the program alone.
     beside = () if manifest.files is not None else (CARD, *TOKENIZER_FILES)
+    listed = manifest.listed
     for entry in entries:
         if not _is_file(entry):
             continue

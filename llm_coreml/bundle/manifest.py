@@ -346,6 +346,12 @@ class Manifest:
         """Return the content of `manifest.json`."""
         return write_record(self)
 
+    @property
+    def listed(self) -> dict[str, File]:
+        """The program and the files beside it; manifests of the first releases list no other."""
+        program = File(self.program.bytes, self.program.sha256)
+        return {self.program.file: program, **(self.files or {})}
+
     def plan_json(self) -> dict[str, Any] | None:
         """Return the plan as `--plan` reads it; None where the release did not record it."""
         plan = self.quantization.plan

@@ -69,9 +69,7 @@ def check_seal(manifest: Manifest, folder: Path, free: frozenset[str]) -> None:
     Raises:
         ArtifactError: one is missing, or another than was written.
     """
-    program = manifest.program
-    files = {program.file: File(program.bytes, program.sha256), **(manifest.files or {})}
-    listed = {folder / name: file for name, file in files.items() if name not in free}
+    listed = {folder / name: file for name, file in manifest.listed.items() if name not in free}
     # Sizes first: they cost nothing.
     for path, file in listed.items():
         if not path.is_file():

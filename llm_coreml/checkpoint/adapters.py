@@ -15,14 +15,13 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, final
+from typing import final
 
 import torch
 
 from llm_coreml.checkpoint.adapter_settings import MERGE, LoraSettings, read_settings
 from llm_coreml.checkpoint.checkpoint import (
     Checkpoint,
-    Source,
     listing,
     quoted,
     require_weight_dtype,
@@ -36,6 +35,7 @@ from llm_coreml.checkpoint.files import (
     read_json,
 )
 from llm_coreml.checkpoint.layouts import HEAD_WEIGHT, TABLE_WEIGHT, ordinary_names
+from llm_coreml.checkpoint.over_files import CheckpointOver
 from llm_coreml.checkpoint.packed import find_formats
 from llm_coreml.errors import CheckpointError, UnsupportedError
 
@@ -68,7 +68,7 @@ class Product:
 
 @final
 @dataclass(frozen=True, eq=False)
-class MergedCheckpoint(Checkpoint):
+class MergedCheckpoint(CheckpointOver):
     """Weights with an adapter merged into them; see `Checkpoint`.
 
     Attributes:
@@ -80,26 +80,6 @@ class MergedCheckpoint(Checkpoint):
     files: FileCheckpoint = field(repr=False)
     products: dict[str, Product] = field(repr=False)
     notes: tuple[str, ...] = ()
-
-    @property
-    def config(self) -> dict[str, Any]:  # type: ignore[override]
-        """Return the parsed config.json."""
-        return self.files.config
-
-    @property
-    def generation_config(self) -> dict[str, Any]:  # type: ignore[override]
-        """Return the parsed generation_config.json."""
-        return self.files.generation_config
-
-    @property
-    def source(self) -> Source:  # type: ignore[override]
-        """Return where the files came from."""
-        return self.files.source
-
-    @property
-    def tokenizer_files(self) -> dict[str, Path]:  # type: ignore[override]
-        """Return the tokenizer's files by name."""
-        return self.files.tokenizer_files
 
     def names(self) -> frozenset[str]:
         """Return the names of the weights."""
@@ -143,10 +123,6 @@ class MergedCheckpoint(Checkpoint):
             for entry in (product.down, product.up, product.magnitude):
                 if entry is not None:
                     yield f"{name}:{entry.name}", entry.read()
-
-    def save_tokenizer(self, folder: Path) -> dict[str, Path]:
-        """Copy the tokenizer's files into `folder`."""
-        return self.files.save_tokenizer(folder)
 
 
 def with_adapter(folder: Path, files: FileCheckpoint) -> Checkpoint:

@@ -9,10 +9,11 @@ file, by name, when it is asked for.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, final
 
@@ -154,17 +155,42 @@ def copy_tokenizer(files: Mapping[str, Path], folder: Path, source: str) -> dict
             "Save the tokenizer beside the weights: tokenizer.save_pretrained(folder)."
         )
     written = {name: folder / name for name in files}
-    try:
+    with _writing_tokenizer(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for name, path in files.items():
             refuse_foreign_link(path)
             shutil.copyfile(path, written[name])
+    return written
+
+
+def make_tokenizer(
+    folder: Path, make: Callable[[], None], generation_config: Mapping[str, Any] | None
+) -> dict[str, Path]:
+    """Have `make` write a tokenizer's files into `folder`; see `Checkpoint.save_tokenizer`.
+
+    Args:
+        folder: Where to write.
+        make: Makes the folder, if it is not there, and writes the files.
+        generation_config: Written beside them; None is not.
+    """
+    with _writing_tokenizer(folder):
+        make()
+        if generation_config is not None:
+            text = json.dumps(generation_config, indent=2, sort_keys=True) + "\n"
+            (folder / GENERATION_CONFIG).write_text(text, encoding="utf-8")
+    return {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
+
+
+@contextlib.contextmanager
+def _writing_tokenizer(folder: Path) -> Iterator[None]:
+    """Say what to do if `folder` cannot be written."""
+    try:
+        yield
     except OSError as error:
         raise OutputError(
             f"The tokenizer cannot be written to {folder}: {error}. "
             "Give a folder that can be written."
         ) from error
-    return written
 
 
 def open_folder(folder: Path, source: Source) -> FileCheckpoint:

@@ -10,24 +10,24 @@ is undone, by whole rows of blocks.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, final
 
 import numpy as np
 import torch
 
-from llm_coreml.checkpoint.checkpoint import TOKENIZER_FILES, Checkpoint, Source
+from llm_coreml.checkpoint.checkpoint import Checkpoint, Source
 from llm_coreml.checkpoint.files import (
     CONFIG,
     GENERATION_CONFIG,
     copy_tokenizer,
     find_tokenizer,
+    make_tokenizer,
     read_config,
     read_json,
 )
@@ -41,7 +41,7 @@ from llm_coreml.checkpoint.gguf_files import GGUFFile, open_parts
 from llm_coreml.checkpoint.gguf_header import TensorInfo
 from llm_coreml.checkpoint.gguf_tokenizer import write_tokenizer
 from llm_coreml.checkpoint.packed.blocks import BLOCKS
-from llm_coreml.errors import CheckpointError, OutputError, UnsupportedError, nearest
+from llm_coreml.errors import CheckpointError, UnsupportedError, nearest
 
 _PLAIN = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
 _TOP = {
@@ -124,17 +124,9 @@ class GGUFCheckpoint(Checkpoint):
         """Copy the tokenizer's files into `folder`, or make them from the metadata."""
         if any(name in self.tokenizer_files for name in _TOKENIZERS):
             return copy_tokenizer(self.tokenizer_files, folder, self.source.name)
-        try:
-            write_tokenizer(self.files[0].path, self._metadata, folder)
-            generation = self.generation_config or special_tokens(self._metadata)
-            text = json.dumps(generation, indent=2, sort_keys=True) + "\n"
-            (folder / GENERATION_CONFIG).write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise OutputError(
-                f"The tokenizer cannot be written to {folder}: {error}. "
-                "Give a folder that can be written."
-            ) from error
-        return {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
+        write = partial(write_tokenizer, self.files[0].path, self._metadata, folder)
+        generation = self.generation_config or special_tokens(self._metadata)
+        return make_tokenizer(folder, write, generation)
 
     @property
     def _metadata(self) -> Mapping[str, Any]:

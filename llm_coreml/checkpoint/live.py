@@ -15,11 +15,11 @@ from typing import Any, final
 
 import torch
 
-from llm_coreml.checkpoint.checkpoint import TOKENIZER_FILES, Checkpoint, Source
-from llm_coreml.checkpoint.files import GENERATION_CONFIG, check_config
+from llm_coreml.checkpoint.checkpoint import Checkpoint, Source
+from llm_coreml.checkpoint.files import check_config, make_tokenizer
 from llm_coreml.checkpoint.layouts import ordinary_names
 from llm_coreml.checkpoint.live_tokenizer import check_live_tokenizer, save_live_tokenizer
-from llm_coreml.errors import CheckpointError, OutputError, UnsupportedError, nearest
+from llm_coreml.errors import CheckpointError, UnsupportedError, nearest
 
 _WHERE = "the live model"
 
@@ -80,18 +80,12 @@ class LiveCheckpoint(Checkpoint):
                 "A live model does not hold its tokenizer. "
                 "Give both: open_checkpoint(model, tokenizer=tokenizer)."
             )
-        try:
+
+        def save() -> None:
             folder.mkdir(parents=True, exist_ok=True)
             save_live_tokenizer(self.tokenizer, folder)
-            if self.generation_config:
-                text = json.dumps(self.generation_config, indent=2, sort_keys=True) + "\n"
-                (folder / GENERATION_CONFIG).write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise OutputError(
-                f"The tokenizer cannot be written to {folder}: {error}. "
-                "Give a folder that can be written."
-            ) from error
-        return {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
+
+        return make_tokenizer(folder, save, self.generation_config or None)
 
 
 def open_live(model: torch.nn.Module, tokenizer: Any) -> LiveCheckpoint:

@@ -11,14 +11,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from types import MappingProxyType
-from typing import Any, final
+from typing import final
 
 import torch
 
-from llm_coreml.checkpoint.checkpoint import Checkpoint, Source, listing
+from llm_coreml.checkpoint.checkpoint import Checkpoint, listing
 from llm_coreml.checkpoint.matrix import Levels, Packed, PackedForm, fit
+from llm_coreml.checkpoint.over_files import CheckpointOver
 from llm_coreml.checkpoint.packed.parts import PackedFormat, Parts
 
 _WEIGHT = "weight"
@@ -26,7 +26,7 @@ _WEIGHT = "weight"
 
 @final
 @dataclass(frozen=True, eq=False)
-class PackedCheckpoint(Checkpoint):
+class PackedCheckpoint(CheckpointOver):
     """Files that hold quantized matrices; see `Checkpoint`.
 
     Attributes:
@@ -39,21 +39,6 @@ class PackedCheckpoint(Checkpoint):
     files: Checkpoint = field(repr=False)
     formats: tuple[PackedFormat, ...]
     as_values: bool = False
-
-    @property
-    def config(self) -> dict[str, Any]:  # type: ignore[override]
-        """Return the parsed config.json."""
-        return self.files.config
-
-    @property
-    def generation_config(self) -> dict[str, Any]:  # type: ignore[override]
-        """Return the parsed generation_config.json."""
-        return self.files.generation_config
-
-    @property
-    def source(self) -> Source:  # type: ignore[override]
-        """Return where the files came from."""
-        return self.files.source
 
     @property
     def notes(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -71,11 +56,6 @@ class PackedCheckpoint(Checkpoint):
                 f"{listing(beside, limit=2)}. Activations are not quantized."
             )
         return tuple(notes)
-
-    @property
-    def tokenizer_files(self) -> dict[str, Path]:  # type: ignore[override]
-        """Return the tokenizer's files by name."""
-        return self.files.tokenizer_files
 
     def names(self) -> frozenset[str]:
         """Return the names of all tensors, a quantized matrix under that of its weight."""
@@ -144,10 +124,6 @@ class PackedCheckpoint(Checkpoint):
             size = codes.shape[1] // levels.flat.shape[1]
             codes = codes.masked_fill(levels.flat.repeat_interleave(size, dim=1), 0)
         return Packed(codes.contiguous(), levels, form.order(parts))
-
-    def save_tokenizer(self, folder: Path) -> dict[str, Path]:
-        """Copy the tokenizer's files into `folder`."""
-        return self.files.save_tokenizer(folder)
 
     @cached_property
     def _beside(self) -> frozenset[str]:
