@@ -145,7 +145,7 @@ def resolve_shapes(
 
 def _fitting(shapes: Shapes, spec: DecoderSpec) -> Shapes:
     """Return shapes. Raises ConfigError if the decoder's cache would not fit this machine."""
-    sizes = [layer.mixer.remembers for layer in spec.layers]
+    sizes = [size for layer in spec.layers if (size := layer.mixer.remembers) is not None]
     # Keys and values, which the decoder holds in fp32.
     needed = shapes.context * sum(2 * 4 * size.heads * size.head_dim for size in sizes)
     if needed > machine_memory():

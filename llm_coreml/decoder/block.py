@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from functools import partial
 
 import torch
 from torch import nn
 
+from llm_coreml.decoder.carried import Carried, Layout
 from llm_coreml.decoder.chunk import Chunk
 from llm_coreml.decoder.mlp import MLP
 from llm_coreml.decoder.norm import RMSNorm
+from llm_coreml.decoder.per_layer import PerLayerMLP
 from llm_coreml.decoder.self_attention import Attention, AttentionForm
 from llm_coreml.decoder.spec import DecoderSpec, NormSpec
 from llm_coreml.decoder.states import Slot
@@ -30,34 +33,58 @@ class Block(nn.Module):
         super().__init__()
         layer, hidden = spec.layers[index], spec.hidden_size
         self.input_layernorm = _norm(hidden, layer.mixer.norm)
-        self.self_attn = Attention(layer.mixer, hidden, slot, form)
+        kept_as = index if index in spec.shared else None
+        self.self_attn = Attention(layer.mixer, hidden, slot, form, kept_as)
         self.post_attention_layernorm = _norm(hidden, layer.feed_forward.norm)
         self.mlp = MLP(layer.feed_forward, hidden)
         self.attention_out_norm = _norm(hidden, layer.mixer.out_norm)
         self.mlp_out_norm = _norm(hidden, layer.feed_forward.out_norm)
         self.residual_multiplier = spec.residual_multiplier
+        self.per_layer: PerLayerMLP | None = None
+        self.per_layer_out_norm: RMSNorm | None = None
+        if spec.per_layer is not None:
+            self.per_layer = PerLayerMLP(spec.per_layer, hidden)
+            self.per_layer_out_norm = _norm(hidden, spec.per_layer.norm)
+        scalar = nn.Parameter(torch.ones(1), requires_grad=False) if layer.scaled else None
+        self.layer_scalar = scalar
+        self.entering, self.leaving = Layout.of(spec, index), Layout.of(spec, index + 1)
 
     @property
     def wiring(self) -> Wiring:
         """What each matrix reads and writes. A norm of what is written lets no rotation pass."""
         attention = None if self.input_layernorm is None else "input_layernorm"
         mlp = None if self.post_attention_layernorm is None else "post_attention_layernorm"
-        return joined(
+        parts = [
             self.self_attn.wiring.inside("self_attn").behind(attention),
             self.mlp.wiring.inside("mlp").behind(mlp),
-        )
+        ]
+        if self.per_layer is not None:
+            parts.append(self.per_layer.wiring.inside("per_layer"))
+        return joined(*parts)
 
     def forward(self, x: torch.Tensor, chunk: Chunk) -> torch.Tensor:
-        """Map `[1, S, hidden]` to the same shape."""
+        """Map what enters to what leaves, each as its `Layout` has it: `[1, S, hidden]` mostly."""
         return run(self.steps(x, chunk))
 
     def steps(self, x: torch.Tensor, chunk: Chunk) -> Steps:
         """Do what `forward` does, halting before the matrices of each stage of `wiring`."""
+        leaving = yield from self.through(self.entering.taken_apart(x), chunk)
+        return self.leaving.put_together(leaving)
+
+    def through(self, carried: Carried, chunk: Chunk) -> Generator[Halt, torch.Tensor, Carried]:
+        """Do what `steps` does with what enters taken apart."""
         # No change of `x` has a name here: while a text stays halted, it would be kept.
-        mixer = self.self_attn.steps(_behind(self.input_layernorm, x), chunk)
+        x, heads = carried.stream, dict(carried.heads)
+        mixer = self.self_attn.steps(_behind(self.input_layernorm, x), chunk, heads)
         x = self._changed(x, (yield from mixer), self.attention_out_norm)
         mlp = self.mlp.steps(_behind(self.post_attention_layernorm, x))
-        return self._changed(x, (yield from mlp), self.mlp_out_norm)
+        x = self._changed(x, (yield from mlp), self.mlp_out_norm)
+        if self.per_layer is not None:
+            added = self.per_layer.steps(x, carried.parts[0])
+            x = self._changed(x, (yield from added), self.per_layer_out_norm)
+        if self.layer_scalar is not None:
+            x = x * self.layer_scalar
+        return Carried(x, carried.parts[1:], heads)
 
     def _changed(self, x: torch.Tensor, change: torch.Tensor, norm: RMSNorm | None) -> torch.Tensor:
         if norm is not None:

@@ -9,7 +9,7 @@ The same module runs eagerly (the judge of every artifact) and is exported for C
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
@@ -20,12 +20,15 @@ from llm_coreml.decoder.block import Block
 from llm_coreml.decoder.chunk import Chunk, make_mask
 from llm_coreml.decoder.matrices import Embedding, Linear
 from llm_coreml.decoder.norm import RMSNorm
+from llm_coreml.decoder.per_layer import PerLayerInputs
 from llm_coreml.decoder.rope import rope_tables
 from llm_coreml.decoder.self_attention import AttentionForm
 from llm_coreml.decoder.spec import DecoderSpec
 from llm_coreml.decoder.states import State, View, make_states, numbered, slots
-from llm_coreml.decoder.wiring import Matrix, Wiring, joined
+from llm_coreml.decoder.wiring import Matrix, Wiring, joined, run
 
+# Takes the rows of tokens out of a table.
+LookUp = Callable[[Embedding, torch.Tensor], torch.Tensor]
 LogitsForm = Literal["last", "all"]
 
 
@@ -69,6 +72,9 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(
             Block(spec, index, slot, attention) for index, slot in enumerate(slots(spec))
         )
+        self.per_layer: PerLayerInputs | None = None
+        if spec.per_layer is not None:
+            self.per_layer = PerLayerInputs(spec.per_layer, spec.hidden_size, len(spec.layers))
         self.norm = RMSNorm(spec.hidden_size, spec.norm.eps)
         self.lm_head = Linear(spec.hidden_size, spec.vocab_size, bias=False)
         for name, state in make_states(spec, context, spare).items():
@@ -84,15 +90,24 @@ class Decoder(nn.Module):
         """What is remembered between calls, by name."""
         return {name: part for name, part in self.named_children() if isinstance(part, State)}
 
+    @property
+    def tables(self) -> tuple[Embedding, ...]:
+        """The tables of tokens, which `embed` reads."""
+        if self.per_layer is None:
+            return (self.embed_tokens,)
+        return self.embed_tokens, self.per_layer.embed_tokens
+
     @functools.cached_property
     def wiring(self) -> Wiring:
         """What each matrix reads and writes, the token table's rows being what it writes."""
-        table = Wiring(((Matrix("embed_tokens", writes="residual"),),))
-        blocks = [
+        parts = [Wiring(((Matrix("embed_tokens", writes="residual"),),))]
+        if self.per_layer is not None:
+            parts.append(self.per_layer.wiring.inside("per_layer"))
+        parts += [
             self.block(index).wiring.inside(f"layers.{index}") for index in range(len(self.layers))
         ]
         head = Wiring(((Matrix("lm_head", reads="residual", norm="norm"),),))
-        return joined(table, *blocks, head)
+        return joined(*parts, head)
 
     def block(self, index: int) -> Block:
         """Return one of the layers."""
@@ -129,25 +144,35 @@ class Decoder(nn.Module):
         """Do what `forward` does up to the head, for every row: float32 `[1, S, hidden]`."""
         return self.blocks(self.embed(tokens), start_pos)
 
-    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return what the first block gets for int `tokens` `[1, S]`: float32 `[1, S, hidden]`."""
-        return self.entering(self.embed_tokens(tokens.to(torch.int32)))
+    def embed(self, tokens: torch.Tensor, look_up: LookUp = Embedding.__call__) -> torch.Tensor:
+        """Return what the first block gets for int `tokens` `[1, S]`.
 
-    def entering(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return what the first block gets for rows of the token table, `[..., hidden]`."""
-        multiplier = self.spec.embedding_multiplier
-        return rows if multiplier == 1 else rows * multiplier
+        Args:
+            tokens: What is read.
+            look_up: Takes rows `[1, S, columns]` out of a table.
+
+        Returns:
+            float32 `[1, S, hidden]`; where blocks are given more, as `Layout` has it.
+        """
+        tokens, multiplier = tokens.to(torch.int32), self.spec.embedding_multiplier
+        x = look_up(self.embed_tokens, tokens)
+        x = x if multiplier == 1 else x * multiplier
+        if self.per_layer is None:
+            return x
+        rows = look_up(self.per_layer.embed_tokens, tokens)
+        return torch.cat((x, self.per_layer(x, rows)), dim=-1)
 
     def blocks(
         self, x: torch.Tensor, start_pos: torch.Tensor, last_pos: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Do what `hidden` does, for tokens of which the first block gets `x` `[1, S, hidden]`."""
         chunk = self.chunk(x.shape[1], start_pos, last_pos)
-        for block in self.layers:
-            x = block(x, chunk)
+        carried = self.block(0).entering.taken_apart(x)
+        for index in range(len(self.layers)):
+            carried = run(self.block(index).through(carried, chunk))
         for name, state in self.states.items():
             state.close(chunk.views[name])
-        return x
+        return carried.stream
 
     def chunk(
         self, length: int, start_pos: torch.Tensor, last_pos: torch.Tensor | None = None

@@ -19,7 +19,7 @@ def _relu2(x: torch.Tensor) -> torch.Tensor:
     return torch.relu(x) * torch.relu(x)
 
 
-_ACTIVATIONS: Mapping[Activation, Callable[[torch.Tensor], torch.Tensor]] = MappingProxyType(
+ACTIVATIONS: Mapping[Activation, Callable[[torch.Tensor], torch.Tensor]] = MappingProxyType(
     {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "relu2": _relu2}
 )
 
@@ -55,7 +55,7 @@ class MLP(nn.Module):
 
     def _inner(self, x: torch.Tensor) -> torch.Tensor:
         """Return `act(gate(x)) * up(x)`, `[1, S, intermediate]`."""
-        activation = _ACTIVATIONS[self.spec.activation]
+        activation = ACTIVATIONS[self.spec.activation]
         if not self.spec.gated:
             return activation(self.up_proj(self.up_proj.arrange(x)))
         x = self.gate_proj.arrange(x)  # which is that of `up_proj`, too

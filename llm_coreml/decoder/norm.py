@@ -27,15 +27,18 @@ class RMSNorm(nn.Module):
     Args:
         size: Width of the last axis.
         eps: Added to the mean square.
+        gain: Whether there is one.
     """
+
+    weight: nn.Parameter | None
 
     root_eps: torch.Tensor
     smallest_scale: torch.Tensor
     inverse_range: torch.Tensor
 
-    def __init__(self, size: int, eps: float) -> None:
+    def __init__(self, size: int, eps: float, gain: bool = True) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size), requires_grad=False)
+        self.weight = nn.Parameter(torch.ones(size), requires_grad=False) if gain else None
         # Tensors, because coremltools turns `number / tensor` into an inverse with an epsilon
         # of its own, and a one-sided clamp into a clip with an infinite bound.
         self.register_buffer("root_eps", torch.tensor([math.sqrt(eps)]), persistent=False)
@@ -51,4 +54,5 @@ class RMSNorm(nn.Module):
         scaled = x / scale
         floor = self.root_eps / scale
         mean_square = (scaled * scaled).mean(dim=-1, keepdim=True)
-        return scaled * torch.rsqrt(mean_square + floor * floor) * self.weight
+        normed = scaled * torch.rsqrt(mean_square + floor * floor)
+        return normed if self.weight is None else normed * self.weight

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from llm_coreml.decoder.carried import Entries
 from llm_coreml.decoder.chunk import Chunk
 from llm_coreml.decoder.matrices import Linear
 from llm_coreml.decoder.norm import RMSNorm
@@ -35,16 +36,23 @@ class Attention(nn.Module):
         form: `fused` keeps `scaled_dot_product_attention` as one op; `decomposed` writes it as
             matmul, softmax, matmul with the scale applied to the queries, safe in fp16. Capped
             scores are always decomposed.
+        kept_as: The number of its layer, if later ones share its keys and values.
     """
 
     scale: torch.Tensor | None
 
     def __init__(
-        self, spec: AttentionSpec, hidden_size: int, slot: Slot, form: AttentionForm
+        self,
+        spec: AttentionSpec,
+        hidden_size: int,
+        slot: Slot,
+        form: AttentionForm,
+        kept_as: int | None = None,
     ) -> None:
         super().__init__()
         self.spec = spec
         self.slot = slot
+        self.kept_as = kept_as
         self.form: AttentionForm = form if spec.softcap is None else "decomposed"
         factor = self._query_factor()
         scale = None if factor is None else torch.tensor([factor])
@@ -52,41 +60,51 @@ class Attention(nn.Module):
         query_size = spec.num_attention_heads * spec.head_dim
         kv_size = spec.num_key_value_heads * spec.head_dim
         self.q_proj = Linear(hidden_size, query_size, bias=spec.qkv_bias)
-        self.k_proj = Linear(hidden_size, kv_size, bias=spec.qkv_bias)
-        self.v_proj = Linear(hidden_size, kv_size, bias=spec.qkv_bias)
+        if spec.shares is None:
+            self.k_proj = Linear(hidden_size, kv_size, bias=spec.qkv_bias)
+        if spec.shares is None and not spec.keys_are_values:
+            self.v_proj = Linear(hidden_size, kv_size, bias=spec.qkv_bias)
         self.o_proj = Linear(query_size, hidden_size, bias=spec.out_bias)
         if spec.qk_norm is not None:
             each = spec.qk_norm.over == "head"
             self.q_norm = RMSNorm(spec.head_dim if each else query_size, spec.qk_norm.eps)
-            self.k_norm = RMSNorm(spec.head_dim if each else kv_size, spec.qk_norm.eps)
+            if spec.shares is None:
+                self.k_norm = RMSNorm(spec.head_dim if each else kv_size, spec.qk_norm.eps)
+        if spec.value_norm is not None and spec.shares is None:
+            self.v_norm = RMSNorm(spec.head_dim, spec.value_norm.eps, gain=False)
 
     @property
     def wiring(self) -> Wiring:
         """What each matrix reads and writes."""
-        projections = (
-            Matrix("q_proj", reads="residual"),
-            Matrix("k_proj", reads="residual"),
-            Matrix("v_proj", reads="residual", writes="heads"),
+        spec = self.spec
+        queries, keys = Matrix("q_proj", reads="residual"), Matrix("k_proj", reads="residual")
+        values = Matrix("v_proj", reads="residual", writes="heads")
+        own = () if spec.shares is not None else (keys,) if spec.keys_are_values else (keys, values)
+        # Keys are no values of heads: where one matrix makes both, nothing turns either.
+        output = Matrix(
+            "o_proj", reads=None if spec.keys_are_values else "heads", writes="residual"
         )
-        output = Matrix("o_proj", reads="heads", writes="residual")
-        inner = () if self.spec.qk_norm is None else ("q_norm", "k_norm")
-        return Wiring((projections, (output,)), inner)
+        normed = ("q_norm",) if spec.shares is not None else ("q_norm", "k_norm")
+        return Wiring(((queries, *own), (output,)), () if spec.qk_norm is None else normed)
 
-    def steps(self, inputs: Halt, chunk: Chunk) -> Steps:
-        """Attend from `inputs` `[1, S, hidden]` to all that each token sees, up to itself."""
-        heads = yield partial(self._joined, (yield inputs), chunk)
-        return self.o_proj(self.o_proj.arrange(heads))  # type: ignore[no-any-return]
+    def steps(self, inputs: Halt, chunk: Chunk, heads: dict[int, Entries]) -> Steps:
+        """Attend from `inputs` `[1, S, hidden]` to all that each token sees, up to itself.
 
-    def _joined(self, x: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+        Args:
+            inputs: What is read.
+            chunk: What every layer is told.
+            heads: New keys and values by their layer, taken from or added to where layers share.
+        """
+        attended = yield partial(self._joined, (yield inputs), chunk, heads)
+        return self.o_proj(self.o_proj.arrange(attended))  # type: ignore[no-any-return]
+
+    def _joined(self, x: torch.Tensor, chunk: Chunk, heads: dict[int, Entries]) -> torch.Tensor:
         """Return what the heads give, side by side: `[1, S, heads * head_dim]`."""
         spec = self.spec
         x = self.q_proj.arrange(x)  # which is that of keys and values, too
         queries = self._turned(self._queries(x), chunk)  # [1, heads, S, head_dim]
         queries = queries.reshape(1, spec.num_key_value_heads, -1, spec.head_dim)
-        keys = self._turned(self._keys(x), chunk)
-        values = _heads_first(self.v_proj(x).view(1, -1, spec.num_key_value_heads, spec.head_dim))
-        cache = chunk.cache(self.slot.state)
-        keys, values = cache.update(self.slot.row, keys, values, chunk.start_pos)
+        keys, values = self._attended(x, chunk, heads)
         attended = self._attend(queries, keys, values, chunk.mask(spec))
         attended = attended.reshape(1, spec.num_attention_heads, -1, spec.head_dim)
         width = spec.num_attention_heads * spec.head_dim
@@ -96,6 +114,29 @@ class Attention(nn.Module):
         """Return queries `[1, S, heads, head_dim]`."""
         norm = None if self.spec.qk_norm is None else self.q_norm
         return self._split(self.q_proj(x), norm)
+
+    def _attended(self, x: torch.Tensor, chunk: Chunk, heads: dict[int, Entries]) -> Entries:
+        """Return keys and values of all positions, `[1, kv_heads, positions, head_dim]` each."""
+        cache, row = chunk.cache(self.slot.state), self.slot.row
+        if self.spec.shares is not None:
+            keys, values = cache.shared(row, *heads[self.spec.shares])
+            seen = chunk.mask(self.spec).shape[-1]
+            if seen < keys.shape[2]:  # of a text that is read in parts, later ones are there
+                keys, values = keys[:, :, :seen], values[:, :, :seen]
+            return keys, values
+        keys = self._turned(self._keys(x), chunk)
+        values = self._values(x)
+        if self.kept_as is not None:
+            heads[self.kept_as] = keys, values
+        return cache.update(row, keys, values, chunk.start_pos)
+
+    def _values(self, x: torch.Tensor) -> torch.Tensor:
+        """Return new values `[1, kv_heads, S, head_dim]`."""
+        products = self.k_proj(x) if self.spec.keys_are_values else self.v_proj(x)
+        values = products.view(1, -1, self.spec.num_key_value_heads, self.spec.head_dim)
+        if self.spec.value_norm is not None:
+            values = self.v_norm(values)
+        return _heads_first(values)
 
     def _keys(self, x: torch.Tensor) -> torch.Tensor:
         """Return keys `[1, S, kv_heads, head_dim]`."""

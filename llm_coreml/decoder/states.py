@@ -144,6 +144,18 @@ class CacheView(View):
             span = slice(int(start_pos), int(start_pos) + keys.shape[2])
             self.keys[layer, :, span] = keys[0]
             self.values[layer, :, span] = values[0]
+        return self.shared(layer, keys, values)
+
+    def shared(
+        self, layer: int, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what `update` gave for a layer, to one that attends to the same.
+
+        Args:
+            layer: Row of the cache.
+            keys: The new ones, as `update` was given them.
+            values: The same of values.
+        """
         return self._read(self.keys, layer), self._read(self.values, layer)
 
     def _read(self, cache: torch.Tensor, layer: int) -> torch.Tensor:
@@ -160,6 +172,12 @@ class _WindowView(CacheView):
 
     def update(
         self, layer: int, keys: torch.Tensor, values: torch.Tensor, start_pos: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys and values as they are."""
+        return keys, values
+
+    def shared(
+        self, layer: int, keys: torch.Tensor, values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return keys and values as they are."""
         return keys, values
@@ -211,11 +229,14 @@ class KVCache(State):
 
 
 def slots(spec: DecoderSpec) -> tuple[Slot, ...]:
-    """Return where the part of every layer lies."""
+    """Return where the part of every layer lies, or of the one whose keys and values it shares."""
     found = {}
     for number, layers in enumerate(_caches(spec).values()):
-        for row, layer in enumerate(layers):
-            found[layer] = Slot(numbered("cache", number), row)
+        for row, owner in enumerate(layers):
+            found[owner] = Slot(numbered("cache", number), row)
+    for index, layer in enumerate(spec.layers):
+        if layer.mixer.shares is not None:
+            found[index] = found[layer.mixer.shares]
     return tuple(found[index] for index in range(len(spec.layers)))
 
 
@@ -247,5 +268,6 @@ def _caches(spec: DecoderSpec) -> dict[CacheSizes, list[int]]:
     """Return the layers whose caches have the same number of heads and head size."""
     found: dict[CacheSizes, list[int]] = {}
     for index, layer in enumerate(spec.layers):
-        found.setdefault(layer.mixer.remembers, []).append(index)
+        if layer.mixer.remembers is not None:
+            found.setdefault(layer.mixer.remembers, []).append(index)
     return found

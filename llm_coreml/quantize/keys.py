@@ -15,7 +15,7 @@ import torch
 from llm_coreml.checkpoint.weights_view import Weights
 from llm_coreml.decoder import Decoder
 from llm_coreml.quantize.cache import make_key
-from llm_coreml.quantize.plan.plan import QuantizationPlan
+from llm_coreml.quantize.plan.plan import QuantizationPlan, beside_blocks
 
 
 class Keys:
@@ -57,6 +57,8 @@ class Keys:
 
     def _begin(self) -> str:
         """Return what the text is when it meets the first block, and how blocks compute."""
-        table = self.block(["embed_tokens.weight"], ["embed_tokens"], calibrated=False)
+        others = [name for name in self._weights.names() if name.startswith("per_layer.")]
+        owners = ["embed_tokens", *(name for name, _ in beside_blocks(self._decoder.spec))]
+        table = self.block(["embed_tokens.weight", *sorted(others)], owners, calibrated=False)
         decoder = repr((self._decoder.spec, self._decoder.attention))
         return make_key({"table": table, "decoder": decoder, "text": repr(self._windows)})

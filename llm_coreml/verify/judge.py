@@ -20,6 +20,7 @@ from torch import nn
 
 from llm_coreml.decoder import Decoder
 from llm_coreml.decoder.block import Block
+from llm_coreml.decoder.matrices import Embedding
 from llm_coreml.decoder.wiring import Steps
 from llm_coreml.quantize.formats.round import dense_rows, one_row
 from llm_coreml.verify.cached_text import CachedText
@@ -80,20 +81,35 @@ def read_together(
         on_layer: Called after every block, when `states` are what it gave.
         on_weight: Called with every matrix of the blocks.
     """
-    _enter(decoder, texts)
     with plain_half(decoder) as half:
+        _enter(decoder, texts, half, on_weight)
         for index in range(len(decoder.layers)):
             _through(decoder, index, texts, half, on_weight)
             on_layer()
 
 
-def _enter(decoder: Decoder, texts: Sequence[Reading]) -> None:
-    """Take the tokens' rows of the table, without expanding it as a whole."""
-    table = decoder.embed_tokens.weight
-    for text in texts:
-        tokens, places = torch.unique(torch.tensor(text.tokens), return_inverse=True)
-        rows = torch.cat([one_row(table, token) for token in tokens.tolist()])[places]
-        text.states = decoder.entering(half_of(rows) if text.half else rows)
+def _enter(
+    decoder: Decoder, texts: Sequence[Reading], half: PlainHalf, on_weight: OnWeight
+) -> None:
+    """Read the tokens, without expanding a table as a whole."""
+    named = [] if decoder.per_layer is None else ["per_layer.projection"]
+    with _expanded(decoder, named) as weights:
+        for name, weight in zip(named, weights, strict=True):
+            on_weight(f"{name}.weight", weight)
+        for text in [text for text in texts if not text.half]:
+            text.states = decoder.embed(torch.tensor([text.tokens]), _look_up)[0]
+        for weight in weights:
+            weight.copy_(half_of(weight))
+        for text in [text for text in texts if text.half]:
+            tokens = torch.tensor([text.tokens])
+            rows = {table: half_of(_look_up(table, tokens)) for table in decoder.tables}
+            with half:
+                text.states = decoder.embed(tokens, lambda table, _, rows=rows: rows[table])[0]
+
+
+def _look_up(table: Embedding, tokens: torch.Tensor) -> torch.Tensor:
+    found, places = torch.unique(tokens[0], return_inverse=True)
+    return torch.cat([one_row(table.weight, token) for token in found.tolist()])[places][None]
 
 
 def _through(
