@@ -22,6 +22,7 @@ from llm_coreml.printable import printable
 
 # model_type in config.json -> file in this folder
 _MODULES = {
+    "gemma4_text": "gemma4_text",
     "llama": "llama",
     "mistral": "mistral",
     "qwen2": "qwen2",
