@@ -38,6 +38,7 @@ class RMSNorm(nn.Module):
 
     def __init__(self, size: int, eps: float, gain: bool = True) -> None:
         super().__init__()
+        self.size = size
         self.weight = nn.Parameter(torch.ones(size), requires_grad=False) if gain else None
         # Tensors, because coremltools turns `number / tensor` into an inverse with an epsilon
         # of its own, and a one-sided clamp into a clip with an infinite bound.

@@ -51,7 +51,8 @@ class PerLayerInputs(nn.Module):
         spec, shape = self.spec, (1, -1, self.count, self.spec.width)
         products = self.projection(self.projection.arrange(x)) * spec.products_multiplier
         parts = self.norm(products.view(shape)) + rows.view(shape) * spec.table_multiplier
-        return (parts * spec.sum_multiplier).flatten(2)
+        parts = parts * spec.sum_multiplier
+        return parts.flatten(2)
 
 
 class PerLayerMLP(nn.Module):

@@ -146,7 +146,7 @@ class Attention(nn.Module):
     def _split(self, x: torch.Tensor, norm: RMSNorm | None) -> torch.Tensor:
         """Return heads `[1, S, heads, head_dim]` of `x` `[1, S, heads * head_dim]`, normed."""
         width, head_dim = x.shape[-1], self.spec.head_dim
-        if norm is not None and len(norm.weight) != head_dim:
+        if norm is not None and norm.size != head_dim:
             return norm(x).view(1, -1, width // head_dim, head_dim)  # type: ignore[no-any-return]
         heads = x.view(1, -1, width // head_dim, head_dim)
         return heads if norm is None else norm(heads)

@@ -19,6 +19,7 @@ from llm_coreml.decoder.spec import (
     LayerSpec,
     MLPSpec,
     NormSpec,
+    PerLayerSpec,
     QKNormSpec,
     RopeSpec,
 )
@@ -43,7 +44,20 @@ LAYERS = (
         replace(HEADS, rope=1, softcap=2.0, norm=None, qk_norm=QKNormSpec(over="all")),
         replace(MLP, gated=False, activation="relu2", norm=None),
     ),
-    LayerSpec(replace(HEADS, num_key_value_heads=1, rope=None, qkv_bias=True), MLP),
+    LayerSpec(
+        replace(
+            HEADS,
+            num_key_value_heads=1,
+            rope=None,
+            qkv_bias=True,
+            value_norm=NORM,
+            keys_are_values=True,
+        ),
+        MLP,
+        scaled=True,
+    ),
+    LayerSpec(replace(HEADS, window=9, qk_norm=QKNormSpec(), shares=0), MLP),
+    LayerSpec(replace(HEADS, num_key_value_heads=1, shares=2), MLP),
 )
 SPEC = DecoderSpec(
     "tiny",
@@ -52,6 +66,7 @@ SPEC = DecoderSpec(
     max_position_embeddings=32,
     layers=LAYERS,
     rotary=(RopeSpec(16, 100.0), RopeSpec(8)),
+    per_layer=PerLayerSpec(101, 8, table_multiplier=2.0, sum_multiplier=0.7),
     embedding_multiplier=3.0,
     residual_multiplier=0.7,
     logits_multiplier=0.5,
@@ -66,7 +81,8 @@ def random_decoder(form: Literal["fused", "decomposed"]) -> Decoder:
     for name, parameter in list(decoder.named_parameters()):
         owner, _, attribute = name.rpartition(".")
         noise = torch.randn(parameter.shape, generator=generator) * 0.15
-        values = nn.Parameter(1 + noise if "norm" in name else noise, requires_grad=False)
+        gain = "norm" in name or "scalar" in name
+        values = nn.Parameter(1 + noise if gain else noise, requires_grad=False)
         setattr(decoder.get_submodule(owner), attribute, values)
     return decoder.eval()
 
