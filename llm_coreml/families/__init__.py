@@ -24,6 +24,8 @@ from llm_coreml.printable import printable
 _MODULES = {
     "llama": "llama",
     "mistral": "mistral",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
 }
 
 
