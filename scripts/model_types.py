@@ -13,6 +13,7 @@ from llm_coreml.families.known_types import known_names, known_of
 _TITLES = {
     "planned": ("Planned", "Not exported yet; the decoder will learn what they need."),
     "dense": ("Possible", "Dense decoders that have no family yet."),
+    "inside": ("Read as what is inside", "Their text models have a `model_type` of their own."),
     "other": ("Not planned", "What stands against each."),
 }
 _HEAD = """# Model types

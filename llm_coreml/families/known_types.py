@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, final
 
-Outlook = Literal["planned", "dense", "other"]
+Outlook = Literal["planned", "dense", "inside", "other"]
 
 
 @final
@@ -21,8 +21,9 @@ class Known:
     """What a model_type without a family is.
 
     Attributes:
-        outlook: `planned`, `dense` (a decoder that could have a family, and has none yet) or
-            `other`, which nothing is planned for.
+        outlook: `planned`, `dense` (a decoder that could have a family, and has none yet), `inside`
+            (its text model is read, by a model_type of its own) or `other`, which nothing is
+            planned for.
         what: In words, to follow "it is".
     """
 
@@ -38,6 +39,7 @@ class Known:
 _ENDS: Mapping[Outlook, str] = {
     "planned": ", which is planned.",
     "dense": "; it has no family yet.",
+    "inside": ", of which the text model is read by its own model_type.",
     "other": ", which is not planned.",
 }
 # By what they are; names in the order of `transformers`.
@@ -55,16 +57,21 @@ _PLANNED = {
     "a mixture of experts with layers of state in the place of attention": (
         "granitemoehybrid jamba lara_mini lfm2_moe nemotron_h qwen3_5_moe_text qwen3_next"
     ),
-    "a model of several modalities around a decoder with layers of state": "qwen3_5 qwen3_5_moe",
+}
+_INSIDE = {
+    "a model of several modalities": (
+        "dots3_note emu3 fuyu gemma3 gemma3n gemma4 gemma4_unified got_ocr2 llama4 mllama "
+        "moss_transcribe_diarize qwen3_5 qwen3_5_moe qwen4_exp"
+    ),
 }
 _OTHER = {
     "a mixture of experts with latent attention, of a size that no device holds": (
-        "axk1 axk2 deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4 dots3_note dots3_note_text "
+        "axk1 axk2 deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4 dots3_note_text "
         "glm4_moe_lite glm_moe_dsa hy_v4 longcat_flash sarvam_mla"
     ),
     "a mixture of experts with layers of state and latent attention": "bailing_hybrid kimi_linear",
     "a mixture of experts of a size that no device holds": (
-        "llama4 llama4_text minimax minimax_m3_vl_text qwen4_exp qwen4_exp_text"
+        "llama4_text minimax minimax_m3_vl_text qwen4_exp_text"
     ),
     "a mixture of experts with relative positions and convolutions of its own": (
         "inkling2_loop_text inkling2_text inkling_text"
@@ -81,9 +88,7 @@ _OTHER = {
         "prophetnet trocr whisper"
     ),
     "a decoder of audio codes": "moshi musicgen musicgen_melody",
-    "a model that sees or hears, whose text part is no model alone": (
-        "emu3 fuyu git got_ocr2 mllama moss_transcribe_diarize phi4_multimodal"
-    ),
+    "a model that sees or hears, whose text part is no model alone": "git phi4_multimodal",
     "a drafter that reads the states of another model": (
         "gemma4_assistant gemma4_unified_assistant"
     ),
@@ -99,8 +104,8 @@ _OTHER = {
 _DENSE = {
     "a dense decoder": (
         "apertus apertus1p5_text arcee biogpt bloom codegen cohere cohere2 cohere_compass_text "
-        "ctrl cwm ernie4_5 exaone exaone4 falcon gemma gemma2 gemma3 gemma3_text gemma3n "
-        "gemma3n_text gemma4 gemma4_text gemma4_unified gemma4_unified_text glm glm4 gpt-sw3 gpt2 "
+        "ctrl cwm ernie4_5 exaone exaone4 falcon gemma gemma2 gemma3_text "
+        "gemma3n_text gemma4_text gemma4_unified_text glm glm4 gpt-sw3 gpt2 "
         "gpt_bigcode gpt_neo gpt_neox gpt_neox_japanese gptj granite granite_swa helium "
         "hunyuan_v1_dense hyperclovax internlm3 iquestcoder jais2 ministral ministral3 "
         "modernbert-decoder mpt nanochat nemotron olmo olmo2 olmo3 openai-gpt opt persimmon phi "
@@ -110,6 +115,7 @@ _DENSE = {
 _KINDS: tuple[tuple[Outlook, Mapping[str, str]], ...] = (
     ("planned", _PLANNED),
     ("dense", _DENSE),
+    ("inside", _INSIDE),
     ("other", _OTHER),
 )
 _KNOWN = {
