@@ -34,6 +34,7 @@ from llm_coreml.bundle.record import make_manifest
 from llm_coreml.bundle.seal import sealed
 from llm_coreml.config import ExportConfig, Job, resolve
 from llm_coreml.decoder import Decoder, DecoderSpec
+from llm_coreml.decoder.rope import table_notes
 from llm_coreml.decoder.states import state_specs
 from llm_coreml.errors import UnsupportedError, VerificationError
 from llm_coreml.lower.forms import form_for
@@ -188,13 +189,16 @@ def _write(run: _Run, model: Model, draft: Path, cache: WeightCache) -> None:
 
 
 def _tell_of_the_context(run: _Run, model: Model, job: Job) -> None:
-    """Tell of a context that is longer than config.json says."""
-    meant = model.spec.max_position_embeddings
-    if job.shapes.context > meant:
+    """Tell of a context that is longer than config.json says, and of angles that go by it."""
+    meant, context = model.spec.max_position_embeddings, job.shapes.context
+    if context > meant:
+        kinds = dict.fromkeys(rope.kind for rope in model.spec.rotary)
         run.progress.note(
-            f"config.json names {meant} positions; the {job.shapes.context} of --context rest on "
-            "its linear scaling of RoPE."
+            f"config.json names {meant} positions; the {context} of --context rest on "
+            f"its {' and '.join(kinds)} scaling of RoPE."
         )
+    for note in table_notes(model.spec.rotary, context):
+        run.progress.note(note)
 
 
 def _tell_of_the_states(run: _Run, model: Model, job: Job) -> None:

@@ -60,8 +60,9 @@ def test_rope_is_read_in_its_three_spellings(changes: dict[str, Any]) -> None:
     ("changes", "message"),
     [
         (
-            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
-            "config.json scales RoPE by 'yarn'; supported are default, linear, dynamic, llama3.",
+            {"rope_scaling": {"rope_type": "axial", "factor": 2.0}},
+            "config.json scales RoPE by 'axial'; supported are default, linear, dynamic, llama3, "
+            "yarn, longrope, proportional.",
         ),
         (
             {"hidden_act": "gelu"},

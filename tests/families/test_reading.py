@@ -39,6 +39,13 @@ LINEAR = {"rope_type": "linear", "factor": 4.0}
 BANDS = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 = {"rope_type": "llama3", **BANDS, "original_max_position_embeddings": 32}
 DEFAULT = {"rope_type": "default", "rope_theta": 500.0}
+YARN = {"factor": 4.0, "original_max_position_embeddings": 32}
+LONGROPE = {
+    "factor": 4.0,
+    "short_factor": [1.0, 1.25, 1.5, 2.0],
+    "long_factor": [1.0, 3.0, 5.0, 7.0],
+    "original_max_position_embeddings": 32,
+}
 SPELLINGS: dict[str, dict[str, Any]] = {
     "silent": {},
     # RoPE, before transformers 5
@@ -66,6 +73,34 @@ SPELLINGS: dict[str, dict[str, Any]] = {
         "rope_scaling": LLAMA3,
         "original_max_position_embeddings": 64,
     },
+    "yarn": {"rope_scaling": {"type": "yarn", **YARN}},
+    "yarn, all that it has": {
+        "rope_scaling": {
+            "rope_type": "yarn",
+            **YARN,
+            "beta_fast": 16,
+            "beta_slow": 2,
+            "mscale": 0.7,
+            "mscale_all_dim": 1.0,
+            "truncate": False,
+        }
+    },
+    "yarn, nulls": {
+        "rope_scaling": {
+            "rope_type": "yarn",
+            **YARN,
+            "factor": None,
+            "beta_fast": None,
+            "mscale": None,
+            "attention_factor": None,
+        }
+    },
+    "yarn, length beside": {
+        "rope_scaling": {"rope_type": "yarn", **YARN},
+        "original_max_position_embeddings": 64,
+    },
+    "yarn, no trained length": {"rope_scaling": {"rope_type": "yarn", "factor": 3.0}},
+    "longrope": {"rope_scaling": {"type": "longrope", **LONGROPE}},
     # transformers 5
     "parameters": {"rope_parameters": DEFAULT},
     "parameters without type": {"rope_parameters": {"rope_theta": 500.0}},
@@ -76,6 +111,11 @@ SPELLINGS: dict[str, dict[str, Any]] = {
     "llama3 parameters": {"rope_parameters": {**LLAMA3, "rope_theta": 500.0}},
     "dynamic parameters": {
         "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 500.0}
+    },
+    "yarn parameters": {"rope_parameters": {"rope_type": "yarn", **YARN, "attention_factor": 1.5}},
+    "longrope parameters": {"rope_parameters": {"rope_type": "longrope", **LONGROPE}},
+    "proportional parameters": {
+        "rope_parameters": {**DEFAULT, "rope_type": "proportional", "partial_rotary_factor": 0.5}
     },
     "partial factor, unscaled": {"rope_parameters": {**DEFAULT, "partial_rotary_factor": 0.5}},
     "whole factor, scaled": {"rope_parameters": {**LINEAR, "partial_rotary_factor": 1.0}},
@@ -208,10 +248,11 @@ def test_what_a_config_leaves_out_is_what_transformers_takes(model_type: str) ->
 
 @pytest.mark.parametrize("model_type", known_model_types())
 @pytest.mark.parametrize("context", [256, 384])
-def test_linear_scaling_reaches_beyond_the_length_in_the_file(
-    model_type: str, context: int, tmp_path: Path
+@pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn"])
+def test_a_scaling_reaches_beyond_the_length_in_the_file(
+    kind: str, model_type: str, context: int, tmp_path: Path
 ) -> None:
-    changes = {"rope_scaling": {"type": "linear", "factor": 3.0}}
+    changes = {"rope_scaling": {"type": kind, "factor": 3.0}}
     config = write_config(tmp_path, model_type, changes)
     spec = find_family(config).spec(config)
     assert spec.longest_context == 3 * 128
