@@ -76,6 +76,7 @@ def export(
     scheme: str | None = None,
     target: str | None = None,
     context: int | None = None,
+    family: str | None = None,
     config: ExportConfig | None = None,
     overwrite: bool = False,
     revision: str | None = None,
@@ -90,10 +91,11 @@ def export(
         tokenizer: Tokenizer of a live model; without one the bundle cannot read text.
         output: Folder to make.
         bits: Bits per weight of the linear layers, a fraction to mix formats; wins over `config`,
-            as the next three do.
+            as the next four do.
         scheme: Weight format.
         target: Compute unit.
         context: Positions of the KV cache.
+        family: What a model whose `model_type` has no family is read as.
         config: All other settings; None takes a recipe's, or the defaults.
         overwrite: Replace an earlier export at `output`.
         revision: Branch, tag or commit of a hub id.
@@ -110,14 +112,17 @@ def export(
         LlmCoreMLError: see `errors`; nothing is left at `output` that was not there before. What
             failed its verification is kept in a folder beside it, see `bundle.failed`.
     """
-    given = {"bits": bits, "scheme": scheme, "target": target, "context": context}
+    given = {"bits": bits, "scheme": scheme, "target": target, "context": context, "family": family}
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     run = _Run((config or _settings(model)).under(changes), progress or Silent(), cache)
     check_output(Path(output), overwrite)
     if run.config.calibrate is not None:
         read_content(run.config.calibrate)  # what is wrong with it is told before work is done
     run.progress.stage("open")
-    opened = open_model(model, tokenizer, revision, local_files_only, accept=run.check)
+    as_family = run.config.family
+    opened = open_model(
+        model, tokenizer, revision, local_files_only, accept=run.check, family=as_family
+    )
     for note in opened.notes:
         run.progress.note(note)
     with new_bundle(Path(output), overwrite) as draft, run.open_cache() as kept, kept.paged_out():
