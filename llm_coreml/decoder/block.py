@@ -10,6 +10,7 @@ from torch import nn
 
 from llm_coreml.decoder.carried import Carried, Layout
 from llm_coreml.decoder.chunk import Chunk
+from llm_coreml.decoder.matrices import multiplier
 from llm_coreml.decoder.mlp import MLP
 from llm_coreml.decoder.norm import RMSNorm
 from llm_coreml.decoder.per_layer import PerLayerMLP
@@ -29,6 +30,8 @@ class Block(nn.Module):
         form: See `Attention`.
     """
 
+    residual_multiplier: torch.Tensor | None
+
     def __init__(self, spec: DecoderSpec, index: int, slot: Slot, form: AttentionForm) -> None:
         super().__init__()
         layer, hidden = spec.layers[index], spec.hidden_size
@@ -39,7 +42,8 @@ class Block(nn.Module):
         self.mlp = MLP(layer.feed_forward, hidden)
         self.attention_out_norm = _norm(hidden, layer.mixer.out_norm)
         self.mlp_out_norm = _norm(hidden, layer.feed_forward.out_norm)
-        self.residual_multiplier = spec.residual_multiplier
+        factor = multiplier(spec.residual_multiplier)
+        self.register_buffer("residual_multiplier", factor, persistent=False)
         self.per_layer: PerLayerMLP | None = None
         self.per_layer_out_norm: RMSNorm | None = None
         if spec.per_layer is not None:
@@ -89,7 +93,7 @@ class Block(nn.Module):
     def _changed(self, x: torch.Tensor, change: torch.Tensor, norm: RMSNorm | None) -> torch.Tensor:
         if norm is not None:
             change = norm(change)
-        if self.residual_multiplier != 1:
+        if self.residual_multiplier is not None:
             change = change * self.residual_multiplier
         return x + change
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from llm_coreml.decoder.block import Block
 from llm_coreml.decoder.chunk import Chunk, make_mask
-from llm_coreml.decoder.matrices import Embedding, Linear
+from llm_coreml.decoder.matrices import Embedding, Linear, SoftCap, multiplier
 from llm_coreml.decoder.norm import RMSNorm
 from llm_coreml.decoder.per_layer import PerLayerInputs
 from llm_coreml.decoder.self_attention import AttentionForm
@@ -53,6 +53,8 @@ class Decoder(nn.Module):
     """
 
     positions: torch.Tensor
+    embedding_multiplier: torch.Tensor | None
+    logits_multiplier: torch.Tensor | None
 
     def __init__(
         self,
@@ -77,6 +79,10 @@ class Decoder(nn.Module):
             self.per_layer = PerLayerInputs(spec.per_layer, spec.hidden_size, len(spec.layers))
         self.norm = RMSNorm(spec.hidden_size, spec.norm.eps)
         self.lm_head = Linear(spec.hidden_size, spec.vocab_size, bias=False)
+        self.softcap = None if spec.logits_softcap is None else SoftCap(spec.logits_softcap)
+        factors = {"embedding": spec.embedding_multiplier, "logits": spec.logits_multiplier}
+        for name, factor in factors.items():
+            self.register_buffer(f"{name}_multiplier", multiplier(factor), persistent=False)
         for name, state in make_states(spec, context, spare).items():
             self.add_module(name, state)
         for name, table in position_tables(spec, context).items():
@@ -153,9 +159,9 @@ class Decoder(nn.Module):
         Returns:
             float32 `[1, S, hidden]`; where blocks are given more, as `Layout` has it.
         """
-        tokens, multiplier = tokens.to(torch.int32), self.spec.embedding_multiplier
+        tokens = tokens.to(torch.int32)
         x = look_up(self.embed_tokens, tokens)
-        x = x if multiplier == 1 else x * multiplier
+        x = x if self.embedding_multiplier is None else x * self.embedding_multiplier
         if self.per_layer is None:
             return x
         rows = look_up(self.per_layer.embed_tokens, tokens)
@@ -207,9 +213,10 @@ class Decoder(nn.Module):
 
     def leaving(self, products: torch.Tensor) -> torch.Tensor:
         """Return the logits that the head's products `[..., vocab]` become."""
-        multiplier, cap = self.spec.logits_multiplier, self.spec.logits_softcap
-        logits = products if multiplier == 1 else products * multiplier
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        logits = products
+        if self.logits_multiplier is not None:
+            logits = logits * self.logits_multiplier.to(logits.device)
+        return logits if self.softcap is None else self.softcap(logits)
 
     def reset(self) -> None:
         """Forget the sequence."""

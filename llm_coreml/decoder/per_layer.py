@@ -27,6 +27,10 @@ class PerLayerInputs(nn.Module):
         count: Layers.
     """
 
+    table_multiplier: torch.Tensor
+    products_multiplier: torch.Tensor
+    sum_multiplier: torch.Tensor
+
     def __init__(self, spec: PerLayerSpec, hidden_size: int, count: int) -> None:
         super().__init__()
         self.spec = spec
@@ -34,6 +38,12 @@ class PerLayerInputs(nn.Module):
         self.embed_tokens = Embedding(spec.vocab_size, count * spec.width)
         self.projection = Linear(hidden_size, count * spec.width, bias=False)
         self.norm = RMSNorm(spec.width, spec.norm.eps)
+        # Tensors, so that eagerly they are the numbers that a program holds.
+        table, products = spec.table_multiplier, spec.products_multiplier
+        self.register_buffer("table_multiplier", torch.tensor([table]), persistent=False)
+        self.register_buffer("products_multiplier", torch.tensor([products]), persistent=False)
+        total = torch.tensor([spec.sum_multiplier])
+        self.register_buffer("sum_multiplier", total, persistent=False)
 
     @property
     def wiring(self) -> Wiring:
@@ -48,11 +58,10 @@ class PerLayerInputs(nn.Module):
             x: What the first block gets, `[1, S, hidden]`.
             rows: Of the table, `[1, S, layers * width]`.
         """
-        spec, shape = self.spec, (1, -1, self.count, self.spec.width)
-        products = self.projection(self.projection.arrange(x)) * spec.products_multiplier
-        parts = self.norm(products.view(shape)) + rows.view(shape) * spec.table_multiplier
-        parts = parts * spec.sum_multiplier
-        return parts.flatten(2)
+        shape = (1, -1, self.count, self.spec.width)
+        products = self.projection(self.projection.arrange(x)) * self.products_multiplier
+        parts = self.norm(products.view(shape)) + rows.view(shape) * self.table_multiplier
+        return (parts * self.sum_multiplier).flatten(2)
 
 
 class PerLayerMLP(nn.Module):

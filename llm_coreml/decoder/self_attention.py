@@ -16,7 +16,7 @@ from torch import nn
 
 from llm_coreml.decoder.carried import Entries
 from llm_coreml.decoder.chunk import Chunk
-from llm_coreml.decoder.matrices import Linear
+from llm_coreml.decoder.matrices import Linear, SoftCap
 from llm_coreml.decoder.norm import RMSNorm
 from llm_coreml.decoder.rope import rotate
 from llm_coreml.decoder.spec import AttentionSpec
@@ -55,6 +55,7 @@ class Attention(nn.Module):
         self.kept_as = kept_as
         plain = spec.softcap is None and not spec.sinks
         self.form: AttentionForm = form if plain else "decomposed"
+        self.softcap = None if spec.softcap is None else SoftCap(spec.softcap)
         factor = self._query_factor()
         scale = None if factor is None else torch.tensor([factor])
         self.register_buffer("scale", scale, persistent=False)
@@ -191,8 +192,8 @@ class Attention(nn.Module):
         if self.form == "fused":
             return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
         scores = queries @ keys.permute(0, 1, 3, 2)
-        if self.spec.softcap is not None:
-            scores = torch.tanh(scores / self.spec.softcap) * self.spec.softcap
+        if self.softcap is not None:
+            scores = self.softcap(scores)
         scores = scores + mask
         if not self.spec.sinks:
             return torch.softmax(scores, dim=-1) @ values

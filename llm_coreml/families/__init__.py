@@ -25,6 +25,7 @@ from llm_coreml.printable import printable
 _MODULES = {
     "ernie4_5": "ernie4_5",
     "gemma4_text": "gemma4_text",
+    "gemma4_unified_text": "gemma4_text",
     "glm": "glm",
     "glm4": "glm4",
     "granite_swa": "granite_swa",

@@ -45,6 +45,12 @@ _DEFAULTS = {
     "vocab_size_per_layer_input": 262144,
     "hidden_size_per_layer_input": 256,
 }
+# The text model inside of the one that sees and hears without towers (12B).
+_UNIFIED = {
+    "sliding_window": 1024,
+    "max_position_embeddings": 262144,
+    "hidden_size_per_layer_input": 0,
+}
 _ROTARY = {
     _LOCAL: {"rope_type": "default", "rope_theta": 10000.0},
     _FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
@@ -74,7 +80,8 @@ def spec(config: Mapping[str, Any]) -> DecoderSpec:
         UnsupportedError: experts, or an option that the decoder does not compute.
     """
     known = {key: value for key, value in config.items() if value is not None}
-    read = Dense({**_DEFAULTS, **known}, Keys(activation="hidden_activation"))
+    unified = _UNIFIED if config["model_type"] == "gemma4_unified_text" else {}
+    read = Dense({**_DEFAULTS, **unified, **known}, Keys(activation="hidden_activation"))
     if flag(config, "enable_moe_block"):
         raise UnsupportedError(
             "config.json has enable_moe_block: a mixture of experts beside the dense layers, which "

@@ -92,6 +92,7 @@ _OTHER = {
     "a drafter that reads the states of another model": (
         "gemma4_assistant gemma4_unified_assistant"
     ),
+    "a decoder of four residual streams, whose activations are made sparse": "gemma3n_text",
     "a model whose layers are run several times": "dory hrm_text",
     "a model of bytes in patches of any length": "blt",
     "a decoder whose matrices round what they multiply": "bitnet",
@@ -104,8 +105,8 @@ _OTHER = {
 _DENSE = {
     "a dense decoder": (
         "apertus apertus1p5_text arcee biogpt bloom codegen cohere cohere2 cohere_compass_text "
-        "ctrl cwm exaone exaone4 falcon gemma gemma2 gemma3_text gemma3n_text gemma4_text "
-        "gemma4_unified_text gpt-sw3 gpt2 gpt_bigcode gpt_neo gpt_neox gpt_neox_japanese gptj "
+        "ctrl cwm exaone exaone4 falcon gemma gemma2 gemma3_text gpt-sw3 gpt2 gpt_bigcode "
+        "gpt_neo gpt_neox gpt_neox_japanese gptj "
         "granite helium hyperclovax internlm3 iquestcoder jais2 ministral modernbert-decoder mpt "
         "nanochat nemotron olmo olmo2 olmo3 openai-gpt opt persimmon phi seed_oss stablelm "
         "starcoder2 vaultgemma xglm"

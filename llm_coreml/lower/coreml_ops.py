@@ -1,4 +1,4 @@
-"""The Core ML lowering of the ops that write states, one for each kind of state.
+"""The Core ML lowering of the ops that write states, one for each kind of state, and of GELU.
 
 Importing the module registers them with coremltools; the partitioner then accepts them.
 """
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from coremltools.converters.mil import Builder as mb
-from coremltools.converters.mil.frontend.torch.ops import _get_inputs
+from coremltools.converters.mil.frontend.torch.ops import _get_inputs, _get_kwinputs
 from coremltools.converters.mil.frontend.torch.torch_op_registry import register_torch_op
 from coremltools.converters.mil.mil import types
 from torch._library.custom_ops import CustomOpDef
@@ -43,3 +43,16 @@ def kv_write(context: Any, node: Any) -> None:
     written = mb.coreml_update_state(state=state, value=narrowed)
     context.name_to_source_state[node.name] = state
     context.add(mb.cast(x=written, dtype="fp32", name=node.name))
+
+
+@register_torch_op(override=True)  # type: ignore[untyped-decorator]
+def gelu(context: Any, node: Any) -> None:
+    """Lower GELU in the form that is asked for.
+
+    coremltools reads the form among the plain inputs, while an exported graph names it: every GELU
+    would be the exact one.
+    """
+    (x,) = _get_inputs(context, node, expected=1)
+    form = _get_kwinputs(context, node, "approximate", default=["none"])
+    mode = {"none": "EXACT", "tanh": "TANH_APPROXIMATION"}[form[0]]
+    context.add(mb.gelu(x=x, mode=mode, name=node.name))

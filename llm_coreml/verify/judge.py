@@ -46,7 +46,7 @@ class Reading:
         half: Whether it is read in plain fp16, see `halves`; such texts come after all others.
 
     Attributes:
-        states: What the last block gave, float32 `[S, hidden]`.
+        states: What the last block gave, float32 `[S, hidden]`; between blocks as `Layout` has it.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ def _through(
         with half if text.half else nullcontext():
             passages += [_Passage(text, steps) for steps in text.steps(decoder, block)]
     for text in texts:
-        text.states = text.states[:0]
+        text.states = torch.empty(0)
     for names in block.wiring.shared:
         with _expanded(block, names) as weights:
             for name, weight in zip(names, weights, strict=True):

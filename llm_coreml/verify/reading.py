@@ -102,7 +102,8 @@ def read_text(
         late = _tokens_at(tokens, plan.start, count)
         texts[plan.start] = Reading(plan.start, late, CachedText(decoder, later))
     halves = _halves(decoder, texts, plan, later) if in_fp16 else {}
-    growth = _Growth([(texts[start], half) for start, half in halves.items()])
+    pairs = [(texts[start], half) for start, half in halves.items()]
+    growth = _Growth(pairs, decoder.spec.hidden_size)
     digests = Digests()
     read_together(decoder, [*texts.values(), *halves.values()], growth.note, on_weight=digests.add)
     exact = [texts[start].states[found] for start, found in rows.items()]
@@ -149,18 +150,21 @@ class _Growth:
 
     Args:
         pairs: Texts beside the same in plain fp16.
+        hidden: Width of the residual stream, beside which blocks may hand on more.
     """
 
-    def __init__(self, pairs: Sequence[tuple[Reading, Reading]]) -> None:
+    def __init__(self, pairs: Sequence[tuple[Reading, Reading]], hidden: int) -> None:
         self._pairs = pairs
+        self._hidden = hidden
         self._errors = [0.0]
 
     def note(self) -> None:
         """Take the error that a block has just left."""
         errors = []
         for text, half in self._pairs:
-            exact = text.states[: len(half.states)]
-            errors.append((half.states - exact).norm(dim=-1) / exact.norm(dim=-1))
+            found = half.states[:, : self._hidden]
+            exact = text.states[: len(found), : self._hidden]
+            errors.append((found - exact).norm(dim=-1) / exact.norm(dim=-1))
         if errors:
             self._errors.append(float(torch.cat(errors).mean()))
 

@@ -229,6 +229,14 @@ TABLE: dict[str, Entry] = {
         },
         sizes=_GEMMA_4,
     ),
+    "gemma4_unified_text": Entry(
+        {
+            "one-matrix": {"attention_k_eq_v": True, "num_global_key_value_heads": 1},
+            "shared": {"num_kv_shared_layers": 3, "use_double_wide_mlp": True},
+            "pattern": {"layer_types": ABSENT, "sliding_window": ABSENT, "head_dim": 24},
+        },
+        sizes={k: v for k, v in _GEMMA_4.items() if "per_layer" not in k},
+    ),
     "phi3": Entry(
         {
             "plain": {"sliding_window": 9},

@@ -6,11 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import coremltools as ct
 import pytest
 import torch
 from coremltools.converters.mil.frontend.torch.torch_op_registry import _TORCH_OPS_REGISTRY
 from torch import nn
 
+import llm_coreml.lower.coreml_ops  # noqa: F401 - registers
 from artifacts import feed
 from llm_coreml.config import ExportConfig, resolve
 from llm_coreml.decoder import Decoder, DecoderSpec
@@ -172,3 +174,22 @@ def test_the_twin_writes_what_the_op_writes(layer: int, length: int, first: int)
     cache = torch.arange(3 * 2 * 16 * 4, dtype=torch.float32).reshape(3, 2, 16, 4)
     given = (cache, -torch.ones(1, 2, length, 4), layer, torch.tensor([first], dtype=torch.int32))
     assert torch.equal(WRITES[kv_write](*given), kv_write(*given))
+
+
+@pytest.mark.parametrize(("form", "mode"), [("tanh", "TANH_APPROXIMATION"), ("none", "EXACT")])
+def test_gelu_is_lowered_in_its_form(form: str, mode: str) -> None:
+    """The two differ by 1e-3, which fp16 hides, and which an export's verification finds."""
+
+    class Gelu(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.gelu(x, approximate=form)
+
+    exported = torch.export.export(Gelu(), (torch.zeros(4),)).run_decompositions({})
+    program = ct.convert(
+        exported,
+        inputs=[ct.TensorType(shape=(4,))],
+        minimum_deployment_target=ct.target.iOS18,
+        convert_to="milinternal",
+    )
+    (found,) = program.functions["main"].find_ops(op_type="gelu")
+    assert found.mode.val == mode
