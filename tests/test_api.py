@@ -234,7 +234,7 @@ def test_original_has_the_perplexity_that_transformers_computes(
     evaluation: Evaluation, bundle: Path, live_model: Any
 ) -> None:
     tokenizer = Tokenizer(bundle / "tokenizer.json")
-    windows = cut(tokenizer.encode(TEXT), 64, tokenizer.bos_id, TOKENS)
+    windows = cut(tokenizer.encode(TEXT), 64, tokenizer.beginning, TOKENS)
     costs: list[torch.Tensor] = []
     for window in windows:
         logs = expected_logits(live_model, window[:-1]).double().log_softmax(-1)
