@@ -16,7 +16,7 @@ import torch
 
 import llm_coreml
 from exported import TEXT, make_model, make_tokenizer, manifest_of, write_manifest
-from llm_coreml import Evaluation, ExportConfig, LanguageModel, LlmCoreMLError, pipeline
+from llm_coreml import Evaluation, ExportConfig, LanguageModel, LlmCoreMLError, Sampling, pipeline
 from llm_coreml.errors import ArtifactError, CheckpointError, ConfigError
 from llm_coreml.eval.heldout import cut
 from llm_coreml.tokenizer import Tokenizer
@@ -155,6 +155,16 @@ def test_generate_streams_what_it_returns(model: LanguageModel) -> None:
     assert model.generate("The quick", 16) == whole
     assert "".join(model.stream("The quick", 16)) == whole
     assert whole.startswith(model.generate("The quick", 4))
+
+
+def test_sampling_draws_by_its_seed(model: LanguageModel) -> None:
+    first, again, other = (
+        model.generate("The quick", 16, sampling=Sampling(temperature=1.5, seed=seed))
+        for seed in (1, 1, 2)
+    )
+    assert first == again != other
+    streamed = model.stream("The quick", 16, sampling=Sampling(temperature=1.5, seed=1))
+    assert "".join(streamed) == first
 
 
 def test_generate_is_the_argmax_of_the_logits(model: LanguageModel) -> None:

@@ -2,6 +2,7 @@
 
 model = load("out/")
 model.generate("The with statement", max_new_tokens=40)
+model.generate("The with statement", sampling=Sampling(temperature=0.8, seed=1))
 model.chat([{"role": "user", "content": "What is a list?"}])
 model.logits(model.encode("def"))             # float32 [tokens, vocab]
 """
@@ -21,7 +22,7 @@ from llm_coreml.config.values import checked_count
 from llm_coreml.errors import ArtifactError, ConfigError
 from llm_coreml.reference.program.execution import Execution
 from llm_coreml.runtime.reference import DECLARED
-from llm_coreml.runtime.sampling import Sampler
+from llm_coreml.runtime.sampling import GREEDY, Sampler, Sampling
 from llm_coreml.tokenizer import Tokenizer
 from llm_coreml.tokenizer.chat_template import ChatTemplate, Message, find_template
 from llm_coreml.tokenizer.detokenizer import Detokenizer
@@ -99,43 +100,34 @@ class LanguageModel:
         prompt: str,
         max_new_tokens: int = 64,
         *,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int = 0,
-        stop: Sequence[str] = (),
+        sampling: Sampling = GREEDY,
+        stop: str | Sequence[str] = (),
     ) -> str:
         """Return the text that continues `prompt`.
 
         Args:
             prompt: Text to continue.
             max_new_tokens: Most tokens to add.
-            temperature: 0 takes the most likely token, more draws more freely.
-            top_p: Share of probability to draw from.
-            seed: Makes draws repeatable.
+            sampling: How tokens are chosen; the most likely ones without it.
             stop: Texts that end it, beside the model's own end tokens; they are left out.
 
         Raises:
             ConfigError: the prompt is longer than the context, or an argument is out of range.
         """
-        stream = self.stream(
-            prompt, max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop
-        )
-        return "".join(stream)
+        return "".join(self.stream(prompt, max_new_tokens, sampling=sampling, stop=stop))
 
     def stream(
         self,
         prompt: str,
         max_new_tokens: int = 64,
         *,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int = 0,
-        stop: Sequence[str] = (),
+        sampling: Sampling = GREEDY,
+        stop: str | Sequence[str] = (),
     ) -> TextStream:
         """Return the continuation, piece by piece as it is made; arguments as `generate`."""
         checked_count("max_new_tokens", max_new_tokens)
-        sampler, tokens = Sampler(temperature, top_p, seed), self.encode(prompt)
-        made = self.runner.generate(tokens, max_new_tokens, self._stop, sampler)
+        tokens = self.encode(prompt)
+        made = self.runner.generate(tokens, max_new_tokens, self._stop, Sampler(sampling))
         return TextStream(len(tokens), made, Detokenizer(self.tokenizer, after=tokens), stop)
 
     def chat(
@@ -143,10 +135,8 @@ class LanguageModel:
         messages: Sequence[Message],
         max_new_tokens: int | None = None,
         *,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int = 0,
-        stop: Sequence[str] = (),
+        sampling: Sampling = GREEDY,
+        stop: str | Sequence[str] = (),
     ) -> str:
         """Return the assistant's answer to `messages`.
 
@@ -156,35 +146,27 @@ class LanguageModel:
         Args:
             messages: The conversation so far, each with a `role` and a `content`.
             max_new_tokens: Most tokens of the answer; None is as many as the context holds.
-            temperature: As for `generate`, as the rest.
-            top_p: Share of probability to draw from.
-            seed: Makes draws repeatable.
-            stop: Texts that end the answer.
+            sampling: As for `generate`.
+            stop: As for `generate`.
 
         Raises:
             ArtifactError: the bundle has no chat template, or a damaged one.
             ConfigError: the template refuses the messages, the conversation is longer than the
                 context, or an argument is out of range.
         """
-        stream = self.stream_chat(
-            messages, max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop
-        )
-        return "".join(stream)
+        return "".join(self.stream_chat(messages, max_new_tokens, sampling=sampling, stop=stop))
 
     def stream_chat(
         self,
         messages: Sequence[Message],
         max_new_tokens: int | None = None,
         *,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int = 0,
-        stop: Sequence[str] = (),
+        sampling: Sampling = GREEDY,
+        stop: str | Sequence[str] = (),
     ) -> TextStream:
         """Return the answer, piece by piece as it is made; arguments as `chat`."""
         count = self.runner.context if max_new_tokens is None else max_new_tokens
         checked_count("max_new_tokens", count)
-        sampler = Sampler(temperature, top_p, seed)
         # A template writes the beginning token itself where its model wants one.
         tokens = self.tokenizer.encode(self.template.render(messages))
         if len(tokens) > self.runner.context:
@@ -193,7 +175,8 @@ class LanguageModel:
                 f"{self.runner.context}; leave out its oldest messages, or export with a larger "
                 "--context."
             )
-        made = self.runner.generate(tokens, count, tuple(self._turn_ends), sampler, reuse=True)
+        sampler, ends = Sampler(sampling), tuple(self._turn_ends)
+        made = self.runner.generate(tokens, count, ends, sampler, reuse=True)
         return TextStream(len(tokens), made, Detokenizer(self.tokenizer), stop)
 
 

@@ -30,10 +30,10 @@ class TextStream(Iterator[str]):
         prompt_tokens: As said.
         tokens: Gives them, and at its end the reason.
         detokenizer: Writes them.
-        stop: Texts that end it, which are left out.
+        stop: A text that ends it, or several; they are left out.
 
     Raises:
-        ConfigError: a stop text is empty.
+        ConfigError: a stop text is empty, or no text.
     """
 
     def __init__(
@@ -41,16 +41,17 @@ class TextStream(Iterator[str]):
         prompt_tokens: int,
         tokens: Generator[int, None, Finish],
         detokenizer: Detokenizer,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
     ) -> None:
-        if not all(stop):
-            raise ConfigError("A stop text is empty; give at least one letter.")
+        texts = (stop,) if isinstance(stop, str) else tuple(stop)
+        if not all(isinstance(text, str) and text for text in texts):
+            raise ConfigError("A stop text is empty or no text; give at least one letter.")
         self.finish: Finish | None = None
         self.prompt_tokens = prompt_tokens
         self.new_tokens = 0
         self._tokens = tokens
         self._detokenizer = detokenizer
-        self._stop = stop
+        self._stop = texts
         self._pieces = self._make()
 
     def __next__(self) -> str:

@@ -31,8 +31,12 @@ from llm_coreml.cli.options import (
     help="Most tokens to add.  [default: 64; with --chat as many as the context holds]",
 )
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
-@click.option("--top-p", type=float, default=1.0, show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--top-p", type=float, default=1.0, show_default=True, help="Share of probability to draw from."
+)
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="The same one draws the same text."
+)
 @click.option("--stop", multiple=True, help="Text that ends the output; may be given repeatedly.")
 @MODE
 @DEVICE
@@ -66,9 +70,10 @@ def generate_command(
         from llm_coreml.bundle.language_model import load
         from llm_coreml.cli.conversation import Asked, Conversation, continue_text
         from llm_coreml.reference.program.execution import Execution
+        from llm_coreml.runtime.sampling import Sampling
 
         model = load(bundle, Execution(mode, device), not unchecked)
-        asked = Asked(max_new_tokens, temperature, top_p, seed, stop)
+        asked = Asked(max_new_tokens, Sampling(temperature, top_p, seed), stop)
         if chat:
             Conversation(model, screen, asked, form, system).run(prompt)
         elif prompt is not None:

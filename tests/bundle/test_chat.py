@@ -115,6 +115,9 @@ def test_a_stop_text_is_never_shown(model: LanguageModel) -> None:
     assert "".join(stream) == whole and stream.finish == "length"
     with pytest.raises(ConfigError, match="A stop text is empty"):
         model.generate("The", stop=[""])
+    # A text is no list of its letters.
+    assert model.generate("The quick", 30, stop=whole[5:9]) == whole[: whole.index(whole[5:9])]
+    assert model.generate("The quick", 30, stop=f"{whole[2:4]}\0") == whole
 
 
 def test_a_bundle_without_a_template(own_bundle: Path) -> None:
