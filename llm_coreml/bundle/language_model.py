@@ -73,8 +73,8 @@ class LanguageModel:
         if template is None:
             raise ArtifactError(
                 "This bundle has no chat template, as models without tuning for chat have none; "
-                "give generate() a text to continue, or put a chat_template.jinja beside the "
-                "model's tokenizer and export again."
+                "have it continue a text instead, or put a chat_template.jinja beside the model's "
+                "tokenizer and export again."
             )
         return template
 

@@ -59,7 +59,14 @@ def generate_command(
     form: str,
     verbose: bool,
 ) -> None:
-    """Continue a text with the program inside the .pte, on this machine, or chat with it."""
+    """Continue a text, or chat.
+
+    The program inside the .pte is run on this machine, by the reference runtime.
+
+    \b
+    llm-coreml generate out --prompt "The capital of France"
+    llm-coreml generate out --chat                    what is typed, turn by turn
+    """
     from llm_coreml.cli.terminal import terminal
 
     if prompt is None and not chat:
