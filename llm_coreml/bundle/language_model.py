@@ -9,7 +9,7 @@ model.logits(model.encode("def"))             # float32 [tokens, vocab]
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import torch
 
 from llm_coreml.bundle.bundle_runner import open_runner
 from llm_coreml.bundle.folder import open_bundle
-from llm_coreml.bundle.text_stream import TextStream
+from llm_coreml.bundle.text_stream import TextStream, stop_texts
 from llm_coreml.config.values import checked_count
 from llm_coreml.errors import ArtifactError, ConfigError
 from llm_coreml.reference.program.execution import Execution
@@ -109,7 +109,8 @@ class LanguageModel:
             prompt: Text to continue.
             max_new_tokens: Most tokens to add.
             sampling: How tokens are chosen; the most likely ones without it.
-            stop: Texts that end it, beside the model's own end tokens; they are left out.
+            stop: Texts that end it, or one, beside the model's own end tokens; they are left out.
+                One may be a special token's.
 
         Raises:
             ConfigError: the prompt is longer than the context, or an argument is out of range.
@@ -126,9 +127,10 @@ class LanguageModel:
     ) -> TextStream:
         """Return the continuation, piece by piece as it is made; arguments as `generate`."""
         checked_count("max_new_tokens", max_new_tokens)
-        tokens = self.encode(prompt)
-        made = self.runner.generate(tokens, max_new_tokens, self._stop, Sampler(sampling))
-        return TextStream(len(tokens), made, Detokenizer(self.tokenizer, after=tokens), stop)
+        tokens, texts = self.encode(prompt), stop_texts(stop)
+        ends = self._ends(self._stop, texts)
+        made = self.runner.generate(tokens, max_new_tokens, ends, Sampler(sampling))
+        return TextStream(len(tokens), made, Detokenizer(self.tokenizer, after=tokens), texts)
 
     def chat(
         self,
@@ -175,9 +177,15 @@ class LanguageModel:
                 f"{self.runner.context}; leave out its oldest messages, or export with a larger "
                 "--context."
             )
-        sampler, ends = Sampler(sampling), tuple(self._turn_ends)
-        made = self.runner.generate(tokens, count, ends, sampler, reuse=True)
-        return TextStream(len(tokens), made, Detokenizer(self.tokenizer), stop)
+        texts = stop_texts(stop)
+        ends = self._ends(self._turn_ends, texts)
+        made = self.runner.generate(tokens, count, ends, Sampler(sampling), reuse=True)
+        return TextStream(len(tokens), made, Detokenizer(self.tokenizer), texts)
+
+    def _ends(self, tokens: Iterable[int], stop: Sequence[str]) -> tuple[int, ...]:
+        """Return `tokens` and those of `stop` that are special tokens, which no text ever shows."""
+        special = self.tokenizer.special
+        return (*tokens, *(special[text] for text in stop if text in special))
 
 
 def load(
