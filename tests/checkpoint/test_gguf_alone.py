@@ -199,7 +199,7 @@ def test_texts_are_split_as_the_file_names(name: str, splitter: Any, tmp_path: P
         assert ids == original.encode(text, add_special_tokens=False).ids, text
         assert found.decode(ids) == original.decode(ids), text
     assert found.encode("<|end|>") == [2]
-    assert found.bos_id is None
+    assert found.beginning == ()
 
 
 @pytest.mark.parametrize("name", ["llama-bpe", "tekken", "qwen2", "gpt-2", "dbrx"])
@@ -275,7 +275,7 @@ def test_a_sentencepiece_vocabulary(prefix: bool, tmp_path: Path) -> None:
     for text in BATTERY[:-1]:
         assert found.encode(text) == model.encode(text), text
         assert found.decode(found.encode(text)) == model.decode(model.encode(text)), text
-    assert found.bos_id == 1
+    assert found.beginning == (1,)
 
 
 SCALING = {
