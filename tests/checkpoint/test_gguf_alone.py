@@ -358,7 +358,12 @@ def put(key: str, value: Any) -> Callable[[gguf.GGUFWriter], None]:
             r"model_type 'mixtral' is not supported.*mixture of experts",
         ),
         (put("llama.logit_scale", 0.5), UnsupportedError, r"gives llama.logit_scale, which is not"),
-        (put("llama.rope.scaling.type", "yarn"), UnsupportedError, r"scales RoPE by 'yarn'"),
+        (put("llama.rope.scaling.type", "other"), UnsupportedError, r"scales RoPE by 'other'"),
+        (
+            put("llama.rope.scaling.yarn_ext_factor", 0.5),
+            UnsupportedError,
+            r"gives rope.scaling.yarn_ext_factor, of which",
+        ),
     ],
 )
 def test_metadata_that_changes_what_is_computed(
