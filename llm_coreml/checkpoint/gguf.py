@@ -219,15 +219,15 @@ def open_gguf(
     else:
         config = config_of(first.header.metadata, shapes, first.path)
     config["quantization_config"] = {"quant_method": "gguf"}
-    judge(config)
     architecture = first.header.metadata.get("general.architecture")
+    if architecture in ARCHITECTURES:
+        _take_factors(config, files, made=not (folder / CONFIG).is_file())
+    judge(config)
     if architecture not in ARCHITECTURES:
         raise UnsupportedError(
             f"{path} holds a model of architecture {architecture!r}; of GGUF files are read "
             f"{', '.join(ARCHITECTURES)}. Give the safetensors that it was made from."
         )
-    if _take_factors(config, files, made=not (folder / CONFIG).is_file()):
-        judge(config)
     generation = folder / GENERATION_CONFIG
     return GGUFCheckpoint(
         config=config,
@@ -238,8 +238,8 @@ def open_gguf(
     )
 
 
-def _take_factors(config: dict[str, Any], files: tuple[GGUFFile, ...], made: bool) -> bool:
-    """Add to a configuration what tensors say of RoPE, or compare; return whether there are any.
+def _take_factors(config: dict[str, Any], files: tuple[GGUFFile, ...], made: bool) -> None:
+    """Add to a configuration what tensors say of RoPE, or compare.
 
     Args:
         config: Changed in place.
@@ -254,7 +254,6 @@ def _take_factors(config: dict[str, Any], files: tuple[GGUFFile, ...], made: boo
     if _SHORT in found and _LONG in found:
         short, long = (_factors(found[name], name) for name in (_SHORT, _LONG))
         with_long_factors(config, short, long, made, found[_LONG].path)
-    return bool(found)
 
 
 def _factors(file: GGUFFile, name: str) -> Factors:

@@ -202,7 +202,7 @@ def test_texts_are_split_as_the_file_names(name: str, splitter: Any, tmp_path: P
     assert found.bos_id is None
 
 
-@pytest.mark.parametrize("name", ["llama-bpe", "tekken", "qwen2", "gpt-2", "dbrx"])
+@pytest.mark.parametrize("name", ["llama-bpe", "tekken", "qwen2", "gpt-2", "dbrx", "gpt-4o"])
 def test_transformers_splits_the_same_where_it_knows_the_name(name: str, tmp_path: Path) -> None:
     _, tokens, merges = gpt2_vocabulary(digits_first())
     source = tmp_path / "model.gguf"

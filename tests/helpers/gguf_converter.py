@@ -237,6 +237,8 @@ def convert(
     """
     writer = gguf.GGUFWriter(path, architecture)
     describe(writer, architecture, model.config)
+    writer.add_token_list([str(index) for index in range(model.config.vocab_size)])
+    writer.add_pad_token_id(0)
     meant = dict(_tensors(writer, architecture, model, kind))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
