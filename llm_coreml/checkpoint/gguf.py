@@ -171,7 +171,8 @@ class GGUFCheckpoint(Checkpoint):
             return found.view(3, queries, -1, *rest).transpose(0, 1).reshape(found.shape)
         each = found.view(units, -1, *rest)
         parts = [
-            part.reshape(keys, -1, *each.shape[1:]) for part in each.split((queries, keys, keys))
+            part.reshape(keys, -1, *each.shape[1:])
+            for part in torch.tensor_split(each, (queries, queries + keys))
         ]
         return torch.cat(parts, dim=1).reshape(found.shape)
 
