@@ -209,8 +209,10 @@ class Decoder(nn.Module):
         slopes = {key: self.get_buffer(name) for key, name in slope_names(self.spec).items()}
         keys = dict.fromkeys(key for layer in self.spec.layers for key in layer.mixer.masks)
         masks = {key: make_mask(key, rows, columns, slopes.get(key[2])) for key in keys}
-        # Of no length that a lowering would have to compute.
-        zeros = (rows * 0).to(torch.float32).unsqueeze(1)
+        zeros = None
+        if any(layer.mixer.sinks for layer in self.spec.layers):
+            # As many as rows, without a length that a lowering would have to compute.
+            zeros = (rows * 0).to(torch.float32).unsqueeze(1)
         return Chunk(rotary, masks, growths, zeros, views, start_pos)
 
     def _rows_of(self, name: str, rows: torch.Tensor) -> torch.Tensor:
