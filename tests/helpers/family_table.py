@@ -248,17 +248,17 @@ TABLE: dict[str, Entry] = {
     ),
     "qwen3": Entry(
         {
-            "wide-heads": {},
-            "tied": {"tie_word_embeddings": True, "head_dim": 16},
+            "wide-heads": {"head_dim": ABSENT},
+            "tied": {"tie_word_embeddings": True},
             "bias": {"attention_bias": True, "head_dim": 24},
             "window": {
                 "use_sliding_window": True,
                 "sliding_window": 9,
                 "layer_types": ["full_attention", "sliding_attention"],
-                "head_dim": 16,
             },
             "rope-linear": {"rope_parameters": LINEAR, "max_position_embeddings": SHORT},
         },
+        {**SIZES, "head_dim": 16},
         unread=_NO_HEADS | _SWITCHED,
     ),
     "smollm3": Entry(
