@@ -20,10 +20,15 @@ from llm_coreml.decoder.block import Block
 from llm_coreml.decoder.chunk import Chunk, make_mask
 from llm_coreml.decoder.matrices import Embedding, Linear
 from llm_coreml.decoder.norm import RMSNorm
+from llm_coreml.decoder.position_tables import (
+    growth_names,
+    position_tables,
+    rotary_names,
+    slope_names,
+)
 from llm_coreml.decoder.self_attention import AttentionForm
 from llm_coreml.decoder.spec import DecoderSpec
 from llm_coreml.decoder.states import State, View, make_states, slots
-from llm_coreml.decoder.position_tables import growth_names, position_tables, rotary_names, slope_names
 from llm_coreml.decoder.wiring import Matrix, Wiring, joined
 
 LogitsForm = Literal["last", "all"]
