@@ -28,6 +28,8 @@ from pathlib import Path
 import click
 import numpy as np
 
+# A forked process has none of the threads that its parent's OpenMP waits for.
+os.environ["OMP_NUM_THREADS"] = "1"
 SECONDS = 30
 MEMORY = 8 << 30  # of address space, of which torch maps most without using it
 HUGE = "1" + 30 * "0"

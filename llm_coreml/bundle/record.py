@@ -137,10 +137,10 @@ def rebuild_command(source: CheckpointSource, config: ExportConfig) -> list[str]
 
 def public_config(config: ExportConfig) -> ExportConfig:
     """Return the settings as a bundle may tell them: of files their own names, no paths."""
-    names = {"calibrate": config.calibrate, "plan": config.plan}
-    return replace(
-        config, **{key: None if path is None else Path(path).name for key, path in names.items()}
+    calibrate, plan = (
+        None if path is None else Path(path).name for path in (config.calibrate, config.plan)
     )
+    return replace(config, calibrate=calibrate, plan=plan)
 
 
 def bits_per_weight(plan: QuantizationPlan, spec: DecoderSpec) -> float:

@@ -26,7 +26,7 @@ from llm_coreml.artifact.description import Description
 from llm_coreml.errors import ArtifactError
 from llm_coreml.own_process import bound_further_memory, python_command
 from llm_coreml.quiet import is_loud
-from llm_coreml.runtime.executorch import Engine, Here
+from llm_coreml.runtime.executorch_engine import Engine, Here
 
 _LONGEST_LINE = 1 << 16
 # What small programs are given; the slowest machines in use read and multiply more in a second.

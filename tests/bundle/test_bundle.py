@@ -22,8 +22,10 @@ from llm_coreml.bundle.folder import (
     MANIFEST,
     PROGRAM,
     check_output,
+    may_be_bundle,
     new_bundle,
     open_bundle,
+    program_at,
 )
 from llm_coreml.bundle.manifest import Manifest, manifest_schema
 from llm_coreml.bundle.record import (
@@ -537,3 +539,19 @@ def test_a_bundle_tells_of_files_their_names_alone() -> None:
     config = ExportConfig(calibrate="../secret/notes.txt", bits=3)
     words = rebuild_command(Source("hub", "org/name"), config)
     assert words[-2:] == ["--calibrate", "notes.txt"]
+
+
+@pytest.mark.parametrize("name", [300 * "n", "a\0b"])
+def test_names_that_no_file_can_have_are_refused(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    for opened in (open_bundle, program_at, may_be_bundle):
+        with pytest.raises(
+            ArtifactError, match=r"cannot be read|is no name of a file|is no bundle"
+        ):
+            opened(path)
+    with pytest.raises(OutputError):
+        check_output(path, overwrite=False)
+    for setting in ("calibrate", "plan"):
+        if "\0" in name:
+            with pytest.raises(ConfigError, match="no name holds a NUL"):
+                ExportConfig(**{setting: name})  # type: ignore[arg-type]

@@ -20,8 +20,9 @@ from llm_coreml.config import ExportConfig
 from llm_coreml.errors import ArtifactError
 from llm_coreml.pipeline import export
 from llm_coreml.runtime import executorch_apart
-from llm_coreml.runtime.executorch import ExecutorchRunner, Here
+from llm_coreml.runtime.executorch import ExecutorchRunner
 from llm_coreml.runtime.executorch_apart import Apart
+from llm_coreml.runtime.executorch_engine import Here
 from shared import Shared
 from tiny import llama
 
