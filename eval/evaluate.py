@@ -189,17 +189,17 @@ def _folders(bundle: Bundle) -> list[Path]:
 
 def _with_text(bundle: Bundle, config: ExportConfig) -> ExportConfig:
     """Say where the text of the calibration is: a manifest has the name of its file alone."""
-    if config.calibrate in (None, BUNDLED_TEXT) or os.path.exists(config.calibrate):
+    text = config.calibrate
+    if text is None or text == BUNDLED_TEXT or os.path.exists(text):
         return config
-    return replace(config, calibrate=str(bundle.folder.resolve().parent / config.calibrate))
+    return replace(config, calibrate=str(bundle.folder.resolve().parent / text))
 
 
 def _quantized(bundle: Bundle, model: Model, progress: Progress) -> Quantized | None:
     """Quantize a bundle's original again; None where the text of its calibration is not at hand."""
     try:
-        job = resolve(
-            _with_text(bundle, ExportConfig.from_json(bundle.manifest.config)), model.spec
-        )
+        config = ExportConfig.from_json(bundle.manifest.config)
+        job = resolve(_with_text(bundle, config), model.spec)
         plan = plan_of(bundle.manifest.plan_json(), job, model.spec)
     except (ConfigError, UnsupportedError) as error:
         raise ArtifactError(
