@@ -41,6 +41,7 @@ from llm_coreml.checkpoint.gguf_files import GGUFFile, open_parts
 from llm_coreml.checkpoint.gguf_header import TensorInfo
 from llm_coreml.checkpoint.gguf_tokenizer import write_tokenizer
 from llm_coreml.checkpoint.packed.blocks import BLOCKS
+from llm_coreml.checkpoint.wrappers import text_part
 from llm_coreml.errors import CheckpointError, UnsupportedError, nearest
 
 _PLAIN = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
@@ -203,7 +204,7 @@ def open_gguf(
             _check_size(file, name, info)
             shapes[name] = info.shape
     if (folder / CONFIG).is_file():
-        config = read_config(folder)
+        config = text_part(read_config(folder)).config
     else:
         config = config_of(first.header.metadata, shapes, first.path)
     config["quantization_config"] = {"quant_method": "gguf"}

@@ -31,7 +31,13 @@ _BESIDE = (
         ("*.rotary_emb.*", "*.masked_bias", "*.causal_mask", "*.position_ids"),
     ),
     ("a value head", ("v_head.*",)),
+    ("layers that predict further tokens", ("model.mtp_layers.*", "mtp.*")),
 )
+
+
+def beside(name: str) -> bool:
+    """Say whether no logits depend on a tensor of this name, whatever the model."""
+    return any(_matches(name, patterns) for _, patterns in _BESIDE)
 
 
 @dataclass

@@ -14,46 +14,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from llm_coreml.decoder.rope_spec import RopeSpec as RopeSpec
 from llm_coreml.errors import CheckpointError
 
-RopeKind = Literal["default", "linear", "dynamic", "llama3"]
 Activation = Literal["silu", "gelu_tanh", "relu2"]
 # What a mask follows from: query heads of a key/value head, and the window.
 MaskKey = tuple[int, int | None]
-
-
-@dataclass(frozen=True)
-class RopeSpec:
-    """A table of rotary position embedding: its base, and how positions past training are scaled.
-
-    Attributes:
-        dim: How many numbers of a head are rotated, its first ones; the others stay as they are.
-        theta: Base of the geometric series of frequencies.
-        kind: `default`, `linear` (all frequencies divided by `factor`), `dynamic` (unscaled
-            inside `original_max_position_embeddings`) or `llama3` (low frequencies divided).
-        factor: Scale of `linear` and `llama3`.
-        low_freq_factor: `llama3`: wavelengths above context / this are divided by `factor`.
-        high_freq_factor: `llama3`: wavelengths below context / this stay as they are.
-        original_max_position_embeddings: The context that the model was first trained on.
-
-    Raises:
-        CheckpointError: `dim` is odd.
-    """
-
-    dim: int
-    theta: float = 10000.0
-    kind: RopeKind = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 0
-
-    def __post_init__(self) -> None:
-        _check_size("head_dim", self.dim)
-        if self.dim % 2:
-            raise CheckpointError(
-                f"config.json gives head_dim = {self.dim}; rotary embeddings need an even one."
-            )
 
 
 @dataclass(frozen=True)
@@ -256,12 +222,13 @@ class DecoderSpec:
 
     @property
     def longest_context(self) -> int:
-        """Positions that a context may have: those meant, or those that linear scaling gives.
+        """Positions that a context may have: those meant, or those that all scalings give.
 
-        Files of 2023 name the length before the scaling.
+        Files of 2023 name the length before a linear scaling, and so do files to which a scaling
+        has been added.
         """
-        scales = [rope.factor if rope.kind == "linear" else 1.0 for rope in self.rotary]
-        return int(self.max_position_embeddings * max(1.0, min(scales, default=1.0)))
+        meant = self.max_position_embeddings
+        return max(meant, min((rope.reach(meant) for rope in self.rotary), default=meant))
 
     @property
     def widest_sum(self) -> int:

@@ -64,10 +64,12 @@ class LaterCache:
         for first in range(0, self.start, count):
             part = entries[:, :, : self.start - first]
             if rope is not None and first:
-                # Turned by a further `first` positions; angles grow evenly with positions.
+                # Turned by a further `first` positions; angles grow evenly with positions. What
+                # the tables are multiplied by is in these keys already.
                 tables = (numbered(table, rope) for table in ("cos", "sin"))
-                cos, sin = (self._decoder.get_buffer(table)[first, None] for table in tables)
-                part = rotate(part, cos, sin)
+                rows = (self._decoder.get_buffer(table)[first, None] for table in tables)
+                factor = self._decoder.spec.rotary[rope].attention_factor
+                part = rotate(part, *(row / factor for row in rows))
             parts.append(part)
         return torch.cat(parts, 2)
 

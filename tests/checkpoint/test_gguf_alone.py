@@ -394,11 +394,11 @@ def test_linear_scaling_is_read(tmp_path: Path) -> None:
 
 
 def test_other_architectures_are_told_by_their_family(tmp_path: Path) -> None:
-    write(tmp_path / "model.gguf", tiny(), {}, architecture="qwen2")
-    with pytest.raises(UnsupportedError, match=r"'qwen2' is not supported.*in shape to 'llama'"):
+    write(tmp_path / "model.gguf", tiny(), {}, architecture="plamo")
+    with pytest.raises(UnsupportedError, match=r"'plamo' is not supported.*nearest to 'llama'"):
         open_model(tmp_path / "model.gguf")
-    write(tmp_path / "model.gguf", tiny(), {}, architecture="gemma3")
-    with pytest.raises(UnsupportedError, match=r"'gemma3_text' is not supported"):
+    write(tmp_path / "model.gguf", tiny(), {}, architecture="qwen3moe")
+    with pytest.raises(UnsupportedError, match=r"'qwen3_moe' is not supported.* mixture of expe"):
         open_model(tmp_path / "model.gguf")
 
 

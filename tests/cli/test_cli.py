@@ -288,6 +288,7 @@ def test_export_flags_reach_the_config(
 ) -> None:
     settings: dict[str, Any] = {
         "bits": 3,
+        "family": "mistral",
         "scheme": "codebook",
         "group_size": 64,
         "zero_point": "float",
