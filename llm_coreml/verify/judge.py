@@ -165,7 +165,7 @@ class _Room:
         sizes = [math.prod(shape) for shape in shapes]
         if sum(sizes) > len(self._numbers):
             self._numbers = torch.empty(sum(sizes))
-        parts = self._numbers[: sum(sizes)].split(sizes)
+        parts = torch.split(self._numbers[: sum(sizes)], sizes)
         return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 

@@ -74,6 +74,6 @@ def test_wrong_padding_is_noticed(
         assert verify_conversion(runner, decoder, reading).passed
         return
     # At the end of the context, positions of their own are none.
-    noticed = "in a call with 5 tokens|reads or writes index 3[0-9] of 32"
+    noticed = "in a call with 3 tokens|reads or writes index 3[0-9] of 32"
     with pytest.raises((VerificationError, ArtifactError), match=noticed):
         verify_conversion(runner, decoder, reading)
