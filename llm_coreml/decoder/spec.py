@@ -18,8 +18,8 @@ from llm_coreml.decoder.rope_spec import RopeSpec as RopeSpec
 from llm_coreml.errors import CheckpointError
 
 Activation = Literal["silu", "gelu_tanh", "relu2"]
-# What a mask follows from: query heads of a key/value head, and the window.
-MaskKey = tuple[int, int | None]
+# What a mask follows from: query heads of a key/value head, the window, and the heads' slopes.
+MaskKey = tuple[int, int | None, tuple[float, ...]]
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,37 @@ class NormSpec:
 
 @dataclass(frozen=True)
 class QKNormSpec:
-    """Norms of queries and keys before they are rotated.
+    """Norms of queries and keys.
 
     Attributes:
         eps: Added to the mean square.
         over: What is one row: each `head`, or all heads of a token at once.
+        rotated: They are normed after they are rotated, and not before.
+
+    Raises:
+        ValueError: what is rotated is a head; all at once are normed before.
     """
 
     eps: float = 1e-5
     over: Literal["head", "all"] = "head"
+    rotated: bool = False
+
+    def __post_init__(self) -> None:
+        if self.rotated and self.over != "head":
+            raise ValueError("Rotated queries and keys are normed head by head.")
+
+
+@dataclass(frozen=True)
+class QueryGrowth:
+    """Queries that grow with their position: times `1 + beta * ln(1 + floor(position / length))`.
+
+    Attributes:
+        beta: How fast.
+        length: Positions of one step; there is no growth within the first.
+    """
+
+    beta: float
+    length: int
 
 
 @dataclass(frozen=True)
@@ -74,6 +96,13 @@ class AttentionSpec:
         scale: What scores are multiplied by; None is `1 / sqrt(head_dim)`.
         softcap: Scores become `softcap * tanh(scores / softcap)`.
         qk_norm: Norms of queries and keys.
+        query_growth: How queries grow with their position.
+        alibi: For each head of queries, what its scores lose for each position of distance (ALiBi,
+            arXiv 2108.12409).
+        sinks: Each head of queries has a score of its own that takes part in the softmax, and
+            stands for no value.
+        gate: What is attended to is multiplied by the sigmoid of a matrix's products, one for each
+            `head` or one for each `number`.
         qkv_bias: Queries, keys and values have biases.
         out_bias: The output projection has one.
 
@@ -91,6 +120,10 @@ class AttentionSpec:
     scale: float | None = None
     softcap: float | None = None
     qk_norm: QKNormSpec | None = None
+    query_growth: QueryGrowth | None = None
+    alibi: tuple[float, ...] = ()
+    sinks: bool = False
+    gate: Literal["head", "number"] | None = None
     qkv_bias: bool = False
     out_bias: bool = False
 
@@ -103,6 +136,8 @@ class AttentionSpec:
                 f"{self.num_key_value_heads} key/value heads; the first must be a multiple "
                 "of the second."
             )
+        if self.alibi and len(self.alibi) != self.num_attention_heads:
+            raise ValueError("ALiBi needs a slope for each head of queries.")
 
     @property
     def num_queries_per_kv(self) -> int:
@@ -112,7 +147,7 @@ class AttentionSpec:
     @property
     def masks(self) -> tuple[MaskKey, ...]:
         """The masks that it adds to scores: one."""
-        return ((self.num_queries_per_kv, self.window),)
+        return ((self.num_queries_per_kv, self.window, self.alibi),)
 
     @property
     def remembers(self) -> CacheSizes:
@@ -121,8 +156,8 @@ class AttentionSpec:
 
     @property
     def value_widths(self) -> tuple[int, ...]:
-        """Widths of the heads whose values may be rotated: one."""
-        return (self.head_dim,)
+        """Widths of the heads whose values may be rotated: one, or none behind a gate."""
+        return () if self.gate == "number" else (self.head_dim,)
 
     def check_rotary(self, tables: Sequence[RopeSpec]) -> None:
         """Refuse a rotary table that does not fit. Raises CheckpointError."""

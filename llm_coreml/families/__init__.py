@@ -23,10 +23,18 @@ from llm_coreml.printable import printable
 
 # model_type in config.json -> file in this folder
 _MODULES = {
+    "ernie4_5": "ernie4_5",
+    "glm": "glm",
+    "glm4": "glm4",
+    "granite_swa": "granite_swa",
+    "hunyuan_v1_dense": "hunyuan_v1_dense",
     "llama": "llama",
+    "ministral3": "ministral3",
     "mistral": "mistral",
+    "phi3": "phi3",
     "qwen2": "qwen2",
     "qwen3": "qwen3",
+    "smollm3": "smollm3",
 }
 
 

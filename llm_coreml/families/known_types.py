@@ -104,12 +104,11 @@ _OTHER = {
 _DENSE = {
     "a dense decoder": (
         "apertus apertus1p5_text arcee biogpt bloom codegen cohere cohere2 cohere_compass_text "
-        "ctrl cwm ernie4_5 exaone exaone4 falcon gemma gemma2 gemma3_text "
-        "gemma3n_text gemma4_text gemma4_unified_text glm glm4 gpt-sw3 gpt2 "
-        "gpt_bigcode gpt_neo gpt_neox gpt_neox_japanese gptj granite granite_swa helium "
-        "hunyuan_v1_dense hyperclovax internlm3 iquestcoder jais2 ministral ministral3 "
-        "modernbert-decoder mpt nanochat nemotron olmo olmo2 olmo3 openai-gpt opt persimmon phi "
-        "phi3 seed_oss smollm3 stablelm starcoder2 vaultgemma xglm"
+        "ctrl cwm exaone exaone4 falcon gemma gemma2 gemma3_text gemma3n_text gemma4_text "
+        "gemma4_unified_text gpt-sw3 gpt2 gpt_bigcode gpt_neo gpt_neox gpt_neox_japanese gptj "
+        "granite helium hyperclovax internlm3 iquestcoder jais2 ministral modernbert-decoder mpt "
+        "nanochat nemotron olmo olmo2 olmo3 openai-gpt opt persimmon phi seed_oss stablelm "
+        "starcoder2 vaultgemma xglm"
     ),
 }
 _KINDS: tuple[tuple[Outlook, Mapping[str, str]], ...] = (

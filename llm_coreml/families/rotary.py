@@ -53,9 +53,9 @@ def rope_spec(
         CheckpointError: a parameter is missing, of another type or out of range.
         UnsupportedError: a scaling that the decoder does not compute.
     """
-    outer = _values(config)
+    outer = rope_values(config)
     values = _of_layers(outer, layer_type)
-    kind = _kind(values)
+    kind = rope_kind(values)
     if kind not in get_args(RopeKind):
         raise UnsupportedError(
             f"config.json scales RoPE by {shown(kind)}; supported are "
@@ -85,18 +85,19 @@ def rope_spec(
 
 def rope_notes(config: Mapping[str, Any]) -> list[str]:
     """Return a sentence for everything that the file says twice and differently."""
-    old, new, values = table(config, _OLD), table(config, _NEW), _values(config)
+    old, new, values = table(config, _OLD), table(config, _NEW), rope_values(config)
     notes = []
     if old and new and _meaning(old) != _meaning(new):
         notes.append(
-            f"config.json holds {_OLD} ({shown(_kind(old))}) and {_NEW} ({shown(_kind(new))}), "
-            f"which differ; transformers takes {_OLD} alone, and so does this export."
+            f"config.json holds {_OLD} ({shown(rope_kind(old))}) and {_NEW} "
+            f"({shown(rope_kind(new))}), which differ; transformers takes {_OLD} alone, and so "
+            "does this export."
         )
     named = values.get("type")
-    if named is not None and _kind(values) != named:
+    if named is not None and rope_kind(values) != named:
         notes.append(
             f"config.json names the scaling of RoPE twice, type {shown(named)} and rope_type "
-            f"{shown(_kind(values))}; transformers takes rope_type, and so does this export."
+            f"{shown(rope_kind(values))}; transformers takes rope_type, and so does this export."
         )
     outer, inner = config.get("rope_theta"), values.get("rope_theta")
     if outer is not None and inner is not None and outer != inner:
@@ -108,18 +109,29 @@ def rope_notes(config: Mapping[str, Any]) -> list[str]:
     return notes
 
 
-def _values(config: Mapping[str, Any]) -> dict[str, Any]:
+def rope_values(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a `config.json` says of RoPE, in the spelling that counts."""
     return table(config, _OLD) or table(config, _NEW)
 
 
-def _kind(values: Mapping[str, Any]) -> Any:
+def rope_kind(values: Mapping[str, Any]) -> Any:
+    """Return the name of the scaling in what `rope_values` gave, which may be of any type."""
     return values.get("rope_type") or values.get("type") or "default"
+
+
+def renamed_scaling(config: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """Return a `config.json` whose scaling has its present name, by what `names` says."""
+    values = rope_values(config)
+    kind = rope_kind(values)
+    if not isinstance(kind, str) or kind not in names:
+        return dict(config)
+    return {**config, _OLD: {**values, "rope_type": names[kind]}}
 
 
 def _meaning(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return parameters without what may be spelled in two ways."""
     rest = {key: value for key, value in values.items() if key not in ("type", "rope_type")}
-    return {"rope_theta": None, **rest, "rope_type": _kind(values)}
+    return {"rope_theta": None, **rest, "rope_type": rope_kind(values)}
 
 
 def _of_layers(values: dict[str, Any], layer_type: str | None) -> dict[str, Any]:

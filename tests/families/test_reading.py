@@ -33,8 +33,8 @@ DEFAULT = {"rope_type": "default", "rope_theta": 500.0}
 YARN = {"factor": 4.0, "original_max_position_embeddings": 32}
 LONGROPE = {
     "factor": 4.0,
-    "short_factor": [1.0, 1.25, 1.5, 2.0],
-    "long_factor": [1.0, 3.0, 5.0, 7.0],
+    "short_factor": [1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0],
+    "long_factor": [1.0, 3.0, 5.0, 7.0, 9.0, 11.0, 13.0, 15.0],
     "original_max_position_embeddings": 32,
 }
 SPELLINGS: dict[str, dict[str, Any]] = {

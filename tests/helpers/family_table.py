@@ -43,6 +43,19 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": SHORT,
 }
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+# Eight pairs of a head of 16 numbers, and six of them.
+LONGROPE = {
+    "type": "longrope",
+    "short_factor": [1.0, 1.1, 1.2, 1.4, 1.6, 1.9, 2.2, 2.6],
+    "long_factor": [1.0, 2.0, 3.0, 5.0, 8.0, 13.0, 21.0, 34.0],
+}
+SIX = {name: value[:6] if isinstance(value, list) else value for name, value in LONGROPE.items()}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
 
 
@@ -63,6 +76,8 @@ class Entry:
 
 _NO_HEADS = frozenset({"no key/value heads", "null head_dim"})
 _SWITCHED = frozenset({"layers in turn"})
+# Where transformers has a token of its own for pads, beyond so small a table.
+_PADDED = {**SIZES, "pad_token_id": 0}
 TABLE: dict[str, Entry] = {
     "llama": Entry(
         {
@@ -83,6 +98,93 @@ TABLE: dict[str, Entry] = {
             "rope-llama3": {"rope_parameters": LLAMA3},
         }
     ),
+    "ernie4_5": Entry(
+        {
+            "wide-heads": {},
+            "untied, biases": {"use_bias": True, "head_dim": 16},
+            "yarn": {"rope_parameters": YARN, "num_key_value_heads": 4, "head_dim": 24},
+            "rope-linear": {
+                "rope_parameters": LINEAR,
+                "max_position_embeddings": SHORT,
+                "head_dim": 16,
+            },
+        },
+    ),
+    "glm": Entry(
+        {
+            "wide-heads": {},
+            "no-bias": {"attention_bias": False, "head_dim": 16, "tie_word_embeddings": True},
+            "quarter": {"partial_rotary_factor": 0.25, "head_dim": 32, "num_key_value_heads": 1},
+            "rope-linear": {
+                "rope_parameters": {**LINEAR, "partial_rotary_factor": 1.0},
+                "max_position_embeddings": SHORT,
+                "head_dim": 16,
+            },
+        },
+        sizes=_PADDED,
+    ),
+    "glm4": Entry(
+        {
+            "wide-heads": {},
+            "no-bias": {"attention_bias": False, "head_dim": 16, "tie_word_embeddings": True},
+            "rope-yarn": {"rope_parameters": YARN, "max_position_embeddings": SHORT},
+        },
+        sizes=_PADDED,
+    ),
+    "granite_swa": Entry(
+        {
+            "in-turn": {"sliding_window": 9, "num_hidden_layers": 5},
+            "bases": {
+                "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+                "layer_rope_theta": [500.0, 0, 10000.0],
+                "num_hidden_layers": 3,
+                "sliding_window": 12,
+                "attention_multiplier": 0.3,
+                "logits_scaling": 0.5,
+            },
+            "multipliers": {
+                "embedding_multiplier": 3.0,
+                "residual_multiplier": 0.6,
+                "attention_multiplier": 0.4,
+                "sliding_window": 64,
+                "attention_bias": True,
+                "mlp_bias": True,
+                "tie_word_embeddings": True,
+            },
+        },
+    ),
+    "hunyuan_v1_dense": Entry(
+        {
+            "plain": {},
+            "alpha": {
+                "rope_scaling": {"type": "dynamic", "alpha": 1000.0, "factor": 1.0},
+                "attention_bias": True,
+            },
+            "dynamic": {"rope_scaling": DYNAMIC, "tie_word_embeddings": True},
+            "beyond": {"rope_scaling": DYNAMIC, "max_position_embeddings": SHORT, "head_dim": 24},
+        },
+        sizes={**SIZES, "head_dim": 16},
+    ),
+    "ministral3": Entry(
+        {
+            "wide-heads": {},
+            "grown": {
+                "rope_parameters": {**YARN, "llama_4_scaling_beta": 0.4},
+                "head_dim": 16,
+                "tie_word_embeddings": True,
+            },
+            "window": {
+                "rope_parameters": {
+                    **YARN,
+                    "mscale": 1.0,
+                    "mscale_all_dim": 1.0,
+                    "llama_4_scaling_beta": 0.1,
+                },
+                "sliding_window": 9,
+                "head_dim": 24,
+            },
+        },
+    ),
     "mistral": Entry(
         {
             "whole": {},
@@ -93,6 +195,24 @@ TABLE: dict[str, Entry] = {
                 "head_dim": 16,
             },
         }
+    ),
+    "phi3": Entry(
+        {
+            "plain": {"sliding_window": 9},
+            "longrope, inside": {
+                "rope_scaling": LONGROPE,
+                "max_position_embeddings": 256,
+                "original_max_position_embeddings": 64,
+                "num_key_value_heads": 4,
+            },
+            "longrope, beyond": {
+                "rope_scaling": SIX,
+                "partial_rotary_factor": 0.75,
+                "original_max_position_embeddings": SHORT,
+                "tie_word_embeddings": True,
+            },
+        },
+        sizes=_PADDED,
     ),
     "qwen2": Entry(
         {
@@ -110,18 +230,31 @@ TABLE: dict[str, Entry] = {
     ),
     "qwen3": Entry(
         {
-            "wide-heads": {},
-            "tied": {"tie_word_embeddings": True, "head_dim": 16},
+            "wide-heads": {"head_dim": ABSENT},
+            "tied": {"tie_word_embeddings": True},
             "bias": {"attention_bias": True, "head_dim": 24},
             "window": {
                 "use_sliding_window": True,
                 "sliding_window": 9,
                 "layer_types": ["full_attention", "sliding_attention"],
-                "head_dim": 16,
             },
             "rope-linear": {"rope_parameters": LINEAR, "max_position_embeddings": SHORT},
         },
+        {**SIZES, "head_dim": 16},
         unread=_NO_HEADS | _SWITCHED,
+    ),
+    "smollm3": Entry(
+        {
+            "fourth": {"num_hidden_layers": 4, "tie_word_embeddings": True},
+            "given": {"no_rope_layers": [0, 1], "attention_bias": True, "mlp_bias": True},
+            "windows": {
+                "no_rope_layer_interval": 2,
+                "use_sliding_window": True,
+                "sliding_window": 9,
+            },
+            "rope-yarn": {"rope_parameters": YARN, "max_position_embeddings": SHORT},
+        },
+        sizes=_PADDED,
     ),
 }
 CASES = [(family, name) for family, entry in TABLE.items() for name in entry.cases]
