@@ -38,6 +38,7 @@ COMMANDS = ("diff", "eval", "export", "generate", "inspect", "ls", "run", "show"
 STAGES = (
     "opening the checkpoint ...",
     "reading and quantizing weights ...",
+    "reading a text with the quantized model ...",
     "lowering to an ExecuTorch program ...",
     "verifying the artifact ...",
 )
