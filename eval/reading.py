@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llm_coreml.bundle.folder import is_bundle, open_bundle
+from llm_coreml.bundle.folder import may_be_bundle, open_bundle
 from llm_coreml.config.values import checked_count
 from llm_coreml.errors import ArtifactError, ConfigError
 from llm_coreml.eval.heldout import cut_to_context, read_windows
@@ -46,7 +46,7 @@ def open_artifact(path: Path, execution: Execution = DECLARED, checked: bool = T
         ArtifactError: it is damaged, no language model, or lowered for another runtime.
         ConfigError: the execution asks for what is not there.
     """
-    if not path.is_dir() and not is_bundle(path):
+    if not may_be_bundle(path):
         return Opened(path, ReferenceRunner(path, execution), None)
     bundle = open_bundle(path, checked)
     description = bundle.manifest.description
@@ -78,7 +78,7 @@ def read_tokens(
         raise ConfigError("--text and --ids are two sources of tokens; give one of them.")
     context = min(artifact.runner.context for artifact in artifacts)
     if ids is not None:
-        return ids.name, cut_to_context(_read_ids(ids), context, None, limit)
+        return ids.name, cut_to_context(_read_ids(ids), context, (), limit)
     tokenizer = next((item.tokenizer for item in artifacts if item.tokenizer is not None), None)
     if tokenizer is None:
         raise ConfigError(

@@ -118,13 +118,7 @@ def export(
     check_output(Path(output), overwrite)
     if run.config.calibrate is not None:
         read_content(run.config.calibrate)  # what is wrong with it is told before work is done
-    run.progress.stage("open")
-    as_family = run.config.family
-    opened = open_model(
-        model, tokenizer, revision, local_files_only, accept=run.check, family=as_family
-    )
-    for note in opened.notes:
-        run.progress.note(note)
+    opened = run.open(model, tokenizer, revision, local_files_only)
     with new_bundle(Path(output), overwrite) as draft, run.open_cache() as kept, kept.paged_out():
         try:
             _write(run, opened, draft, kept)
@@ -146,6 +140,23 @@ class _Run:
     config: ExportConfig
     progress: Progress
     cache: str | Path | bool
+
+    def open(
+        self,
+        model: str | Path | torch.nn.Module,
+        tokenizer: Any,
+        revision: str | None,
+        local_files_only: bool,
+    ) -> Model:
+        """Return the opened model, and tell of how it is read."""
+        self.progress.stage("open")
+        family = self.config.family
+        opened = open_model(
+            model, tokenizer, revision, local_files_only, accept=self.check, family=family
+        )
+        for note in opened.notes:
+            self.progress.note(note)
+        return opened
 
     @contextlib.contextmanager
     def open_cache(self) -> Iterator[WeightCache]:
@@ -172,6 +183,7 @@ def _write(run: _Run, model: Model, draft: Path, cache: WeightCache) -> None:
     quantized = quantize(model, job, draft / TOKENIZER, progress, cache)
     form = form_for(job, model.spec, bos_id, eos_ids)
     free_memory()
+    progress.stage("read")
     reading = _read(quantized, form.description, draft)
     free_memory()
     progress.stage("lower")

@@ -260,6 +260,12 @@ def _product(
             f"The adapter of {path} holds {listing(sorted(found))} for '{module}', which is not "
             f"merged here. {MERGE}."
         )
+    if settings.decomposed != (magnitude is not None):
+        raise CheckpointError(
+            f"{path} gives use_dora = {str(settings.decomposed).lower()}, and the adapter of "
+            f"'{module}' holds {'no' if magnitude is None else 'a'} lora_magnitude_vector; use "
+            "both of one and the same adapter."
+        )
     weight, down, up = entries[name], *(found[each] for each in names)
     rank = down.shape[0] if down.shape else 0
     fitting = (*up.shape[:1], *down.shape[1:])

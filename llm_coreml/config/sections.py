@@ -105,7 +105,9 @@ class WeightSettings(Section):
     scheme: str | None = setting(
         None, "Weight format, see `llm-coreml ls`; the target's by default."
     )
-    group_size: int = setting(32, "int4-group and such: inputs.", least=1, most=MOST_POSITIONS)
+    group_size: int = setting(
+        32, "int4-group and such: inputs per scale.", least=1, most=MOST_POSITIONS
+    )
     zero_point: Literal["none", "int", "float"] = setting(
         "none", "Integer formats: what is subtracted from codes, one for every scale."
     )

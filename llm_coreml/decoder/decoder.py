@@ -21,10 +21,15 @@ from llm_coreml.decoder.chunk import Chunk, make_mask
 from llm_coreml.decoder.matrices import Embedding, Linear, SoftCap, multiplier
 from llm_coreml.decoder.norm import RMSNorm
 from llm_coreml.decoder.per_layer import PerLayerInputs
+from llm_coreml.decoder.position_tables import (
+    growth_names,
+    position_tables,
+    rotary_names,
+    slope_names,
+)
 from llm_coreml.decoder.self_attention import AttentionForm
 from llm_coreml.decoder.spec import DecoderSpec
 from llm_coreml.decoder.states import State, View, make_states, slots
-from llm_coreml.decoder.tables import growth_names, position_tables, rotary_names, slope_names
 from llm_coreml.decoder.wiring import Matrix, Wiring, joined, run
 
 # Takes the rows of tokens out of a table.
@@ -241,8 +246,10 @@ class Decoder(nn.Module):
         slopes = {key: self.get_buffer(name) for key, name in slope_names(self.spec).items()}
         keys = dict.fromkeys(key for layer in self.spec.layers for key in layer.mixer.masks)
         masks = {key: make_mask(key, rows, columns, slopes.get(key[2])) for key in keys}
-        # Of no length that a lowering would have to compute.
-        zeros = (rows * 0).to(torch.float32).unsqueeze(1)
+        zeros = None
+        if any(layer.mixer.sinks for layer in self.spec.layers):
+            # As many as rows, without a length that a lowering would have to compute.
+            zeros = (rows * 0).to(torch.float32).unsqueeze(1)
         return Chunk(rotary, masks, growths, zeros, views, start_pos)
 
     def _rows_of(self, name: str, rows: torch.Tensor) -> torch.Tensor:

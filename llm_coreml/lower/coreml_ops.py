@@ -53,6 +53,7 @@ def gelu(context: Any, node: Any) -> None:
     would be the exact one.
     """
     (x,) = _get_inputs(context, node, expected=1)
-    form = _get_kwinputs(context, node, "approximate", default=["none"])
-    mode = {"none": "EXACT", "tanh": "TANH_APPROXIMATION"}[form[0]]
+    (form,) = _get_kwinputs(context, node, "approximate", default=["none"])
+    named = form if isinstance(form, str) else form.val  # a constant of the graph by then
+    mode = {"none": "EXACT", "tanh": "TANH_APPROXIMATION"}[named]
     context.add(mb.gelu(x=x, mode=mode, name=node.name))

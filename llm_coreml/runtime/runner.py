@@ -56,6 +56,8 @@ class Runner(ABC):
         self.position = 0
         # The tokens in the cache; positions that no token was read at are -1.
         self._read: list[int] = []
+        # How often the sequence was begun anew, or from an earlier position.
+        self._begun = 0
 
     @abstractmethod
     def _forward(self, tokens: torch.Tensor, start_pos: torch.Tensor) -> torch.Tensor:
@@ -69,7 +71,7 @@ class Runner(ABC):
     def reset(self, position: int = 0) -> None:
         """Forget the sequence; the next token is read at `position`, after that many zeros."""
         self._clear()
-        self.position = position
+        self._begin(position)
         self._read = [-1] * position
 
     @final
@@ -84,7 +86,7 @@ class Runner(ABC):
                 f"The sequence is {self.position} tokens long; go back to 0 to {self.position}, "
                 f"not to {position}."
             )
-        self.position = position
+        self._begin(position)
         del self._read[position:]
 
     @final
@@ -100,8 +102,12 @@ class Runner(ABC):
             ConfigError: the runtime lets nobody set them.
         """
         self._restore(states)
-        self.position = position
+        self._begin(position)
         self._read = [-1] * position
+
+    def _begin(self, position: int) -> None:
+        self.position = position
+        self._begun += 1
 
     def _restore(self, states: Mapping[str, torch.Tensor]) -> None:
         """Fill the cache."""
@@ -203,6 +209,10 @@ class Runner(ABC):
 
         Returns:
             Why it ended.
+
+        Raises:
+            ConfigError: the prompt is no sequence of tokens that fits the context, or the cache was
+                used for something else before the text has ended.
         """
         sampler = sampler or Sampler()
         kept = self._shared(tokens) if reuse else 0
@@ -215,9 +225,15 @@ class Runner(ABC):
             token = sampler.choose(row)
             if token in stop:
                 return "stop"
+            before = (self._begun, self.position)
             yield token
             if count == max_new_tokens:
                 break
+            if (self._begun, self.position) != before:
+                raise ConfigError(
+                    "The model has read something else since this text was begun, and has one "
+                    "cache; end one text before the next, or load the bundle again for each."
+                )
             if self.position == self.context:
                 return "context"
             row = self.step([token])[-1]

@@ -85,7 +85,8 @@ class _Student:
                 self._linear[name] = adjustable(moved(module.weight.detach(), device))
                 self.values[name] = tuple(value.clone() for value in self._linear[name].values)
             elif isinstance(module, RMSNorm):
-                self.values[name] = (module.weight.detach().to(device, copy=True),)
+                if module.weight is not None:
+                    self.values[name] = (module.weight.detach().to(device, copy=True),)
         head = decoder.lm_head.weight.detach()
         self._head = torch.cat([rows.to(device) for rows in dense_rows(head)])
         owners = [f"layers.{index}" for index in range(len(decoder.layers))]
