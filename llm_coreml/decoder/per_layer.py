@@ -61,7 +61,8 @@ class PerLayerInputs(nn.Module):
         shape = (1, -1, self.count, self.spec.width)
         products = self.projection(self.projection.arrange(x)) * self.products_multiplier
         parts = self.norm(products.view(shape)) + rows.view(shape) * self.table_multiplier
-        return (parts * self.sum_multiplier).flatten(2)
+        scaled: torch.Tensor = parts * self.sum_multiplier
+        return scaled.flatten(2)
 
 
 class PerLayerMLP(nn.Module):

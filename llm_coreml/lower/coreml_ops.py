@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from coremltools.converters.mil import Builder as mb
-from coremltools.converters.mil.frontend.torch.ops import _get_inputs, _get_kwinputs
+from coremltools.converters.mil.frontend.torch.ops import _get_inputs
 from coremltools.converters.mil.frontend.torch.torch_op_registry import register_torch_op
 from coremltools.converters.mil.mil import types
 from torch._library.custom_ops import CustomOpDef
@@ -53,7 +53,7 @@ def gelu(context: Any, node: Any) -> None:
     would be the exact one.
     """
     (x,) = _get_inputs(context, node, expected=1)
-    (form,) = _get_kwinputs(context, node, "approximate", default=["none"])
-    named = form if isinstance(form, str) else form.val  # a constant of the graph by then
-    mode = {"none": "EXACT", "tanh": "TANH_APPROXIMATION"}[named]
+    # As it stands there: coremltools would take the word for a tensor of that name.
+    (form,) = (node.kwinputs or {}).get("approximate", ["none"])
+    mode = {"none": "EXACT", "tanh": "TANH_APPROXIMATION"}[form]
     context.add(mb.gelu(x=x, mode=mode, name=node.name))

@@ -84,9 +84,8 @@ class _Student:
             if isinstance(module, nn.Linear) and module is not decoder.lm_head:
                 self._linear[name] = adjustable(moved(module.weight.detach(), device))
                 self.values[name] = tuple(value.clone() for value in self._linear[name].values)
-            elif isinstance(module, RMSNorm):
-                if module.weight is not None:
-                    self.values[name] = (module.weight.detach().to(device, copy=True),)
+            elif isinstance(module, RMSNorm) and module.weight is not None:
+                self.values[name] = (module.weight.detach().to(device, copy=True),)
         head = decoder.lm_head.weight.detach()
         self._head = torch.cat([rows.to(device) for rows in dense_rows(head)])
         owners = [f"layers.{index}" for index in range(len(decoder.layers))]
