@@ -21,7 +21,7 @@ SHARED = {
 }
 FILES = sorted(path for path in FOLDER.glob("*.py") if path.stem not in SHARED)
 # Whose blocks are their own.
-LARGER: dict[str, int] = {}
+LARGER: dict[str, int] = {"gemma4_text": 170}
 _NOT_CODE = {
     *(tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT),
     tokenize.ENDMARKER,
