@@ -169,7 +169,7 @@ def same_norms(spec: DecoderSpec, family: Family, theirs: Any) -> None:
     """Hold the eps of every norm that has parameters against theirs."""
     stored = family.stored(spec)
     for path, module in Decoder(spec, context=1).named_modules():
-        if isinstance(module, RMSNorm):
+        if isinstance(module, RMSNorm) and module.weight is not None:
             name = stored[f"{path}.weight"].names[0].removesuffix(".weight")
             norm = vars(theirs.get_submodule(name))
             (eps,) = [norm[each] for each in ("eps", "variance_epsilon") if each in norm]
@@ -239,7 +239,9 @@ def test_what_a_config_leaves_out_is_what_transformers_takes(model_type: str) ->
     whole = family.spec({"model_type": model_type, **needed})
     assert len(whole.layers) == config.num_hidden_layers
     assert whole.max_position_embeddings == config.max_position_embeddings
-    spec = replace(whole, layers=whole.layers[:2])
+    spec = family.spec({"model_type": model_type, "num_hidden_layers": 2, **needed})
+    if len(spec.layers) != 2:  # which the family counts under another name
+        spec = replace(whole, layers=whole.layers[:2])
     few = AutoConfig.for_model(model_type, num_hidden_layers=2, **needed)
     with torch.device("meta"):
         theirs = AutoModelForCausalLM.from_config(few)
