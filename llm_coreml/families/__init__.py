@@ -110,5 +110,5 @@ def _load(model_type: str) -> Family:
 
 def _preferred() -> list[str]:
     """Return all model types, the plain ones first: of several that fit, they promise least."""
-    first = [name for name in ("llama", "qwen2", "mistral") if name in _MODULES]
+    first = [name for name in ("llama", "mistral", "qwen2") if name in _MODULES]
     return [*first, *(name for name in known_model_types() if name not in first)]
