@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -169,9 +170,9 @@ def same_norms(spec: DecoderSpec, family: Family, theirs: Any) -> None:
     """Hold the eps of every norm that has parameters against theirs."""
     stored = family.stored(spec)
     for path, module in Decoder(spec, context=1).named_modules():
-        if isinstance(module, RMSNorm):
+        if isinstance(module, RMSNorm) and module.weight is not None:
             name = stored[f"{path}.weight"].names[0].removesuffix(".weight")
-            norm = vars(theirs.get_submodule(name))
+            norm = vars(theirs.get_submodule(name.replace("*", "0")))
             (eps,) = [norm[each] for each in ("eps", "variance_epsilon") if each in norm]
             assert float(module.root_eps) ** 2 == pytest.approx(eps), path
 
@@ -196,6 +197,7 @@ def spelled() -> dict[str, tuple[str, str]]:
         for family, entry in TABLE.items()
         for name in SPELLINGS
         if name not in entry.unread and scaled_so(entry, SPELLINGS[name])
+        if entry.spelled or name == "silent"
     }
 
 
@@ -214,7 +216,8 @@ def test_a_config_means_what_transformers_makes_of_it(label: str, tmp_path: Path
     theirs = checkpoint(tmp_path, model_type, SPELLINGS[spelling])
     model = open_model(tmp_path)
     same_options(model, theirs)
-    same_tables(model.spec, theirs)
+    if TABLE[model_type].spelled:
+        same_tables(model.spec, theirs)
     decoder = Decoder(model.spec, CONTEXT, logits="all")
     fill(decoder, model.weights, plan=None, storage=None)
     tokens = tokens_for(97, CONTEXT)
@@ -226,6 +229,11 @@ def test_a_config_means_what_transformers_makes_of_it(label: str, tmp_path: Path
         ]
     assert expected.abs().max() > 1
     assert (torch.cat(rows) - expected).abs().max() < 1e-4
+
+
+def as_saved(model_type: str, name: str) -> str:
+    """Return what transformers writes a tensor as."""
+    return "embed_out.weight" if (model_type, name) == ("gpt_neox", "lm_head.weight") else name
 
 
 @pytest.mark.parametrize("model_type", TABLE)
@@ -243,9 +251,15 @@ def test_what_a_config_leaves_out_is_what_transformers_takes(model_type: str) ->
     few = AutoConfig.for_model(model_type, num_hidden_layers=2, **needed)
     with torch.device("meta"):
         theirs = AutoModelForCausalLM.from_config(few)
-    tensors = {name: tuple(tensor.shape) for name, tensor in theirs.state_dict().items()}
+    tensors = {
+        as_saved(model_type, name): tuple(tensor.shape)
+        for name, tensor in theirs.state_dict().items()
+    }
     for tied in theirs.all_tied_weights_keys:
         del tensors[tied]
+    for unread in [name for name in tensors if any(fnmatch(name, p) for p in family.ignored)]:
+        if unread != "lm_head.weight":
+            del tensors[unread]
     shapes = {name: tuple(each.shape) for name, each in skeleton(spec).named_parameters()}
     assert expected_tensors(family.stored(spec), shapes) == tensors
     same_norms(spec, family, theirs)
