@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from llm_coreml.decoder.caches import CacheView
 from llm_coreml.decoder.spec import AttentionSpec, MaskKey
-from llm_coreml.decoder.states import CacheView, View
+from llm_coreml.decoder.state import View
 
 # Far below any score, far inside fp16: exp() of it is zero, and no -inf meets the hardware.
 _MASKED = -4.0e4
@@ -22,13 +23,11 @@ class Chunk:
         rotary: Cosines and sines of the S positions, `[S, 1, dim / 2]` each, for every table.
         masks: Added to the scores, `[1, 1, group * S, positions]`, by what they follow from.
         views: States by name, updated by each layer.
-        start_pos: int `[1]`, position of the first token.
     """
 
     rotary: tuple[tuple[torch.Tensor, torch.Tensor], ...]
     masks: Mapping[MaskKey, torch.Tensor]
     views: Mapping[str, View]
-    start_pos: torch.Tensor
 
     def mask(self, spec: AttentionSpec) -> torch.Tensor:
         """Return the mask of an attention's scores."""
@@ -47,7 +46,6 @@ class Chunk:
             self,
             rotary=tuple((cos.to(device), sin.to(device)) for cos, sin in self.rotary),
             masks={key: mask.to(device) for key, mask in self.masks.items()},
-            start_pos=self.start_pos.to(device),
         )
 
 
@@ -57,8 +55,9 @@ def make_mask(key: MaskKey, rows: torch.Tensor, columns: torch.Tensor) -> torch.
     Args:
         key: One of `AttentionSpec.masks`.
         rows: int32 `[S]`, positions of the tokens.
-        columns: int32 `[positions]`, positions that there may be something at, from 0 on; a
-            window that is no shorter cuts nothing off.
+        columns: int32 `[positions]`, positions that there may be something at, from 0 on, where a
+            window that is no shorter cuts nothing off; or those that a ring holds, larger than
+            the window.
 
     Returns:
         float32 `[1, 1, group * S, positions]`.

@@ -86,7 +86,7 @@ class Attention(nn.Module):
         keys = self._turned(self._keys(x), chunk)
         values = _heads_first(self.v_proj(x).view(1, -1, spec.num_key_value_heads, spec.head_dim))
         cache = chunk.cache(self.slot.state)
-        keys, values = cache.update(self.slot.row, keys, values, chunk.start_pos)
+        keys, values = cache.update(self.slot.row, keys, values)
         attended = self._attend(queries, keys, values, chunk.mask(spec))
         attended = attended.reshape(1, spec.num_attention_heads, -1, spec.head_dim)
         width = spec.num_attention_heads * spec.head_dim

@@ -30,7 +30,8 @@ from artifacts import (
 from cases import cases
 from llm_coreml.artifact.mil import StateType, TensorType
 from llm_coreml.config import ExportConfig
-from llm_coreml.decoder.states import CacheView
+from llm_coreml.decoder.caches import KVCache
+from llm_coreml.decoder.state import Start
 from llm_coreml.pipeline import export
 from llm_coreml.runtime.eager import EagerRunner
 from llm_coreml.runtime.runner import split_lengths
@@ -167,6 +168,42 @@ def test_computes_what_the_quantized_decoder_computes(
 ) -> None:
     artifact = quantized(scheme_label)
     tokens = tokens_for(96, artifact.shapes.context)
+    expected = EagerRunner(artifact.decoder, "eager").logits(tokens)
+    runner = artifact.runner()
+    for parts in splits(len(tokens), runner.seq_lengths).values():
+        ends = torch.tensor(parts).cumsum(0) - 1
+        assert relative_error(feed(runner, tokens, parts), expected[ends]) < BOUND
+
+
+def test_tokens_above_65535_reach_their_row(tmp_path: Path) -> None:
+    """Core ML gathers with uint16 where it thinks that suffices."""
+    model = llama(vocab_size=70000, hidden_size=32, intermediate_size=32, num_attention_heads=2)
+    config = ExportConfig(context=32, seq_lengths=(1, 8), **UNQUANTIZED)
+    runner = lower(model, config, tmp_path / "model.pte").runner()
+    tokens = [65535, 65536, 65537, 69999, 4463, 66000, 464, 68123]
+    expected = expected_logits(model, tokens)
+    assert relative_error(feed(runner, tokens, [1] * 8), expected) < BOUND
+    assert relative_error(feed(runner, tokens, [8]), expected[-1:]) < BOUND
+
+
+def test_fp32_program_is_tight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ExportConfig(
+        context=32,
+        seq_lengths=(1, 8),
+        target="ane",
+        compute_precision="fp32",
+        logits="all",
+        **UNQUANTIZED,
+    )
+    artifact = lower(llama(), config, tmp_path / "model.pte")
+    tokens = tokens_for(97, 32)
+    plain = EagerRunner(artifact.decoder, "eager").logits(tokens)
+    put = KVCache.put
+
+    def rounded(cache: KVCache, rows: torch.Tensor, entries: torch.Tensor, start: Start) -> None:
+        put(cache, rows, entries.half().float(), start)
+
+    monkeypatch.setattr(KVCache, "put", rounded)
     expected = EagerRunner(artifact.decoder, "eager").logits(tokens)
     runner = artifact.runner()
     for parts in splits(len(tokens), runner.seq_lengths).values():
