@@ -122,7 +122,7 @@ def measure(
     model = open_model("llama" if folder == bundled_model() else folder)
     tokenizer = Tokenizer(folder / "tokenizer.json")
     content = (folder / "heldout.txt").read_text(encoding="utf-8")
-    windows = cut(tokenizer.encode(content), CONTEXT, tokenizer.bos_id, limit)
+    windows = cut(tokenizer.encode(content), CONTEXT, tokenizer.beginning, limit)
     original = unquantized(model)
 
     def read(name: str, decoders: dict[str, Decoder]) -> list[Quality]:

@@ -88,7 +88,7 @@ def qualities(
     job = resolve(UNQUANTIZED, model.spec)
     original = make_plan(job, model.spec)
     tokenizer = Tokenizer(TOKENIZER)
-    text = cut(tokenizer.encode(read_text(None)[1]), 1024, tokenizer.bos_id, tokens)
+    text = cut(tokenizer.encode(read_text(None)[1]), 1024, tokenizer.beginning, tokens)
     rows = []
     for name, plan in plans.items():
         runners = {

@@ -150,7 +150,7 @@ def measure(text: CalibrationText, steps: int, limit: int, known: list[Point]) -
     """Yield a point for every format and method that is not known."""
     model = open_model("llama")
     tokenizer = Tokenizer(TOKENIZER)
-    windows = cut(tokenizer.encode(read_text(None)[1]), CONTEXT, tokenizer.bos_id, limit)
+    windows = cut(tokenizer.encode(read_text(None)[1]), CONTEXT, tokenizer.beginning, limit)
     original = unquantized(model)
     done = {(point.name, point.method) for point in known}
     for wanted in formats(model):

@@ -46,7 +46,7 @@ def measure(formats: list[str], calibrate: int, limit: int) -> dict[str, Quality
     """Return the quality of every format with every rotation, and of `original`."""
     model = open_model("llama")
     tokenizer = Tokenizer(TOKENIZER)
-    windows = cut(tokenizer.encode(read_text(None)[1]), 1024, tokenizer.bos_id, limit)
+    windows = cut(tokenizer.encode(read_text(None)[1]), 1024, tokenizer.beginning, limit)
     runners = {"original": runner(model, ExportConfig(scheme="none", embedding="none"))}
     text = {"calibrate": "bundled", "calibration_tokens": calibrate} if calibrate else {}
     for name in formats:

@@ -21,7 +21,7 @@ from llm_coreml.eval.inspection import (
 )
 from llm_coreml.eval.pair import read_in_pairs
 from llm_coreml.eval.quality import measure_quality
-from llm_coreml.eval.reading import open_artifact, read_tokens
+from llm_coreml.eval.reading import Opened, open_artifact, read_tokens
 from llm_coreml.eval.results import Quality
 from llm_coreml.progress import Progress, Silent
 from llm_coreml.reference.program.execution import Execution
@@ -104,14 +104,8 @@ def diff(
     progress = progress or Silent()
     progress.stage("open")
     execution = halved(execution)
-    one = open_artifact(first, execution, checked)
-    other = open_artifact(second, execution, checked)
-    sizes = one.runner.vocab_size, other.runner.vocab_size
-    if sizes[0] != sizes[1]:
-        raise ConfigError(
-            f"'{first}' has a vocabulary of {sizes[0]} tokens and '{second}' one of {sizes[1]}; "
-            "give two exports of one model."
-        )
+    one, other = (open_artifact(path, execution, checked) for path in (first, second))
+    _check_vocabularies(one, other)
     name, windows = read_tokens((one, other), text, ids, tokens)
     progress.stage("compare")
     reading = read_in_pairs(one.runner, other.runner, windows, progress.advance)
@@ -134,6 +128,15 @@ def diff(
         layers=tuple(map(difference, reading.parting.by_layer())),
         qualities=(replace(quality[0], name="first"), replace(quality[1], name="second")),
     )
+
+
+def _check_vocabularies(one: Opened, other: Opened) -> None:
+    sizes = one.runner.vocab_size, other.runner.vocab_size
+    if sizes[0] != sizes[1]:
+        raise ConfigError(
+            f"'{one.path}' has a vocabulary of {sizes[0]} tokens and '{other.path}' one of "
+            f"{sizes[1]}; give two exports of one model."
+        )
 
 
 def _finite(value: object) -> object:

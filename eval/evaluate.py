@@ -7,7 +7,7 @@ result = evaluate("out/", model=live_model)    # a model that is not on disk
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -123,7 +123,8 @@ def _originals(
 
     A calibrated one is calibrated again, and left out where the text is not at hand.
     """
-    opened = _open_original(bundle) if model is None else open_model(model)
+    family = _family_of(bundle)
+    opened = _open_original(bundle) if model is None else open_model(model, family=family)
     if opened.sha256() != bundle.manifest.source.sha256:
         raise CheckpointError(
             f"'{opened.source.name}' holds other weights than were exported; give the original "
@@ -155,7 +156,7 @@ def _open_original(bundle: Bundle) -> Model:
     opened = None
     for place in [source.name] if source.kind == "hub" else _folders(bundle):
         try:
-            opened = open_model(place, revision=source.revision)
+            opened = open_model(place, revision=source.revision, family=_family_of(bundle))
         except LlmCoreMLError as error:
             reason = reason or str(error)
             continue
@@ -165,6 +166,12 @@ def _open_original(bundle: Bundle) -> Model:
         return opened
     reason = reason or f"there is no '{source.name}', neither from here nor beside the bundle."
     raise CheckpointError(f"The original is not at hand: {reason} {remedy}")
+
+
+def _family_of(bundle: Bundle) -> str | None:
+    """Return what the model was read as, None for its own family."""
+    settings = bundle.manifest.config.get("source")
+    return settings.get("family") if isinstance(settings, Mapping) else None
 
 
 def _folders(bundle: Bundle) -> list[Path]:

@@ -1,6 +1,6 @@
 """The text that models are measured on, cut into windows.
 
-windows = cut(tokenizer.encode(text), window=512, bos_id=1, limit=4096)
+windows = cut(tokenizer.encode(text), window=512, beginning=(1,), limit=4096)
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ def read_windows(
         )
     opened = Tokenizer(tokenizer)
     name, content = read_text(None if text is None else Path(text))
-    return name, cut_to_context(opened.encode(content), context, opened.bos_id, limit)
+    return name, cut_to_context(opened.encode(content), context, opened.beginning, limit)
 
 
 def cut_to_context(
-    tokens: Sequence[int], context: int, bos_id: int | None, limit: int
+    tokens: Sequence[int], context: int, beginning: Sequence[int], limit: int
 ) -> list[list[int]]:
     """Cut `tokens` into windows that a cache of `context` positions holds, see `cut`."""
-    return cut(tokens, min(context, _LONGEST_WINDOW), bos_id, limit)
+    return cut(tokens, min(context, _LONGEST_WINDOW), beginning, limit)
 
 
 def read_text(path: Path | None) -> tuple[str, str]:
@@ -66,17 +66,20 @@ def read_text(path: Path | None) -> tuple[str, str]:
     return path.name, text
 
 
-def cut(tokens: Sequence[int], window: int, bos_id: int | None, limit: int) -> list[list[int]]:
-    """Cut `tokens` into consecutive windows, each of which begins with `bos_id` where there is one.
+def cut(
+    tokens: Sequence[int], window: int, beginning: Sequence[int], limit: int
+) -> list[list[int]]:
+    """Cut `tokens` into consecutive windows, each of which begins with `beginning`.
 
     Every token of the text is scored once at most: a window's first token is given, and so the
-    windows overlap by one token where there is no `bos_id`.
+    windows overlap by one token where there is no beginning. Of a beginning of several tokens, each
+    is scored but the first.
 
     Args:
         tokens: The text, without special tokens.
-        window: Longest window, the beginning token counted.
-        bos_id: Token that begins a text, or None.
-        limit: Most tokens to score over all windows.
+        window: Longest window, the beginning counted.
+        beginning: Tokens that begin a text; none, mostly one, or more.
+        limit: Most tokens of the text to score over all windows.
 
     Returns:
         Windows of at least two tokens.
@@ -84,16 +87,15 @@ def cut(tokens: Sequence[int], window: int, bos_id: int | None, limit: int) -> l
     Raises:
         ConfigError: fewer than two tokens to look at, or room for fewer.
     """
-    if window < 2:
+    given, overlap = list(beginning), 0 if beginning else 1
+    room = window - len(given)
+    if room < 1 + overlap:
         raise ConfigError(f"A context of {window} positions has no room for a token to score.")
-    given = [] if bos_id is None else [bos_id]
-    windows, start, scored = [], 0, 0
-    while scored < limit and start + (not given) < len(tokens):
-        count = min(window - len(given), limit - scored + (not given))
-        piece = given + list(tokens[start : start + count])
-        windows.append(piece)
-        scored += len(piece) - 1
-        start += len(piece) - 1
+    windows, start = [], 0
+    while start < limit and start + overlap < len(tokens):
+        piece = list(tokens[start : min(start + room, limit + overlap)])
+        windows.append([*given, *piece])
+        start += len(piece) - overlap
     if not windows:
         raise ConfigError("The text is shorter than two tokens; give a longer one with --text.")
     return windows

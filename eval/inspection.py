@@ -16,7 +16,7 @@ from llm_coreml.config.setting import brief
 from llm_coreml.config.values import checked_count
 from llm_coreml.errors import ConfigError
 from llm_coreml.eval.pair import chunks, read_in_pairs
-from llm_coreml.eval.reading import open_artifact, read_tokens
+from llm_coreml.eval.reading import Opened, open_artifact, read_tokens
 from llm_coreml.machine import machine_memory
 from llm_coreml.progress import Progress, Silent
 from llm_coreml.reference.observe.divergence import Compared, Parting
@@ -136,16 +136,9 @@ def inspect_numerics(
     """
     check_threshold(threshold)
     checked_count("--top", top, least=0)
-    if against == DECLARED.mode:
-        raise ConfigError("--against declared would compare the program with itself.")
     progress = progress or Silent()
     progress.stage("open")
-    execution = Execution(device=device)
-    other = None
-    if against is not None:
-        execution = halved(execution)
-        other = open_artifact(path, replace(execution, mode=against), checked).runner
-    opened = open_artifact(path, execution, checked)
+    opened, other = _open(path, Execution(device=device), against, checked)
     name, windows = read_tokens((opened,), text, ids, tokens)
     progress.stage("watch")
     watch, beside, parting = _read(opened.runner, other, windows, progress.advance)
@@ -164,6 +157,19 @@ def inspect_numerics(
         first=difference(first) if first else None,
         layers=tuple(map(difference, parting.by_layer())) if parting else (),
     )
+
+
+def _open(
+    path: Path, execution: Execution, against: str | None, checked: bool
+) -> tuple[Opened, ReferenceRunner | None]:
+    """Return the program as it declares, and in the mode `against` if there is one."""
+    if against is None:
+        return open_artifact(path, execution, checked), None
+    if against == DECLARED.mode:
+        raise ConfigError("--against declared would compare the program with itself.")
+    execution = halved(execution)
+    other = open_artifact(path, replace(execution, mode=against), checked)
+    return open_artifact(path, execution, checked), other.runner
 
 
 def check_threshold(threshold: float) -> None:

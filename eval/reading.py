@@ -78,7 +78,7 @@ def read_tokens(
         raise ConfigError("--text and --ids are two sources of tokens; give one of them.")
     context = min(artifact.runner.context for artifact in artifacts)
     if ids is not None:
-        return ids.name, cut_to_context(_read_ids(ids), context, None, limit)
+        return ids.name, cut_to_context(_read_ids(ids), context, (), limit)
     tokenizer = next((item.tokenizer for item in artifacts if item.tokenizer is not None), None)
     if tokenizer is None:
         raise ConfigError(

@@ -21,12 +21,14 @@ if TYPE_CHECKING:
     from llm_coreml.eval.evaluate import evaluate
     from llm_coreml.eval.results import Evaluation
     from llm_coreml.pipeline import export
+    from llm_coreml.runtime.sampling import Sampling
 
 _HOMES = {
     "Evaluation": "llm_coreml.eval.results",
     "ExportConfig": "llm_coreml.config",
     "LanguageModel": "llm_coreml.bundle.language_model",
     "LlmCoreMLError": "llm_coreml.errors",
+    "Sampling": "llm_coreml.runtime.sampling",
     "evaluate": "llm_coreml.eval.evaluate",
     "export": "llm_coreml.pipeline",
     "load": "llm_coreml.bundle.language_model",
@@ -40,6 +42,7 @@ __all__ = [
     "ExportConfig",
     "LanguageModel",
     "LlmCoreMLError",
+    "Sampling",
     "evaluate",
     "export",
     "load",

@@ -51,6 +51,10 @@ class UnsupportedError(LlmCoreMLError):
     exit_code = 5
 
 
+class UnknownFamilyError(UnsupportedError):
+    """The model's architecture has no family."""
+
+
 class OutputError(LlmCoreMLError):
     """The output folder exists already, cannot be written, or the disk is full."""
 

@@ -25,7 +25,8 @@ from llm_coreml.checkpoint import (
 from llm_coreml.checkpoint.checkpoint import listing
 from llm_coreml.checkpoint.weights_view import FamilyWeights, Weights, expected_tensors
 from llm_coreml.decoder import DecoderSpec, skeleton
-from llm_coreml.families import Family, find_family
+from llm_coreml.errors import LlmCoreMLError, UnknownFamilyError
+from llm_coreml.families import Family, family_notes, find_family, offer, read_as
 from llm_coreml.recipes import BUNDLED, BUNDLED_RECIPE, find_recipe
 
 
@@ -67,6 +68,7 @@ def open_model(
     revision: str | None = None,
     local_files_only: bool = False,
     accept: Callable[[DecoderSpec, bool], object] = lambda _, __: None,
+    family: str | None = None,
 ) -> Model:
     """Open a checkpoint and hold its tensors' names and shapes against its family's.
 
@@ -77,38 +79,60 @@ def open_model(
         local_files_only: Use the hub's local cache only.
         accept: Given the sizes, and whether the matrices are quantized already, before any weights
             are fetched; raises to refuse them.
+        family: What to read the model as, if its `model_type` has no family; None is what a recipe
+            says, else its own.
 
     Raises:
         ConfigError: a bare word that is no recipe and no folder, or a recipe that is wrong.
         CheckpointError: it is absent, damaged, or disagrees with its `config.json`.
-        UnsupportedError: an unknown family or option.
+        UnknownFamilyError: its `model_type` has no family; the message says which its tensors are
+            those of, if any.
+        UnsupportedError: an unknown option, or a `family` that it cannot be read as.
         ValueError: the family leaves parameters of the decoder out, which is a fault of the family.
     """
-
-    def judge(config: dict[str, Any]) -> None:
-        accept(find_family(config).spec(config), is_quantized(config))
-
     recipe = None if isinstance(source, torch.nn.Module) else find_recipe(source)
     if recipe is not None:
-        source = recipe.source
-    checkpoint = open_checkpoint(
-        source,
-        tokenizer=tokenizer,
-        revision=revision,
-        local_files_only=local_files_only,
-        judge=judge,
-    )
-    family = find_family(checkpoint.config)
-    spec = _with_true_head(checkpoint, family, family.spec(checkpoint.config))
-    stored = family.stored(spec)
+        source, family = recipe.source, family or recipe.config.family
+
+    def judge(config: dict[str, Any]) -> None:
+        read = read_as(config, family)
+        accept(find_family(read).spec(read), is_quantized(read))
+
+    try:
+        checkpoint = open_checkpoint(
+            source,
+            tokenizer=tokenizer,
+            revision=revision,
+            local_files_only=local_files_only,
+            judge=judge,
+        )
+    except UnknownFamilyError as error:
+        raise UnknownFamilyError(f"{error} {_offer(source)}".strip()) from None
+    config = read_as(checkpoint.config, family)
+    found = find_family(config)
+    spec = _with_true_head(checkpoint, found, found.spec(config))
+    stored = found.stored(spec)
     parameters = skeleton(spec).named_parameters()
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters}
     _check_complete(spec, stored.keys(), shapes.keys())
-    beside = check_tensors(checkpoint, expected_tensors(stored, shapes), optional=family.ignored)
+    beside = check_tensors(checkpoint, expected_tensors(stored, shapes), optional=found.ignored)
     bundled = recipe is not None and recipe.model == BUNDLED
     origin = Source("bundled", BUNDLED_RECIPE) if bundled else checkpoint.source
-    notes = (*checkpoint.notes, *beside, *family.notes(checkpoint.config))
-    return Model(origin, checkpoint, family, spec, FamilyWeights(checkpoint, stored), notes)
+    read = family_notes(checkpoint.config, family)
+    notes = (*checkpoint.notes, *read, *beside, *found.notes(config))
+    return Model(origin, checkpoint, found, spec, FamilyWeights(checkpoint, stored), notes)
+
+
+def _offer(source: str | Path | torch.nn.Module) -> str:
+    """Return what a model's tensors say of its family, nothing where they are not here."""
+    if not isinstance(source, torch.nn.Module) and not Path(source).expanduser().exists():
+        return "Download it and give its folder, to be told which family its tensors are those of."
+    try:
+        checkpoint = open_checkpoint(source)
+        names = (*checkpoint.names(), *checkpoint.tied())
+        return offer(checkpoint.config, {name: checkpoint.shape(name) for name in names})
+    except LlmCoreMLError:
+        return ""
 
 
 def _check_complete(

@@ -34,6 +34,7 @@ from llm_coreml.bundle.record import make_manifest
 from llm_coreml.bundle.seal import sealed
 from llm_coreml.config import ExportConfig, Job, resolve
 from llm_coreml.decoder import Decoder, DecoderSpec
+from llm_coreml.decoder.rope import table_notes
 from llm_coreml.decoder.spec import Extent
 from llm_coreml.decoder.states import state_specs
 from llm_coreml.errors import UnsupportedError, VerificationError
@@ -76,6 +77,7 @@ def export(
     scheme: str | None = None,
     target: str | None = None,
     context: int | None = None,
+    family: str | None = None,
     config: ExportConfig | None = None,
     overwrite: bool = False,
     revision: str | None = None,
@@ -90,10 +92,11 @@ def export(
         tokenizer: Tokenizer of a live model; without one the bundle cannot read text.
         output: Folder to make.
         bits: Bits per weight of the linear layers, a fraction to mix formats; wins over `config`,
-            as the next three do.
+            as the next four do.
         scheme: Weight format.
         target: Compute unit.
         context: Positions of the KV cache.
+        family: What a model whose `model_type` has no family is read as.
         config: All other settings; None takes a recipe's, or the defaults.
         overwrite: Replace an earlier export at `output`.
         revision: Branch, tag or commit of a hub id.
@@ -110,16 +113,13 @@ def export(
         LlmCoreMLError: see `errors`; nothing is left at `output` that was not there before. What
             failed its verification is kept in a folder beside it, see `bundle.failed`.
     """
-    given = {"bits": bits, "scheme": scheme, "target": target, "context": context}
+    given = {"bits": bits, "scheme": scheme, "target": target, "context": context, "family": family}
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     run = _Run((config or _settings(model)).under(changes), progress or Silent(), cache)
     check_output(Path(output), overwrite)
     if run.config.calibrate is not None:
         read_content(run.config.calibrate)  # what is wrong with it is told before work is done
-    run.progress.stage("open")
-    opened = open_model(model, tokenizer, revision, local_files_only, accept=run.check)
-    for note in opened.notes:
-        run.progress.note(note)
+    opened = run.open(model, tokenizer, revision, local_files_only)
     with new_bundle(Path(output), overwrite) as draft, run.open_cache() as kept, kept.paged_out():
         try:
             _write(run, opened, draft, kept)
@@ -141,6 +141,23 @@ class _Run:
     config: ExportConfig
     progress: Progress
     cache: str | Path | bool
+
+    def open(
+        self,
+        model: str | Path | torch.nn.Module,
+        tokenizer: Any,
+        revision: str | None,
+        local_files_only: bool,
+    ) -> Model:
+        """Return the opened model, and tell of how it is read."""
+        self.progress.stage("open")
+        family = self.config.family
+        opened = open_model(
+            model, tokenizer, revision, local_files_only, accept=self.check, family=family
+        )
+        for note in opened.notes:
+            self.progress.note(note)
+        return opened
 
     @contextlib.contextmanager
     def open_cache(self) -> Iterator[WeightCache]:
@@ -184,13 +201,16 @@ def _write(run: _Run, model: Model, draft: Path, cache: WeightCache) -> None:
 
 
 def _tell_of_the_context(run: _Run, model: Model, job: Job) -> None:
-    """Tell of a context that is longer than config.json says."""
-    meant = model.spec.max_position_embeddings
-    if job.shapes.context > meant:
+    """Tell of a context that is longer than config.json says, and of angles that go by it."""
+    meant, context = model.spec.max_position_embeddings, job.shapes.context
+    if context > meant:
+        kinds = dict.fromkeys(rope.kind for rope in model.spec.rotary)
         run.progress.note(
-            f"config.json names {meant} positions; the {job.shapes.context} of --context rest on "
-            "its linear scaling of RoPE."
+            f"config.json names {meant} positions; the {context} of --context rest on "
+            f"its {' and '.join(kinds)} scaling of RoPE."
         )
+    for note in table_notes(model.spec.rotary, context):
+        run.progress.note(note)
 
 
 def _tell_of_the_states(run: _Run, model: Model, job: Job) -> None:

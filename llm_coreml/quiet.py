@@ -15,6 +15,7 @@ import contextlib
 import functools
 import importlib
 import logging
+import sys
 import warnings
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -85,8 +86,10 @@ def _silent_loggers() -> Iterator[None]:
 
 
 def _not_theirs(record: logging.LogRecord) -> bool:
-    """Say whether the root logger was asked by none of the libraries."""
-    return not _LIBRARIES & set(PurePath(record.pathname).parts)
+    """Say whether the root logger was asked by none of the libraries, by where their files are."""
+    asking = PurePath(record.pathname)
+    loaded = [sys.modules[name] for name in _LIBRARIES if name in sys.modules]
+    return not any(asking.is_relative_to(folder) for each in loaded for folder in each.__path__)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ import torch
 
 import llm_coreml
 from exported import TEXT, make_model, make_tokenizer, manifest_of, write_manifest
-from llm_coreml import Evaluation, ExportConfig, LanguageModel, LlmCoreMLError, pipeline
+from llm_coreml import Evaluation, ExportConfig, LanguageModel, LlmCoreMLError, Sampling, pipeline
 from llm_coreml.errors import ArtifactError, CheckpointError, ConfigError
 from llm_coreml.eval.heldout import cut
 from llm_coreml.tokenizer import Tokenizer
@@ -157,6 +157,16 @@ def test_generate_streams_what_it_returns(model: LanguageModel) -> None:
     assert whole.startswith(model.generate("The quick", 4))
 
 
+def test_sampling_draws_by_its_seed(model: LanguageModel) -> None:
+    first, again, other = (
+        model.generate("The quick", 16, sampling=Sampling(temperature=1.5, seed=seed))
+        for seed in (1, 1, 2)
+    )
+    assert first == again != other
+    streamed = model.stream("The quick", 16, sampling=Sampling(temperature=1.5, seed=1))
+    assert "".join(streamed) == first
+
+
 def test_generate_is_the_argmax_of_the_logits(model: LanguageModel) -> None:
     tokens = model.encode("The quick")
     made = list(model.runner.generate(tokens, 6))
@@ -234,7 +244,7 @@ def test_original_has_the_perplexity_that_transformers_computes(
     evaluation: Evaluation, bundle: Path, live_model: Any
 ) -> None:
     tokenizer = Tokenizer(bundle / "tokenizer.json")
-    windows = cut(tokenizer.encode(TEXT), 64, tokenizer.bos_id, TOKENS)
+    windows = cut(tokenizer.encode(TEXT), 64, tokenizer.beginning, TOKENS)
     costs: list[torch.Tensor] = []
     for window in windows:
         logs = expected_logits(live_model, window[:-1]).double().log_softmax(-1)

@@ -54,7 +54,7 @@ def bundles(shared: Shared) -> Callable[[str], Path]:
 
 def windows() -> list[list[int]]:
     tokenizer = Tokenizer(bundled_model() / "tokenizer.json")
-    return cut(tokenizer.encode(read_text(None)[1]), 1024, tokenizer.bos_id, TOKENS)
+    return cut(tokenizer.encode(read_text(None)[1]), 1024, tokenizer.beginning, TOKENS)
 
 
 # What is particular to the Neural Engine, programs of random models show as well.

@@ -11,6 +11,8 @@ import click
 import pytest
 
 from llm_coreml.cli.main import cli
+from llm_coreml.families import known_model_types
+from llm_coreml.recipes import recipe_names
 
 ROOT = Path(__file__).parent.parent
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
@@ -121,6 +123,15 @@ def test_cases_that_wait_for_test_all_are_told_with_a_reason() -> None:
     waiting = {path.name for path in tests} - {"test_harness.py", "test_docs.py"}
     assert len(waiting) > 5
     assert set(re.findall(r"^\| `(test_\w+\.py)`", told, re.M)) == waiting
+
+
+def test_the_page_of_families_has_each_once() -> None:
+    """Sorted within the table, and every recipe that it names is there."""
+    page = (ROOT / "docs" / "families.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \|[^|]*\|([^|]*)\|", page.partition("|---|")[2], re.M)
+    assert [name for name, _ in rows] == known_model_types()
+    recipes = {name for _, told in rows for name in re.findall(r"`([^`]+)`", told)}
+    assert recipes and recipes <= set(recipe_names())
 
 
 def options() -> set[str]:

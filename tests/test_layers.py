@@ -195,3 +195,13 @@ def test_light_modules_load_no_torch(module: str) -> None:
         [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True
     )
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("path", [pytest.param(path, id=path.stem) for _, path in modules()])
+def test_a_file_is_one_idea_and_a_function_fits_a_screen(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= 400, f"{path.relative_to(ROOT)} is long; split it"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            lines = (node.end_lineno or node.lineno) - node.lineno + 1
+            assert lines <= 60, f"{path.relative_to(ROOT)}:{node.lineno}: {node.name}: {lines}"

@@ -70,6 +70,16 @@ def test_what_the_libraries_say_is_dropped(caplog: pytest.LogCaptureFixture) -> 
     assert caplog.records[-1].message == "again"
 
 
+def test_a_host_in_a_folder_called_as_a_library_is_heard(caplog: pytest.LogCaptureFixture) -> None:
+    """Both ask the root logger; a log line tells the file alone."""
+    torch = Path(sys.modules["torch"].__path__[0])
+    with quiet():
+        for path in (Path("/home/me/torch/train.py"), torch / "_logging.py"):
+            code = compile("logging.warning('from ' + __file__)", str(path), "exec")
+            exec(code, {"logging": logging, "__file__": str(path)})
+    assert [record.pathname for record in caplog.records] == ["/home/me/torch/train.py"]
+
+
 def test_bars_of_coremltools_are_back_afterwards(capfd: pytest.CaptureFixture[str]) -> None:
     from coremltools.converters.mil.mil.passes import pass_pipeline
 

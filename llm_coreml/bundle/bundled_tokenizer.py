@@ -16,7 +16,7 @@ from llm_coreml.errors import CheckpointError, LlmCoreMLError
 from llm_coreml.model import Model
 from llm_coreml.tokenizer import Tokenizer
 from llm_coreml.tokenizer.battery import TEXTS
-from llm_coreml.tokenizer.comparison import SourceError, compare, load_source
+from llm_coreml.tokenizer.comparison import SourceError, beginning_of, compare, load_source
 from llm_coreml.tokenizer.convert import convert
 from llm_coreml.tokenizer.special_ids import end_tokens, special_ids, within
 from llm_coreml.tokenizer.trial import UnfitError
@@ -112,10 +112,16 @@ def _compare(checkpoint: Checkpoint, draft: Path, tokenizer: Tokenizer, note: No
         )
         return
     try:
-        difference = compare(tokenizer, source)
+        difference, beginning = compare(tokenizer, source), beginning_of(source)
     except SourceError as error:
         note(f"The tokenizer was not compared with transformers', which fails with it: {error}")
         return
+    if beginning is not None and beginning != tokenizer.beginning:
+        note(
+            f"transformers begins a text with the tokens {list(beginning)}, and the bundle's "
+            f"tokenizer.json with {list(tokenizer.beginning)}, as llm-coreml then does; mend the "
+            "post_processor of tokenizer.json if the model was trained with the former."
+        )
     if difference is None:
         return
     # A file that was there already is what every runner reads, whatever transformers makes of it.

@@ -2,13 +2,14 @@
 
 model = load("out/")
 model.generate("The with statement", max_new_tokens=40)
+model.generate("The with statement", sampling=Sampling(temperature=0.8, seed=1))
 model.chat([{"role": "user", "content": "What is a list?"}])
 model.logits(model.encode("def"))             # float32 [tokens, vocab]
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -16,12 +17,12 @@ import torch
 
 from llm_coreml.bundle.bundle_runner import open_runner
 from llm_coreml.bundle.folder import open_bundle
-from llm_coreml.bundle.text_stream import TextStream
+from llm_coreml.bundle.text_stream import TextStream, stop_texts
 from llm_coreml.config.values import checked_count
 from llm_coreml.errors import ArtifactError, ConfigError
 from llm_coreml.reference.program.execution import Execution
 from llm_coreml.runtime.reference import DECLARED
-from llm_coreml.runtime.sampling import Sampler
+from llm_coreml.runtime.sampling import GREEDY, Sampler, Sampling
 from llm_coreml.tokenizer import Tokenizer
 from llm_coreml.tokenizer.chat_template import ChatTemplate, Message, find_template
 from llm_coreml.tokenizer.detokenizer import Detokenizer
@@ -72,8 +73,8 @@ class LanguageModel:
         if template is None:
             raise ArtifactError(
                 "This bundle has no chat template, as models without tuning for chat have none; "
-                "give generate() a text to continue, or put a chat_template.jinja beside the "
-                "model's tokenizer and export again."
+                "have it continue a text instead, or put a chat_template.jinja beside the model's "
+                "tokenizer and export again."
             )
         return template
 
@@ -99,54 +100,45 @@ class LanguageModel:
         prompt: str,
         max_new_tokens: int = 64,
         *,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int = 0,
-        stop: Sequence[str] = (),
+        sampling: Sampling = GREEDY,
+        stop: str | Sequence[str] = (),
     ) -> str:
         """Return the text that continues `prompt`.
 
         Args:
             prompt: Text to continue.
             max_new_tokens: Most tokens to add.
-            temperature: 0 takes the most likely token, more draws more freely.
-            top_p: Share of probability to draw from.
-            seed: Makes draws repeatable.
-            stop: Texts that end it, beside the model's own end tokens; they are left out.
+            sampling: How tokens are chosen; the most likely ones without it.
+            stop: Texts that end it, or one, beside the model's own end tokens; they are left out.
+                One may be a special token's.
 
         Raises:
             ConfigError: the prompt is longer than the context, or an argument is out of range.
         """
-        stream = self.stream(
-            prompt, max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop
-        )
-        return "".join(stream)
+        return "".join(self.stream(prompt, max_new_tokens, sampling=sampling, stop=stop))
 
     def stream(
         self,
         prompt: str,
         max_new_tokens: int = 64,
         *,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int = 0,
-        stop: Sequence[str] = (),
+        sampling: Sampling = GREEDY,
+        stop: str | Sequence[str] = (),
     ) -> TextStream:
         """Return the continuation, piece by piece as it is made; arguments as `generate`."""
         checked_count("max_new_tokens", max_new_tokens)
-        sampler, tokens = Sampler(temperature, top_p, seed), self.encode(prompt)
-        made = self.runner.generate(tokens, max_new_tokens, self._stop, sampler)
-        return TextStream(len(tokens), made, Detokenizer(self.tokenizer, after=tokens), stop)
+        tokens, texts = self.encode(prompt), stop_texts(stop)
+        ends = self._ends(self._stop, texts)
+        made = self.runner.generate(tokens, max_new_tokens, ends, Sampler(sampling))
+        return TextStream(len(tokens), made, Detokenizer(self.tokenizer, after=tokens), texts)
 
     def chat(
         self,
         messages: Sequence[Message],
         max_new_tokens: int | None = None,
         *,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int = 0,
-        stop: Sequence[str] = (),
+        sampling: Sampling = GREEDY,
+        stop: str | Sequence[str] = (),
     ) -> str:
         """Return the assistant's answer to `messages`.
 
@@ -156,35 +148,27 @@ class LanguageModel:
         Args:
             messages: The conversation so far, each with a `role` and a `content`.
             max_new_tokens: Most tokens of the answer; None is as many as the context holds.
-            temperature: As for `generate`, as the rest.
-            top_p: Share of probability to draw from.
-            seed: Makes draws repeatable.
-            stop: Texts that end the answer.
+            sampling: As for `generate`.
+            stop: As for `generate`.
 
         Raises:
             ArtifactError: the bundle has no chat template, or a damaged one.
             ConfigError: the template refuses the messages, the conversation is longer than the
                 context, or an argument is out of range.
         """
-        stream = self.stream_chat(
-            messages, max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop
-        )
-        return "".join(stream)
+        return "".join(self.stream_chat(messages, max_new_tokens, sampling=sampling, stop=stop))
 
     def stream_chat(
         self,
         messages: Sequence[Message],
         max_new_tokens: int | None = None,
         *,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int = 0,
-        stop: Sequence[str] = (),
+        sampling: Sampling = GREEDY,
+        stop: str | Sequence[str] = (),
     ) -> TextStream:
         """Return the answer, piece by piece as it is made; arguments as `chat`."""
         count = self.runner.context if max_new_tokens is None else max_new_tokens
         checked_count("max_new_tokens", count)
-        sampler = Sampler(temperature, top_p, seed)
         # A template writes the beginning token itself where its model wants one.
         tokens = self.tokenizer.encode(self.template.render(messages))
         if len(tokens) > self.runner.context:
@@ -193,8 +177,15 @@ class LanguageModel:
                 f"{self.runner.context}; leave out its oldest messages, or export with a larger "
                 "--context."
             )
-        made = self.runner.generate(tokens, count, tuple(self._turn_ends), sampler, reuse=True)
-        return TextStream(len(tokens), made, Detokenizer(self.tokenizer), stop)
+        texts = stop_texts(stop)
+        ends = self._ends(self._turn_ends, texts)
+        made = self.runner.generate(tokens, count, ends, Sampler(sampling), reuse=True)
+        return TextStream(len(tokens), made, Detokenizer(self.tokenizer), texts)
+
+    def _ends(self, tokens: Iterable[int], stop: Sequence[str]) -> tuple[int, ...]:
+        """Return `tokens` and those of `stop` that are special tokens, which no text ever shows."""
+        special = self.tokenizer.special
+        return (*tokens, *(special[text] for text in stop if text in special))
 
 
 def load(

@@ -116,8 +116,14 @@ def _program(description: Description, path: Path) -> Program:
 
 
 def public_name(source: CheckpointSource) -> str:
-    """Return what a bundle may tell of its source: of a folder or file its own name, no path."""
-    if source.kind != "folder":
+    """Return what a bundle may tell of its source: of a folder or file its own name, no path.
+
+    A live model knows by which words it was loaded: a hub id, or the path of a folder.
+    """
+    if source.kind not in ("folder", "live"):
+        return source.name
+    is_path = source.name.count("/") > 1 or source.name.startswith(("/", ".", "~"))
+    if source.kind == "live" and not is_path:
         return source.name
     return Path(os.path.abspath(os.path.expanduser(source.name))).name
 

@@ -30,10 +30,7 @@ class TextStream(Iterator[str]):
         prompt_tokens: As said.
         tokens: Gives them, and at its end the reason.
         detokenizer: Writes them.
-        stop: Texts that end it, which are left out.
-
-    Raises:
-        ConfigError: a stop text is empty.
+        stop: Texts that end it, see `stop_texts`; they are left out.
     """
 
     def __init__(
@@ -43,8 +40,6 @@ class TextStream(Iterator[str]):
         detokenizer: Detokenizer,
         stop: Sequence[str] = (),
     ) -> None:
-        if not all(stop):
-            raise ConfigError("A stop text is empty; give at least one letter.")
         self.finish: Finish | None = None
         self.prompt_tokens = prompt_tokens
         self.new_tokens = 0
@@ -78,6 +73,18 @@ class TextStream(Iterator[str]):
                 yield piece
             if finish:
                 return
+
+
+def stop_texts(stop: str | Sequence[str]) -> tuple[str, ...]:
+    """Return a text that ends another, or several, as several.
+
+    Raises:
+        ConfigError: one is empty, or no text.
+    """
+    texts = (stop,) if isinstance(stop, str) else tuple(stop)
+    if not all(isinstance(text, str) and text for text in texts):
+        raise ConfigError("A stop text is empty or no text; give at least one letter.")
+    return texts
 
 
 def _begun(text: str, stop: Sequence[str]) -> int:

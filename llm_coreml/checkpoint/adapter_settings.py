@@ -52,6 +52,7 @@ class LoraSettings:
         ranks: Ranks by patterns of modules' names.
         alphas: The same of alphas.
         rooted: Divided by the root of the rank instead (rsLoRA).
+        decomposed: The rows of every sum get norms of their own (DoRA).
         whole: How the names of modules end that the adapter holds whole (`modules_to_save`).
     """
 
@@ -60,6 +61,7 @@ class LoraSettings:
     ranks: Mapping[str, int]
     alphas: Mapping[str, float]
     rooted: bool
+    decomposed: bool
     whole: tuple[str, ...]
 
     def scale(self, module: str, rank: int) -> float:
@@ -114,6 +116,7 @@ def read_settings(values: Mapping[str, Any], path: Path) -> LoraSettings:
         },
         alphas=_patterns(values, "alpha_pattern", path, False),
         rooted=values.get("use_rslora") is True,
+        decomposed=values.get("use_dora") is True,
         whole=_names(values, "modules_to_save", path),
     )
 

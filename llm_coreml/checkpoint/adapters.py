@@ -143,8 +143,12 @@ def with_adapter(folder: Path, files: FileCheckpoint) -> Checkpoint:
         )
     if (folder / ADAPTER).is_file():
         apart = read_header(folder / ADAPTER)
-        layout = ordinary_names(apart, tied=False)
+        layout = ordinary_names(apart, tied=False, among_others=files.among_others)
         parts = {name: apart[stored] for name, stored in layout.names.items()}
+        if layout.beside:
+            told = f"{len(layout.beside)} tensors of the adapter are left out: they change"
+            note = f"{told} other parts than the text model."
+            files = replace(files, notes=(*files.notes, note))
         return _merge(path, settings, files, parts)
     inside = {name for name in files.names() if _PART.fullmatch(name) or _WHOLE.fullmatch(name)}
     if not inside:
@@ -256,6 +260,12 @@ def _product(
             f"The adapter of {path} holds {listing(sorted(found))} for '{module}', which is not "
             f"merged here. {MERGE}."
         )
+    if settings.decomposed != (magnitude is not None):
+        raise CheckpointError(
+            f"{path} gives use_dora = {str(settings.decomposed).lower()}, and the adapter of "
+            f"'{module}' holds {'no' if magnitude is None else 'a'} lora_magnitude_vector; use "
+            "both of one and the same adapter."
+        )
     weight, down, up = entries[name], *(found[each] for each in names)
     rank = down.shape[0] if down.shape else 0
     fitting = (*up.shape[:1], *down.shape[1:])
@@ -268,4 +278,10 @@ def _product(
     for entry in (weight, down, up, magnitude):
         if entry is not None:
             require_weight_dtype(entry.name, entry.dtype, entry.path.name)
-    return Product(down, up, settings.scale(module, rank), table, magnitude)
+    return Product(down, up, settings.scale(_asked(down, module), rank), table, magnitude)
+
+
+def _asked(down: Entry, module: str) -> str:
+    """Return a module's name in the model that was trained, which patterns are written for."""
+    part = _PART.fullmatch(down.name)
+    return part[1].removeprefix("base_model.model.") if part else module

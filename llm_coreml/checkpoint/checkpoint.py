@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import fnmatch
 import hashlib
 import json
 import math
@@ -214,6 +215,11 @@ def listing(items: Sequence[str], limit: int = 5) -> str:
     """Return the first `limit` items, and how many more there are."""
     rest = len(items) - limit
     return ", ".join(items[:limit]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Say whether a name is like one of the glob patterns, capitals told apart."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def quoted(names: Iterable[str]) -> list[str]:

@@ -6,12 +6,11 @@ folder_conversion(folder)  # by the files that lie in the place of model.safeten
 
 from __future__ import annotations
 
-import fnmatch
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from pathlib import Path
 
-from llm_coreml.checkpoint.checkpoint import listing, quoted
+from llm_coreml.checkpoint.checkpoint import listing, matches, quoted
 
 SAVE = "AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder)"
 _SCRIPTS = "in the repository of transformers, src/transformers/models"
@@ -124,12 +123,10 @@ def folder_conversion(folder: Path) -> str | None:
     """Return what lies in `folder` in the place of safetensors, and what to do; None if unknown."""
     files = sorted(path.name for path in folder.iterdir())
     for patterns, answer in _BY_FILE:
-        found = [name for name in files if _matches(name, patterns)]
+        found = [name for name in files if matches(name, patterns)]
         if found:
             return f"{folder} holds {listing(quoted(found), limit=3)}: {answer}"
-    pickles = [
-        name for name in files if name.endswith(_PICKLES) and not _matches(name, _NO_WEIGHTS)
-    ]
+    pickles = [name for name in files if name.endswith(_PICKLES) and not matches(name, _NO_WEIGHTS)]
     if pickles:
         return (
             f"{folder} holds its weights only as a pickle ({listing(quoted(pickles))}), which can "
@@ -142,10 +139,6 @@ def folder_conversion(folder: Path) -> str | None:
             f"{folder} holds no weights itself. Give the folder inside: {listing(inner, limit=3)}."
         )
     return None
-
-
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _models_inside(folder: Path) -> list[str]:

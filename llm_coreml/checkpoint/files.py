@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ from llm_coreml.checkpoint.conversions import SAVE, conversion_of, folder_conver
 from llm_coreml.checkpoint.layouts import ordinary_names
 from llm_coreml.checkpoint.links import refuse_foreign_link
 from llm_coreml.checkpoint.packed import names_quantization
+from llm_coreml.checkpoint.wrappers import text_part
 from llm_coreml.errors import (
     CheckpointError,
     LlmCoreMLError,
@@ -78,6 +80,11 @@ class Entry:
     dtype: torch.dtype
     shape: tuple[int, ...]
 
+    @property
+    def size(self) -> int:
+        """Bytes of the data."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
     def read(self) -> torch.Tensor:
         """Return the tensor from the mapped file, not to be written to. Raises CheckpointError."""
         # Opened anew for each read: a mapping that is kept would keep its pages, shard after shard.
@@ -94,7 +101,11 @@ class Entry:
 @final
 @dataclasses.dataclass(frozen=True, eq=False)
 class FileCheckpoint(Checkpoint):
-    """A checkpoint whose tensors are in safetensors files; see `Checkpoint`."""
+    """A checkpoint whose tensors are in safetensors files; see `Checkpoint`.
+
+    Attributes:
+        among_others: It is the text model of a model of several modalities.
+    """
 
     config: dict[str, Any]
     generation_config: dict[str, Any]
@@ -102,6 +113,7 @@ class FileCheckpoint(Checkpoint):
     tokenizer_files: dict[str, Path]
     entries: dict[str, Entry] = dataclasses.field(repr=False)
     notes: tuple[str, ...] = ()
+    among_others: bool = False
 
     def names(self) -> frozenset[str]:
         """Return the names of all tensors."""
@@ -201,7 +213,7 @@ def open_folder(folder: Path, source: Source) -> FileCheckpoint:
         UnsupportedError: The weights are quantized in an unknown way, or the folder holds only an
             adapter.
     """
-    config = read_config(folder)
+    part = text_part(read_config(folder))
     generation = folder / GENERATION_CONFIG
     weight_map = read_weight_map(folder)
     files = [WEIGHTS] if weight_map is None else sorted(set(weight_map.values()))
@@ -218,14 +230,17 @@ def open_folder(folder: Path, source: Source) -> FileCheckpoint:
                 "Download the index and the shards again, from one revision."
             )
         entries = {name: headers[file][name] for name, file in weight_map.items()}
-    layout = ordinary_names(entries, tied=config.get("tie_word_embeddings") is True)
+    tied, among_others = part.config.get("tie_word_embeddings") is True, part.whole is not None
+    layout = ordinary_names(entries, tied, among_others)
+    beside = part.left_out({name: entries[name].size for name in layout.beside})
     return FileCheckpoint(
-        config=config,
+        config=part.config,
         generation_config=read_json(generation) if generation.is_file() else {},
         source=source,
         tokenizer_files=find_tokenizer(folder),
         entries={name: entries[stored] for name, stored in layout.names.items()},
-        notes=layout.notes,
+        notes=(*([beside] if beside else []), *layout.notes),
+        among_others=among_others,
     )
 
 

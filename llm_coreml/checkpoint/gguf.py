@@ -1,9 +1,8 @@
 """A checkpoint in one GGUF file, or in the parts of one.
 
 config.json and the tokenizer beside it are taken where they are, else both are made from the file's
-own metadata. Tensors are given the names that `transformers` has for them. llama.cpp rotates pairs
-of neighbours where `transformers` rotates halves, and reorders the rows of q and k for that; this
-is undone, by whole rows of blocks.
+own metadata. Tensors are given the names that `transformers` has for them. Where llama.cpp's
+converter puts rows in another order, or adds one to gains, that is undone, by whole rows of blocks.
 
     llm-coreml export ./model-Q4_0.gguf -o out
 """
@@ -11,14 +10,12 @@ is undone, by whole rows of blocks.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, final
 
-import numpy as np
 import torch
 
 from llm_coreml.checkpoint.checkpoint import Checkpoint, Source
@@ -31,37 +28,20 @@ from llm_coreml.checkpoint.files import (
     read_config,
     read_json,
 )
-from llm_coreml.checkpoint.gguf_config import (
-    ARCHITECTURE,
-    config_of,
-    special_tokens,
-    with_scaling,
-)
+from llm_coreml.checkpoint.gguf_architectures import ARCHITECTURES, Architecture, Rows
+from llm_coreml.checkpoint.gguf_config import config_of, special_tokens
 from llm_coreml.checkpoint.gguf_files import GGUFFile, open_parts
 from llm_coreml.checkpoint.gguf_header import TensorInfo
+from llm_coreml.checkpoint.gguf_rope import Factors, with_long_factors, with_scaling
 from llm_coreml.checkpoint.gguf_tokenizer import write_tokenizer
 from llm_coreml.checkpoint.packed.blocks import BLOCKS
+from llm_coreml.checkpoint.wrappers import text_part
 from llm_coreml.errors import CheckpointError, UnsupportedError, nearest
 
 _PLAIN = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
-_TOP = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-}
-_PARTS = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-# Part of the configuration.
+# Parts of the configuration.
 _FREQUENCIES = "rope_freqs.weight"
+_SHORT, _LONG = "rope_factors_short.weight", "rope_factors_long.weight"
 # Any of these is a tokenizer.
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -99,6 +79,8 @@ class GGUFCheckpoint(Checkpoint):
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the stored type of `name`."""
+        if self._is_shifted(name):
+            return torch.float32
         return _PLAIN.get(self._info(name)[1].kind, torch.uint8)
 
     def where(self, name: str) -> str:
@@ -106,19 +88,14 @@ class GGUFCheckpoint(Checkpoint):
         return self._info(name)[0].path.name
 
     def stored(self, name: str) -> torch.Tensor:
-        """Return `name` from the mapped file, rows of q and k in the order of `transformers`."""
+        """Return `name` from the mapped file, rows and gains as `transformers` has them."""
         file, info = self._info(name)
-        shape = self.shape(name)
-        found = _read(file, info, self.dtype(name), shape)
-        heads = self._heads(name)
-        if heads is None:
-            return found
-        if shape[0] % (2 * heads):
-            raise CheckpointError(
-                f"'{name}' in {file.path} has {shape[0]} rows, which {heads} heads do not divide. "
-                "Download the file again."
-            )
-        return found.view(heads, -1, 2, *shape[1:]).transpose(1, 2).reshape(shape)
+        kind = _PLAIN.get(info.kind, torch.uint8)
+        found = _read(file, info, kind, self.shape(name))
+        if self._is_shifted(name):
+            return found.to(torch.float32) - 1
+        rows = self._rows(name)
+        return found if rows == "own" else self._in_order(name, rows, found)
 
     def save_tokenizer(self, folder: Path) -> dict[str, Path]:
         """Copy the tokenizer's files into `folder`, or make them from the metadata."""
@@ -137,10 +114,10 @@ class GGUFCheckpoint(Checkpoint):
         found: dict[str, tuple[GGUFFile, TensorInfo]] = {}
         for file in self.files:
             for name, info in file.header.tensors.items():
-                if name == _FREQUENCIES:
+                if name in (_FREQUENCIES, _SHORT, _LONG):
                     continue
                 _check(file, name, info)
-                module, _, suffix = _translate(name).rpartition(".")
+                module, _, suffix = self._known.name(name).rpartition(".")
                 named = f"{module}.{BLOCKS[info.kind].name if info.kind in BLOCKS else suffix}"
                 if named in found:
                     raise CheckpointError(
@@ -157,26 +134,62 @@ class GGUFCheckpoint(Checkpoint):
             )
         return self._infos[name]
 
-    def _heads(self, name: str) -> int | None:
-        """Return how many heads the rows of `name` are to be put in order for, None for most."""
-        metadata, key = self._metadata, f"{ARCHITECTURE}.attention.head_count"
-        wanted = self.config.get("num_attention_heads")
-        if ".q_proj." in name:
-            heads = metadata.get(key)
-        elif ".k_proj." in name:
-            heads = metadata.get(f"{key}_kv", metadata.get(key))
-            wanted = self.config.get("num_key_value_heads", wanted)
-        else:
-            return None
+    @property
+    def _known(self) -> Architecture:
+        return ARCHITECTURES[self._metadata["general.architecture"]]
+
+    def _is_shifted(self, name: str) -> bool:
+        return self._known.plus_one and name.endswith("norm.weight")
+
+    def _rows(self, name: str) -> Rows:
+        """Return how the rows of `name` are stored."""
+        rows = self._known.rows
+        turned = (".q_proj.", ".k_proj.") if rows == "pairs" else (".query_key_value.",)
+        return rows if any(part in name for part in turned) else "own"
+
+    def _in_order(self, name: str, rows: Rows, found: torch.Tensor) -> torch.Tensor:
+        """Return rows in the order of `transformers`.
+
+        Args:
+            name: Of the tensor.
+            rows: How they are stored.
+            found: As they are stored, values or blocks.
+        """
+        queries = self._heads(name, "head_count", "num_attention_heads")
+        keys = self._heads(name, "head_count_kv", "num_key_value_heads", queries)
+        heads = queries if ".q_proj." in name else keys
+        units = {"pairs": 2 * heads, "heads": 3 * queries, "groups": queries + 2 * keys}[rows]
+        if len(found) % units or queries % keys:
+            raise CheckpointError(
+                f"'{name}' in {self._info(name)[0].path} has {len(found)} rows, which {heads} "
+                "heads do not divide. Download the file again."
+            )
+        rest = found.shape[1:]
+        if rows == "pairs":
+            return found.view(heads, -1, 2, *rest).transpose(1, 2).reshape(found.shape)
+        if rows == "heads":
+            return found.view(3, queries, -1, *rest).transpose(0, 1).reshape(found.shape)
+        each = found.view(units, -1, *rest)
+        parts = [
+            part.reshape(keys, -1, *each.shape[1:])
+            for part in torch.tensor_split(each, (queries, queries + keys))
+        ]
+        return torch.cat(parts, dim=1).reshape(found.shape)
+
+    def _heads(self, name: str, key: str, setting: str, default: int | None = None) -> int:
+        """Return how many heads the rows of `name` are ordered for, as file and config agree."""
+        path, key = self.files[0].path, f"{self._metadata['general.architecture']}.attention.{key}"
+        heads = self._metadata.get(key, default)
         if not isinstance(heads, int) or heads < 1:
             raise CheckpointError(
-                f"{self.files[0].path} gives {key} = {heads!r}; it must be a number of heads. "
+                f"{path} gives {key} = {heads!r}; it must be a number of heads. "
                 "Download the file again."
             )
+        wanted = self.config.get(setting, heads)
         if heads != wanted:
             raise CheckpointError(
-                f"{self.files[0].path} orders the rows of '{name}' for {heads} heads, and "
-                f"config.json gives {wanted}; put the config.json of this model beside the file."
+                f"{path} orders the rows of '{name}' for {heads} heads, and config.json gives "
+                f"{wanted}; put the config.json of this model beside the file."
             )
         return heads
 
@@ -203,21 +216,19 @@ def open_gguf(
             _check_size(file, name, info)
             shapes[name] = info.shape
     if (folder / CONFIG).is_file():
-        config = read_config(folder)
+        config = text_part(read_config(folder)).config
     else:
         config = config_of(first.header.metadata, shapes, first.path)
     config["quantization_config"] = {"quant_method": "gguf"}
-    judge(config)
     architecture = first.header.metadata.get("general.architecture")
-    if architecture != ARCHITECTURE:
+    if architecture in ARCHITECTURES:
+        _take_factors(config, files, made=not (folder / CONFIG).is_file())
+    judge(config)
+    if architecture not in ARCHITECTURES:
         raise UnsupportedError(
-            f"{path} holds a model of architecture {architecture!r}; of GGUF files only "
-            f"'{ARCHITECTURE}' is read. Give the safetensors that it was made from."
+            f"{path} holds a model of architecture {architecture!r}; of GGUF files are read "
+            f"{', '.join(ARCHITECTURES)}. Give the safetensors that it was made from."
         )
-    for file in files:
-        if _FREQUENCIES in file.header.tensors:
-            with_scaling(config, _factors(file), file.path)
-            judge(config)
     generation = folder / GENERATION_CONFIG
     return GGUFCheckpoint(
         config=config,
@@ -228,13 +239,31 @@ def open_gguf(
     )
 
 
-def _factors(file: GGUFFile) -> np.ndarray[Any, np.dtype[np.float64]]:
+def _take_factors(config: dict[str, Any], files: tuple[GGUFFile, ...], made: bool) -> None:
+    """Add to a configuration what tensors say of RoPE, or compare.
+
+    Args:
+        config: Changed in place.
+        files: Of the model.
+        made: The configuration was made of the file.
+    """
+    names = (_FREQUENCIES, _SHORT, _LONG)
+    found = {name: file for file in files for name in names if name in file.header.tensors}
+    if _FREQUENCIES in found:
+        path = found[_FREQUENCIES].path
+        with_scaling(config, _factors(found[_FREQUENCIES], _FREQUENCIES), path)
+    if _SHORT in found and _LONG in found:
+        short, long = (_factors(found[name], name) for name in (_SHORT, _LONG))
+        with_long_factors(config, short, long, made, found[_LONG].path)
+
+
+def _factors(file: GGUFFile, name: str) -> Factors:
     """Return what RoPE's frequencies are divided by, fp64."""
-    info = file.header.tensors[_FREQUENCIES]
-    _check(file, _FREQUENCIES, info)
+    info = file.header.tensors[name]
+    _check(file, name, info)
     if info.kind not in _PLAIN or len(info.shape) != 1 or 0 in info.shape:
         raise CheckpointError(
-            f"'{_FREQUENCIES}' in {file.path} is no row of numbers. Download the file again."
+            f"'{name}' in {file.path} is no row of numbers. Download the file again."
         )
     return _read(file, info, _PLAIN[info.kind], info.shape).to(torch.float64).numpy()
 
@@ -278,14 +307,3 @@ def _check_size(file: GGUFFile, name: str, info: TensorInfo) -> None:
             f"{file.path} ends after {len(file.octets)} bytes, before the end of '{name}'. "
             "Download it again."
         )
-
-
-def _translate(name: str) -> str:
-    """Return the name that `transformers` has for a tensor; one that is not known keeps its own."""
-    module, _, suffix = name.rpartition(".")
-    if module in _TOP:
-        return f"{_TOP[module]}.{suffix}"
-    found = re.fullmatch(r"blk\.(\d+)\.(\w+)", module)
-    if found and found[2] in _PARTS:
-        return f"model.layers.{found[1]}.{_PARTS[found[2]]}.{suffix}"
-    return name

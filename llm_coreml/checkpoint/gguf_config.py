@@ -1,26 +1,23 @@
 """What config.json would say of a model, from the metadata of a GGUF file.
 
-llama.cpp stores sizes under its own names, and the scaling of Llama 3's RoPE as a tensor: what each
-frequency is divided by. Metadata that changes what a model computes, and that is not understood
-here, is refused: it would be lost without a word.
+Metadata that changes what a model computes, and that is not understood here, is refused: it would
+be lost without a word. What llama.cpp has in its code is in `gguf_architectures.py`.
 
-    config_of(header, path)["hidden_size"]
-    rope_scaling(factors, theta)          # {"rope_type": "llama3", ...}
+    config_of(metadata, shapes, path)["hidden_size"]
+    config_of(metadata, shapes, path)["model_type"]        # 'gemma3_text', where it says 'gemma3'
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from llm_coreml.checkpoint.gguf_architectures import ARCHITECTURES, Architecture
+from llm_coreml.checkpoint.gguf_rope import ADVICE, ROPE_KEYS, base_of, number, rope_of
 from llm_coreml.errors import CheckpointError, UnsupportedError
 
-ARCHITECTURE = "llama"
-_ADVICE = "Put the model's config.json beside the file, or give the safetensors it was made from."
+Shapes = Mapping[str, tuple[int, ...]]
 
 _NEEDED = {
     "block_count": "num_hidden_layers",
@@ -31,34 +28,28 @@ _NEEDED = {
 _OPTIONAL = {
     "attention.head_count_kv": "num_key_value_heads",
     "context_length": "max_position_embeddings",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
-    "attention.sliding_window": "sliding_window",
 }
 _EXPERTS = {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"}
-# Where llama.cpp's name is not that of transformers.
+# Where the name of an architecture that is not read is not that of transformers.
 _MODEL_TYPES = {
-    "command-r": "cohere",
+    "chatglm": "glm",
     "deepseek2": "deepseek_v2",
-    "gemma3": "gemma3_text",
+    "gemma3n": "gemma3n_text",
+    "gemma4": "gemma4_text",
     "gpt-oss": "gpt_oss",
-    "gptneox": "gpt_neox",
     "qwen2moe": "qwen2_moe",
     "qwen3moe": "qwen3_moe",
     "qwen35": "qwen3_5_text",
 }
-_HEAD_SIZES = ("attention.key_length", "attention.value_length", "rope.dimension_count")
+_HEAD, _TURNED = ("attention.key_length", "attention.value_length"), "rope.dimension_count"
+_PATTERN, _WINDOW = "attention.sliding_window_pattern", "attention.sliding_window"
 # Read below, or of no effect on what is computed.
 _OTHERS = (
-    *_HEAD_SIZES,
+    *_HEAD,
+    *ROPE_KEYS,
+    *_EXPERTS,
+    _TURNED,
     "vocab_size",
-    "rope.freq_base",
-    "rope.scale_linear",
-    "rope.scaling.type",
-    "rope.scaling.factor",
-    "rope.scaling.original_context_length",
-    "rope.scaling.finetuned",
-    "expert_count",
-    "expert_used_count",
     "attention.causal",
     "tensor_data_layout",
 )
@@ -68,14 +59,11 @@ _TOKENS = {
     "eos_token_id": ("eos_token_id", "eot_token_id", "eom_token_id"),
     "pad_token_id": ("padding_token_id",),
 }
-# What Llama 3.1 and 3.2 have, beside the factor.
-_LOW, _HIGH, _TRAINED = 1.0, 4.0, 8192
-_TOLERANCE = 1e-4
+# Gemma's largest divide queries by the width that each head has of the residual stream.
+_BY_STREAM = {("gemma2", 46), ("gemma3_text", 62)}
 
 
-def config_of(
-    metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], path: Path
-) -> dict[str, Any]:
+def config_of(metadata: Mapping[str, Any], shapes: Shapes, path: Path) -> dict[str, Any]:
     """Return the config.json of a file that has none beside it.
 
     Args:
@@ -85,7 +73,7 @@ def config_of(
 
     Returns:
         Sizes, special tokens and RoPE without the scaling that a tensor holds. Of an architecture
-        that is not Llama's the `model_type` and a few sizes, for its family to be found missing.
+        that is not known the `model_type` and a few sizes, for its family to be found missing.
 
     Raises:
         CheckpointError: a size is missing, no number, or not that of the tensors.
@@ -93,39 +81,47 @@ def config_of(
     """
     architecture = metadata.get("general.architecture")
     if not isinstance(architecture, str):
-        raise CheckpointError(f"{path} does not name its general.architecture. {_ADVICE}")
+        raise CheckpointError(f"{path} does not name its general.architecture. {ADVICE}")
     own = {
         key.removeprefix(f"{architecture}."): value
         for key, value in metadata.items()
         if key.startswith(f"{architecture}.")
     }
-    if architecture != ARCHITECTURE or own.get("expert_count"):
+    known = ARCHITECTURES.get(architecture)
+    if known is None or own.get("expert_count"):
         return _of_another(architecture, own)
-    _refuse_unknown(own, path)
-    config: dict[str, Any] = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
-    for key, name in (_NEEDED | _OPTIONAL).items():
-        if key in own:
-            config[name] = _number(own, key, path)
+    _refuse_unknown(architecture, known, own, path)
+    config: dict[str, Any] = {"model_type": known.model_type, **known.fixed}
+    for key, name in (_NEEDED | _OPTIONAL | dict(known.settings)).items():
+        if key in own and name:
+            config[name] = own[key] if isinstance(own[key], bool) else number(own, key, path)
         elif key in _NEEDED:
-            raise CheckpointError(f"{path} does not give {ARCHITECTURE}.{key}. {_ADVICE}")
-    config |= _head_size(own, path)
-    config["rope_parameters"] = _rope(own, path)
+            raise CheckpointError(f"{path} does not give {architecture}.{key}. {ADVICE}")
     config["vocab_size"] = _vocabulary(own, shapes, path)
-    _hold_against(config, shapes, path)
-    config["tie_word_embeddings"] = "output.weight" not in shapes
-    config["attention_bias"] = "blk.0.attn_q.bias" in shapes
-    config["mlp_bias"] = "blk.0.ffn_up.bias" in shapes
-    if "sliding_window" in config:  # llama.cpp has one architecture for both
-        config |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
-    return {**config, **special_tokens(metadata)}
+    config |= _heads(known, own, config, path)
+    _hold_against(known, config, shapes, path)
+    config |= _parts_in(known, shapes)
+    config |= _windows(known, own, config)
+    config |= {"rope_parameters": _rope(own, config, path)} if known.rotary else {}
+    config |= _of_its_own(known, own, config, shapes)
+    return {**config, **_class(config["model_type"]), **special_tokens(metadata)}
+
+
+def _class(model_type: str) -> dict[str, Any]:
+    """Return the class that transformers has for a model_type."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
+    return {"architectures": [name]} if isinstance(name, str) else {}
 
 
 def _of_another(architecture: str, own: Mapping[str, Any]) -> dict[str, Any]:
     """Return the model_type of a model that is not read, and the sizes by which it is told."""
-    known = "mixtral" if architecture == ARCHITECTURE else architecture
+    known = "mixtral" if architecture == "llama" else architecture
+    usual = {"attention.sliding_window": "sliding_window"}
     sizes = {
         name: own[key]
-        for key, name in (_NEEDED | _OPTIONAL | _EXPERTS).items()
+        for key, name in (_NEEDED | _OPTIONAL | _EXPERTS | usual).items()
         if isinstance(own.get(key), int)
     }
     return {"model_type": _MODEL_TYPES.get(known, known), **sizes}
@@ -142,153 +138,68 @@ def special_tokens(metadata: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def with_scaling(config: dict[str, Any], factors: np.ndarray[Any, Any] | None, path: Path) -> None:
-    """Add to a config made here the scaling that `rope_freqs.weight` holds, or compare the two.
-
-    Args:
-        config: Changed in place, unless it names a scaling.
-        factors: What each frequency is divided by, `[dim / 2]`; None is no tensor.
-        path: The file.
-
-    Raises:
-        UnsupportedError: the factors are no scaling that is known, or not that of the config.
-    """
-    if factors is None or bool(np.all(factors == 1)):
-        return
-    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    theta = float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))
-    kind = rope.get("rope_type", rope.get("type"))
-    found = rope_scaling(factors, theta)
-    if kind in (None, "default"):
-        if found is None:
-            raise UnsupportedError(
-                f"'rope_freqs.weight' in {path} scales RoPE by factors of {factors.min():g} to "
-                f"{factors.max():g}, which are not those of a scaling that is known. {_ADVICE}"
-            )
-        config["rope_parameters"] = {"rope_theta": theta, **found}
-    elif found is None or not _same(rope, found, factors, theta):
-        raise UnsupportedError(
-            f"'rope_freqs.weight' in {path} scales RoPE by other factors than config.json does "
-            f"({kind}). Put the config.json of this model beside the file."
-        )
-
-
-def rope_scaling(factors: np.ndarray[Any, Any], theta: float) -> dict[str, Any] | None:
-    """Return Llama 3's scaling that gives `factors`, None if there is none.
-
-    Wavelengths below `positions / high` are kept, those above `positions / low` get the whole
-    factor, and between them one over the factor is linear in one over the wavelength.
-    """
-    factor = float(f"{factors.max():.6g}")  # stored as fp32
-    if not math.isfinite(factor) or factor <= 1 or float(factors.min()) < 1 - _TOLERANCE:
-        return None
-    usual = _parameters(factor, _LOW, _HIGH, _TRAINED)
-    if _gives(usual, factors, theta):
-        return usual
-    turns = 1 / _wavelengths(len(factors), theta)
-    share = (1 / factors - 1 / factor) / (1 - 1 / factor)
-    between = (share > _TOLERANCE) & (share < 1 - _TOLERANCE)
-    if int(between.sum()) < 2:
-        return None
-    # share = (positions * turns - low) / (high - low); only ratios count, so low is one.
-    slope, start = np.polyfit(turns[between], share[between], 1)
-    if not start < 0 < slope:
-        return None
-    high = 1 - 1 / start
-    found = _parameters(factor, _LOW, float(high), round(float(slope * (high - 1))))
-    return found if _gives(found, factors, theta) else None
-
-
-def _same(
-    rope: Mapping[str, Any], found: dict[str, Any], factors: np.ndarray[Any, Any], theta: float
-) -> bool:
-    named = {name: rope.get(name) for name in found}
-    numbers = [value for name, value in named.items() if name != "rope_type"]
-    return (
-        named["rope_type"] == found["rope_type"]
-        and all(isinstance(value, (int, float)) and value > 0 for value in numbers)
-        and _gives(named, factors, theta)
-    )
-
-
-def _parameters(factor: float, low: float, high: float, positions: int) -> dict[str, Any]:
-    return {
-        "rope_type": "llama3",
-        "factor": factor,
-        "low_freq_factor": low,
-        "high_freq_factor": high,
-        "original_max_position_embeddings": positions,
-    }
-
-
-def _gives(parameters: Mapping[str, Any], factors: np.ndarray[Any, Any], theta: float) -> bool:
-    """Say whether a scaling gives these factors."""
-    waves = _wavelengths(len(factors), theta)
-    factor, positions = parameters["factor"], parameters["original_max_position_embeddings"]
-    low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
-    if not high > low:
-        return False
-    share = np.clip((positions / waves - low) / (high - low), 0, 1)
-    return bool(np.allclose(1 / ((1 - share) / factor + share), factors, rtol=_TOLERANCE, atol=0))
-
-
-def _wavelengths(count: int, theta: float) -> np.ndarray[Any, Any]:
-    return 2 * math.pi * theta ** (np.arange(count) / count)
-
-
-def _refuse_unknown(own: Collection[str], path: Path) -> None:
+def _refuse_unknown(
+    architecture: str, known: Architecture, own: Collection[str], path: Path
+) -> None:
+    understood = {*_NEEDED, *_OPTIONAL, *_OTHERS, *known.settings}
+    if _WINDOW in known.settings:
+        understood.add(_PATTERN)
     for key in own:
-        if key not in _NEEDED and key not in _OPTIONAL and key not in _OTHERS:
+        if key not in understood:
             raise UnsupportedError(
-                f"{path} gives {ARCHITECTURE}.{key}, which is not understood and may change what "
-                f"the model computes. {_ADVICE}"
+                f"{path} gives {architecture}.{key}, which is not understood and may change what "
+                f"the model computes. {ADVICE}"
             )
 
 
-def _number(own: Mapping[str, Any], key: str, path: Path) -> int | float:
-    value = own[key]
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        shown = "one for each layer" if isinstance(value, dict) else repr(value)
-        raise CheckpointError(
-            f"{path} gives {ARCHITECTURE}.{key} = {shown}; it must be one number. {_ADVICE}"
-        )
-    return value
-
-
-def _head_size(own: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    sizes = {key: _number(own, key, path) for key in _HEAD_SIZES if key in own}
+def _heads(
+    known: Architecture, own: Mapping[str, Any], config: Mapping[str, Any], path: Path
+) -> dict[str, Any]:
+    """Return the width of a head, where it is told, and how much of it is rotated."""
+    whole = (*_HEAD, *([] if known.share else [_TURNED]))
+    sizes = {key: number(own, key, path) for key in whole if key in own}
     if len(set(sizes.values())) > 1:
         shown = ", ".join(f"{key} = {size}" for key, size in sizes.items())
         raise UnsupportedError(
             f"{path} gives {shown}: heads whose parts differ in size, or that RoPE turns in part, "
-            "are not computed. Give another model."
+            "are not computed of this architecture. Give another model."
         )
-    return {"head_dim": next(iter(sizes.values()))} if sizes else {}
+    found: dict[str, Any] = {"head_dim": next(iter(sizes.values()))} if sizes else {}
+    if known.share and _TURNED in own:
+        width = found.get("head_dim", _width(config))
+        found[known.share] = number(own, _TURNED, path) / width if width else 1.0
+    return found
 
 
-def _vocabulary(
-    own: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], path: Path
-) -> int | float:
+def _width(config: Mapping[str, Any]) -> int:
+    """Return how much of the residual stream each head has; 0 without heads."""
+    heads = config["num_attention_heads"]
+    return int(config["hidden_size"]) // int(heads) if heads else 0
+
+
+def _vocabulary(own: Mapping[str, Any], shapes: Shapes, path: Path) -> int | float:
     if "token_embd.weight" in shapes:
         return shapes["token_embd.weight"][0]
     if "vocab_size" in own:
-        return _number(own, "vocab_size", path)
+        return number(own, "vocab_size", path)
     raise CheckpointError(f"{path} has no token_embd.weight. Download it again.")
 
 
 def _hold_against(
-    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], path: Path
+    known: Architecture, config: Mapping[str, Any], shapes: Shapes, path: Path
 ) -> None:
     """Refuse sizes that the first block does not have: they may be of any magnitude."""
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
-    keys = config.get("num_key_value_heads", heads)
-    dim = config.get("head_dim", hidden // heads if heads else 0)
-    promised = {
-        "token_embd": (config["vocab_size"], hidden),
-        "blk.0.attn_q": (heads * dim, hidden),
-        "blk.0.attn_k": (keys * dim, hidden),
-        "blk.0.ffn_up": (config["intermediate_size"], hidden),
-    }
+    keys = config.get("num_key_value_heads", config.get("num_kv_heads", heads))
+    dim = config.get("head_dim", _width(config))
+    inner = config["intermediate_size"] * (2 if known.wide_up else 1)
+    promised = {"token_embd": (config["vocab_size"], hidden)}
+    if "blk.0.attn_qkv.weight" in shapes:
+        promised["blk.0.attn_qkv"] = ((heads + 2 * keys) * dim, hidden)
+    else:
+        promised["blk.0.attn_q"] = (heads * dim, hidden)
+        promised["blk.0.attn_k"] = (keys * dim, hidden)
+    promised["blk.0.ffn_up"] = (inner, hidden)
     for name, shape in promised.items():
         found = shapes.get(f"{name}.weight")
         if found != shape:
@@ -305,18 +216,66 @@ def _hold_against(
         )
 
 
-def _rope(own: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    theta = _number(own, "rope.freq_base", path) if "rope.freq_base" in own else 10000.0
-    kind = own.get("rope.scaling.type", "none")
-    factor = next(
-        (own[key] for key in ("rope.scaling.factor", "rope.scale_linear") if key in own), 1
-    )
-    if "rope.scale_linear" in own and "rope.scaling.type" not in own and factor != 1:
-        kind = "linear"
-    if kind == "none":
-        return {"rope_theta": theta, "rope_type": "default"}
-    found: dict[str, Any] = {"rope_theta": theta, "rope_type": kind, "factor": factor}
-    trained = own.get("rope.scaling.original_context_length")
-    if trained is not None:
-        found["original_max_position_embeddings"] = trained
+def _parts_in(known: Architecture, shapes: Shapes) -> dict[str, Any]:
+    """Return what the tensors say: which biases there are, and whether the head is the table."""
+    attention, output, others = known.biases
+    found: dict[str, Any] = {"tie_word_embeddings": "output.weight" not in shapes}
+    queries = ("blk.0.attn_q.bias", "blk.0.attn_qkv.bias")
+    kinds = ((attention, queries), (output, ("blk.0.attn_output.bias",)))
+    for name, tensors in (*kinds, (others, ("blk.0.ffn_up.bias",))):
+        if name:
+            found[name] = any(tensor in shapes for tensor in tensors)
     return found
+
+
+def _windows(
+    known: Architecture, own: Mapping[str, Any], config: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return which layers have the window, and which have no rotary embedding."""
+    count = int(config["num_hidden_layers"])
+    found: dict[str, Any] = {}
+    if known.no_rope is not None:
+        turned = [int((index + 1) % known.no_rope != 0) for index in range(count)]
+        found["no_rope_layers"] = turned
+    if not config.get("sliding_window"):
+        return {**found, "sliding_window": None} if "sliding_window" in config else found
+    told = own.get(_PATTERN)
+    values = told.get("values") if isinstance(told, Mapping) else None
+    every = told if isinstance(told, int) and not isinstance(told, bool) else known.pattern
+    if values is None and every:
+        values = [(index + 1) % every != 0 for index in range(count)]
+    if values is not None:
+        names = ("full_attention", "sliding_attention")
+        found["layer_types"] = [names[bool(value)] for value in values]
+    return found
+
+
+def _rope(own: Mapping[str, Any], config: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Return the rotary tables: layers with a window have one of their own in Gemma 3."""
+    if config["model_type"] != "gemma3_text":
+        return rope_of(own, path)
+    local = {"rope_type": "default", "rope_theta": base_of(own, path, of_windows=True)}
+    return {"full_attention": rope_of(own, path), "sliding_attention": local}
+
+
+def _of_its_own(
+    known: Architecture, own: Mapping[str, Any], config: dict[str, Any], shapes: Shapes
+) -> dict[str, Any]:
+    """Return what single architectures have."""
+    kind, layers = known.model_type, config["num_hidden_layers"]
+    if kind == "llama" and "sliding_window" in config:
+        return {"model_type": "mistral"}  # llama.cpp has one architecture for both
+    if kind == "olmo2" and config.get("sliding_window"):
+        return {"model_type": "olmo3"}
+    if kind in ("gemma2", "gemma3_text"):
+        by_stream = (kind, layers) in _BY_STREAM
+        return {"query_pre_attn_scalar": _width(config) if by_stream else config["head_dim"]}
+    if kind == "cohere":
+        return {"use_qk_norm": "blk.0.attn_q_norm.weight" in shapes}
+    if kind == "falcon":
+        both = "blk.0.attn_norm_2.weight" in shapes
+        return {"multi_query": config["num_kv_heads"] == 1, "new_decoder_architecture": both}
+    if kind == "ministral3":
+        rope = config["rope_parameters"]
+        rope["llama_4_scaling_beta"] = own.get("attention.temperature_scale", 0.0)
+    return {}

@@ -16,7 +16,7 @@ import numpy as np
 
 from llm_coreml.checkpoint.checkpoint import listing
 from llm_coreml.checkpoint.gguf_header import MAGIC, Header, Octets, read_header
-from llm_coreml.errors import CheckpointError
+from llm_coreml.errors import CheckpointError, UnsupportedError
 
 SUFFIX = ".gguf"
 
@@ -59,6 +59,8 @@ def is_gguf(path: Path) -> bool:
 def only_model(folder: Path) -> Path | None:
     """Return the GGUF file in `folder`, of parts the first; None if there is none.
 
+    What llama.cpp keeps beside a model for pictures and sounds (`mmproj`) is no model.
+
     Raises:
         CheckpointError: there are several models.
     """
@@ -67,7 +69,7 @@ def only_model(folder: Path) -> Path | None:
         files = sorted(each for each in folder.iterdir() if is_gguf(each))
     except OSError:
         return None  # told when config.json is looked for
-    for path in files:
+    for path in [each for each in files if not _is_projector(each)] or files:
         part = _PART.fullmatch(path.name)
         models.setdefault(f"{part[1]}-{part[3]}" if part else path.name, path)
     if len(models) > 1:
@@ -84,8 +86,15 @@ def open_parts(path: Path) -> tuple[GGUFFile, ...]:
 
     Raises:
         CheckpointError: a part is absent, is one of another model, or is damaged.
+        UnsupportedError: it is no language model, but what one needs for pictures.
     """
     files = tuple(_open(each) for each in _part_paths(path))
+    about = files[0].header.metadata
+    if about.get("general.type") == "mmproj" or about.get("general.architecture") == "clip":
+        raise UnsupportedError(
+            f"{path} holds the tower and the projector for pictures or sounds of a model (mmproj), "
+            "and no language model. Give the GGUF file of the model itself."
+        )
     for number, file in enumerate(files):
         metadata = file.header.metadata
         count, index = metadata.get(_COUNT, 1), metadata.get(_NUMBER, 0)
@@ -104,6 +113,10 @@ def open_parts(path: Path) -> tuple[GGUFFile, ...]:
                 "from one model."
             )
     return files
+
+
+def _is_projector(path: Path) -> bool:
+    return "mmproj" in path.name.lower()
 
 
 def _part_paths(path: Path) -> list[Path]:

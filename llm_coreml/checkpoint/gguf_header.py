@@ -27,6 +27,8 @@ _STRING, _ARRAY = 8, 9
 # Types of metadata, as struct has them.
 _NUMBERS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 _MOST_DIMENSIONS = 4
+# An array of a number for each layer is kept; one for each token is not.
+_SHORT = 1024
 
 Octets = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -53,8 +55,8 @@ class Header:
     """What a file says of itself.
 
     Attributes:
-        metadata: Numbers and strings by name; of an array only how many elements it has, and of
-            one of strings how many bytes the longest takes.
+        metadata: Numbers and strings by name; of an array how many `elements` it has, of a short
+            one of numbers their `values`, and of one of strings how many bytes the `longest` takes.
         tensors: By name.
         start: Where the data begins.
     """
@@ -125,7 +127,11 @@ class _Reader:
             raise ValueError(f"it has metadata of type {kind}")
         inner, count = self.number("I"), self.number("Q")
         if inner in _NUMBERS:
-            self.take(count * struct.calcsize(f"<{_NUMBERS[inner]}"))
+            size = struct.calcsize(f"<{_NUMBERS[inner]}")
+            octets = self.take(count * size)
+            if count <= _SHORT:
+                values = struct.unpack(f"<{count}{_NUMBERS[inner]}", octets)
+                return {"elements": count, "values": values}
         elif inner == _STRING:
             # Each takes a length of eight bytes at least, so the file's end bounds the loop.
             longest = 0

@@ -27,6 +27,7 @@ from llm_coreml.checkpoint.files import (
     read_weight_map,
 )
 from llm_coreml.checkpoint.packed import find_formats
+from llm_coreml.checkpoint.wrappers import text_part
 from llm_coreml.errors import CheckpointError, UnsupportedError
 from llm_coreml.printable import printable
 
@@ -58,7 +59,7 @@ def open_hub(
             f"'{repo}' has no config.json. Where it holds GGUF files, fetch one, which is enough "
             f"alone, and give its path: hf download {repo} FILE.gguf --local-dir ."
         )
-    config = read_config(folder)
+    config = text_part(read_config(folder)).config
     judge(config)
     _refuse_both(repo, folder)
     find_formats(config, CONFIG)  # a format that cannot be read, before gigabytes of it

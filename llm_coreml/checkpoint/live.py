@@ -19,6 +19,7 @@ from llm_coreml.checkpoint.checkpoint import Checkpoint, Source
 from llm_coreml.checkpoint.files import check_config, make_tokenizer
 from llm_coreml.checkpoint.layouts import ordinary_names
 from llm_coreml.checkpoint.live_tokenizer import check_live_tokenizer, save_live_tokenizer
+from llm_coreml.checkpoint.wrappers import text_part
 from llm_coreml.errors import CheckpointError, UnsupportedError, nearest
 
 _WHERE = "the live model"
@@ -114,18 +115,20 @@ def open_live(model: torch.nn.Module, tokenizer: Any) -> LiveCheckpoint:
             "read, not live models. Give the folder or the hub id, or an unquantized model."
         )
     check_config(settings, f"the config of {kind}")
-    generation = getattr(model, "generation_config", None)
-    layout = ordinary_names(state := model.state_dict(), tied=False)
+    generation, part = getattr(model, "generation_config", None), text_part(settings)
+    state = model.state_dict()
+    layout = ordinary_names(state, tied=False, among_others=part.whole is not None)
+    beside = part.left_out({name: state[name].nbytes for name in layout.beside})
     tensors, aliases = _untie({name: state[stored] for name, stored in layout.names.items()})
     return LiveCheckpoint(
-        config=settings,
+        config=part.config,
         generation_config={} if generation is None else json.loads(generation.to_json_string()),
         source=Source("live", getattr(config, "_name_or_path", "") or kind),
         tokenizer_files={},
         tensors=tensors,
         aliases=aliases,
         tokenizer=tokenizer,
-        notes=layout.notes,
+        notes=(*([beside] if beside else []), *layout.notes),
     )
 
 

@@ -9,11 +9,17 @@ convert it; the rest disagrees with the configuration.
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from llm_coreml.checkpoint.checkpoint import WEIGHT_DTYPES, Checkpoint, listing, quoted, type_name
+from llm_coreml.checkpoint.checkpoint import (
+    WEIGHT_DTYPES,
+    Checkpoint,
+    listing,
+    matches,
+    quoted,
+    type_name,
+)
 from llm_coreml.checkpoint.conversions import conversion_of
 from llm_coreml.checkpoint.layouts import HEAD_WEIGHT, TABLE_WEIGHT
 from llm_coreml.checkpoint.packed import names_quantization
@@ -31,7 +37,13 @@ _BESIDE = (
         ("*.rotary_emb.*", "*.masked_bias", "*.causal_mask", "*.position_ids"),
     ),
     ("a value head", ("v_head.*",)),
+    ("layers that predict further tokens", ("model.mtp_layers.*", "mtp.*")),
 )
+
+
+def beside(name: str) -> bool:
+    """Say whether no logits depend on a tensor of this name, whatever the model."""
+    return any(matches(name, patterns) for _, patterns in _BESIDE)
 
 
 @dataclass
@@ -111,7 +123,7 @@ def _compare(
             stored = type_name(checkpoint.dtype(name))
             found.types.append(f"'{name}' in {checkpoint.where(name)} is {stored}")
     found.surplus = [
-        name for name in sorted(names - expected.keys()) if not _matches(name, optional)
+        name for name in sorted(names - expected.keys()) if not matches(name, optional)
     ]
     return found
 
@@ -119,7 +131,7 @@ def _compare(
 def _set_aside(checkpoint: Checkpoint, found: _Findings) -> Iterator[str]:
     """Take out of the surplus what changes nothing, and yield what it is."""
     kinds = [
-        (kind, [name for name in found.surplus if _matches(name, patterns)])
+        (kind, [name for name in found.surplus if matches(name, patterns)])
         for kind, patterns in _BESIDE
     ]
     kinds.append(
@@ -182,7 +194,3 @@ def _next_step(found: _Findings) -> str:
             "else use config.json and weights of one and the same model, or download both again."
         )
     return "Use config.json and weights of one and the same model, or download both again."
-
-
-def _matches(name: str, patterns: Collection[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

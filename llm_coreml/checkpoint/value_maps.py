@@ -1,6 +1,9 @@
 """How parameters come out of tensors that are stored in another arrangement.
 
     Rows(0, 2048, of=6144)             # the first of three matrices that are stored as one
+    Blocks(0, 64, of=192, count=32)    # the same, where they are stored head by head
+    Interleaved(heads=32, dim=64)      # rotated by pairs of neighbours, instead of halves
+    Then(Rows(0, 2048, of=6144), Interleaved(heads=32, dim=64))
     Transposed()                       # a matrix stored [in, out]
     PlusOne()                          # a norm that is trained as the difference from one
     Stacked(8)                         # experts that are stored one by one
@@ -44,9 +47,32 @@ class ValueMap(abc.ABC):
         raise NotImplementedError
 
 
+class RowChoice(ValueMap):
+    """Rows of one tensor: some of them, or all in another order."""
+
+    keeps_codes: ClassVar[bool] = True
+
+    @abc.abstractmethod
+    def chosen(self, rows: int) -> slice | torch.Tensor:
+        """Return which rows are taken of so many, int64 where they are no slice."""
+
+    def values(self, stored: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return the rows."""
+        return stored[0][self.chosen(len(stored[0]))]
+
+    def packed(self, stored: Packed) -> Packed:
+        """Return the rows' codes and levels; inputs have the same order in all rows."""
+        rows, levels = self.chosen(len(stored.codes)), stored.levels
+        zero_point = None if levels.zero_point is None else levels.zero_point[rows]
+        mine = replace(
+            levels, scale=levels.scale[rows], zero_point=zero_point, flat=levels.flat[rows]
+        )
+        return replace(stored, codes=stored.codes[rows].contiguous(), levels=mine)
+
+
 @final
 @dataclass(frozen=True)
-class Rows(ValueMap):
+class Rows(RowChoice):
     """Some rows of a tensor: one of several matrices that are stored as one.
 
     Attributes:
@@ -58,24 +84,94 @@ class Rows(ValueMap):
     start: int
     stop: int
     of: int
-    keeps_codes: ClassVar[bool] = True
 
     def sources(self, shape: Shape) -> tuple[Shape, ...]:
         """Return the shape of the whole tensor."""
         return ((self.of, *shape[1:]),)
 
+    def chosen(self, rows: int) -> slice:
+        """Return the slice."""
+        return slice(self.start, self.stop)
+
+
+@final
+@dataclass(frozen=True)
+class Blocks(RowChoice):
+    """Some rows of each block of a tensor: one of several matrices, stored block by block.
+
+    Attributes:
+        start: The first row within a block.
+        stop: The row after the last.
+        of: Rows of a block.
+        count: How many blocks there are.
+    """
+
+    start: int
+    stop: int
+    of: int
+    count: int
+
+    def sources(self, shape: Shape) -> tuple[Shape, ...]:
+        """Return the shape of the whole tensor."""
+        return ((self.of * self.count, *shape[1:]),)
+
+    def chosen(self, rows: int) -> torch.Tensor:
+        """Return the rows, block by block."""
+        return torch.arange(rows).view(self.count, self.of)[:, self.start : self.stop].flatten()
+
+
+@final
+@dataclass(frozen=True)
+class Interleaved(RowChoice):
+    """Queries or keys that are rotated by pairs of neighbours, for a decoder that rotates halves.
+
+    The scores of a head are the same in any order of its numbers that queries and keys share.
+
+    Attributes:
+        heads: How many there are.
+        dim: How many numbers of a head are rotated, its first ones.
+    """
+
+    heads: int
+    dim: int
+
+    def sources(self, shape: Shape) -> tuple[Shape, ...]:
+        """Return the same shape."""
+        return (shape,)
+
+    def chosen(self, rows: int) -> torch.Tensor:
+        """Return of each head the even rows, the odd ones, and those that are not rotated."""
+        head = torch.arange(rows).view(self.heads, -1)
+        turned = head[:, : self.dim]
+        return torch.cat((turned[:, ::2], turned[:, 1::2], head[:, self.dim :]), 1).flatten()
+
+
+@final
+@dataclass(frozen=True)
+class Then(ValueMap):
+    """One choice of rows after another.
+
+    Attributes:
+        first: What is taken of the stored tensor.
+        second: What is taken of that.
+    """
+
+    first: RowChoice
+    second: RowChoice
+    keeps_codes: ClassVar[bool] = True
+
+    def sources(self, shape: Shape) -> tuple[Shape, ...]:
+        """Return the shape of the stored tensor."""
+        (between,) = self.second.sources(shape)
+        return self.first.sources(between)
+
     def values(self, stored: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return the rows."""
-        return stored[0][self.start : self.stop]
+        return self.second.values([self.first.values(stored)])
 
     def packed(self, stored: Packed) -> Packed:
-        """Return the rows' codes and levels; inputs have the same order in all rows."""
-        rows, levels = slice(self.start, self.stop), stored.levels
-        zero_point = None if levels.zero_point is None else levels.zero_point[rows]
-        mine = replace(
-            levels, scale=levels.scale[rows], zero_point=zero_point, flat=levels.flat[rows]
-        )
-        return replace(stored, codes=stored.codes[rows].contiguous(), levels=mine)
+        """Return the rows' codes and levels."""
+        return self.second.packed(self.first.packed(stored))
 
 
 @final

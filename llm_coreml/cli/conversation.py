@@ -17,6 +17,7 @@ from llm_coreml.cli.process import INTERRUPTION
 from llm_coreml.cli.terminal import Screen
 from llm_coreml.errors import ConfigError
 from llm_coreml.printable import harmless
+from llm_coreml.runtime.sampling import GREEDY, Sampling
 
 _TOKENS = 64
 _HELP = "/reset forgets the conversation; /exit or Ctrl-D ends it, Ctrl-C an answer."
@@ -28,16 +29,12 @@ class Asked:
 
     Attributes:
         max_new_tokens: Most tokens of a text; None leaves it to what is asked.
-        temperature: 0 takes the most likely token.
-        top_p: Share of probability to draw from.
-        seed: Makes draws repeatable.
+        sampling: How tokens are chosen.
         stop: Texts that end one.
     """
 
     max_new_tokens: int | None = None
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
+    sampling: Sampling = GREEDY
     stop: tuple[str, ...] = ()
 
 
@@ -48,9 +45,7 @@ def continue_text(
     stream = model.stream(
         prompt,
         _TOKENS if asked.max_new_tokens is None else asked.max_new_tokens,
-        temperature=asked.temperature,
-        top_p=asked.top_p,
-        seed=asked.seed,
+        sampling=asked.sampling,
         stop=asked.stop,
     )
     text = _tell(model, screen, stream, form)
@@ -126,12 +121,7 @@ class Conversation:
         asked = self._asked
         messages = [*self._messages, {"role": "user", "content": message}]
         stream = self._model.stream_chat(
-            messages,
-            asked.max_new_tokens,
-            temperature=asked.temperature,
-            top_p=asked.top_p,
-            seed=asked.seed,
-            stop=asked.stop,
+            messages, asked.max_new_tokens, sampling=asked.sampling, stop=asked.stop
         )
         text = _tell(self._model, self._screen, stream, self._form, typed)
         self._messages = [*messages, {"role": "assistant", "content": text}]

@@ -44,9 +44,10 @@ def diff_command(
     form: str,
     verbose: bool,
 ) -> None:
-    """Compare two exports: where their values part, and how their predictions differ.
+    """Tell where two exports part, and what it costs.
 
-    A and B are bundles or .pte files with the same vocabulary. Errors are relative to A.
+    Their operations are compared one by one on the same text, then their predictions. A and B are
+    bundles or .pte files with the same vocabulary. Errors are relative to A.
     """
     from llm_coreml.cli.terminal import terminal
 

@@ -40,9 +40,10 @@ def eval_command(
     form: str,
     verbose: bool,
 ) -> None:
-    """Measure an export: perplexity, divergence from the original, latency, size.
+    """Measure an export: quality, latency and size.
 
-    Runs the program inside the .pte on this machine and writes results.json into the folder.
+    Perplexity, divergence from the original, time of a call, bytes of every part. Runs the program
+    inside the .pte on this machine and writes results.json into the folder.
     """
     from llm_coreml.cli.terminal import terminal
 

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from llm_coreml.cli.options import (
-    FORMAT,
-    PATH,
-    VERBOSE,
-)
+from llm_coreml.cli.options import FORMAT, PATH, VERBOSE
 from llm_coreml.cli.process import INTERRUPTION
 from llm_coreml.cli.settings import given_settings, settings_options
 from llm_coreml.config import ExportConfig
 
+if TYPE_CHECKING:
+    from llm_coreml.bundle.folder import Bundle
+
 
 @click.command("export")
-@click.argument("model", metavar="RECIPE|HUB_ID|FOLDER", required=False)
-@click.option("--model", "-m", "given", metavar="ID_OR_DIR", help="Use this model instead.")
-@click.option("--output", "-o", type=PATH, help="Folder to make.")
+@click.argument("model", metavar="RECIPE|HUB_ID|FOLDER|GGUF", required=False)
+@click.option(
+    "--model", "-m", "given", metavar="ID_OR_DIR", help="Export this in the place of a recipe's."
+)
+@click.option("--output", "-o", type=PATH, help="Folder to make.  [default: the name and -coreml]")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier export there.")
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
 @click.option("--local-files-only", is_flag=True, help="Hub ids: use the local cache only.")
@@ -49,12 +52,13 @@ def export_command(
     verbose: bool,
     **_: Any,
 ) -> None:
-    """Quantize a model, lower it to a .pte and verify that file.
+    """Quantize a model, lower it, verify the file.
 
     \b
     llm-coreml export llama --bits 4                       the bundled model, offline
     llm-coreml export llama-3.2-1b -o llama                a recipe, from the hub
     llm-coreml export ./my-finetune --target ane --bits 4  a folder
+    llm-coreml export ./model-Q4_0.gguf                    quantized already, taken as it is
     llm-coreml export ./my-finetune --size 600MB           mixed formats
     llm-coreml export my-recipe.yaml --bits 3              your own recipe, but for the bits
     """
@@ -74,31 +78,38 @@ def export_command(
             screen.progress.note(
                 "Exporting the small Llama that ships in the package; --model takes any other."
             )
-        from llm_coreml.bundle.folder import open_bundle
         from llm_coreml.cli.tables import export_table
         from llm_coreml.pipeline import export
 
-        before = _identity(folder)
-        try:
-            bundle = export(
-                source,
-                output=folder,
-                config=config,
-                overwrite=overwrite,
-                revision=revision,
-                local_files_only=local_files_only,
-                cache=cache or not no_cache,
-                progress=screen.progress,
-            )
-        except KeyboardInterrupt:
-            # It counts as done once it is in its place.
-            if _identity(folder) in (None, before):
-                raise
-            INTERRUPTION.finish()
-            bundle = open_bundle(folder)
+        make = functools.partial(
+            export,
+            source,
+            output=folder,
+            config=config,
+            overwrite=overwrite,
+            revision=revision,
+            local_files_only=local_files_only,
+            cache=cache or not no_cache,
+            progress=screen.progress,
+        )
+        bundle = _made(folder, make)
         peak = peak_memory()
         told = {**bundle.manifest.to_json(), "peak_memory_bytes": peak}
         screen.show(form, told, lambda: export_table(bundle.manifest, str(folder), peak))
+
+
+def _made(folder: Path, make: Callable[[], Bundle]) -> Bundle:
+    """Return the bundle that `make` puts at `folder`; it counts as done once it is in its place."""
+    from llm_coreml.bundle.folder import open_bundle
+
+    before = _identity(folder)
+    try:
+        return make()
+    except KeyboardInterrupt:
+        if _identity(folder) in (None, before):
+            raise
+        INTERRUPTION.finish()
+        return open_bundle(folder)
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
@@ -130,4 +141,4 @@ def _config(call: click.Context, model: str | None, given: str | None) -> Export
 
 def _name(source: str) -> str:
     name = Path(source).absolute().name
-    return name.removesuffix(".yaml").removesuffix(".yml")
+    return name.removesuffix(".yaml").removesuffix(".yml").removesuffix(".gguf")

@@ -31,8 +31,12 @@ from llm_coreml.cli.options import (
     help="Most tokens to add.  [default: 64; with --chat as many as the context holds]",
 )
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
-@click.option("--top-p", type=float, default=1.0, show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--top-p", type=float, default=1.0, show_default=True, help="Share of probability to draw from."
+)
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="The same one draws the same text."
+)
 @click.option("--stop", multiple=True, help="Text that ends the output; may be given repeatedly.")
 @MODE
 @DEVICE
@@ -55,7 +59,14 @@ def generate_command(
     form: str,
     verbose: bool,
 ) -> None:
-    """Continue a text with the program inside the .pte, on this machine, or chat with it."""
+    """Continue a text, or chat.
+
+    The program inside the .pte is run on this machine, by the reference runtime.
+
+    \b
+    llm-coreml generate out --prompt "The capital of France"
+    llm-coreml generate out --chat                    what is typed, turn by turn
+    """
     from llm_coreml.cli.terminal import terminal
 
     if prompt is None and not chat:
@@ -66,9 +77,10 @@ def generate_command(
         from llm_coreml.bundle.language_model import load
         from llm_coreml.cli.conversation import Asked, Conversation, continue_text
         from llm_coreml.reference.program.execution import Execution
+        from llm_coreml.runtime.sampling import Sampling
 
         model = load(bundle, Execution(mode, device), not unchecked)
-        asked = Asked(max_new_tokens, temperature, top_p, seed, stop)
+        asked = Asked(max_new_tokens, Sampling(temperature, top_p, seed), stop)
         if chat:
             Conversation(model, screen, asked, form, system).run(prompt)
         elif prompt is not None:

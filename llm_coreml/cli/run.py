@@ -59,10 +59,10 @@ def run_command(
     memory_budget: int | None,
     compiled: bool,
 ) -> None:
-    """Run a Core ML program once; without --inputs, tell what it takes and gives.
+    """Run a Core ML program once on named tensors.
 
-    Integers are converted to the declared width where every value fits; any other difference in
-    element type or shape is refused.
+    Without --inputs, tell what it takes and gives. Integers are converted to the declared width
+    where every value fits; any other difference in element type or shape is refused.
     """
     if inputs is None and (output or state_in or state_out):
         raise click.UsageError("--output, --state-in and --state-out need --inputs.")

@@ -20,7 +20,10 @@ from llm_coreml.cli.options import (
 @FORMAT
 @VERBOSE
 def show_command(path: Path, unchecked: bool, form: str, verbose: bool) -> None:
-    """Tell what is in a bundle or a .pte: method, states, ops, bytes."""
+    """Tell what is in a bundle or a .pte.
+
+    Formats, verification, methods, states, operations, bytes; nothing is run.
+    """
     from llm_coreml.cli.terminal import terminal
 
     with terminal(verbose) as screen:

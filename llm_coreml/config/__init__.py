@@ -19,6 +19,7 @@ from llm_coreml.config.sections import (
     CalibrationSettings,
     ProgramSettings,
     Rotate,
+    SourceSettings,
     TargetSettings,
     WeightSettings,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "ProgramSettings",
     "Rotate",
     "Shapes",
+    "SourceSettings",
     "TargetSettings",
     "WeightSettings",
     "resolve",

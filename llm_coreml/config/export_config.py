@@ -17,6 +17,7 @@ from llm_coreml.config.sections import (
     SECTIONS,
     CalibrationSettings,
     ProgramSettings,
+    SourceSettings,
     TargetSettings,
     WeightSettings,
     decided_by,
@@ -31,7 +32,9 @@ S = TypeVar("S", bound=Section)
 
 # A dataclass has the fields of its last base first, so these are in the order of SECTIONS.
 @dataclass(frozen=True)
-class ExportConfig(TargetSettings, ProgramSettings, CalibrationSettings, WeightSettings):
+class ExportConfig(
+    TargetSettings, ProgramSettings, CalibrationSettings, WeightSettings, SourceSettings
+):
     """Every setting of an export: the sections' fields together, see `sections`.
 
     Raises:

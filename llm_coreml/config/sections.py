@@ -1,4 +1,4 @@
-"""Every setting of an export, in four sections: weights, calibration, program, target.
+"""Every setting of an export, in sections: source, weights, calibration, program, target.
 
 A field's text is its documentation: the help page, the recipes' schema and the documents show it.
 Rules between a setting and a model are held where both are known, see `job.resolve`.
@@ -54,6 +54,30 @@ def decided_by(name: str, value: object) -> tuple[str, ...]:
     return () if value is None else _DECIDED.get(name, ())
 
 
+def _checked_family(value: str) -> str:
+    """Return the name of a family. Raises ConfigError if there is none; loads them only then."""
+    from llm_coreml.families import checked_family
+
+    return checked_family(value)
+
+
+@dataclass(frozen=True)
+class SourceSettings(Section):
+    """How the model is read.
+
+    Raises:
+        ConfigError: there is no such family.
+    """
+
+    family: str | None = setting(
+        None,
+        "Read a model whose model_type has no family as one of this family.",
+        metavar="MODEL_TYPE",
+        shown="that of config.json",
+        check=_checked_family,
+    )
+
+
 @dataclass(frozen=True)
 class WeightSettings(Section):
     """What the weights are stored as.
@@ -81,7 +105,9 @@ class WeightSettings(Section):
     scheme: str | None = setting(
         None, "Weight format, see `llm-coreml ls`; the target's by default."
     )
-    group_size: int = setting(32, "int4-group and such: inputs.", least=1, most=MOST_POSITIONS)
+    group_size: int = setting(
+        32, "int4-group and such: inputs per scale.", least=1, most=MOST_POSITIONS
+    )
     zero_point: Literal["none", "int", "float"] = setting(
         "none", "Integer formats: what is subtracted from codes, one for every scale."
     )
@@ -222,6 +248,7 @@ class TargetSettings(Section):
 
 SECTIONS: Mapping[str, type[Section]] = MappingProxyType(
     {
+        "source": SourceSettings,
         "weights": WeightSettings,
         "calibration": CalibrationSettings,
         "program": ProgramSettings,

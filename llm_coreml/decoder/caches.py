@@ -7,9 +7,9 @@
 
 Layers of the same sizes share their buffers, `[layers, kv_heads, positions, head_dim]`; or one
 buffer, `[layers, 2 * kv_heads, positions, head_dim]`, where a program would have too many. A pass
-writes first, and then attends to what lies there. In an exported graph a write is an op on the value
-before it, which the Core ML lowering turns into `read_state -> slice_update -> write_state`, in
-place; eagerly it is an assignment.
+writes first, and then attends to what lies there. In an exported graph a write is an op on the
+value before it, which the Core ML lowering turns into `read_state -> slice_update -> write_state`,
+in place; eagerly it is an assignment.
 """
 
 from __future__ import annotations

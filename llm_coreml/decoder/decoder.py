@@ -21,11 +21,11 @@ from llm_coreml.decoder.caches import held_positions
 from llm_coreml.decoder.chunk import Chunk, make_mask
 from llm_coreml.decoder.matrices import Embedding, Linear
 from llm_coreml.decoder.norm import RMSNorm
-from llm_coreml.decoder.rope import rope_tables
 from llm_coreml.decoder.self_attention import AttentionForm
 from llm_coreml.decoder.spec import DecoderSpec, Extent, MaskKey
 from llm_coreml.decoder.state import Start, State, View
-from llm_coreml.decoder.states import make_states, numbered, slots
+from llm_coreml.decoder.states import make_states, slots
+from llm_coreml.decoder.tables import growth_names, position_tables, rotary_names, slope_names
 from llm_coreml.decoder.wiring import Matrix, Wiring, joined
 
 LogitsForm = Literal["last", "all"]
@@ -79,9 +79,8 @@ class Decoder(nn.Module):
         self.lm_head = Linear(spec.hidden_size, spec.vocab_size, bias=False)
         for name, state in make_states(spec, self.extent).items():
             self.add_module(name, state)
-        for names, rope in zip(self._rotary_names(), spec.rotary, strict=True):
-            for name, table in zip(names, rope_tables(rope, context), strict=True):
-                self.register_buffer(name, table.to(torch.float32), persistent=False)
+        for name, table in position_tables(spec, context).items():
+            self.register_buffer(name, table, persistent=False)
         positions = torch.arange(context, dtype=torch.int32)
         self.register_buffer("positions", positions, persistent=False)
         for ring in self._rings():
@@ -223,31 +222,33 @@ class Decoder(nn.Module):
     ) -> Chunk:
         """Return a chunk of tokens at `rows`, which attend to `columns`, those of a ring by it."""
         rotary = tuple(
-            (self._rotary_rows(cos, rows), self._rotary_rows(sin, rows))
-            for cos, sin in self._rotary_names()
+            (self._rows_of(cos, rows), self._rows_of(sin, rows))
+            for cos, sin in rotary_names(self.spec)
         )
+        growths = {
+            growth: self._rows_of(name, rows)
+            for growth, name in growth_names(self.spec, self.context).items()
+        }
+        slopes = {key: self.get_buffer(name) for key, name in slope_names(self.spec).items()}
         masks: dict[MaskKey, torch.Tensor] = {}
         for layer in self.spec.layers:
+            ring = layer.mixer.remembers.ring(self.extent)
             for key in layer.mixer.masks:
                 if key not in masks:
-                    ring = layer.mixer.remembers.ring(self.extent)
-                    found = columns.get(ring, columns[None])
-                    masks[key] = make_mask(key, rows, found)
-        return Chunk(rotary, masks, views)
+                    seen = columns.get(ring, columns[None])
+                    masks[key] = make_mask(key, rows, seen, slopes.get(key[2]))
+        # Of no length that a lowering would have to compute.
+        zeros = (rows * 0).to(torch.float32).unsqueeze(1)
+        return Chunk(rotary, masks, growths, zeros, views)
 
     def _rings(self) -> list[int]:
         """Return the sizes of all rings."""
         found = (layer.mixer.remembers.ring(self.extent) for layer in self.spec.layers)
         return sorted({ring for ring in found if ring is not None})
 
-    def _rotary_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
-        """Return what a table holds of positions `[S]`: `[S, 1, dim / 2]`."""
+    def _rows_of(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        """Return what a table `[context, width]` holds of positions `[S]`: `[S, 1, width]`."""
         return F.embedding(rows, self.get_buffer(name)).unsqueeze(1)
-
-    def _rotary_names(self) -> list[tuple[str, str]]:
-        """Return what the buffers of cosines and sines of every table are called."""
-        indices = range(len(self.spec.rotary))
-        return [(numbered("cos", index), numbered("sin", index)) for index in indices]
 
 
 def _places_in(ring: int) -> str:

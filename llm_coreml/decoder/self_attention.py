@@ -20,7 +20,7 @@ from llm_coreml.decoder.norm import RMSNorm
 from llm_coreml.decoder.rope import rotate
 from llm_coreml.decoder.spec import AttentionSpec
 from llm_coreml.decoder.states import Slot
-from llm_coreml.decoder.wiring import Halt, Matrix, Steps, Wiring
+from llm_coreml.decoder.wiring import Halt, Matrix, Space, Steps, Wiring
 
 AttentionForm = Literal["fused", "decomposed"]
 
@@ -34,7 +34,7 @@ class Attention(nn.Module):
         slot: The part of the states that the layer owns.
         form: `fused` keeps `scaled_dot_product_attention` as one op; `decomposed` writes it as
             matmul, softmax, matmul with the scale applied to the queries, safe in fp16. Capped
-            scores are always decomposed.
+            scores, and those beside sinks, are always decomposed.
     """
 
     scale: torch.Tensor | None
@@ -45,7 +45,8 @@ class Attention(nn.Module):
         super().__init__()
         self.spec = spec
         self.slot = slot
-        self.form: AttentionForm = form if spec.softcap is None else "decomposed"
+        plain = spec.softcap is None and not spec.sinks
+        self.form: AttentionForm = form if plain else "decomposed"
         factor = self._query_factor()
         scale = None if factor is None else torch.tensor([factor])
         self.register_buffer("scale", scale, persistent=False)
@@ -55,6 +56,11 @@ class Attention(nn.Module):
         self.k_proj = Linear(hidden_size, kv_size, bias=spec.qkv_bias)
         self.v_proj = Linear(hidden_size, kv_size, bias=spec.qkv_bias)
         self.o_proj = Linear(query_size, hidden_size, bias=spec.out_bias)
+        if spec.gate is not None:
+            gates = query_size if spec.gate == "number" else spec.num_attention_heads
+            self.gate_proj = Linear(hidden_size, gates, bias=False)
+        if spec.sinks:
+            self.sinks = nn.Parameter(torch.empty(spec.num_attention_heads), requires_grad=False)
         if spec.qk_norm is not None:
             each = spec.qk_norm.over == "head"
             self.q_norm = RMSNorm(spec.head_dim if each else query_size, spec.qk_norm.eps)
@@ -63,14 +69,19 @@ class Attention(nn.Module):
     @property
     def wiring(self) -> Wiring:
         """What each matrix reads and writes."""
-        projections = (
+        # Numbers that are gated one by one have no other space: a rotation would mix them.
+        space: Space | None = None if self.spec.gate == "number" else "heads"
+        projections = [
             Matrix("q_proj", reads="residual"),
             Matrix("k_proj", reads="residual"),
-            Matrix("v_proj", reads="residual", writes="heads"),
-        )
-        output = Matrix("o_proj", reads="heads", writes="residual")
+            Matrix("v_proj", reads="residual", writes=space),
+        ]
+        if self.spec.gate is not None:
+            projections.append(Matrix("gate_proj", reads="residual"))
+        output = Matrix("o_proj", reads=space, writes="residual")
         inner = () if self.spec.qk_norm is None else ("q_norm", "k_norm")
-        return Wiring((projections, (output,)), inner)
+        own = ("",) if self.spec.sinks else ()
+        return Wiring((tuple(projections), (output,)), (*inner, *own))
 
     def steps(self, inputs: Halt, chunk: Chunk) -> Steps:
         """Attend from `inputs` `[1, S, hidden]` to all that each token sees, up to itself."""
@@ -81,26 +92,37 @@ class Attention(nn.Module):
         """Return what the heads give, side by side: `[1, S, heads * head_dim]`."""
         spec = self.spec
         x = self.q_proj.arrange(x)  # which is that of keys and values, too
-        queries = self._turned(self._queries(x), chunk)  # [1, heads, S, head_dim]
+        queries = self._queries(x, chunk)
         queries = queries.reshape(1, spec.num_key_value_heads, -1, spec.head_dim)
-        keys = self._turned(self._keys(x), chunk)
+        keys = self._keys(x, chunk)
         values = _heads_first(self.v_proj(x).view(1, -1, spec.num_key_value_heads, spec.head_dim))
         cache = chunk.cache(self.slot.state)
         keys, values = cache.update(self.slot.row, keys, values)
-        attended = self._attend(queries, keys, values, chunk.mask(spec))
+        attended = self._attend(queries, keys, values, chunk)
         attended = attended.reshape(1, spec.num_attention_heads, -1, spec.head_dim)
-        width = spec.num_attention_heads * spec.head_dim
-        return _heads_first(attended).reshape(1, -1, width)
+        joined = self._gated(_heads_first(attended), x)
+        return joined.reshape(1, -1, spec.num_attention_heads * spec.head_dim)
 
-    def _queries(self, x: torch.Tensor) -> torch.Tensor:
-        """Return queries `[1, S, heads, head_dim]`."""
+    def _queries(self, x: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+        """Return queries as they meet keys, `[1, heads, S, head_dim]`."""
         norm = None if self.spec.qk_norm is None else self.q_norm
-        return self._split(self.q_proj(x), norm)
+        queries = self._placed(self.q_proj(x), norm, chunk)
+        growth = chunk.growth(self.spec)
+        return _heads_first(queries if growth is None else queries * growth)
 
-    def _keys(self, x: torch.Tensor) -> torch.Tensor:
-        """Return keys `[1, S, kv_heads, head_dim]`."""
+    def _keys(self, x: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+        """Return keys as they are remembered, `[1, kv_heads, S, head_dim]`."""
         norm = None if self.spec.qk_norm is None else self.k_norm
-        return self._split(self.k_proj(x), norm)
+        return _heads_first(self._placed(self.k_proj(x), norm, chunk))
+
+    def _placed(self, x: torch.Tensor, norm: RMSNorm | None, chunk: Chunk) -> torch.Tensor:
+        """Return `x` `[1, S, heads * head_dim]` normed and rotated, `[1, S, heads, head_dim]`."""
+        spec = self.spec
+        late = spec.qk_norm is not None and spec.qk_norm.rotated
+        heads = self._split(x, None if late else norm)
+        if spec.rope is not None:
+            heads = rotate(heads, *chunk.rotary[spec.rope])
+        return norm(heads) if late and norm is not None else heads
 
     def _split(self, x: torch.Tensor, norm: RMSNorm | None) -> torch.Tensor:
         """Return heads `[1, S, heads, head_dim]` of `x` `[1, S, heads * head_dim]`, normed."""
@@ -110,14 +132,18 @@ class Attention(nn.Module):
         heads = x.view(1, -1, width // head_dim, head_dim)
         return heads if norm is None else norm(heads)
 
-    def _turned(self, x: torch.Tensor, chunk: Chunk) -> torch.Tensor:
-        if self.spec.rope is not None:
-            x = rotate(x, *chunk.rotary[self.spec.rope])
-        return _heads_first(x)
+    def _gated(self, attended: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Return `attended` `[1, S, heads, head_dim]` as much as its gates let pass."""
+        if self.spec.gate is None:
+            return attended
+        width = self.spec.head_dim if self.spec.gate == "number" else 1
+        gates = torch.sigmoid(self.gate_proj(x))
+        return attended * gates.view(1, -1, self.spec.num_attention_heads, width)
 
     def _attend(
-        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor
+        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, chunk: Chunk
     ) -> torch.Tensor:
+        mask = chunk.mask(self.spec)
         if self.scale is not None:
             queries = queries * self.scale
         if self.form == "fused":
@@ -125,7 +151,16 @@ class Attention(nn.Module):
         scores = queries @ keys.permute(0, 1, 3, 2)
         if self.spec.softcap is not None:
             scores = torch.tanh(scores / self.spec.softcap) * self.spec.softcap
-        return torch.softmax(scores + mask, dim=-1) @ values
+        scores = scores + mask
+        if not self.spec.sinks:
+            return torch.softmax(scores, dim=-1) @ values
+        shares = torch.softmax(torch.cat((scores, self._sinks_of(chunk)), dim=-1), dim=-1)
+        return shares[..., :-1] @ values
+
+    def _sinks_of(self, chunk: Chunk) -> torch.Tensor:
+        """Return a score for each row, that of its head: `[1, kv_heads, group * S, 1]`."""
+        scores = self.sinks.view(1, -1, 1, 1) + chunk.zeros
+        return scores.reshape(1, self.spec.num_key_value_heads, -1, 1)
 
     def _query_factor(self) -> float | None:
         """Return what queries are multiplied by; the fused op has a scale of its own."""

@@ -14,48 +14,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from llm_coreml.decoder.rope_spec import RopeSpec as RopeSpec
 from llm_coreml.errors import CheckpointError
 
-RopeKind = Literal["default", "linear", "dynamic", "llama3"]
 Activation = Literal["silu", "gelu_tanh", "relu2"]
-# What a mask follows from: query heads of a key/value head, and the window.
-MaskKey = tuple[int, int | None]
+# What a mask follows from: query heads of a key/value head, the window, and the heads' slopes.
+MaskKey = tuple[int, int | None, tuple[float, ...]]
 # What sizes of states are multiples of, which the Neural Engine's compiler asks for.
 _STATE_MULTIPLE = 32
-
-
-@dataclass(frozen=True)
-class RopeSpec:
-    """A table of rotary position embedding: its base, and how positions past training are scaled.
-
-    Attributes:
-        dim: How many numbers of a head are rotated, its first ones; the others stay as they are.
-        theta: Base of the geometric series of frequencies.
-        kind: `default`, `linear` (all frequencies divided by `factor`), `dynamic` (unscaled
-            inside `original_max_position_embeddings`) or `llama3` (low frequencies divided).
-        factor: Scale of `linear` and `llama3`.
-        low_freq_factor: `llama3`: wavelengths above context / this are divided by `factor`.
-        high_freq_factor: `llama3`: wavelengths below context / this stay as they are.
-        original_max_position_embeddings: The context that the model was first trained on.
-
-    Raises:
-        CheckpointError: `dim` is odd.
-    """
-
-    dim: int
-    theta: float = 10000.0
-    kind: RopeKind = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 0
-
-    def __post_init__(self) -> None:
-        _check_size("head_dim", self.dim)
-        if self.dim % 2:
-            raise CheckpointError(
-                f"config.json gives head_dim = {self.dim}; rotary embeddings need an even one."
-            )
 
 
 @dataclass(frozen=True)
@@ -71,15 +37,37 @@ class NormSpec:
 
 @dataclass(frozen=True)
 class QKNormSpec:
-    """Norms of queries and keys before they are rotated.
+    """Norms of queries and keys.
 
     Attributes:
         eps: Added to the mean square.
         over: What is one row: each `head`, or all heads of a token at once.
+        rotated: They are normed after they are rotated, and not before.
+
+    Raises:
+        ValueError: what is rotated is a head; all at once are normed before.
     """
 
     eps: float = 1e-5
     over: Literal["head", "all"] = "head"
+    rotated: bool = False
+
+    def __post_init__(self) -> None:
+        if self.rotated and self.over != "head":
+            raise ValueError("Rotated queries and keys are normed head by head.")
+
+
+@dataclass(frozen=True)
+class QueryGrowth:
+    """Queries that grow with their position: times `1 + beta * ln(1 + floor(position / length))`.
+
+    Attributes:
+        beta: How fast.
+        length: Positions of one step; there is no growth within the first.
+    """
+
+    beta: float
+    length: int
 
 
 @dataclass(frozen=True)
@@ -157,6 +145,13 @@ class AttentionSpec:
         scale: What scores are multiplied by; None is `1 / sqrt(head_dim)`.
         softcap: Scores become `softcap * tanh(scores / softcap)`.
         qk_norm: Norms of queries and keys.
+        query_growth: How queries grow with their position.
+        alibi: For each head of queries, what its scores lose for each position of distance (ALiBi,
+            arXiv 2108.12409).
+        sinks: Each head of queries has a score of its own that takes part in the softmax, and
+            stands for no value.
+        gate: What is attended to is multiplied by the sigmoid of a matrix's products, one for each
+            `head` or one for each `number`.
         qkv_bias: Queries, keys and values have biases.
         out_bias: The output projection has one.
 
@@ -174,6 +169,10 @@ class AttentionSpec:
     scale: float | None = None
     softcap: float | None = None
     qk_norm: QKNormSpec | None = None
+    query_growth: QueryGrowth | None = None
+    alibi: tuple[float, ...] = ()
+    sinks: bool = False
+    gate: Literal["head", "number"] | None = None
     qkv_bias: bool = False
     out_bias: bool = False
 
@@ -186,6 +185,8 @@ class AttentionSpec:
                 f"{self.num_key_value_heads} key/value heads; the first must be a multiple "
                 "of the second."
             )
+        if self.alibi and len(self.alibi) != self.num_attention_heads:
+            raise ValueError("ALiBi needs a slope for each head of queries.")
 
     @property
     def num_queries_per_kv(self) -> int:
@@ -195,7 +196,7 @@ class AttentionSpec:
     @property
     def masks(self) -> tuple[MaskKey, ...]:
         """The masks that it adds to scores: one."""
-        return ((self.num_queries_per_kv, self.window),)
+        return ((self.num_queries_per_kv, self.window, self.alibi),)
 
     @property
     def remembers(self) -> CacheSizes:
@@ -204,8 +205,8 @@ class AttentionSpec:
 
     @property
     def value_widths(self) -> tuple[int, ...]:
-        """Widths of the heads whose values may be rotated: one."""
-        return (self.head_dim,)
+        """Widths of the heads whose values may be rotated: one, or none behind a gate."""
+        return () if self.gate == "number" else (self.head_dim,)
 
     def check_rotary(self, tables: Sequence[RopeSpec]) -> None:
         """Refuse a rotary table that does not fit. Raises CheckpointError."""
@@ -305,12 +306,13 @@ class DecoderSpec:
 
     @property
     def longest_context(self) -> int:
-        """Positions that a context may have: those meant, or those that linear scaling gives.
+        """Positions that a context may have: those meant, or those that all scalings give.
 
-        Files of 2023 name the length before the scaling.
+        Files of 2023 name the length before a linear scaling, and so do files to which a scaling
+        has been added.
         """
-        scales = [rope.factor if rope.kind == "linear" else 1.0 for rope in self.rotary]
-        return int(self.max_position_embeddings * max(1.0, min(scales, default=1.0)))
+        meant = self.max_position_embeddings
+        return max(meant, min((rope.reach(meant) for rope in self.rotary), default=meant))
 
     def rewinds(self, extent: Extent) -> int | None:
         """Return how far a sequence can go back, see `CacheSizes.rewinds`."""

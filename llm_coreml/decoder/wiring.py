@@ -60,7 +60,8 @@ class Wiring:
 
     Attributes:
         stages: In the order in which they are computed; those of a stage get the same inputs.
-        inner: Modules with other parameters, which touch no space: norms of queries, for example.
+        inner: Modules with other parameters, which touch no space: norms of queries, for example;
+            "" is the module that declares it.
     """
 
     stages: tuple[tuple[Matrix, ...], ...]
@@ -94,7 +95,8 @@ class Wiring:
             return replace(matrix, name=f"{prefix}.{matrix.name}", norm=norm)
 
         stages = tuple(tuple(map(renamed, stage)) for stage in self.stages)
-        return Wiring(stages, tuple(f"{prefix}.{name}" for name in self.inner))
+        inner = tuple(f"{prefix}.{name}" if name else prefix for name in self.inner)
+        return Wiring(stages, inner)
 
     def behind(self, norm: str | None) -> Wiring:
         """Return the same where what is read of the residual stream has passed a norm."""

@@ -6,7 +6,8 @@
 
 In come parsed `config.json` files, not trusted; out go data and names. Nothing that comes in is
 changed, no tensor is read here, and options that the decoder does not compute are refused. Adding a
-family: one file named after its `model_type`, one line in `_MODULES`, one test line.
+family: one file named after its `model_type`, one line in `_MODULES`, one test line. A model_type
+that has none is told what it is, and may be read as another family where the user says so.
 """
 
 from __future__ import annotations
@@ -15,15 +16,25 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
-from llm_coreml.errors import UnsupportedError, nearest
+from llm_coreml.errors import ConfigError, UnknownFamilyError, nearest
+from llm_coreml.families import unknown
 from llm_coreml.families.family import Family as Family
-from llm_coreml.families.shape import shape_of
 from llm_coreml.printable import printable
 
 # model_type in config.json -> file in this folder
 _MODULES = {
+    "ernie4_5": "ernie4_5",
+    "glm": "glm",
+    "glm4": "glm4",
+    "granite_swa": "granite_swa",
+    "hunyuan_v1_dense": "hunyuan_v1_dense",
     "llama": "llama",
+    "ministral3": "ministral3",
     "mistral": "mistral",
+    "phi3": "phi3",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "smollm3": "smollm3",
 }
 
 
@@ -36,34 +47,68 @@ def find_family(config: Mapping[str, Any]) -> Family:
     """Return the family that `config.json` names.
 
     Raises:
-        UnsupportedError: no family of that `model_type`.
+        UnknownFamilyError: no family of that `model_type`.
     """
     model_type = str(config.get("model_type"))
     if model_type not in _MODULES:
-        raise UnsupportedError(_refusal(model_type, config))
+        raise UnknownFamilyError(unknown.refusal(model_type, config, _preferred()))
+    return _load(model_type)
+
+
+def checked_family(model_type: str) -> str:
+    """Return the name of a family as it was given. Raises ConfigError if there is none."""
+    if model_type not in _MODULES:
+        known = ", ".join(known_model_types())
+        raise ConfigError(
+            f"There is no family '{printable(model_type, 60)}'; there are {known}."
+            f"{nearest(model_type, _MODULES)}"
+        )
+    return model_type
+
+
+def read_as(config: Mapping[str, Any], family: str | None) -> dict[str, Any]:
+    """Return a configuration as one of the family that the user names; None is its own.
+
+    Raises:
+        UnsupportedError: it has a family of its own, or settings that change what a model computes
+            and that the named family does not have.
+    """
+    own = str(config.get("model_type"))
+    if family in (None, own):
+        return dict(config)
+    unknown.check_renamed(config, str(family), has_own=own in _MODULES)
+    return {**config, "model_type": family}
+
+
+def family_notes(config: Mapping[str, Any], family: str | None) -> tuple[str, ...]:
+    """Return what to know of a configuration that is read as another family's, a sentence each.
+
+    Args:
+        config: `config.json`, as it is.
+        family: What it is read as; None is its own.
+    """
+    if family in (None, config.get("model_type")):
+        return ()
+    return (unknown.note_of_renamed(config, str(family)),)
+
+
+def offer(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """Return a sentence on the family whose tensors a checkpoint of no family has; '' if none.
+
+    Args:
+        config: `config.json`.
+        shapes: Of the checkpoint's tensors, by their ordinary names.
+    """
+    return unknown.offer(config, shapes, _preferred(), _load)
+
+
+def _load(model_type: str) -> Family:
     module = importlib.import_module(f"llm_coreml.families.{_MODULES[model_type]}")
     family: Family = module.FAMILY
     return family
 
 
-def _refusal(model_type: str, config: Mapping[str, Any]) -> str:
-    """Return what to say of a model_type without a family: what it is nearest to, and in what."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-
-    known, shape = ", ".join(known_model_types()), shape_of(config)
-    told = f"model_type '{printable(model_type, 60)}' is not supported; supported are {known}."
-    if model_type not in CONFIG_MAPPING_NAMES:
-        return (
-            f"{told} transformers has no such architecture either: it is misspelt, or brings code "
-            f"of its own, which is not run.{nearest(model_type, _MODULES)}"
-        )
-    if shape.nearest is None:
-        return (
-            f"{told} By its config.json it is {shape.told}, while these are dense decoders. Give a "
-            "model of one of these types."
-        )
-    return (
-        f"{told} By its config.json it is nearest in shape to '{shape.nearest}': {shape.told}. It "
-        "is not read as one, since parts that config.json does not name may differ. Give a model "
-        "of one of these types."
-    )
+def _preferred() -> list[str]:
+    """Return all model types, the plain ones first: of several that fit, they promise least."""
+    first = [name for name in ("llama", "mistral", "qwen2") if name in _MODULES]
+    return [*first, *(name for name in known_model_types() if name not in first)]

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
-from llm_coreml.checkpoint.weights_view import Stored
-from llm_coreml.decoder.spec import AttentionSpec, DecoderSpec, LayerSpec, MLPSpec, NormSpec
-from llm_coreml.errors import UnsupportedError
+from llm_coreml.decoder.spec import DecoderSpec, LayerSpec
+from llm_coreml.families.dense import Dense
 from llm_coreml.families.family import Family
-from llm_coreml.families.fields import LARGEST_POSITION, flag, number, shown, table, whole, word
-from llm_coreml.families.rotary import rope_notes, rope_spec
+from llm_coreml.families.fields import flag, shown
+from llm_coreml.families.names import stored
+from llm_coreml.families.rotary import rope_notes
 
 # transformers' own defaults where config.json is silent; a null is no default of a size.
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
@@ -24,9 +25,6 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType(
         "max_position_embeddings": 2048,
     }
 )
-_EPSILON = 1e-6
-# Eight times those of the deepest one published; each takes a millisecond to lay out.
-_LAYERS = 1024
 
 
 def spec(config: Mapping[str, Any]) -> DecoderSpec:
@@ -36,57 +34,10 @@ def spec(config: Mapping[str, Any]) -> DecoderSpec:
         CheckpointError: a field is of another type or out of range, or makes no sense.
         UnsupportedError: an activation or RoPE scaling that the decoder does not compute.
     """
-    biases = (flag(config, "attention_bias"), flag(config, "mlp_bias"))
-    return llama_spec({**DEFAULTS, **config}, *biases)
-
-
-def llama_spec(
-    config: Mapping[str, Any], attention_bias: bool = False, mlp_bias: bool = False
-) -> DecoderSpec:
-    """Read the `config.json` of a family with Llama's graph, without attention windows.
-
-    Args:
-        config: With the family's defaults for sizes.
-        attention_bias: The projections of attention have biases.
-        mlp_bias: Those of the feed-forward layers have.
-
-    Raises:
-        CheckpointError: as `spec`.
-        UnsupportedError: as `spec`.
-    """
-    activation = word(config, "hidden_act", "silu")
-    if activation not in ("silu", "swish"):
-        raise UnsupportedError(
-            f"config.json gives hidden_act {shown(activation)}; this family computes silu only."
-        )
-    if table(config, "per_layer_config"):
-        raise UnsupportedError(
-            "config.json gives single layers settings of their own (per_layer_config); the layers "
-            "of this family are all alike."
-        )
-    heads, hidden = whole(config, "num_attention_heads"), whole(config, "hidden_size")
-    head_dim = whole(config, "head_dim", max(1, hidden // heads))
-    norm = NormSpec(number(config, "rms_norm_eps", _EPSILON, most=1.0))
-    attention = AttentionSpec(
-        num_attention_heads=heads,
-        num_key_value_heads=whole(config, "num_key_value_heads", heads),
-        head_dim=head_dim,
-        norm=norm,
-        qkv_bias=attention_bias,
-        out_bias=attention_bias,
-    )
-    mlp = MLPSpec(whole(config, "intermediate_size"), norm=norm, bias=mlp_bias)
-    positions = whole(config, "max_position_embeddings", most=LARGEST_POSITION)
-    return DecoderSpec(
-        model_type=str(config["model_type"]),
-        vocab_size=whole(config, "vocab_size"),
-        hidden_size=hidden,
-        max_position_embeddings=positions,
-        layers=whole(config, "num_hidden_layers", most=_LAYERS) * (LayerSpec(attention, mlp),),
-        norm=norm,
-        rotary=(rope_spec(config, head_dim, positions),),
-        tie_word_embeddings=flag(config, "tie_word_embeddings"),
-    )
+    read = Dense({**DEFAULTS, **config})
+    bias = flag(config, "attention_bias")
+    attention = replace(read.attention, qkv_bias=bias, out_bias=bias)
+    return read.alike(LayerSpec(attention, replace(read.mlp, bias=flag(config, "mlp_bias"))))
 
 
 def notes(config: Mapping[str, Any]) -> list[str]:
@@ -99,28 +50,6 @@ def notes(config: Mapping[str, Any]) -> list[str]:
             "not have; attention sees the whole context here as there."
         )
     return found
-
-
-def stored(spec: DecoderSpec) -> dict[str, Stored]:
-    """Return what every parameter is made of: one tensor each, named as in the decoder."""
-    inner = ["embed_tokens.weight", "norm.weight"]
-    for index, layer in enumerate(spec.layers):
-        inner += [f"layers.{index}.{part}" for part in _parts(layer)]
-    found = {name: Stored((f"model.{name}",)) for name in inner}
-    if not spec.tie_word_embeddings:
-        found["lm_head.weight"] = Stored(("lm_head.weight",))
-    return found
-
-
-def _parts(layer: LayerSpec) -> Iterator[str]:
-    """Yield the parameters of a layer."""
-    attention, mlp = layer.mixer, layer.feed_forward
-    biased = {f"mlp.{kind}_proj": mlp.bias for kind in ("gate", "up", "down")}
-    biased |= {f"self_attn.{kind}_proj": attention.qkv_bias for kind in "qkv"}
-    biased["self_attn.o_proj"] = attention.out_bias
-    yield from (f"{linear}.weight" for linear in biased)
-    yield from ("input_layernorm.weight", "post_attention_layernorm.weight")
-    yield from (f"{linear}.bias" for linear, has_bias in biased.items() if has_bias)
 
 
 # Old checkpoints store RoPE frequencies; a tied head may be written out beside its table.

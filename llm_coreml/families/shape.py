@@ -1,7 +1,7 @@
 """What kind of model a `config.json` describes, for a model_type that has no family here.
 
 shape_of({"model_type": "mixtral", "num_local_experts": 8, ...})
-# Shape('a mixture of experts (num_local_experts = 8)', None)
+# Shape('a mixture of experts (num_local_experts = 8)', dense=False)
 
 Told from the fields, whatever the name: a new architecture is most often a known one with a few
 parts exchanged, and a similar name says nothing ('mixtral' is no 'mistral').
@@ -9,7 +9,7 @@ parts exchanged, and a similar name says nothing ('mixtral' is no 'mistral').
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -17,11 +17,13 @@ from llm_coreml.printable import printable
 
 # Fields that only one kind of model has, in the order in which they tell it.
 _KINDS = (
-    ("a model of several modalities", ("vision_config", "audio_config", "text_config")),
     ("an encoder with a decoder", ("is_encoder_decoder", "encoder_layers", "num_decoder_layers")),
     (
         "a mixture of experts",
-        ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "ffn_config"),
+        (
+            "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts",
+            "num_experts_per_tok", "num_experts_per_token", "moe_intermediate_size",
+        ),
     ),
     (
         "a model with layers of state in the place of attention",
@@ -32,17 +34,34 @@ _KINDS = (
     ),
     ("a decoder with latent attention", ("kv_lora_rank", "q_lora_rank")),
     ("an encoder", ("type_vocab_size",)),
-    ("a decoder with learned positions", ("n_positions", "n_embd", "word_embed_proj_dim")),
 )  # fmt: skip
-# What a dense decoder may have that the families here do not compute.
+# What a dense decoder may have beside heads, a gated layer and rotary embeddings.
 _PARTS = (
-    ("norms of queries and keys", ("use_qk_norm", "qk_layernorm", "qk_norm")),
+    ("learned positions", ("n_positions", "word_embed_proj_dim")),
+    ("positions as a slope (ALiBi)", ("alibi",)),
+    ("norms of queries and keys", ("use_qk_norm", "qk_layernorm", "qk_norm", "use_qk_layernorm")),
     ("capped logits", ("final_logit_softcapping", "attn_logit_softcapping")),
-    ("partly rotated heads", ("partial_rotary_factor", "rotary_pct", "rotary_dim")),
-    ("scaled streams", ("embedding_multiplier", "residual_multiplier", "scale_emb", "mup_width")),
-    ("biases", ("attention_bias", "qkv_bias", "use_bias", "bias")),
+    ("partly rotated heads", ("partial_rotary_factor", "rotary_pct", "rotary_dim", "rotary_ndims")),
+    ("layers without rotary embeddings", ("no_rope_layers", "no_rope_layer_interval")),
+    (
+        "scaled streams",
+        (
+            "embedding_multiplier", "residual_multiplier", "scale_emb", "mup_width", "scale_depth",
+            "logits_scaling", "logit_scale", "attention_multiplier",
+        ),
+    ),
+    ("attention and feed-forward layers side by side", ("use_parallel_residual", "parallel_attn")),
+    ("norms with a mean", ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon")),
+    ("keys and values shared between layers", ("num_kv_shared_layers",)),
+    ("an input of its own for each layer", ("hidden_size_per_layer_input",)),
+    ("biases", ("attention_bias", "qkv_bias", "use_bias", "bias", "mlp_bias")),
+)  # fmt: skip
+# Each size by the names that it has.
+_SIZES = (
+    ("hidden_size", "n_embd", "d_model"),
+    ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+    ("num_attention_heads", "n_head", "n_heads"),
 )
-_NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 
 
 @final
@@ -52,40 +71,58 @@ class Shape:
 
     Attributes:
         told: In words, with the field that shows it.
-        nearest: The family here whose fields it has, None where it is another kind of model.
+        dense: It is a dense decoder, which may have a family here that is near to it.
     """
 
     told: str
-    nearest: str | None
+    dense: bool
 
 
 def shape_of(config: Mapping[str, Any]) -> Shape:
     """Say what kind of model `config` describes; its values are not trusted, only printed."""
+    inner = config.get("text_config")
+    if isinstance(inner, Mapping):
+        found = shape_of(inner)
+        return Shape(f"a model of several modalities around {found.told}", found.dense)
+    shown = _first(config, ("vision_config", "audio_config"))
+    if shown:
+        return Shape(f"a model of several modalities ({shown})", False)
     for kind, keys in _KINDS:
         shown = _first(config, keys)
         if shown:
-            return Shape(f"{kind} ({shown})", None)
-    if any(config.get(key) is None for key in _NEEDED):
-        return Shape("of a kind that its fields do not tell", None)
-    heads, groups = config["num_attention_heads"], config.get("num_key_value_heads")
+            return Shape(f"{kind} ({shown})", False)
+    sizes = [next((config[key] for key in keys if config.get(key)), None) for keys in _SIZES]
+    if None in sizes:
+        return Shape("of a kind that its fields do not tell", False)
+    return Shape(", ".join(_parts(config, sizes[-1])), True)
+
+
+def changes_values(key: str) -> bool:
+    """Say whether a field is known to change what a model computes, its tensors being the same."""
+    kinds = (*_KINDS, *_PARTS)
+    return key == "per_layer_config" or any(key in keys for _, keys in kinds)
+
+
+def _parts(config: Mapping[str, Any], heads: object) -> Iterator[str]:
+    """Yield what a dense decoder is made of."""
+    groups = config.get("num_key_value_heads")
     grouped = groups is not None and groups != heads
-    parts = [
-        "a dense decoder",
-        f"{_value(heads)} heads" + (f" on {_value(groups)} of keys and values" if grouped else ""),
-    ]
+    yield "a dense decoder"
+    yield f"{_value(heads)} heads" + (f" on {_value(groups)} of keys and values" if grouped else "")
     window = config.get("sliding_window")
     if window is not None:
-        parts.append(f"a sliding window of {_value(window)}")
-    activation = config.get("hidden_act") or config.get("hidden_activation")
+        yield f"a sliding window of {_value(window)}"
+    names = ("hidden_act", "hidden_activation", "activation_function")
+    activation = next((config[name] for name in names if config.get(name)), None)
     if activation not in (None, "silu", "swish"):
-        parts.append(f"an activation of {_value(activation)}")
-    if (
-        isinstance(config.get("layer_types"), list)
-        and len(set(map(str, config["layer_types"]))) > 1
-    ):
-        parts.append("kinds of attention that change from layer to layer (layer_types)")
-    parts += [f"{part} ({shown})" for part, keys in _PARTS if (shown := _first(config, keys))]
-    return Shape(", ".join(parts), "llama" if window is None else "mistral")
+        yield f"an activation of {_value(activation)}"
+    kinds = config.get("layer_types")
+    if isinstance(kinds, list) and len(set(map(str, kinds))) > 1:
+        yield "kinds of attention that change from layer to layer (layer_types)"
+    for part, keys in _PARTS:
+        shown = _first(config, keys)
+        if shown:
+            yield f"{part} ({shown})"
 
 
 def _first(config: Mapping[str, Any], keys: tuple[str, ...]) -> str | None:

@@ -39,11 +39,11 @@ def kv_write(context: Any, node: Any) -> None:
 
 @register_torch_op(torch_alias=_names(caches.ring_write), override=True)  # type: ignore[untyped-decorator]
 def ring_write(context: Any, node: Any) -> None:
-    """Lower a write to a ring to two pieces of its own length, each in place.
+    """Lower a write to a ring to two pieces of the update's length, each in place.
 
-    Shapes must follow from those of inputs, so no piece can be as long as what happens to lie before
-    the ring's end. The last piece ends with the ring at most, and begins with what lies there before
-    `place`; the first one begins at 0, and ends with what lies there. Both are cut out of
+    Shapes must follow from those of inputs, so no piece can be as long as what is left of the ring.
+    The last piece ends with the ring, and begins with what lies there before `place`; the first one
+    begins at 0, and ends with what lies there. Both are cut out of
     `[what is before place, update, what is behind the wrapped part]`. If nothing wraps, the first
     is what lies there already, and the last is the update: so it comes last.
     """

@@ -61,6 +61,8 @@ class Runner(ABC):
         self._written = 0
         # The tokens in the cache; positions that no token was read at are -1.
         self._read: list[int] = []
+        # How often the sequence was begun anew, or from an earlier position.
+        self._begun = 0
 
     @abstractmethod
     def _forward(self, tokens: torch.Tensor, start_pos: torch.Tensor) -> torch.Tensor:
@@ -74,7 +76,8 @@ class Runner(ABC):
     def reset(self, position: int = 0) -> None:
         """Forget the sequence; the next token is read at `position`, after that many zeros."""
         self._clear()
-        self.position = self._written = position
+        self._begin(position)
+        self._written = position
         self._read = [-1] * position
 
     @final
@@ -95,7 +98,7 @@ class Runner(ABC):
                 f"what is needed to go on from the last {self.rewinds} of them; going back to "
                 f"{position} takes reading the sequence again."
             )
-        self.position = position
+        self._begin(position)
         del self._read[position:]
 
     def _remembers(self, position: int) -> bool:
@@ -115,8 +118,13 @@ class Runner(ABC):
             ConfigError: the runtime lets nobody set them.
         """
         self._restore(states)
-        self.position = self._written = position
+        self._begin(position)
+        self._written = position
         self._read = [-1] * position
+
+    def _begin(self, position: int) -> None:
+        self.position = position
+        self._begun += 1
 
     def _restore(self, states: Mapping[str, torch.Tensor]) -> None:
         """Fill the cache."""
@@ -219,6 +227,10 @@ class Runner(ABC):
 
         Returns:
             Why it ended.
+
+        Raises:
+            ConfigError: the prompt is no sequence of tokens that fits the context, or the cache was
+                used for something else before the text has ended.
         """
         sampler = sampler or Sampler()
         kept = self._shared(tokens) if reuse else 0
@@ -232,9 +244,15 @@ class Runner(ABC):
             token = sampler.choose(row)
             if token in stop:
                 return "stop"
+            before = (self._begun, self.position)
             yield token
             if count == max_new_tokens:
                 break
+            if (self._begun, self.position) != before:
+                raise ConfigError(
+                    "The model has read something else since this text was begun, and has one "
+                    "cache; end one text before the next, or load the bundle again for each."
+                )
             if self.position == self.context:
                 return "context"
             row = self.step([token])[-1]

@@ -1,21 +1,23 @@
 """Choosing the next token from a row of logits.
 
-Sampler(temperature=0.8, top_p=0.95, seed=1).choose(logits)
+Sampler(Sampling(temperature=0.8, top_p=0.95, seed=1)).choose(logits)
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 
 from llm_coreml.errors import ConfigError
 
 
-class Sampler:
-    """Greedy at temperature 0, else nucleus sampling (arXiv 1904.09751).
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen: greedily at temperature 0, else by nucleus (arXiv 1904.09751).
 
-    Args:
+    Attributes:
         temperature: Divides the logits; 0 takes the most likely token.
         top_p: Share of probability from which to draw, most likely tokens first.
         seed: Makes draws repeatable.
@@ -24,7 +26,13 @@ class Sampler:
         ConfigError: a value out of range.
     """
 
-    def __init__(self, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0) -> None:
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        temperature, top_p, seed = self.temperature, self.top_p, self.seed
         # NaN is in no range.
         if not isinstance(temperature, (int, float)) or not 0 <= temperature < math.inf:
             raise ConfigError(f"temperature is {temperature}; it must be finite and 0 or more.")
@@ -32,9 +40,22 @@ class Sampler:
             raise ConfigError(f"top_p is {top_p}; it must lie above 0 and be at most 1.")
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
             raise ConfigError("seed must be a whole number from 0 to 9223372036854775807.")
-        self._temperature = temperature
-        self._top_p = top_p
-        self._generator = torch.Generator().manual_seed(seed)
+
+
+GREEDY = Sampling()
+
+
+class Sampler:
+    """Chooses the tokens of one text.
+
+    Args:
+        sampling: How.
+    """
+
+    def __init__(self, sampling: Sampling = GREEDY) -> None:
+        self._temperature = sampling.temperature
+        self._top_p = sampling.top_p
+        self._generator = torch.Generator().manual_seed(sampling.seed)
 
     def choose(self, logits: torch.Tensor) -> int:
         """Return one token for float logits `[vocab]`."""

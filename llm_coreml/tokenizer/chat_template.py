@@ -20,16 +20,10 @@ from llm_coreml.tokenizer.apart import ApartError, run_apart
 TEMPLATE = "chat_template.jinja"
 _SETTINGS = "tokenizer_config.json"
 _LEGACY_SETTINGS = "special_tokens_map.json"
-# What transformers hands to a template beside the messages.
-_NAMES = (
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "sep_token",
-    "pad_token",
-    "cls_token",
-    "mask_token",
-)
+# Settings of these names are special tokens, which transformers hands to a template.
+_NAMED = "_token"
+# Where further ones of a model stand by name; of lists of them no template knows.
+_FURTHER = ("extra_special_tokens", "model_specific_special_tokens")
 _SECONDS = 10.0
 _SENTINEL = "a1b2c3d4"
 
@@ -112,10 +106,12 @@ def find_template(folder: Path) -> ChatTemplate | None:
 def named_tokens(folder: Path) -> dict[str, str]:
     """Return the texts of special tokens by name, as a tokenizer's files in `folder` give them."""
     settings = {**_read(folder / _LEGACY_SETTINGS), **_read(folder / _SETTINGS)}
-    found = {name: settings.get(name) for name in _NAMES}
+    for part in (settings.get(key) for key in _FURTHER):
+        settings |= part if isinstance(part, dict) else {}
     texts = {
         name: value.get("content") if isinstance(value, dict) else value
-        for name, value in found.items()
+        for name, value in settings.items()
+        if name.endswith(_NAMED)
     }
     return {name: text for name, text in texts.items() if isinstance(text, str)}
 

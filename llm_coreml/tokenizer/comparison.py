@@ -1,10 +1,12 @@
 """A bundle's tokenizer against the one that it was made from, on a battery of texts.
 
 difference = compare(Tokenizer(Path("out/tokenizer.json")), source)
+beginning = beginning_of(source)                 # (1,)
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 
 # Special tokens that are put into a text, of the hundreds that there may be.
 _SPECIALS = 16
+# Read by any tokenizer of these.
+_PROBE = "Hello, world!"
 
 
 class SourceError(Exception):
@@ -92,12 +96,30 @@ def compare(found: Tokenizer, wanted: PreTrainedTokenizerBase) -> Difference | N
     return Difference(text, ours, theirs, len(differences))
 
 
+def beginning_of(wanted: PreTrainedTokenizerBase) -> tuple[int, ...] | None:
+    """Return the tokens that the source puts before a text; None where that cannot be told.
+
+    Raises:
+        SourceError: the source fails.
+    """
+    plain, marked = (_read(wanted, _PROBE, special) for special in (False, True))
+    places = [at for at in range(len(marked)) if marked[at : at + len(plain)] == plain]
+    return tuple(marked[: places[0]]) if plain and places else None
+
+
+def _read(wanted: PreTrainedTokenizerBase, text: str, special: bool) -> list[int]:
+    try:
+        found: Sequence[int] = wanted.encode(text, add_special_tokens=special, verbose=False)
+    except Exception as error:  # whatever the source's own library raises
+        raise SourceError(str(error)) from None
+    return list(found)
+
+
 def _differing(
     found: Tokenizer, wanted: PreTrainedTokenizerBase, text: str
 ) -> tuple[str, list[int] | str, list[int] | str] | None:
-    ours = found.encode(text)
+    ours, theirs = found.encode(text), _read(wanted, text, special=False)
     try:
-        theirs = list(wanted.encode(text, add_special_tokens=False, verbose=False))
         written = {special: _written(wanted, ours, special) for special in (False, True)}
     except Exception as error:  # whatever the source's own library raises
         raise SourceError(str(error)) from None

@@ -25,8 +25,8 @@ class Tokenizer:
     """A `tokenizer.json`.
 
     Attributes:
-        bos_id: Token that the tokenizer itself puts before a text, or None. (config.json may name
-            a beginning token that the model never saw.)
+        beginning: Tokens that the tokenizer itself puts before a text: mostly one or none, in GLM
+            two. (config.json may name a beginning token that the model never saw.)
         changed: The file asks for truncation, padding or dropout, which are left out here.
 
     Args:
@@ -50,15 +50,15 @@ class Tokenizer:
         self._tokenizer.no_padding()
         if dropout:
             model.dropout = None
-        self.bos_id = self._beginning()
+        self.beginning = self._beginning()
 
-    def _beginning(self) -> int | None:
+    def _beginning(self) -> tuple[int, ...]:
         for probe in _PROBES:
             plain, marked = self.encode(probe), self._encode(probe, special=True)
             found = [at for at in range(len(marked)) if marked[at : at + len(plain)] == plain]
             if plain and found:
-                return marked[0] if found[0] > 0 else None
-        return None
+                return tuple(marked[: found[0]])
+        return ()
 
     @cached_property
     def revises(self) -> bool:
@@ -107,12 +107,12 @@ class Tokenizer:
         return ids
 
     def prompt(self, text: str) -> list[int]:
-        """Return the tokens of `text` as a model reads it: with the beginning token, if any.
+        """Return the tokens of `text` as a model reads it: with the beginning tokens, if any.
 
-        A text that has it already, such as a chat template's, is not given a second one.
+        A text that has them already, such as a chat template's, is not given them again.
         """
-        ids = self.encode(text)
-        return ids if self.bos_id is None or ids[:1] == [self.bos_id] else [self.bos_id, *ids]
+        ids, beginning = self.encode(text), list(self.beginning)
+        return ids if ids[: len(beginning)] == beginning else [*beginning, *ids]
 
     def decode(self, tokens: Sequence[int], special: bool = False) -> str:
         """Return the text of `tokens`; special tokens are left out unless `special`.

@@ -12,13 +12,14 @@ no model has ever seen any. So it holds the keys and values of the text that was
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 
 from llm_coreml.decoder import Decoder
 from llm_coreml.decoder.caches import Cache, CacheView
 from llm_coreml.decoder.rope import rotate
-from llm_coreml.decoder.states import numbered
+from llm_coreml.decoder.tables import rotary_names
 
 Entries = tuple[torch.Tensor, torch.Tensor]
 
@@ -51,7 +52,7 @@ class LaterCache:
     def entries(self, name: str, row: int) -> Entries:
         """Return keys and values of a layer, fp32 `[1, kv_heads, start, head_dim]` each.
 
-        They are rounded to fp16. Those that a ring no longer holds are there too, for masks to hide.
+        They are rounded to fp16. Those that a ring has lost are there too, for masks to hide.
         """
         # Once: what a layer is given in fp32, and in plain fp16 after it, is the same.
         if self._row.get(name) != row:
@@ -76,26 +77,44 @@ class LaterCache:
             self.states[f"{name}_{part}"][row][:, places] = entries[0]
         return keys, values
 
-    def _repeated(self, entries: torch.Tensor, rope: int | None) -> torch.Tensor:
+    def _repeated(self, entries: torch.Tensor, rope: _Turn | None) -> torch.Tensor:
         """Return `[1, kv_heads, start, head_dim]`: what was read, as often as it takes."""
         count, parts = entries.shape[2], []
         for first in range(0, self.start, count):
             part = entries[:, :, : self.start - first]
-            if rope is not None and first:
-                # Turned by a further `first` positions; angles grow evenly with positions.
-                tables = (numbered(table, rope) for table in ("cos", "sin"))
-                cos, sin = (self._decoder.get_buffer(table)[first, None] for table in tables)
-                part = rotate(part, cos, sin)
-            parts.append(part)
+            parts.append(part if rope is None or not first else rope.further(part, first))
         return torch.cat(parts, 2)
 
-    def _rope_of(self, name: str, row: int) -> int | None:
-        """Return which table turns the keys of a layer, told by where its part of a cache lies."""
-        for index, layer in enumerate(self._decoder.spec.layers):
-            slot = self._decoder.block(index).self_attn.slot
-            if (slot.state, slot.row) == (name, row):
-                return layer.mixer.rope
+    def _rope_of(self, name: str, row: int) -> _Turn | None:
+        """Return what turns the keys of a layer, told by where its part of a cache lies."""
+        decoder = self._decoder
+        for index, layer in enumerate(decoder.spec.layers):
+            attention, rope = decoder.block(index).self_attn, layer.mixer.rope
+            if (attention.slot.state, attention.slot.row) == (name, row):
+                if rope is None:
+                    return None
+                tables = (decoder.get_buffer(table) for table in rotary_names(decoder.spec)[rope])
+                cos, sin = (table / decoder.spec.rotary[rope].attention_factor for table in tables)
+                late = layer.mixer.qk_norm is not None and layer.mixer.qk_norm.rotated
+                return _Turn(cos, sin, attention.k_norm.weight if late else None)
         raise AssertionError(f"no layer owns row {row} of {name}")
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """How keys are turned: cosines and sines of all positions, and a gain that comes after."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    gain: torch.Tensor | None
+
+    def further(self, keys: torch.Tensor, positions: int) -> torch.Tensor:
+        """Return keys as they are so many positions later; angles grow evenly with positions."""
+        if self.gain is None:
+            return rotate(keys, self.cos[positions, None], self.sin[positions, None])
+        # A norm is what it was, however its row is turned. Where the gain is zero, so are keys.
+        bare = torch.where(self.gain == 0, 0.0, keys / self.gain)
+        return self.gain * rotate(bare, self.cos[positions, None], self.sin[positions, None])
 
 
 class _GrowingView(CacheView):

@@ -500,6 +500,20 @@ def test_a_library_that_fails_on_a_full_disk_is_told_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("/home/somebody/secret/my-finetune", "my-finetune"),
+        ("./secret/my-finetune", "my-finetune"),
+        ("secret/checkpoints/last", "last"),
+        ("org/name", "org/name"),
+        ("LlamaForCausalLM", "LlamaForCausalLM"),
+    ],
+)
+def test_a_live_model_does_not_tell_where_it_was_loaded_from(name: str, told: str) -> None:
+    assert public_name(Source("live", name)) == told
+
+
+@pytest.mark.parametrize(
     ("kind", "name", "told"),
     [
         ("folder", "/home/somebody/secret/my-finetune", "my-finetune"),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from exported import make_model, make_tokenizer, save_model
 from llm_coreml.bundle.bundled_tokenizer import write_tokenizer
@@ -125,6 +126,22 @@ def test_a_difference_from_transformers_is_told(
     monkeypatch.setattr(Tokenizer, "encode", lambda self, text: encode(self, text.strip(" ")))
     _, (note,) = written(model, tmp_path / "out")
     assert "and transformers' differ: " in note and "such as ' leading'" in note
+
+
+def test_another_beginning_than_transformers_is_told(tmp_path: Path) -> None:
+    """A live tokenizer of Python code may put tokens before a text that no file knows of."""
+
+    class Beginning(PreTrainedTokenizerFast):
+        def encode(self, text: Any, add_special_tokens: bool = True, **settings: Any) -> list[int]:
+            ids = super().encode(text, add_special_tokens=False, **settings)
+            return [0, 1, *ids] if add_special_tokens else ids
+
+    plain = make_tokenizer()
+    live = Beginning(tokenizer_object=plain.backend_tokenizer, bos_token="<s>", eos_token="</s>")
+    _, (note,) = written(make_model(), tmp_path / "out", live)
+    begins = Tokenizer(tmp_path / "out" / "tokenizer.json").beginning
+    assert "begins a text with the tokens [0, 1]" in note
+    assert f"tokenizer.json with {list(begins)}, as" in note and begins != (0, 1)
 
 
 @pytest.mark.parametrize("odd", ["long", {}, -1, None])

@@ -11,6 +11,7 @@ import pytest
 from llm_coreml import LanguageModel, load
 from llm_coreml.errors import ArtifactError, ConfigError
 from llm_coreml.runtime.runner import Runner
+from llm_coreml.runtime.sampling import Sampler
 
 TEMPLATE = """{% for m in messages %}{{ '<s>' + m.role[0] + ': ' + m.content + '</s>' }}\
 {% endfor %}{% if add_generation_prompt %}{{ '<s>a: ' }}{% endif %}"""
@@ -103,6 +104,17 @@ def test_the_ends_of_turns(own_bundle: Path) -> None:
     assert model._turn_ends == {0, 1}  # the template's, and the program's
 
 
+def test_a_special_token_stops_a_text_that_never_shows_it(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = model.tokenizer.encode("x")[0]
+    for choice, stop, made in ((0, "<s>", 0), (0, ("no", "<s>"), 0), (0, "x", 3), (first, "x", 1)):
+        monkeypatch.setattr(Sampler, "choose", lambda self, row, choice=choice: choice)
+        for stream in (model.stream("The", 3, stop=stop), model.stream_chat([HELLO], 3, stop=stop)):
+            assert "".join(stream) == "" and stream.new_tokens == made
+            assert stream.finish == ("length" if made == 3 else "stop")
+
+
 def test_a_stop_text_is_never_shown(model: LanguageModel) -> None:
     whole = model.generate("The quick", 30)
     for begin in range(0, len(whole) - 4, 5):
@@ -115,6 +127,9 @@ def test_a_stop_text_is_never_shown(model: LanguageModel) -> None:
     assert "".join(stream) == whole and stream.finish == "length"
     with pytest.raises(ConfigError, match="A stop text is empty"):
         model.generate("The", stop=[""])
+    # A text is no list of its letters.
+    assert model.generate("The quick", 30, stop=whole[5:9]) == whole[: whole.index(whole[5:9])]
+    assert model.generate("The quick", 30, stop=f"{whole[2:4]}\0") == whole
 
 
 def test_a_bundle_without_a_template(own_bundle: Path) -> None:

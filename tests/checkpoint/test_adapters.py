@@ -142,7 +142,14 @@ def test_dora_gives_rows_their_magnitude(tmp_path: Path) -> None:
         f"{Q}.lora_B.weight": up,
         f"{Q}.lora_magnitude_vector": magnitude,
     }
-    folder = put(save(base, tmp_path / "m"), tensors, settings(use_dora=True))
+    folder = put(save(base, tmp_path / "m"), tensors, settings())
+    with pytest.raises(CheckpointError, match=r"use_dora = false.*holds a lora_magnitude_vector"):
+        open_checkpoint(folder)
+    plain = {name: value for name, value in tensors.items() if "magnitude" not in name}
+    folder = put(save(base, tmp_path / "o"), plain, settings(use_dora=True))
+    with pytest.raises(CheckpointError, match=r"use_dora = true.*holds no lora_magnitude_vector"):
+        open_checkpoint(folder)
+    folder = put(save(base, tmp_path / "p"), tensors, settings(use_dora=True))
     summed = base.state_dict()[f"{Q}.weight"] + 4 * up @ down
     rows = summed / summed.norm(dim=1, keepdim=True)
     assert_equal(folder, merged(base, {f"{Q}.weight": magnitude.unsqueeze(1) * rows}))

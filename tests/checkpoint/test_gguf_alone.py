@@ -199,10 +199,10 @@ def test_texts_are_split_as_the_file_names(name: str, splitter: Any, tmp_path: P
         assert ids == original.encode(text, add_special_tokens=False).ids, text
         assert found.decode(ids) == original.decode(ids), text
     assert found.encode("<|end|>") == [2]
-    assert found.bos_id is None
+    assert found.beginning == ()
 
 
-@pytest.mark.parametrize("name", ["llama-bpe", "tekken", "qwen2", "gpt-2", "dbrx"])
+@pytest.mark.parametrize("name", ["llama-bpe", "tekken", "qwen2", "gpt-2", "dbrx", "gpt-4o"])
 def test_transformers_splits_the_same_where_it_knows_the_name(name: str, tmp_path: Path) -> None:
     _, tokens, merges = gpt2_vocabulary(digits_first())
     source = tmp_path / "model.gguf"
@@ -275,7 +275,7 @@ def test_a_sentencepiece_vocabulary(prefix: bool, tmp_path: Path) -> None:
     for text in BATTERY[:-1]:
         assert found.encode(text) == model.encode(text), text
         assert found.decode(found.encode(text)) == model.decode(model.encode(text)), text
-    assert found.bos_id == 1
+    assert found.beginning == (1,)
 
 
 SCALING = {
@@ -358,7 +358,12 @@ def put(key: str, value: Any) -> Callable[[gguf.GGUFWriter], None]:
             r"model_type 'mixtral' is not supported.*mixture of experts",
         ),
         (put("llama.logit_scale", 0.5), UnsupportedError, r"gives llama.logit_scale, which is not"),
-        (put("llama.rope.scaling.type", "yarn"), UnsupportedError, r"scales RoPE by 'yarn'"),
+        (put("llama.rope.scaling.type", "other"), UnsupportedError, r"scales RoPE by 'other'"),
+        (
+            put("llama.rope.scaling.yarn_ext_factor", 0.5),
+            UnsupportedError,
+            r"gives rope.scaling.yarn_ext_factor, of which",
+        ),
     ],
 )
 def test_metadata_that_changes_what_is_computed(
@@ -394,11 +399,11 @@ def test_linear_scaling_is_read(tmp_path: Path) -> None:
 
 
 def test_other_architectures_are_told_by_their_family(tmp_path: Path) -> None:
-    write(tmp_path / "model.gguf", tiny(), {}, architecture="qwen2")
-    with pytest.raises(UnsupportedError, match=r"'qwen2' is not supported.*in shape to 'llama'"):
+    write(tmp_path / "model.gguf", tiny(), {}, architecture="plamo")
+    with pytest.raises(UnsupportedError, match=r"'plamo' is not supported.*nearest to 'llama'"):
         open_model(tmp_path / "model.gguf")
-    write(tmp_path / "model.gguf", tiny(), {}, architecture="gemma3")
-    with pytest.raises(UnsupportedError, match=r"'gemma3_text' is not supported"):
+    write(tmp_path / "model.gguf", tiny(), {}, architecture="qwen3moe")
+    with pytest.raises(UnsupportedError, match=r"'qwen3_moe' is not supported.* mixture of expe"):
         open_model(tmp_path / "model.gguf")
 
 

@@ -13,7 +13,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llm_coreml.checkpoint import check_tensors, open_checkpoint
-from llm_coreml.checkpoint.value_maps import PlusOne, Rows, Stacked, Transposed, ValueMap
+from llm_coreml.checkpoint.value_maps import (
+    Blocks,
+    Interleaved,
+    PlusOne,
+    Rows,
+    Stacked,
+    Then,
+    Transposed,
+    ValueMap,
+)
 from llm_coreml.checkpoint.weights_view import FamilyWeights, Stored, expected_tensors
 from llm_coreml.config import ExportConfig, resolve
 from llm_coreml.decoder import Decoder
@@ -132,13 +141,31 @@ def test_the_hash_follows_from_tensors_and_from_what_is_made_of_them(
     assert before != plain.weights.sha256([name])
 
 
-def test_rows_of_a_quantized_matrix_keep_its_codes(tmp_path: Path) -> None:
+CHOICES: dict[str, tuple[ValueMap, list[int]]] = {
+    "rows": (Rows(8, 72, of=96), list(range(8, 72))),
+    "blocks": (Blocks(8, 16, of=48, count=2), [*range(8, 16), *range(56, 64)]),
+    "pairs": (Interleaved(48, dim=2), list(range(96))),
+    "neighbours": (
+        Interleaved(12, dim=6),
+        [8 * head + row for head in range(12) for row in (0, 2, 4, 1, 3, 5, 6, 7)],
+    ),
+    "one after another": (
+        Then(Blocks(8, 16, of=48, count=2), Interleaved(2, dim=8)),
+        [first + row for first in (8, 56) for row in (0, 2, 4, 6, 1, 3, 5, 7)],
+    ),
+}
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_chosen_rows_of_a_quantized_matrix_keep_its_codes(choice: str, tmp_path: Path) -> None:
     settings = {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 32}}
     folder, meant = checkpoint(tmp_path / "model", settings, gptq(4, 32, 1, (1, 15), seed=3))
     model = open_model(folder)
     ours, theirs = "layers.0.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weight"
-    stored = {ours: Stored((theirs,), Rows(8, 72, of=96))}
+    values, rows = CHOICES[choice]
+    stored = {ours: Stored((theirs,), values)}
     weights = FamilyWeights(model.checkpoint, stored)
+    assert expected_tensors(stored, {ours: (len(rows), 64)}) == {theirs: (96, 64)}
     assert weights.forms()[ours] == model.weights.forms()[ours]
     packed = weights.packed(ours)
     assert packed is not None and packed.order is not None
@@ -146,8 +173,10 @@ def test_rows_of_a_quantized_matrix_keep_its_codes(tmp_path: Path) -> None:
     assert zero is not None
     wide = (part.double().repeat_interleave(32, dim=1) for part in (scale, zero))
     scales, zeros = wide
-    values = (scales * (packed.codes.double() - zeros))[:, torch.argsort(packed.order)]
-    assert np.array_equal(values.numpy(), meant[theirs][8:72])
+    found = (scales * (packed.codes.double() - zeros))[:, torch.argsort(packed.order)]
+    assert np.array_equal(found.numpy(), meant[theirs][rows])
+    vector = torch.arange(96.0)
+    assert values.values([vector]).tolist() == rows
 
 
 def test_a_quantized_matrix_that_is_rearranged_otherwise_is_refused(tmp_path: Path) -> None:

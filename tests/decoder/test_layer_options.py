@@ -23,6 +23,7 @@ from llm_coreml.decoder.spec import (
     MLPSpec,
     NormSpec,
     QKNormSpec,
+    QueryGrowth,
     RopeSpec,
 )
 from llm_coreml.errors import CheckpointError
@@ -136,6 +137,134 @@ def gemma_3() -> Case:
     return Case(make, spec, gemma)
 
 
+def hunyuan(weights: Weights) -> Weights:
+    names = {"query_layernorm": "q_norm", "key_layernorm": "k_norm"}
+    return {renamed(name, names): weight for name, weight in weights.items()}
+
+
+def yarn(dim: int, theta: float) -> RopeSpec:
+    """Return Ministral's table: scores as they were, since both scales are one."""
+    return RopeSpec(dim, theta, "yarn", 16.0, original_max_position_embeddings=8)
+
+
+def ministral() -> Case:
+    parameters = {
+        "rope_type": "yarn",
+        "rope_theta": 1e6,
+        "factor": 16.0,
+        "original_max_position_embeddings": 8,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "llama_4_scaling_beta": 0.5,
+    }
+    grown = replace(HEADS, query_growth=QueryGrowth(0.5, 8))
+    return Case(
+        lambda: model("Ministral3", head_dim=16, pad_token_id=0, rope_parameters=parameters),
+        spec_of(*2 * [LayerSpec(grown, MLP)], rotary=(yarn(16, 1e6),)),
+    )
+
+
+def afmoe(weights: Weights) -> Weights:
+    names = {
+        "post_attention_layernorm": "attention_out_norm",
+        "pre_mlp_layernorm": "post_attention_layernorm",
+        "post_mlp_layernorm": "mlp_out_norm",
+    }
+    return {renamed(name, names): weight for name, weight in weights.items()}
+
+
+def gated_numbers() -> Case:
+    kinds = ["sliding_attention", "full_attention"]
+    layers = [
+        LayerSpec(
+            replace(
+                HEADS, window=window, rope=rope, qk_norm=QKNormSpec(1e-5), gate="number",
+                out_norm=NORM,
+            ),
+            replace(MLP, out_norm=NORM),
+        )
+        for window, rope in ((12, 0), (None, None))
+    ]  # fmt: skip
+    changes = {"head_dim": 16, "num_dense_layers": 2, "sliding_window": 12, "layer_types": kinds}
+    return Case(lambda: model("Afmoe", **changes), spec_of(*layers), afmoe)
+
+
+def lfm(weights: Weights) -> Weights:
+    names = {
+        "g_proj": "gate_proj",
+        "operator_norm": "input_layernorm",
+        "post_operator_norm": "attention_out_norm",
+        "ffn_norm": "post_attention_layernorm",
+        "post_ffn_norm": "mlp_out_norm",
+        "feed_forward": "mlp",
+        "w1": "gate_proj",
+        "w3": "up_proj",
+        "w2": "down_proj",
+        "embedding_norm": "norm",
+    }
+    return {renamed(name, names): weight for name, weight in weights.items()}
+
+
+def gated_heads() -> Case:
+    attention = replace(HEADS, qk_norm=QKNormSpec(1e-5), gate="head", out_norm=NORM)
+    layers = [
+        LayerSpec(replace(attention, window=window, rope=rope), replace(MLP, out_norm=NORM))
+        for window, rope in ((None, 0), (12, 1))
+    ]
+    tables = (RopeSpec(16, 1e6, "proportional", pairs=4), RopeSpec(16))
+    changes = {
+        "layer_types": ["full_attention", "sliding_attention"],
+        "head_dim": 16,
+        "sliding_window": 12,
+        "norm_eps": 1e-5,
+        "pad_token_id": 0,
+    }
+    return Case(lambda: model("Lfm3", **changes), spec_of(*layers, rotary=tables), lfm)
+
+
+def sinks() -> Case:
+    layers = [
+        LayerSpec(replace(HEADS, window=window, rope=rope, scale=0.3, sinks=True), MLP)
+        for window, rope in ((None, 0), (12, None))
+    ]
+    changes = {
+        "attention_multiplier": 0.3,
+        "layer_types": ["full_attention", "sliding_attention"],
+        "layer_rope_theta": [10000.0, 0],
+        "sliding_window": 12,
+    }
+    return Case(lambda: model("GraniteSWA", **changes), spec_of(*layers))
+
+
+SLOPES = (0.5, 0.03125, 0.25, 0.3)
+
+
+class Alibi(nn.Module):
+    """Llama whose scores lose what distance takes, given to it as a mask."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, tokens: torch.Tensor, use_cache: bool) -> Any:
+        positions = torch.arange(tokens.shape[1])
+        ahead = positions - positions[:, None]
+        mask = torch.tensor(SLOPES).view(1, -1, 1, 1) * ahead
+        return self.inner(tokens, attention_mask=mask.masked_fill(ahead > 0, -torch.inf))
+
+
+def alibi() -> Case:
+    attention = replace(HEADS, alibi=SLOPES)
+    # One with a window, and heads that are grouped in another way.
+    layers = [LayerSpec(attention, MLP), LayerSpec(replace(attention, window=CONTEXT), MLP)]
+    return Case(
+        lambda: Alibi(llama(num_hidden_layers=2)),
+        spec_of(*layers),
+        lambda weights: {n.removeprefix("inner.model.").removeprefix("inner."): w
+                         for n, w in weights.items()},
+    )  # fmt: skip
+
+
 CASES: dict[str, Case] = {
     "window": Case(
         lambda: model("Mistral", sliding_window=9),
@@ -221,6 +350,16 @@ CASES: dict[str, Case] = {
         gemma,
     ),
     "two rotary tables": gemma_3(),
+    "norms behind the rotation": Case(
+        lambda: model("HunYuanDenseV1", head_dim=16, pad_token_id=0),
+        spec_of(*2 * [LayerSpec(replace(HEADS, qk_norm=QKNormSpec(1e-5, rotated=True)), MLP)]),
+        hunyuan,
+    ),
+    "queries that grow": ministral(),
+    "gates of numbers": gated_numbers(),
+    "gates of heads": gated_heads(),
+    "sinks": sinks(),
+    "distances": alibi(),
 }
 
 
@@ -271,7 +410,9 @@ def test_an_option_in_every_split(name: str, form: Literal["fused", "decomposed"
 
 
 @pytest.mark.parametrize("longest", [1, 4, 15])
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if "window" in name] + ["two rotary tables"])
+@pytest.mark.parametrize(
+    "name", [name for name, case in CASES.items() if "window" in name] + ["two rotary tables"]
+)
 def test_layers_with_windows_remember_a_ring(name: str, longest: int) -> None:
     case, tokens = CASES[name], tokens_for(97, CONTEXT)
     reference = case.make()

@@ -7,49 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import pytest
 import torch
 
+from family_table import CASES, TABLE, checkpoint
 from llm_coreml.config import ExportConfig, resolve
 from llm_coreml.decoder import Decoder
+from llm_coreml.families import known_model_types
 from llm_coreml.model import Model, open_model
 from llm_coreml.quantize import make_plan
 from llm_coreml.quantize.fill import fill
 from llm_coreml.quantize.quantized import build_decoder, build_original
-from tiny import expected_logits, llama, mistral, save, tokens_for
+from tiny import expected_logits, llama, save, tokens_for
 
 CONTEXT = 64
 BOUND = 1e-4
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
-OPTIONS: dict[str, dict[str, Any]] = {
-    "gqa-4-2": {},
-    "gqa-6-2": {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 2},
-    "one-kv-head": {"num_attention_heads": 8, "num_key_value_heads": 1},
-    "mha": {"num_key_value_heads": 4},
-    "head-dim-48": {"hidden_size": 96, "head_dim": 48},
-    "tied": {"tie_word_embeddings": True},
-    "attention-bias": {"attention_bias": True},
-    "mlp-bias": {"mlp_bias": True},
-    "eps-1e-6": {"rms_norm_eps": 1e-6},
-    "three-layers": {"num_hidden_layers": 3, "tie_word_embeddings": True},
-    "rope-theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
-    "rope-linear": {
-        "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.5}
-    },
-    "rope-dynamic": {
-        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
-    },
-    "rope-llama3": {"rope_parameters": LLAMA3},
-}
 SPLITS = {
     "whole": [CONTEXT],
     "chunks": [1, 8, 3, 32, 1, 7, 12],
@@ -77,18 +51,23 @@ def build(
     return decoder.eval()
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-def test_every_option_in_every_split(option: str, tmp_path: Path) -> None:
-    reference = llama(**OPTIONS[option])
+@pytest.mark.parametrize(("family", "case"), CASES)
+def test_every_family_in_every_split(family: str, case: str, tmp_path: Path) -> None:
+    reference = checkpoint(tmp_path, family, TABLE[family].cases[case])
     tokens = tokens_for(97, CONTEXT)
     expected = expected_logits(reference, tokens)
     assert expected.abs().max() > 1, "tiny logits would hide differences"
-    model = open_model(save(reference, tmp_path))
+    model = open_model(tmp_path)
     for attention in ("fused", "decomposed"):
         decoder = build(model, attention, "all")
         for name, parts in SPLITS.items():
             error = (run(decoder, tokens, parts) - expected).abs().max()
             assert error < BOUND, f"{attention}, {name}: {error}"
+
+
+def test_every_family_has_its_lines() -> None:
+    assert set(TABLE) == set(known_model_types())
+    assert all(len(entry.cases) >= 3 for entry in TABLE.values())
 
 
 @pytest.mark.parametrize("parts", SPLITS.values(), ids=SPLITS)
@@ -136,15 +115,6 @@ def test_build_decoder_unquantized_in_fp32(tmp_path: Path) -> None:
     tokens = tokens_for(97, 32)
     error = (run(decoder, tokens, [8, 24]) - expected_logits(reference, tokens)).abs().max()
     assert error < BOUND
-
-
-def test_mistral_without_a_window(tmp_path: Path) -> None:
-    reference = mistral(sliding_window=None, num_hidden_layers=2)
-    tokens = tokens_for(97, CONTEXT)
-    decoder = build(open_model(save(reference, tmp_path)), "fused", "all")
-    for parts in SPLITS.values():
-        error = (run(decoder, tokens, parts) - expected_logits(reference, tokens)).abs().max()
-        assert error < BOUND
 
 
 def test_a_live_model_needs_no_folder() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,18 +61,22 @@ def test_rope_is_read_in_its_three_spellings(changes: dict[str, Any]) -> None:
     ("changes", "message"),
     [
         (
-            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
-            "config.json scales RoPE by 'yarn'; supported are default, linear, dynamic, llama3.",
+            {"rope_scaling": {"rope_type": "axial", "factor": 2.0}},
+            "config.json scales RoPE by 'axial'; supported are default, linear, dynamic, llama3, "
+            "yarn, longrope, proportional.",
         ),
         (
-            {"hidden_act": "gelu"},
-            "config.json gives hidden_act 'gelu'; this family computes silu only.",
+            {"hidden_act": "elu"},
+            "config.json gives hidden_act 'elu'; supported are silu, swish, gelu_new, gelu_fast, "
+            "gelu_pytorch_tanh, relu2.",
         ),
         (
             {"model_type": "lama"},
-            "model_type 'lama' is not supported; supported are llama, mistral. transformers has no "
-            "such architecture either: it is misspelt, or brings code of its own, which is not "
-            "run. Did you mean 'llama'?",
+            f"model_type 'lama' is not supported; supported are {', '.join(known_model_types())}. "
+            "transformers has no such architecture either: it is misspelt, or brings code of its "
+            "own, which is not run. Did you mean 'llama'? By its config.json it is nearest to "
+            "'llama': a dense decoder, 4 heads. CONTRIBUTING.md tells under 'A model family' how "
+            "one is added.",
         ),
     ],
     ids=["rope", "activation", "model_type"],
@@ -82,38 +87,6 @@ def test_what_the_decoder_does_not_compute_is_refused(
     with pytest.raises(UnsupportedError) as caught:
         spec_of(**changes)
     assert str(caught.value) == message
-
-
-@pytest.mark.parametrize(
-    ("model_type", "fields", "told"),
-    [
-        (
-            "mixtral",
-            {"num_key_value_heads": 2},
-            "nearest in shape to 'llama': a dense decoder, 4 heads on 2 of keys",
-        ),
-        ("mixtral", {"num_local_experts": 8}, r"mixture of experts \(num_local_experts = 8\)"),
-        ("deepseek_v2", {"kv_lora_rank": 512}, "decoder with latent attention"),
-        ("falcon_h1", {"mamba_d_state": 64}, "layers of state in the place of attention"),
-        ("gemma3", {"text_config": {"a": 1}}, "several modalities"),
-        ("t5", {"is_encoder_decoder": True}, "encoder with a decoder"),
-        ("gpt2", {"n_embd": 768}, "learned positions"),
-        ("qwen2", {"sliding_window": 4096}, "nearest in shape to 'mistral': .* window of 4096"),
-        ("gemma2", {"final_logit_softcapping": 30.0}, r"capped logits \(final_logit_softcapp"),
-        ("gemma", {"hidden_act": "gelu\x1b[31m" * 99}, r"activation of gelu\\x1b\[31m"),
-        ("gemma3_text", {"layer_types": ["full", "sliding"]}, "change from layer to layer"),
-        ("qwen3", {"layer_types": ["full", "full"], "num_attention_heads": [4]}, "dense decoder"),
-        ("bloom", {"intermediate_size": None}, "of a kind that its fields do not tell"),
-    ],
-)
-def test_a_missing_family_is_told_by_its_shape_and_not_by_its_name(
-    model_type: str, fields: dict[str, Any], told: str
-) -> None:
-    with pytest.raises(UnsupportedError, match=told) as caught:
-        spec_of(model_type=model_type, **fields)
-    text = str(caught.value)
-    assert text.startswith(f"model_type '{model_type}' is not supported; supported are llama, mist")
-    assert "Did you mean" not in text and text.endswith("Give a model of one of these types.")
 
 
 @pytest.mark.parametrize(
@@ -145,21 +118,14 @@ def test_sizes_that_make_no_sense_are_named(changes: dict[str, Any], part: str) 
 
 
 @pytest.mark.parametrize("model_type", known_model_types())
-def test_every_family_names_each_parameter_once(model_type: str) -> None:
+def test_no_two_parameters_are_the_same_part_of_a_tensor(model_type: str) -> None:
+    family = find_family({"model_type": model_type})
     for tied in (False, True):
-        spec = spec_of(
-            model_type=model_type,
-            sliding_window=None,
-            num_key_value_heads=2,
-            tie_word_embeddings=tied,
-            attention_bias=True,
-            mlp_bias=True,
-        )
-        family = find_family({"model_type": model_type})
+        read = family.spec({"model_type": model_type})
+        spec = replace(read, layers=read.layers[:2], tie_word_embeddings=tied)
         stored = family.stored(spec)
-        assert len({made.names for made in stored.values()}) == len(stored)
-        per_layer = 16 if model_type == "llama" else 9  # Mistral has no biases
-        assert len(stored) == 2 * per_layer + (2 if tied else 3)
+        made = {(each.names, repr(each.values)) for each in stored.values()}
+        assert len(made) == len(stored)
 
 
 SIZES = (

@@ -7,38 +7,36 @@ options and logits are compared.
 
 from __future__ import annotations
 
-import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from llm_coreml.decoder import Decoder, DecoderSpec
+from cases import cases
+from family_table import ABSENT, SIZES, TABLE, checkpoint, their_model, write_config
+from llm_coreml.checkpoint.weights_view import expected_tensors
+from llm_coreml.decoder import Decoder, DecoderSpec, skeleton
+from llm_coreml.decoder.norm import RMSNorm
 from llm_coreml.decoder.rope import rope_tables
-from llm_coreml.families import find_family, known_model_types
-from llm_coreml.model import open_model
+from llm_coreml.families import Family, find_family, known_model_types
+from llm_coreml.model import Model, open_model
 from llm_coreml.quantize.fill import fill
-from tiny import expected_logits, randomize, tokens_for
+from tiny import expected_logits, tokens_for
 
 CONTEXT = 96
-SIZES: dict[str, Any] = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "rms_norm_eps": 1e-5,
-    "sliding_window": None,
-}
-ABSENT = object()
 LINEAR = {"rope_type": "linear", "factor": 4.0}
 BANDS = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 = {"rope_type": "llama3", **BANDS, "original_max_position_embeddings": 32}
 DEFAULT = {"rope_type": "default", "rope_theta": 500.0}
+YARN = {"factor": 4.0, "original_max_position_embeddings": 32}
+LONGROPE = {
+    "factor": 4.0,
+    "short_factor": [1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0],
+    "long_factor": [1.0, 3.0, 5.0, 7.0, 9.0, 11.0, 13.0, 15.0],
+    "original_max_position_embeddings": 32,
+}
 SPELLINGS: dict[str, dict[str, Any]] = {
     "silent": {},
     # RoPE, before transformers 5
@@ -66,6 +64,34 @@ SPELLINGS: dict[str, dict[str, Any]] = {
         "rope_scaling": LLAMA3,
         "original_max_position_embeddings": 64,
     },
+    "yarn": {"rope_scaling": {"type": "yarn", **YARN}},
+    "yarn, all that it has": {
+        "rope_scaling": {
+            "rope_type": "yarn",
+            **YARN,
+            "beta_fast": 16,
+            "beta_slow": 2,
+            "mscale": 0.7,
+            "mscale_all_dim": 1.0,
+            "truncate": False,
+        }
+    },
+    "yarn, nulls": {
+        "rope_scaling": {
+            "rope_type": "yarn",
+            **YARN,
+            "factor": None,
+            "beta_fast": None,
+            "mscale": None,
+            "attention_factor": None,
+        }
+    },
+    "yarn, length beside": {
+        "rope_scaling": {"rope_type": "yarn", **YARN},
+        "original_max_position_embeddings": 64,
+    },
+    "yarn, no trained length": {"rope_scaling": {"rope_type": "yarn", "factor": 3.0}},
+    "longrope": {"rope_scaling": {"type": "longrope", **LONGROPE}},
     # transformers 5
     "parameters": {"rope_parameters": DEFAULT},
     "parameters without type": {"rope_parameters": {"rope_theta": 500.0}},
@@ -76,6 +102,11 @@ SPELLINGS: dict[str, dict[str, Any]] = {
     "llama3 parameters": {"rope_parameters": {**LLAMA3, "rope_theta": 500.0}},
     "dynamic parameters": {
         "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 500.0}
+    },
+    "yarn parameters": {"rope_parameters": {"rope_type": "yarn", **YARN, "attention_factor": 1.5}},
+    "longrope parameters": {"rope_parameters": {"rope_type": "longrope", **LONGROPE}},
+    "proportional parameters": {
+        "rope_parameters": {**DEFAULT, "rope_type": "proportional", "partial_rotary_factor": 0.5}
     },
     "partial factor, unscaled": {"rope_parameters": {**DEFAULT, "partial_rotary_factor": 0.5}},
     "whole factor, scaled": {"rope_parameters": {**LINEAR, "partial_rotary_factor": 1.0}},
@@ -118,65 +149,67 @@ SPELLINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def write_config(folder: Path, model_type: str, changes: dict[str, Any]) -> dict[str, Any]:
-    config = {"model_type": model_type, **SIZES, **changes}
-    config = {key: value for key, value in config.items() if value is not ABSENT}
-    (folder / "config.json").write_text(json.dumps(config))
-    return config
-
-
-def their_model(folder: Path) -> Any:
-    """Return the model that transformers makes of a config.json, with random fp32 weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(folder)
-    config.dtype = None
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    assert model.dtype == torch.float32
-    return randomize(model, std=0.3)
-
-
 def same_tables(spec: DecoderSpec, theirs: Any) -> None:
-    (rope,) = spec.rotary
+    """Hold the rotary table against theirs, where layers have one in common."""
+    rotary = getattr(theirs.base_model, "rotary_emb", None)
+    if rotary is None or len(spec.rotary) != 1:
+        return
     # As far as both go; what is dynamic may not have been asked for more before.
     positions = torch.arange(min(512, spec.max_position_embeddings)).unsqueeze(0)
-    cos, sin = theirs.model.rotary_emb(torch.zeros(1), positions)
-    for found, wanted in zip(rope_tables(rope, positions.shape[1]), (cos, sin), strict=True):
+    cos, sin = rotary(torch.zeros(1), positions)
+    for found, wanted in zip(
+        rope_tables(spec.rotary[0], positions.shape[1]), (cos, sin), strict=True
+    ):
         assert (torch.cat((found, found), dim=1) - wanted[0]).abs().max() < 1e-4
 
 
-def same_options(spec: DecoderSpec, theirs: Any) -> None:
+def same_norms(spec: DecoderSpec, family: Family, theirs: Any) -> None:
+    """Hold the eps of every norm that has parameters against theirs."""
+    stored = family.stored(spec)
+    for path, module in Decoder(spec, context=1).named_modules():
+        if isinstance(module, RMSNorm):
+            name = stored[f"{path}.weight"].names[0].removesuffix(".weight")
+            norm = vars(theirs.get_submodule(name))
+            (eps,) = [norm[each] for each in ("eps", "variance_epsilon") if each in norm]
+            assert float(module.root_eps) ** 2 == pytest.approx(eps), path
+
+
+def same_options(model: Model, theirs: Any) -> None:
     config = theirs.config
-    assert spec.max_position_embeddings == config.max_position_embeddings
-    assert spec.norm.eps == theirs.model.norm.variance_epsilon
-    assert spec.tie_word_embeddings == config.tie_word_embeddings
-    for layer, block in zip(spec.layers, theirs.model.layers, strict=True):
-        attention = layer.mixer
-        assert attention.norm is not None and layer.feed_forward.norm is not None
-        assert attention.norm.eps == block.input_layernorm.variance_epsilon
-        assert layer.feed_forward.norm.eps == block.post_attention_layernorm.variance_epsilon
-        assert attention.num_queries_per_kv == block.self_attn.num_key_value_groups
-        assert attention.head_dim == block.self_attn.head_dim
-        assert attention.qkv_bias == (block.self_attn.q_proj.bias is not None)
-        assert layer.feed_forward.bias == (block.mlp.up_proj.bias is not None)
+    assert model.spec.max_position_embeddings == config.max_position_embeddings
+    assert model.spec.tie_word_embeddings == config.tie_word_embeddings
+    same_norms(model.spec, model.family, theirs)
 
 
-@pytest.mark.parametrize("model_type", known_model_types())
-@pytest.mark.parametrize("spelling", SPELLINGS)
-def test_a_config_means_what_transformers_makes_of_it(
-    spelling: str, model_type: str, tmp_path: Path
-) -> None:
-    write_config(tmp_path, model_type, SPELLINGS[spelling])
-    theirs = their_model(tmp_path)
-    tied = theirs.config.tie_word_embeddings
-    weights = {k: v for k, v in theirs.state_dict().items() if not (tied and k == "lm_head.weight")}
-    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+def spelled() -> dict[str, tuple[str, str]]:
+    """Return families with the spellings that transformers can make a model of."""
+    return {
+        f"{family}, {name}": (family, name)
+        for family, entry in TABLE.items()
+        for name in SPELLINGS
+        if name not in entry.unread
+    }
+
+
+SPELLED = spelled()
+# What all families read by the same functions is tried with two of them.
+FURTHER = [
+    label
+    for label, (family, name) in SPELLED.items()
+    if family not in ("llama", "mistral") and name != "silent"
+]
+
+
+@pytest.mark.parametrize("label", cases(SPELLED, FURTHER))
+def test_a_config_means_what_transformers_makes_of_it(label: str, tmp_path: Path) -> None:
+    model_type, spelling = SPELLED[label]
+    theirs = checkpoint(tmp_path, model_type, SPELLINGS[spelling])
     model = open_model(tmp_path)
-    same_options(model.spec, theirs)
+    same_options(model, theirs)
     same_tables(model.spec, theirs)
     decoder = Decoder(model.spec, CONTEXT, logits="all")
     fill(decoder, model.weights, plan=None, storage=None)
-    tokens = tokens_for(61, CONTEXT)
+    tokens = tokens_for(97, CONTEXT)
     expected = expected_logits(theirs, tokens)
     with torch.inference_mode():
         rows = [
@@ -187,31 +220,35 @@ def test_a_config_means_what_transformers_makes_of_it(
     assert (torch.cat(rows) - expected).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("model_type", known_model_types())
+@pytest.mark.parametrize("model_type", TABLE)
 def test_what_a_config_leaves_out_is_what_transformers_takes(model_type: str) -> None:
-    from transformers import AutoConfig
+    """Every tensor's shape, the norms' eps, the length, the count of layers, and the bases."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    theirs = AutoConfig.for_model(model_type)
-    spec = find_family({"model_type": model_type}).spec({"model_type": model_type})
-    attention = spec.layers[0].mixer
-    assert len(spec.layers) == theirs.num_hidden_layers
-    assert spec.layers[0].feed_forward.intermediate_size == theirs.intermediate_size
-    assert attention.num_attention_heads == theirs.num_attention_heads
-    assert attention.num_key_value_heads == theirs.num_key_value_heads
-    assert attention.head_dim == theirs.head_dim
-    assert attention.window == getattr(theirs, "sliding_window", None)
-    assert spec.rotary[0].theta == theirs.rope_parameters["rope_theta"]
-    for name in ("vocab_size", "hidden_size", "max_position_embeddings", "tie_word_embeddings"):
-        assert getattr(spec, name) == getattr(theirs, name), name
-    assert spec.norm.eps == theirs.rms_norm_eps
+    config = AutoConfig.for_model(model_type)
+    family = find_family({"model_type": model_type})
+    whole = family.spec({"model_type": model_type})
+    assert len(whole.layers) == config.num_hidden_layers
+    assert whole.max_position_embeddings == config.max_position_embeddings
+    spec = replace(whole, layers=whole.layers[:2])
+    few = AutoConfig.for_model(model_type, num_hidden_layers=2)
+    with torch.device("meta"):
+        theirs = AutoModelForCausalLM.from_config(few)
+    tensors = {name: tuple(tensor.shape) for name, tensor in theirs.state_dict().items()}
+    for tied in theirs.all_tied_weights_keys:
+        del tensors[tied]
+    shapes = {name: tuple(each.shape) for name, each in skeleton(spec).named_parameters()}
+    assert expected_tensors(family.stored(spec), shapes) == tensors
+    same_norms(spec, family, theirs)
 
 
 @pytest.mark.parametrize("model_type", known_model_types())
 @pytest.mark.parametrize("context", [256, 384])
-def test_linear_scaling_reaches_beyond_the_length_in_the_file(
-    model_type: str, context: int, tmp_path: Path
+@pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn"])
+def test_a_scaling_reaches_beyond_the_length_in_the_file(
+    kind: str, model_type: str, context: int, tmp_path: Path
 ) -> None:
-    changes = {"rope_scaling": {"type": "linear", "factor": 3.0}}
+    changes = {"rope_scaling": {"type": kind, "factor": 3.0}}
     config = write_config(tmp_path, model_type, changes)
     spec = find_family(config).spec(config)
     assert spec.longest_context == 3 * 128

@@ -206,44 +206,6 @@ def test_fp32_program_is_tight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(KVCache, "put", rounded)
     expected = EagerRunner(artifact.decoder, "eager").logits(tokens)
     runner = artifact.runner()
-    for parts in splits(len(tokens), runner.seq_lengths).values():
-        ends = torch.tensor(parts).cumsum(0) - 1
-        assert relative_error(feed(runner, tokens, parts), expected[ends]) < BOUND
-
-
-def test_tokens_above_65535_reach_their_row(tmp_path: Path) -> None:
-    """Core ML gathers with uint16 where it thinks that suffices."""
-    model = llama(vocab_size=70000, hidden_size=32, intermediate_size=32, num_attention_heads=2)
-    config = ExportConfig(context=32, seq_lengths=(1, 8), **UNQUANTIZED)
-    runner = lower(model, config, tmp_path / "model.pte").runner()
-    tokens = [65535, 65536, 65537, 69999, 4463, 66000, 464, 68123]
-    expected = expected_logits(model, tokens)
-    assert relative_error(feed(runner, tokens, [1] * 8), expected) < BOUND
-    assert relative_error(feed(runner, tokens, [8]), expected[-1:]) < BOUND
-
-
-def test_fp32_program_is_tight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = ExportConfig(
-        context=32,
-        seq_lengths=(1, 8),
-        target="ane",
-        compute_precision="fp32",
-        logits="all",
-        **UNQUANTIZED,
-    )
-    artifact = lower(llama(), config, tmp_path / "model.pte")
-    tokens = tokens_for(97, 32)
-    plain = EagerRunner(artifact.decoder, "eager").logits(tokens)
-    update = CacheView.update
-
-    def rounded(
-        view: CacheView, layer: int, keys: torch.Tensor, values: torch.Tensor, start: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return update(view, layer, keys.half().float(), values.half().float(), start)
-
-    monkeypatch.setattr(CacheView, "update", rounded)
-    expected = EagerRunner(artifact.decoder, "eager").logits(tokens)
-    runner = artifact.runner()
     for parts in splits(32, (1, 8)).values():
         found = feed(runner, tokens, parts)
         assert relative_error(found, expected) < FP32_BOUND

@@ -38,7 +38,11 @@ CASES: dict[str, dict[str, Any]] = {
     "one length": {"seq_lengths": (1,)},
     "gpu, windows": {"target": "gpu", "seq_lengths": (1, 4, 11), "context": 96, "window": 14},
     "ane, windows": {
-        "target": "ane", "seq_lengths": (1, 8), "context": 96, "window": 3, "logits": "all"
+        "target": "ane",
+        "seq_lengths": (1, 8),
+        "context": 96,
+        "window": 3,
+        "logits": "all",
     },
     "windows, one length": {"seq_lengths": (1,), "context": 96, "window": 9},
     "the longest is the context": {"seq_lengths": (1, 2, 4, 32)},

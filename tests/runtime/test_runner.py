@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,23 @@ def test_generate(prompt: list[int], most: int, stop: tuple[int, ...], expected:
     # No call is made for a token that nobody asked for.
     read = sum(len(chunk) for chunk, _ in runner.calls[1:])
     assert read <= len(prompt) + max(0, len(expected) - (not stop))
+
+
+@pytest.mark.parametrize("meanwhile", ["generate", "reset", "step", "rewind", "logits"])
+def test_a_text_does_not_go_on_in_the_cache_of_another(meanwhile: str) -> None:
+    runner = fake()
+    text = runner.generate([1, 2], 4)
+    next(text)
+    other: dict[str, Callable[[], object]] = {
+        "generate": lambda: next(runner.generate([1, 2], 4)),
+        "reset": runner.reset,
+        "step": lambda: runner.step([3]),
+        "rewind": lambda: runner.rewind(2),
+        "logits": lambda: runner.logits([1, 2]),
+    }
+    other[meanwhile]()
+    with pytest.raises(ConfigError, match="has read something else since this text was begun"):
+        next(text)
 
 
 def test_generate_asks_the_sampler() -> None:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_coreml.errors import ConfigError
-from llm_coreml.runtime.sampling import Sampler
+from llm_coreml.runtime.sampling import Sampler, Sampling
 
 # Probabilities 0.5, 0.3, 0.15 and 0.05, the likeliest not first.
 PROBABILITIES = (0.3, 0.5, 0.05, 0.15)
@@ -19,7 +19,7 @@ LOGITS = torch.tensor([math.log(p) for p in PROBABILITIES])
 
 
 def draws(count: int, temperature: float, top_p: float = 1.0, seed: int = 0) -> list[int]:
-    sampler = Sampler(temperature, top_p, seed)
+    sampler = Sampler(Sampling(temperature, top_p, seed))
     return [sampler.choose(LOGITS) for _ in range(count)]
 
 
@@ -82,7 +82,7 @@ def test_every_draw_is_a_token_of_the_nucleus(
     logits: list[float], temperature: float, top_p: float
 ) -> None:
     row = torch.tensor(logits)
-    token = Sampler(temperature, top_p).choose(row)
+    token = Sampler(Sampling(temperature, top_p)).choose(row)
     likelier = torch.softmax(row / temperature, dim=-1)
     # The tokens before the drawn one hold less than the share.
     assert float(likelier[likelier > likelier[token]].sum()) < top_p + 1e-5
@@ -101,11 +101,11 @@ def test_every_draw_is_a_token_of_the_nucleus(
 )
 def test_values_out_of_range(arguments: tuple[float, ...], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        Sampler(*arguments)
+        Sampling(*arguments)
     assert str(caught.value) == message
 
 
 @pytest.mark.parametrize("seed", [-1, 2**63, 10**30, True, 1.0, "1", None])
 def test_seeds_that_no_generator_takes(seed: int) -> None:
     with pytest.raises(ConfigError, match="seed must be a whole number from 0 to 9223372036854"):
-        Sampler(0.5, 1.0, seed)
+        Sampling(0.5, 1.0, seed)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from exported import make_tokenizer
 from llm_coreml.errors import ArtifactError, ConfigError
@@ -66,6 +67,19 @@ def folder(tmp_path: Path) -> Path:
 
 def template(text: str) -> ChatTemplate:
     return ChatTemplate(text, {"bos_token": "<s>", "eos_token": "</s>"})
+
+
+def test_a_template_may_name_all_tokens_that_transformers_names(folder: Path) -> None:
+    path = folder / "tokenizer_config.json"
+    further = {"boi_token": "<s>", "extra_special_tokens": {"eoi_token": "</s>"}}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **further}))
+    text = "{{ bos_token }}{{ messages[0].content }}{{ boi_token }}{{ eoi_token }}"
+    (folder / "chat_template.jinja").write_text(text)
+    tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    found = find_template(folder)
+    assert found is not None and dict(found.tokens) == tokenizer.special_tokens_map
+    theirs = tokenizer.apply_chat_template(MESSAGES[0], tokenize=False)
+    assert found.render(MESSAGES[0], answer=False) == theirs and "<s></s>" in theirs
 
 
 @pytest.mark.parametrize("text", [CHATML, INST, HEADERS], ids=["chatml", "inst", "headers"])

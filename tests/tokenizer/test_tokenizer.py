@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+from transformers import PreTrainedTokenizerFast
 
 from llm_coreml.errors import CheckpointError, ConfigError
 from llm_coreml.recipes import bundled_model
@@ -51,10 +52,30 @@ def test_truncation_and_padding_are_left_out(tmp_path: Path) -> None:
 
 
 def test_the_beginning_token_is_the_tokenizers_own(tmp_path: Path) -> None:
-    assert Tokenizer(bundled_model() / "tokenizer.json").bos_id == 0
+    assert Tokenizer(bundled_model() / "tokenizer.json").beginning == (0,)
     without = Tokenizer(edited(tmp_path, post_processor=None))
-    assert without.bos_id is None
+    assert without.beginning == ()
     assert without.prompt(TEXT) == without.encode(TEXT)
+
+
+def test_a_beginning_may_be_two_tokens_as_in_glm(tmp_path: Path) -> None:
+    names = ("<|begin_of_text|>", "<|end_of_text|>")
+    special = [{"SpecialToken": {"id": name, "type_id": 0}} for name in names]
+    sequence = {"Sequence": {"id": "A", "type_id": 0}}
+    processor = {
+        "type": "TemplateProcessing",
+        "single": [*special, sequence],
+        "pair": [*special, sequence, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {
+            name: {"id": name, "ids": [at], "tokens": [name]} for at, name in enumerate(names)
+        },
+    }
+    path = edited(tmp_path, post_processor=processor)
+    tokenizer = Tokenizer(path)
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(path)).encode(TEXT)
+    assert tokenizer.beginning == (0, 1)
+    assert tokenizer.prompt(TEXT) == theirs
+    assert tokenizer.prompt("".join(names) + TEXT) == theirs
 
 
 def test_a_beginning_token_in_the_text_is_not_doubled() -> None:

@@ -109,9 +109,10 @@ def tokenize(
             f"--calibrate '{source}' holds {len(found)} tokens, fewer than --calibration-tokens "
             f"{tokens}; give a longer text or ask for fewer tokens."
         )
-    begin = () if opened.bos_id is None else (opened.bos_id,)
-    step = min(context, _LONGEST_WINDOW) - len(begin)
-    windows = tuple((*begin, *found[at : min(at + step, tokens)]) for at in range(0, tokens, step))
+    step = min(context, _LONGEST_WINDOW) - len(opened.beginning)
+    windows = tuple(
+        (*opened.beginning, *found[at : min(at + step, tokens)]) for at in range(0, tokens, step)
+    )
     return CalibrationText(Path(source).name, tokens, windows)
 
 

@@ -11,10 +11,12 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
+import torch
 from torch import nn
 
 from llm_coreml.config import Job
 from llm_coreml.decoder import DecoderSpec, skeleton
+from llm_coreml.decoder.tables import position_tables
 from llm_coreml.errors import UnsupportedError
 from llm_coreml.quantize.formats.schemes import Scheme
 from llm_coreml.quantize.plan.plan import (
@@ -112,9 +114,10 @@ def other_bytes(job: Job, spec: DecoderSpec, plan: QuantizationPlan) -> int:
     bits = plan.embedding.stored_bits(table)
     bits += 0 if plan.tied else plan.lm_head.stored_bits(table)
     number, context = job.precision.bits // 8, job.shapes.context
-    # A cosine and a sine for every pair of rotated numbers, and an int32 for every position.
-    turned = sum(rope.dim for rope in spec.rotary)
-    numbers = _vectors(spec) * number + context * (turned * number + 4)
+    # What is looked up by positions, and an int32 for every position.
+    with torch.device("meta"):
+        looked_up = sum(table.numel() for table in position_tables(spec, context).values())
+    numbers = (_vectors(spec) + looked_up) * number + context * 4
     return -(-bits // 8) + numbers + _PROGRAM_BYTES + len(spec.layers) * _LAYER_BYTES
 
 

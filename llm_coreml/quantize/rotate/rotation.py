@@ -38,13 +38,19 @@ def rotations(kind: Rotate, spec: DecoderSpec) -> dict[Space, Rotation]:
     """Return the rotation of each space that `kind` asks to rotate.
 
     Raises:
-        UnsupportedError: the heads of some layers are wider than those of others.
+        UnsupportedError: the heads of some layers are wider than those of others, or their numbers
+            are gated one by one.
     """
     found: dict[Space, Rotation] = {}
     if kind in ("residual", "both"):
         found["residual"] = Rotation(spec.hidden_size)
     if kind in ("heads", "both"):
         widths = sorted({width for layer in spec.layers for width in layer.mixer.value_widths})
+        if not widths:
+            raise UnsupportedError(
+                f"--rotate {kind} cannot rotate the values of this model, whose numbers are gated "
+                "one by one; leave --rotate out, or give --rotate residual."
+            )
         if len(widths) > 1:
             raise UnsupportedError(
                 f"--rotate {kind} wants heads of one width, and this model has heads of "

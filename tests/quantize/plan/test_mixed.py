@@ -157,7 +157,7 @@ def rows(decoder: Decoder) -> torch.Tensor:
     """Return what a model says of held-out text, `[tokens, vocab]`."""
     tokenizer = Tokenizer(bundled_model() / "tokenizer.json")
     found = []
-    for window in cut(tokenizer.encode(read_text(None)[1]), 256, tokenizer.bos_id, 512):
+    for window in cut(tokenizer.encode(read_text(None)[1]), 256, tokenizer.beginning, 512):
         decoder.reset()
         with torch.inference_mode():
             hidden = decoder.hidden(torch.tensor([list(window)]), torch.tensor([0]))

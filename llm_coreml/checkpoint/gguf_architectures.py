@@ -1,0 +1,283 @@
+"""How llama.cpp stores each architecture: names of tensors, sizes, and what it takes for granted.
+
+    known = ARCHITECTURES["gemma3"]
+    known.model_type                       # 'gemma3_text'
+    known.name("blk.0.ffn_norm.weight")    # 'model.layers.0.pre_feedforward_layernorm.weight'
+
+What a file says in metadata stands in `settings`; what llama.cpp has in its code instead of in the
+file (which layers have a window, which activation) is in `fixed`, `pattern` and `no_rope`. Its
+converter puts rows of queries and keys in another order where its rotation asks for that (`rows`),
+and stores gains that are trained as a difference from one as they are used (`plus_one`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal, final
+
+# `pairs`: each head's rotated halves interleaved; `heads`: queries, keys and values one after the
+# other, where transformers has them head by head; `groups`: the same, by groups of heads.
+Rows = Literal["own", "pairs", "heads", "groups"]
+
+_LAYER = re.compile(r"blk\.(\d+)\.(\w+)")
+_TOP = {"token_embd": "embed_tokens", "output_norm": "norm"}
+_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_qkv": "self_attn.qkv_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_SANDWICH = {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_AFTER = {
+    "post_attention_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_NEOX = {
+    "token_embd": "embed_in",
+    "output_norm": "final_layer_norm",
+    "attn_qkv": "attention.query_key_value",
+    "attn_output": "attention.dense",
+    "ffn_up": "mlp.dense_h_to_4h",
+    "ffn_down": "mlp.dense_4h_to_h",
+}
+_FALCON = {
+    "token_embd": "word_embeddings",
+    "output_norm": "ln_f",
+    "attn_qkv": "self_attention.query_key_value",
+    "attn_output": "self_attention.dense",
+    "ffn_up": "mlp.dense_h_to_4h",
+    "ffn_down": "mlp.dense_4h_to_h",
+}
+_RMS = {"attention.layer_norm_rms_epsilon": "rms_norm_eps"}
+_WINDOW = {"attention.sliding_window": "sliding_window"}
+
+
+@final
+@dataclass(frozen=True)
+class Architecture:
+    """One architecture of llama.cpp, as a model of `transformers`.
+
+    Attributes:
+        model_type: What it is there.
+        names: Modules of a layer, and of the whole, by their names in a file; beyond the usual.
+        front: What stands before all names but the head's.
+        layer: What stands before the number of a layer.
+        head: The head's name.
+        settings: What `config.json` calls a number of the metadata; beyond the usual sizes.
+        fixed: What every model of it has.
+        share: What `config.json` calls the share of a head that is rotated; None where all is.
+        pattern: Every how manieth layer sees all positions, where a window is given.
+        no_rope: Every how manieth layer has no rotary embedding.
+        rows: How the rows of queries and keys are stored.
+        plus_one: Gains of norms are stored as they are used, one more than they are trained.
+        wide_up: `ffn_up` holds the gate, too.
+        biases: What `config.json` calls the biases of attention, of its output, of the rest.
+        rotary: There are rotary embeddings.
+    """
+
+    model_type: str
+    names: Mapping[str, str] = field(default_factory=dict)
+    front: str = "model."
+    layer: str = "layers."
+    head: str = "lm_head"
+    settings: Mapping[str, str] = field(default_factory=lambda: _RMS)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    share: str | None = None
+    pattern: int | None = None
+    no_rope: int | None = None
+    rows: Rows = "own"
+    plus_one: bool = False
+    wide_up: bool = False
+    biases: tuple[str | None, str | None, str | None] = ("attention_bias", None, "mlp_bias")
+    rotary: bool = True
+
+    def name(self, stored: str) -> str:
+        """Return the name that `transformers` has for a tensor; one that is not known keeps its."""
+        module, _, suffix = stored.rpartition(".")
+        if module == "output":
+            return f"{self.head}.{suffix}"
+        top = {**_TOP, **self.names}
+        if module in _TOP:
+            return f"{self.front}{top[module]}.{suffix}"
+        found = _LAYER.fullmatch(module)
+        inner = {**_NAMES, **self.names}
+        if found and found[2] in inner:
+            return f"{self.front}{self.layer}{found[1]}.{inner[found[2]]}.{suffix}"
+        return stored
+
+
+def _of(model_type: str, **changes: Any) -> Architecture:
+    settings = {**changes.pop("eps", _RMS), **changes.pop("settings", {})}
+    return Architecture(model_type, settings=MappingProxyType(settings), **changes)
+
+
+def _eps(name: str) -> dict[str, str]:
+    return {"attention.layer_norm_epsilon": name}
+
+
+_CAPS = {
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+}
+_TANH = {"hidden_activation": "gelu_pytorch_tanh"}
+_BIASES = (None, None, "use_bias")
+
+ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
+    {
+        "arcee": _of("arcee", rows="pairs"),
+        "cohere2": _of(
+            "cohere2",
+            eps=_eps("layer_norm_eps"),
+            settings={"logit_scale": "logit_scale", **_WINDOW},
+            pattern=4,
+        ),
+        "command-r": _of(
+            "cohere", eps=_eps("layer_norm_eps"), settings={"logit_scale": "logit_scale"}
+        ),
+        "ernie4_5": _of("ernie4_5", biases=_BIASES),
+        "exaone4": _of("exaone4", names=_AFTER, settings=_WINDOW, pattern=4),
+        "falcon": _of(
+            "falcon",
+            names={**_FALCON, "attn_norm": "input_layernorm", "attn_norm_2": "ln_attn"},
+            front="transformer.",
+            layer="h.",
+            eps=_eps("layer_norm_epsilon"),
+            settings={"attention.head_count_kv": "num_kv_heads"},
+            fixed={"alibi": False, "parallel_attn": True},
+            rows="groups",
+            biases=(None, None, "bias"),
+        ),
+        "gemma": _of("gemma", fixed={"hidden_act": "gelu_pytorch_tanh"}, plus_one=True),
+        "gemma2": _of(
+            "gemma2",
+            names=_SANDWICH,
+            settings={**_WINDOW, **_CAPS},
+            fixed=_TANH,
+            pattern=2,
+            plus_one=True,
+        ),
+        "gemma3": _of(
+            "gemma3_text",
+            names=_SANDWICH,
+            settings={**_WINDOW, **_CAPS},
+            fixed=_TANH,
+            pattern=6,
+            plus_one=True,
+        ),
+        "glm4": _of(
+            "glm4",
+            names={
+                "post_attention_norm": "post_self_attn_layernorm",
+                "post_ffw_norm": "post_mlp_layernorm",
+                "ffn_up": "mlp.gate_up_proj",
+            },
+            share="partial_rotary_factor",
+            wide_up=True,
+        ),
+        "gptneox": _of(
+            "gpt_neox",
+            names=_NEOX,
+            front="gpt_neox.",
+            head="embed_out",
+            eps=_eps("layer_norm_eps"),
+            settings={"use_parallel_residual": "use_parallel_residual"},
+            fixed={"hidden_act": "gelu"},
+            share="rotary_pct",
+            rows="heads",
+        ),
+        "granite": _of(
+            "granite",
+            settings={
+                "attention.scale": "attention_multiplier",
+                "embedding_scale": "embedding_multiplier",
+                "residual_scale": "residual_multiplier",
+                "logit_scale": "logits_scaling",
+            },
+            rows="pairs",
+        ),
+        "hunyuan-dense": _of(
+            "hunyuan_v1_dense",
+            names={
+                "attn_q_norm": "self_attn.query_layernorm",
+                "attn_k_norm": "self_attn.key_layernorm",
+            },
+        ),
+        "llama": _of("llama", settings=_WINDOW, rows="pairs"),
+        "mistral3": _of(
+            "ministral3", settings={**_WINDOW, "attention.temperature_scale": ""}, rows="pairs"
+        ),
+        "nemotron": _of(
+            "nemotron",
+            eps=_eps("norm_eps"),
+            fixed={"hidden_act": "relu2"},
+            share="partial_rotary_factor",
+            plus_one=True,
+        ),
+        "olmo": _of(
+            "olmo",
+            eps={"attention.layer_norm_epsilon": ""},
+            settings={"attention.clamp_kqv": "clip_qkv"},
+            rows="pairs",
+        ),
+        "olmo2": _of("olmo2", names=_AFTER, settings=_WINDOW, pattern=4),
+        "phi2": _of(
+            "phi",
+            names={
+                "output_norm": "final_layernorm",
+                "attn_output": "self_attn.dense",
+                "ffn_up": "mlp.fc1",
+                "ffn_down": "mlp.fc2",
+            },
+            eps=_eps("layer_norm_eps"),
+            fixed={"hidden_act": "gelu_new"},
+            share="partial_rotary_factor",
+        ),
+        "phi3": _of(
+            "phi3",
+            names={"ffn_up": "mlp.gate_up_proj"},
+            settings={
+                **_WINDOW,
+                "rope.scaling.original_context_length": "original_max_position_embeddings",
+            },
+            share="partial_rotary_factor",
+            wide_up=True,
+        ),
+        "qwen2": _of("qwen2"),
+        "qwen3": _of("qwen3"),
+        "seed_oss": _of(
+            "seed_oss",
+            names={"post_attention_norm": "post_attention_layernorm"},
+            biases=("attention_bias", "attention_out_bias", "mlp_bias"),
+        ),
+        "smollm3": _of("smollm3", no_rope=4, rows="pairs"),
+        "stablelm": _of(
+            "stablelm",
+            eps=_eps("layer_norm_eps"),
+            settings={"use_parallel_residual": "use_parallel_residual"},
+            share="partial_rotary_factor",
+            biases=("use_qkv_bias", None, None),
+        ),
+        "starcoder2": _of(
+            "starcoder2",
+            names={"ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"},
+            eps=_eps("norm_epsilon"),
+            fixed={"hidden_act": "gelu_pytorch_tanh", "sliding_window": None},
+            biases=_BIASES,
+        ),
+    }
+)

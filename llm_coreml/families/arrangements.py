@@ -1,0 +1,61 @@
+"""How families store the matrices of a layer, other than one by one and rotated by halves.
+
+Names(modules=FUSED_GATE, values=lambda spec, layer: {**interleaved(spec, layer), **gate_up(layer)})
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from llm_coreml.checkpoint.value_maps import Interleaved, RowChoice, Rows
+from llm_coreml.decoder.spec import DecoderSpec, LayerSpec
+
+# What transformers calls matrices that are stored as one.
+FUSED_QKV: Mapping[str, str] = MappingProxyType(
+    {f"self_attn.{kind}_proj": "self_attn.qkv_proj" for kind in "qkv"}
+)
+FUSED_GATE: Mapping[str, str] = MappingProxyType(
+    {f"mlp.{kind}_proj": "mlp.gate_up_proj" for kind in ("gate", "up")}
+)
+
+
+def qkv_rows(layer: LayerSpec) -> dict[str, RowChoice]:
+    """Return where queries, keys and values lie in a matrix of all of them."""
+    attention = layer.mixer
+    queries = attention.num_attention_heads * attention.head_dim
+    ends = [
+        queries + kinds * attention.num_key_value_heads * attention.head_dim for kinds in (1, 2)
+    ]
+    return {
+        "self_attn.q_proj": Rows(0, queries, of=ends[1]),
+        "self_attn.k_proj": Rows(queries, ends[0], of=ends[1]),
+        "self_attn.v_proj": Rows(ends[0], ends[1], of=ends[1]),
+    }
+
+
+def gate_up(layer: LayerSpec) -> dict[str, RowChoice]:
+    """Return where the gate and its neighbour lie in a matrix of both."""
+    inner = layer.feed_forward.intermediate_size
+    return {
+        "mlp.gate_proj": Rows(0, inner, of=2 * inner),
+        "mlp.up_proj": Rows(inner, 2 * inner, of=2 * inner),
+    }
+
+
+def interleaved(spec: DecoderSpec, layer: LayerSpec) -> dict[str, RowChoice]:
+    """Return how queries and keys become such that are rotated by halves, where they are rotated.
+
+    Norms of each head's queries and keys, with a gain that heads share, come the same way.
+    """
+    attention = layer.mixer
+    if attention.rope is None:
+        return {}
+    dim = spec.rotary[attention.rope].dim
+    one = Interleaved(1, dim)
+    return {
+        "self_attn.q_proj": Interleaved(attention.num_attention_heads, dim),
+        "self_attn.k_proj": Interleaved(attention.num_key_value_heads, dim),
+        "self_attn.q_norm": one,
+        "self_attn.k_norm": one,
+    }

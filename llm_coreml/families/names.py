@@ -1,0 +1,82 @@
+"""What checkpoints call the parameters of a decoder, and how they are stored.
+
+stored(spec)                                                  # as Llama has them
+stored(spec, Names(modules={"mlp_out_norm": "post_feedforward_layernorm"}))
+
+The decoder of the spec says which parameters there are; a family says what is called otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import final
+
+from llm_coreml.checkpoint.value_maps import ValueMap
+from llm_coreml.checkpoint.weights_view import Stored
+from llm_coreml.decoder import DecoderSpec, skeleton
+from llm_coreml.decoder.norm import RMSNorm
+from llm_coreml.decoder.spec import LayerSpec
+
+# Of one layer: how parameters are stored, by the decoder's name of one or of its module.
+Arrangement = Mapping[str, ValueMap]
+_PLAIN: Arrangement = MappingProxyType({})
+
+
+def _as_they_are(spec: DecoderSpec, layer: LayerSpec) -> Arrangement:
+    return _PLAIN
+
+
+@final
+@dataclass(frozen=True)
+class Names:
+    """How a family's checkpoints name and store what the decoder has.
+
+    Attributes:
+        trunk: What stands before every name but those of the head.
+        layers: The list of layers.
+        head: The head.
+        modules: Modules with other names than the decoder's; those of a layer as the layer has
+            them.
+        gains: How gains of norms are stored; None as they are.
+        values: How other parameters of a layer are stored, by name or by module.
+    """
+
+    trunk: str = "model."
+    layers: str = "layers"
+    head: str = "lm_head"
+    modules: Mapping[str, str] = field(default_factory=dict)
+    gains: ValueMap | None = None
+    values: Callable[[DecoderSpec, LayerSpec], Arrangement] = _as_they_are
+
+
+_LLAMA = Names()
+
+
+def stored(spec: DecoderSpec, names: Names = _LLAMA) -> dict[str, Stored]:
+    """Return what every parameter of the decoder of `spec` is made of."""
+    found = {}
+    arrangements = [names.values(spec, layer) for layer in spec.layers]
+    for path, module in skeleton(spec).named_modules():
+        for kind, _ in module.named_parameters(recurse=False):
+            if spec.tie_word_embeddings and (path, kind) == ("lm_head", "weight"):
+                continue
+            place, inner, theirs = _named(path, names)
+            arrangement = _PLAIN if place is None else arrangements[place]
+            values = arrangement.get(f"{inner}.{kind}", arrangement.get(inner))
+            if values is None and kind == "weight" and isinstance(module, RMSNorm):
+                values = names.gains
+            found[f"{path}.{kind}"] = Stored((f"{theirs}.{kind}",), values)
+    return found
+
+
+def _named(path: str, names: Names) -> tuple[int | None, str, str]:
+    """Return a module's layer, its name within that, and what checkpoints call it."""
+    if path == "lm_head":
+        return None, path, names.head
+    if not path.startswith("layers."):
+        return None, path, names.trunk + names.modules.get(path, path)
+    _, index, inner = path.split(".", 2)
+    theirs = names.modules.get(inner, inner)
+    return int(index), inner, f"{names.trunk}{names.layers}.{index}.{theirs}"

@@ -1,0 +1,131 @@
+"""GGUF files of every architecture that is read, as llama.cpp's converter writes them."""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Kind
+
+from cases import cases
+from family_table import their_model, write_config
+from gguf_converter import convert
+from llm_coreml.checkpoint.gguf_architectures import ARCHITECTURES
+from llm_coreml.families import find_family, known_model_types
+from llm_coreml.model import open_model
+
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e6,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0 + 0.1 * index for index in range(6)],
+    "long_factor": [2.0 + index for index in range(6)],
+    "original_max_position_embeddings": 64,
+    "partial_rotary_factor": 0.75,
+}
+# What beside the sizes of the table shows that a number is read; families as they are built.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "ernie4_5": ("ernie4_5", {"use_bias": True, "tie_word_embeddings": True}),
+    "glm4": ("glm4", {"attention_bias": True}),
+    "hunyuan-dense": ("hunyuan_v1_dense", {}),
+    "llama": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "mistral3": ("ministral3", {"rope_parameters": YARN}),
+    "phi3": ("phi3", {"rope_parameters": LONG, "original_max_position_embeddings": 64}),
+    "qwen2": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("qwen3", {"head_dim": 24}),
+    "smollm3": ("smollm3", {"num_hidden_layers": 4}),
+}
+BUILT = sorted(name for name, (family, _) in FAMILIES.items() if family in known_model_types())
+
+
+def test_every_architecture_is_tried() -> None:
+    known = {name: each.model_type for name, each in ARCHITECTURES.items()}
+    built = {name for name, family in known.items() if family in known_model_types()}
+    assert built - FAMILIES.keys() == set(), "give each an entry here"
+
+
+def made(folder: Path, architecture: str, kind: Kind = Kind.F32) -> tuple[Any, dict[str, Any]]:
+    """Write a model's `config.json` apart, its GGUF file in `folder`; return it and its values."""
+    family, changes = FAMILIES[architecture]
+    apart = folder / "apart"
+    apart.mkdir()
+    sizes = {"hidden_size": 64, "intermediate_size": 96}
+    write_config(apart, family, {**sizes, **changes})
+    theirs = their_model(apart)
+    meant = convert(folder / "model.gguf", architecture, theirs, kind)
+    return theirs, meant
+
+
+def rounded(spec: Any) -> Any:
+    """Return a spec as plain data, its numbers as fp32, which is what a file holds."""
+    if is_dataclass(spec):
+        return {field.name: rounded(getattr(spec, field.name)) for field in fields(spec)}
+    if isinstance(spec, tuple):
+        return [rounded(each) for each in spec]
+    return float(f"{np.float32(spec):.6g}") if isinstance(spec, float) else spec
+
+
+@pytest.mark.parametrize("architecture", BUILT)
+def test_a_file_alone_is_the_model_that_it_was_made_of(architecture: str, tmp_path: Path) -> None:
+    theirs, meant = made(tmp_path, architecture)
+    model = open_model(tmp_path / "model.gguf")
+    config = theirs.config.to_dict()
+    spec = find_family(config).spec(config)
+    assert rounded(model.spec) == rounded(spec)
+    assert model.checkpoint.names() == meant.keys()
+    for name, values in meant.items():
+        found = model.checkpoint.tensor(name, torch.float32)
+        # Gains that are stored plus one have lost their last bits there.
+        assert torch.allclose(found, values, rtol=0, atol=2e-7 if "norm" in name else 0), name
+
+
+@pytest.mark.parametrize("architecture", BUILT)
+def test_codes_are_taken_as_they_are(architecture: str, tmp_path: Path) -> None:
+    _, meant = made(tmp_path, architecture, Kind.Q8_0)
+    model = open_model(tmp_path / "model.gguf")
+    forms, weights = model.weights.forms(), model.weights
+    assert len(forms) > 6 and {form.label for form in forms.values()} == {"GGUF Q8_0"}
+    stored = model.family.stored(model.spec)
+    for name in forms:
+        packed = weights.packed(name)
+        assert packed is not None
+        if stored[name].values is None:
+            (theirs,) = stored[name].names
+            values = weights.tensor(name, torch.float32)
+            assert torch.equal(values, meant[theirs]), name
+
+
+# Those that transformers reads itself, heads of another width than the usual left out.
+THEIRS = ("qwen2", "gemma2", "gemma3", "phi3", "starcoder2", "stablelm", "nemotron")
+
+
+@pytest.mark.parametrize(
+    "architecture", cases([name for name in THEIRS if name in BUILT], set(BUILT) & set(THEIRS[1:]))
+)
+def test_transformers_reads_the_same(architecture: str, tmp_path: Path) -> None:
+    # What it reads GGUF with, and nothing else here needs.
+    pytest.importorskip("accelerate")
+    from transformers import AutoModelForCausalLM
+
+    made(tmp_path, architecture)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="model.gguf", dtype=torch.float32
+    )
+    model = open_model(tmp_path / "model.gguf")
+    state = theirs.state_dict()
+    for name in model.checkpoint.names():
+        assert torch.equal(model.checkpoint.tensor(name, torch.float32), state[name]), name

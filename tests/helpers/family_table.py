@@ -1,0 +1,289 @@
+"""The table of families: configurations of each, whose models `transformers` makes.
+
+A family's test is its lines here. A file `config.json` is all that both sides share: `transformers`
+builds its model from it, and writes the weights.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from tiny import randomize, save
+
+ABSENT = object()
+SIZES: Mapping[str, Any] = MappingProxyType(
+    {
+        "vocab_size": 97,
+        "hidden_size": 64,
+        "intermediate_size": 80,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "rms_norm_eps": 1e-5,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+    }
+)
+# Beyond the length that the model was trained on.
+SHORT = 32
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.5}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": SHORT,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+# Eight pairs of a head of 16 numbers, and six of them.
+LONGROPE = {
+    "type": "longrope",
+    "short_factor": [1.0, 1.1, 1.2, 1.4, 1.6, 1.9, 2.2, 2.6],
+    "long_factor": [1.0, 2.0, 3.0, 5.0, 8.0, 13.0, 21.0, 34.0],
+}
+SIX = {name: value[:6] if isinstance(value, list) else value for name, value in LONGROPE.items()}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is tried of a family.
+
+    Attributes:
+        cases: Changes of `sizes`, at least three.
+        sizes: What a small `config.json` says.
+        unread: Spellings of `test_reading.py` that transformers itself can make no model of.
+    """
+
+    cases: Mapping[str, Mapping[str, Any]]
+    sizes: Mapping[str, Any] = field(default_factory=lambda: SIZES)
+    unread: frozenset[str] = frozenset()
+
+
+_NO_HEADS = frozenset({"no key/value heads", "null head_dim"})
+_SWITCHED = frozenset({"layers in turn"})
+# Where transformers has a token of its own for pads, beyond so small a table.
+_PADDED = {**SIZES, "pad_token_id": 0}
+TABLE: dict[str, Entry] = {
+    "llama": Entry(
+        {
+            "gqa-4-2": {},
+            "gqa-6-2": {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 2},
+            "one-kv-head": {"num_attention_heads": 8, "num_key_value_heads": 1},
+            "mha": {"num_key_value_heads": 4},
+            "head-dim-48": {"hidden_size": 96, "head_dim": 48},
+            "tied": {"tie_word_embeddings": True},
+            "attention-bias": {"attention_bias": True},
+            "mlp-bias": {"mlp_bias": True},
+            "eps-1e-6": {"rms_norm_eps": 1e-6},
+            "three-layers": {"num_hidden_layers": 3, "tie_word_embeddings": True},
+            "gelu": {"hidden_act": "gelu_new"},
+            "rope-theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
+            "rope-linear": {"rope_parameters": LINEAR, "max_position_embeddings": SHORT},
+            "rope-dynamic": {"rope_parameters": DYNAMIC},
+            "rope-llama3": {"rope_parameters": LLAMA3},
+        }
+    ),
+    "ernie4_5": Entry(
+        {
+            "wide-heads": {},
+            "untied, biases": {"use_bias": True, "head_dim": 16},
+            "yarn": {"rope_parameters": YARN, "num_key_value_heads": 4, "head_dim": 24},
+            "rope-linear": {
+                "rope_parameters": LINEAR,
+                "max_position_embeddings": SHORT,
+                "head_dim": 16,
+            },
+        },
+    ),
+    "glm": Entry(
+        {
+            "wide-heads": {},
+            "no-bias": {"attention_bias": False, "head_dim": 16, "tie_word_embeddings": True},
+            "quarter": {"partial_rotary_factor": 0.25, "head_dim": 32, "num_key_value_heads": 1},
+            "rope-linear": {
+                "rope_parameters": {**LINEAR, "partial_rotary_factor": 1.0},
+                "max_position_embeddings": SHORT,
+                "head_dim": 16,
+            },
+        },
+        sizes=_PADDED,
+    ),
+    "glm4": Entry(
+        {
+            "wide-heads": {},
+            "no-bias": {"attention_bias": False, "head_dim": 16, "tie_word_embeddings": True},
+            "rope-yarn": {"rope_parameters": YARN, "max_position_embeddings": SHORT},
+        },
+        sizes=_PADDED,
+    ),
+    "granite_swa": Entry(
+        {
+            "in-turn": {"sliding_window": 9, "num_hidden_layers": 5},
+            "bases": {
+                "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+                "layer_rope_theta": [500.0, 0, 10000.0],
+                "num_hidden_layers": 3,
+                "sliding_window": 12,
+                "attention_multiplier": 0.3,
+                "logits_scaling": 0.5,
+            },
+            "multipliers": {
+                "embedding_multiplier": 3.0,
+                "residual_multiplier": 0.6,
+                "attention_multiplier": 0.4,
+                "sliding_window": 64,
+                "attention_bias": True,
+                "mlp_bias": True,
+                "tie_word_embeddings": True,
+            },
+        },
+    ),
+    "hunyuan_v1_dense": Entry(
+        {
+            "plain": {},
+            "alpha": {
+                "rope_scaling": {"type": "dynamic", "alpha": 1000.0, "factor": 1.0},
+                "attention_bias": True,
+            },
+            "dynamic": {"rope_scaling": DYNAMIC, "tie_word_embeddings": True},
+            "beyond": {"rope_scaling": DYNAMIC, "max_position_embeddings": SHORT, "head_dim": 24},
+        },
+        sizes={**SIZES, "head_dim": 16},
+    ),
+    "ministral3": Entry(
+        {
+            "wide-heads": {},
+            "grown": {
+                "rope_parameters": {**YARN, "llama_4_scaling_beta": 0.4},
+                "head_dim": 16,
+                "tie_word_embeddings": True,
+            },
+            "window": {
+                "rope_parameters": {
+                    **YARN,
+                    "mscale": 1.0,
+                    "mscale_all_dim": 1.0,
+                    "llama_4_scaling_beta": 0.1,
+                },
+                "sliding_window": 9,
+                "head_dim": 24,
+            },
+        },
+    ),
+    "mistral": Entry(
+        {
+            "whole": {},
+            "window": {"sliding_window": 9, "head_dim": 24},
+            "windows-in-turn": {
+                "sliding_window": 12,
+                "layer_types": ["full_attention", "sliding_attention"],
+                "head_dim": 16,
+            },
+        }
+    ),
+    "phi3": Entry(
+        {
+            "plain": {"sliding_window": 9},
+            "longrope, inside": {
+                "rope_scaling": LONGROPE,
+                "max_position_embeddings": 256,
+                "original_max_position_embeddings": 64,
+                "num_key_value_heads": 4,
+            },
+            "longrope, beyond": {
+                "rope_scaling": SIX,
+                "partial_rotary_factor": 0.75,
+                "original_max_position_embeddings": SHORT,
+                "tie_word_embeddings": True,
+            },
+        },
+        sizes=_PADDED,
+    ),
+    "qwen2": Entry(
+        {
+            "gqa": {},
+            "tied": {"tie_word_embeddings": True, "num_key_value_heads": 4},
+            "window": {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1},
+            "window-everywhere": {
+                "use_sliding_window": True,
+                "sliding_window": 9,
+                "max_window_layers": 0,
+            },
+            "rope-linear": {"rope_parameters": LINEAR, "max_position_embeddings": SHORT},
+        },
+        unread=_NO_HEADS | _SWITCHED,
+    ),
+    "qwen3": Entry(
+        {
+            "wide-heads": {"head_dim": ABSENT},
+            "tied": {"tie_word_embeddings": True},
+            "bias": {"attention_bias": True, "head_dim": 24},
+            "window": {
+                "use_sliding_window": True,
+                "sliding_window": 9,
+                "layer_types": ["full_attention", "sliding_attention"],
+            },
+            "rope-linear": {"rope_parameters": LINEAR, "max_position_embeddings": SHORT},
+        },
+        {**SIZES, "head_dim": 16},
+        unread=_NO_HEADS | _SWITCHED,
+    ),
+    "smollm3": Entry(
+        {
+            "fourth": {"num_hidden_layers": 4, "tie_word_embeddings": True},
+            "given": {"no_rope_layers": [0, 1], "attention_bias": True, "mlp_bias": True},
+            "windows": {
+                "no_rope_layer_interval": 2,
+                "use_sliding_window": True,
+                "sliding_window": 9,
+            },
+            "rope-yarn": {"rope_parameters": YARN, "max_position_embeddings": SHORT},
+        },
+        sizes=_PADDED,
+    ),
+}
+CASES = [(family, name) for family, entry in TABLE.items() for name in entry.cases]
+
+
+def write_config(folder: Path, model_type: str, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Write a family's small `config.json`, changed by `changes`, and return what it holds."""
+    config = {"model_type": model_type, **TABLE[model_type].sizes, **changes}
+    config = {key: value for key, value in config.items() if value is not ABSENT}
+    (folder / "config.json").write_text(json.dumps(config))
+    return config
+
+
+def their_model(folder: Path) -> Any:
+    """Return the model that transformers makes of a `config.json`, with random fp32 weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder)
+    config.dtype = None
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    assert model.dtype == torch.float32
+    return randomize(model)
+
+
+def checkpoint(folder: Path, model_type: str, changes: Mapping[str, Any]) -> Any:
+    """Write a checkpoint and return the model of transformers, the file as it was given."""
+    write_config(folder, model_type, changes)
+    given = (folder / "config.json").read_bytes()
+    theirs = their_model(folder)
+    save(theirs, folder)
+    (folder / "config.json").write_bytes(given)
+    return theirs
