@@ -24,6 +24,9 @@ from llm_coreml.printable import printable
 # model_type in config.json -> file in this folder
 _MODULES = {
     "ernie4_5": "ernie4_5",
+    "exaone4": "exaone4",
+    "gemma2": "gemma2",
+    "gemma3_text": "gemma3_text",
     "glm": "glm",
     "glm4": "glm4",
     "granite_swa": "granite_swa",
@@ -31,6 +34,7 @@ _MODULES = {
     "llama": "llama",
     "ministral3": "ministral3",
     "mistral": "mistral",
+    "olmo3": "olmo3",
     "phi3": "phi3",
     "qwen2": "qwen2",
     "qwen3": "qwen3",
