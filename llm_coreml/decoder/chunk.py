@@ -26,14 +26,14 @@ class Chunk:
         masks: Added to the scores, `[1, 1, group * S, positions]`, by what they follow from;
             with slopes `[1, kv_heads, group * S, positions]`.
         growths: What queries are multiplied by, `[S, 1, 1]`, by what it follows from.
-        zeros: As many as there are tokens, `[S, 1]`.
+        zeros: As many as there are tokens, `[S, 1]`; None where no layer has sinks.
         views: States by name, updated by each layer.
     """
 
     rotary: tuple[tuple[torch.Tensor, torch.Tensor], ...]
     masks: Mapping[MaskKey, torch.Tensor]
     growths: Mapping[QueryGrowth, torch.Tensor]
-    zeros: torch.Tensor
+    zeros: torch.Tensor | None
     views: Mapping[str, View]
 
     def mask(self, spec: AttentionSpec) -> torch.Tensor:
@@ -58,7 +58,7 @@ class Chunk:
             rotary=tuple((cos.to(device), sin.to(device)) for cos, sin in self.rotary),
             masks={key: mask.to(device) for key, mask in self.masks.items()},
             growths={key: growth.to(device) for key, growth in self.growths.items()},
-            zeros=self.zeros.to(device),
+            zeros=None if self.zeros is None else self.zeros.to(device),
         )
 
 

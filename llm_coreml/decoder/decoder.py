@@ -21,11 +21,16 @@ from llm_coreml.decoder.caches import held_positions
 from llm_coreml.decoder.chunk import Chunk, make_mask
 from llm_coreml.decoder.matrices import Embedding, Linear
 from llm_coreml.decoder.norm import RMSNorm
+from llm_coreml.decoder.position_tables import (
+    growth_names,
+    position_tables,
+    rotary_names,
+    slope_names,
+)
 from llm_coreml.decoder.self_attention import AttentionForm
 from llm_coreml.decoder.spec import DecoderSpec, Extent, MaskKey
 from llm_coreml.decoder.state import Start, State, View
 from llm_coreml.decoder.states import make_states, slots
-from llm_coreml.decoder.tables import growth_names, position_tables, rotary_names, slope_names
 from llm_coreml.decoder.wiring import Matrix, Wiring, joined
 
 LogitsForm = Literal["last", "all"]
@@ -237,8 +242,10 @@ class Decoder(nn.Module):
                 if key not in masks:
                     seen = columns.get(ring, columns[None])
                     masks[key] = make_mask(key, rows, seen, slopes.get(key[2]))
-        # Of no length that a lowering would have to compute.
-        zeros = (rows * 0).to(torch.float32).unsqueeze(1)
+        zeros = None
+        if any(layer.mixer.sinks for layer in self.spec.layers):
+            # As many as rows, without a length that a lowering would have to compute.
+            zeros = (rows * 0).to(torch.float32).unsqueeze(1)
         return Chunk(rotary, masks, growths, zeros, views)
 
     def _rings(self) -> list[int]:

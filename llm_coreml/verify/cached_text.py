@@ -18,8 +18,8 @@ import torch
 
 from llm_coreml.decoder import Decoder
 from llm_coreml.decoder.caches import Cache, CacheView
+from llm_coreml.decoder.position_tables import rotary_names
 from llm_coreml.decoder.rope import rotate
-from llm_coreml.decoder.tables import rotary_names
 
 Entries = tuple[torch.Tensor, torch.Tensor]
 

@@ -67,14 +67,21 @@ class Entry:
         cases: Changes of `sizes`, at least three.
         sizes: What a small `config.json` says.
         unread: Spellings of `test_reading.py` that transformers itself can make no model of.
+        scalings: The kinds of scaling of RoPE that it can, None for all.
+        needed: What a `config.json` must say for transformers to make a model of it at all.
     """
 
     cases: Mapping[str, Mapping[str, Any]]
     sizes: Mapping[str, Any] = field(default_factory=lambda: SIZES)
     unread: frozenset[str] = frozenset()
+    scalings: frozenset[str] | None = None
+    needed: Mapping[str, Any] = field(default_factory=dict)
 
 
 _NO_HEADS = frozenset({"no key/value heads", "null head_dim"})
+# Wide heads by default, for which a list of factors is too short.
+_LISTS = frozenset({"longrope", "longrope parameters"})
+_WIDE = _LISTS | {"null head_dim"}
 _SWITCHED = frozenset({"layers in turn"})
 # Where transformers has a token of its own for pads, beyond so small a table.
 _PADDED = {**SIZES, "pad_token_id": 0}
@@ -110,6 +117,7 @@ TABLE: dict[str, Entry] = {
                 "head_dim": 16,
             },
         },
+        unread=_LISTS,
     ),
     "exaone4": Entry(
         {
@@ -174,6 +182,7 @@ TABLE: dict[str, Entry] = {
             },
         },
         sizes=_PADDED,
+        unread=_WIDE,
     ),
     "glm4": Entry(
         {
@@ -182,6 +191,7 @@ TABLE: dict[str, Entry] = {
             "rope-yarn": {"rope_parameters": YARN, "max_position_embeddings": SHORT},
         },
         sizes=_PADDED,
+        unread=_WIDE,
     ),
     "granite_swa": Entry(
         {
@@ -204,6 +214,8 @@ TABLE: dict[str, Entry] = {
                 "tie_word_embeddings": True,
             },
         },
+        sizes={**SIZES, "sliding_window": 16},
+        unread=frozenset({"null head_dim"}),
     ),
     "hunyuan_v1_dense": Entry(
         {
@@ -216,6 +228,8 @@ TABLE: dict[str, Entry] = {
             "beyond": {"rope_scaling": DYNAMIC, "max_position_embeddings": SHORT, "head_dim": 24},
         },
         sizes={**SIZES, "head_dim": 16},
+        unread=frozenset({"null head_dim"}),
+        needed={"head_dim": 128},
     ),
     "ministral3": Entry(
         {
@@ -236,6 +250,8 @@ TABLE: dict[str, Entry] = {
                 "head_dim": 24,
             },
         },
+        unread=frozenset({"null head_dim"}),
+        scalings=frozenset(),
     ),
     "mistral": Entry(
         {
@@ -287,6 +303,8 @@ TABLE: dict[str, Entry] = {
             },
         },
         sizes=_PADDED,
+        unread=frozenset({"null head_dim"}),
+        scalings=frozenset({"default", "longrope"}),
     ),
     "qwen2": Entry(
         {
@@ -329,6 +347,7 @@ TABLE: dict[str, Entry] = {
             "rope-yarn": {"rope_parameters": YARN, "max_position_embeddings": SHORT},
         },
         sizes=_PADDED,
+        unread=frozenset({"null head_dim"}),
     ),
 }
 CASES = [(family, name) for family, entry in TABLE.items() for name in entry.cases]

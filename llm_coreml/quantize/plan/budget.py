@@ -16,7 +16,7 @@ from torch import nn
 
 from llm_coreml.config import Job
 from llm_coreml.decoder import DecoderSpec, skeleton
-from llm_coreml.decoder.tables import position_tables
+from llm_coreml.decoder.position_tables import position_tables
 from llm_coreml.errors import UnsupportedError
 from llm_coreml.quantize.formats.schemes import Scheme
 from llm_coreml.quantize.plan.plan import (
