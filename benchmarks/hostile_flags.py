@@ -2,6 +2,7 @@
 
     python benchmarks/hostile_flags.py
     python benchmarks/hostile_flags.py --verbs generate,eval --show
+    python benchmarks/hostile_flags.py --part 2/8          # every eighth, from the second on
 
 A tiny model is exported, and each call runs in a process of its own, forked from one that has
 loaded everything. Wrong is: a traceback, an unexpected error, a crash, text that no terminal should
@@ -27,6 +28,8 @@ from pathlib import Path
 import click
 import numpy as np
 
+# A forked process has none of the threads that its parent's OpenMP waits for.
+os.environ["OMP_NUM_THREADS"] = "1"
 SECONDS = 30
 MEMORY = 8 << 30  # of address space, of which torch maps most without using it
 HUGE = "1" + 30 * "0"
@@ -39,6 +42,7 @@ TEXTS = (
     *(
         "\x1b]0;title\x07",
         "a\nb",
+        "a\0b",
         "\u202eabc",
         "\udcff",
         "\U0001f600",
@@ -49,6 +53,12 @@ TEXTS = (
 )
 IDS = ("[1, null]", "[9223372036854775808]", f"[{HUGE}]", "[-1]", "[97]", "[1.5]", '["1"]', "[[1]]")
 IDS_FILES = (*IDS, "[true]", "[]", "{}", "null", "1", "[NaN]", "", "\x00", "1 2 3", 2000 * "[")
+# Words that a call goes without where a flag contradicts them, which would be all that is told.
+WITHOUT = {
+    "--cache": ("--no-cache",),
+    **dict.fromkeys(("--size", "--plan", "--scheme", "--embedding"), ("--bits", "16")),
+    "--model": ("--artifact-only",),
+}
 
 
 @dataclass(frozen=True)
@@ -108,9 +118,10 @@ def calls(verbs: Sequence[str], model: Path, bundle: Path) -> Iterator[Call]:
             numeric = isinstance(
                 parameter.type, (click.types.IntParamType, click.types.FloatParamType)
             )
+            flag = max(parameter.opts, key=len)
+            kept = tuple(word for word in words if word not in WITHOUT.get(flag, ()))
             for value in NUMBERS if numeric else (*TEXTS, *NUMBERS):
-                flag = max(parameter.opts, key=len)
-                yield Call((*words, flag, value), f"{verb} {flag} {value[:40]!r}")
+                yield Call((*kept, flag, value), f"{verb} {flag} {value[:40]!r}")
 
 
 def file_calls(verbs: Sequence[str], bundle: Path, folder: Path) -> Iterator[Call]:
@@ -203,7 +214,7 @@ def _judge(scratch: Path) -> Ending:
     return Ending("refused" if code else "done", told[0])
 
 
-def make_bundle(root: Path) -> tuple[Path, Path]:
+def make_bundle(root: Path, backend: str = "coreml") -> tuple[Path, Path]:
     """Write a tiny model with a tokenizer, and export it; returns both folders."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -219,7 +230,7 @@ def make_bundle(root: Path) -> tuple[Path, Path]:
     tokenizer = Tokenizer(models.BPE(vocab=words, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.save(str(root / "model/tokenizer.json"))
-    config = ExportConfig(bits=16, context=32, seq_lengths=(1, 8))
+    config = ExportConfig(bits=16, context=32, seq_lengths=(1, 8), backend=backend)
     export(root / "model", output=root / "bundle", config=config, cache=False)
     return root / "model", root / "bundle"
 
@@ -231,6 +242,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--verbs", default=",".join(cli.commands))
     parser.add_argument("--flags", default="", help="only these, such as --tokens,--device")
+    parser.add_argument("--part", default="1/1", help="such as 2/8")
     parser.add_argument("--show", action="store_true", help="how every call ended")
     options = parser.parse_args()
     verbs = options.verbs.split(",")
@@ -239,7 +251,9 @@ def main() -> None:
         root = Path(folder)
         model, bundle = make_bundle(root)
         (root / "files").mkdir()
-        for call in (*calls(verbs, model, bundle), *file_calls(verbs, bundle, root / "files")):
+        part, parts = map(int, options.part.split("/"))
+        every = [*calls(verbs, model, bundle), *file_calls(verbs, bundle, root / "files")]
+        for call in every[part - 1 :: parts]:
             if options.flags and not set(options.flags.split(",")) & set(call.words[-2:-1]):
                 continue
             ending = ended(call, root / "scratch")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -38,6 +38,7 @@ from llm_coreml.eval.sizes import measure_bytes
 from llm_coreml.model import Model, open_model
 from llm_coreml.output import check_writable, write_json
 from llm_coreml.progress import Progress, Silent
+from llm_coreml.quantize.calibrate.text import BUNDLED_TEXT
 from llm_coreml.quantize.plan.choose import plan_of
 from llm_coreml.quantize.quantized import (
     Quantized,
@@ -144,7 +145,7 @@ def _open_original(bundle: Bundle) -> Model:
     Of several folders the one with the weights that were exported is taken.
     """
     source = bundle.manifest.source
-    remedy = "Give it with --model, or measure with --artifact-only."
+    remedy = "Give its path with --model, or measure with --artifact-only."
     if source.kind == "live":
         raise CheckpointError(
             "This bundle was exported from a model in memory; give the same model with --model "
@@ -164,7 +165,10 @@ def _open_original(bundle: Bundle) -> Model:
             return opened
     if opened is not None:
         return opened
-    reason = reason or f"there is no '{source.name}', neither from here nor beside the bundle."
+    reason = reason or (
+        f"it was exported from '{source.name}', of which a manifest tells the name alone, and "
+        "there is none in the folder that this runs in, nor beside the bundle."
+    )
     raise CheckpointError(f"The original is not at hand: {reason} {remedy}")
 
 
@@ -183,10 +187,19 @@ def _folders(bundle: Bundle) -> list[Path]:
     return [place for place in places if os.path.exists(place)]
 
 
+def _with_text(bundle: Bundle, config: ExportConfig) -> ExportConfig:
+    """Say where the text of the calibration is: a manifest has the name of its file alone."""
+    text = config.calibrate
+    if text is None or text == BUNDLED_TEXT or os.path.exists(text):
+        return config
+    return replace(config, calibrate=str(bundle.folder.resolve().parent / text))
+
+
 def _quantized(bundle: Bundle, model: Model, progress: Progress) -> Quantized | None:
     """Quantize a bundle's original again; None where the text of its calibration is not at hand."""
     try:
-        job = resolve(ExportConfig.from_json(bundle.manifest.config), model.spec)
+        config = ExportConfig.from_json(bundle.manifest.config)
+        job = resolve(_with_text(bundle, config), model.spec)
         plan = plan_of(bundle.manifest.plan_json(), job, model.spec)
     except (ConfigError, UnsupportedError) as error:
         raise ArtifactError(
@@ -198,6 +211,9 @@ def _quantized(bundle: Bundle, model: Model, progress: Progress) -> Quantized | 
     try:
         text = read_calibration(job, bundle.tokenizer, sha256)
     except ConfigError as error:
-        progress.note(f"The quantized model is left out, for it is to be calibrated again: {error}")
+        progress.note(
+            f"The quantized model is left out, for it is to be calibrated again: {error} The text "
+            "is looked for in the folder that this runs in, and beside the bundle."
+        )
         return None
     return quantize(model, job, bundle.tokenizer, Silent(), plan=plan, calibration=text)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llm_coreml.bundle.folder import is_bundle, open_bundle
+from llm_coreml.bundle.folder import may_be_bundle, open_bundle
 from llm_coreml.config.values import checked_count
 from llm_coreml.errors import ArtifactError, ConfigError
 from llm_coreml.eval.heldout import cut_to_context, read_windows
@@ -46,7 +46,7 @@ def open_artifact(path: Path, execution: Execution = DECLARED, checked: bool = T
         ArtifactError: it is damaged, no language model, or lowered for another runtime.
         ConfigError: the execution asks for what is not there.
     """
-    if not path.is_dir() and not is_bundle(path):
+    if not may_be_bundle(path):
         return Opened(path, ReferenceRunner(path, execution), None)
     bundle = open_bundle(path, checked)
     description = bundle.manifest.description

@@ -160,6 +160,8 @@ def check_name(path: Path) -> None:
     Raises:
         OutputError: as said.
     """
+    if "\0" in str(path):
+        raise OutputError(f"'{path}' holds a NUL character, which no name does; give another.")
     try:
         str(path).encode()
     except UnicodeEncodeError:

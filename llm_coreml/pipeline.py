@@ -183,6 +183,7 @@ def _write(run: _Run, model: Model, draft: Path, cache: WeightCache) -> None:
     quantized = quantize(model, job, draft / TOKENIZER, progress, cache)
     form = form_for(job, model.spec, bos_id, eos_ids)
     free_memory()
+    progress.stage("read")
     reading = _read(quantized, form.description, draft)
     free_memory()
     progress.stage("lower")

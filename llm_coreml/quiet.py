@@ -44,6 +44,11 @@ def loud() -> Iterator[None]:
         _LOUD.reset(before)
 
 
+def is_loud() -> bool:
+    """Say whether this runs inside of `loud`."""
+    return _LOUD.get()
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Drop warnings and log lines of the libraries below inside the block."""

@@ -17,6 +17,7 @@ Adding one: a file in this folder; a test loads every file.
 from __future__ import annotations
 
 import importlib.resources
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,12 +99,13 @@ def find_recipe(source: str | Path) -> Recipe | None:
         ConfigError: a bare word that is no recipe and no folder, or a recipe that is wrong.
     """
     path = Path(source)
-    if path.suffix in _ENDINGS and not path.is_dir():
+    # Of names that no file can have, pathlib raises; os says that there is none.
+    if path.suffix in _ENDINGS and not os.path.isdir(path):
         return load_recipe(source)
     if not isinstance(source, str):
         return None
-    is_recipe = source in recipe_names() and not (path / "config.json").is_file()
-    if not is_recipe and (path.exists() or "/" in source):
+    is_recipe = source in recipe_names() and not os.path.isfile(path / "config.json")
+    if not is_recipe and (os.path.exists(path) or "/" in source):
         return None
     return load_recipe(source)
 

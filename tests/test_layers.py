@@ -31,6 +31,7 @@ LAYERS = (
         "fidelity",
         "lfs",
         "quiet",
+        "own_process",
         "tokenizer",
         "demo",
     ),

@@ -5,6 +5,7 @@ files = map_folder(Path("model.mlpackage"))
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import stat
@@ -41,6 +42,15 @@ def map_file(path: Path) -> memoryview:
         raise ArtifactError(f"'{path}' cannot be read: {error}.") from error
     finally:
         os.close(descriptor)
+
+
+def page_out(view: memoryview) -> None:
+    """Take the file that `view` is a part of out of memory; what is looked at is read again."""
+    pages = view.obj
+    if isinstance(pages, mmap.mmap):
+        # A system without it keeps its pages.
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            pages.madvise(mmap.MADV_DONTNEED)
 
 
 def map_folder(path: Path) -> dict[str, memoryview]:

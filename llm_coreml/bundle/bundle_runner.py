@@ -28,6 +28,7 @@ def open_runner(bundle: Bundle, execution: Execution = DECLARED) -> Runner:
                 f"'{bundle.folder}' is lowered for {description.backend}, whose runtime has no "
                 "choice of mode or device; leave both out, or export with --backend coreml."
             )
-        return ExecutorchRunner(bundle.program, description)
+        # The runtime trusts what it reads, which is only what was written if somebody has looked.
+        return ExecutorchRunner(bundle.program, description, apart=not bundle.checked)
     # A manifest that may be another's does not say what the program is like.
     return ReferenceRunner(bundle.program, execution, description if bundle.checked else None)

@@ -78,6 +78,11 @@ def open_bundle(folder: Path, checked: bool = True) -> Bundle:
         ArtifactError: no such folder, no program, a manifest that is damaged or of a version
             that this release does not read, or files that it does not describe.
     """
+    with _readable(folder):
+        return _open_bundle(folder, checked)
+
+
+def _open_bundle(folder: Path, checked: bool) -> Bundle:
     if folder.is_file() and folder.name == PROGRAM:
         folder = folder.parent
     if not folder.is_dir():
@@ -96,6 +101,16 @@ def open_bundle(folder: Path, checked: bool = True) -> Bundle:
     return Bundle(folder, manifest, checked)
 
 
+def may_be_bundle(path: Path) -> bool:
+    """Say whether `path` is a folder, or the program in a bundle.
+
+    Raises:
+        ArtifactError: nobody may look, or no file can have such a name.
+    """
+    with _readable(path):
+        return path.is_dir() or is_bundle(path)
+
+
 def is_bundle(path: Path) -> bool:
     """Say whether `path` is a folder with program and manifest, or the program in one."""
     folder = path.parent if path.name == PROGRAM and path.is_file() else path
@@ -108,9 +123,24 @@ def program_at(path: Path, checked: bool = True) -> Path:
     Raises:
         ArtifactError: as `open_bundle` says, where it is a bundle.
     """
-    if checked and is_bundle(path):
-        return open_bundle(path).program
-    return path / PROGRAM if (path / PROGRAM).is_file() else path
+    with _readable(path):
+        if checked and is_bundle(path):
+            return _open_bundle(path, checked).program
+        return path / PROGRAM if (path / PROGRAM).is_file() else path
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Make an error of ours of what the system says of a path."""
+    try:
+        yield
+    except OSError as error:
+        raise ArtifactError(
+            f"'{path}' cannot be read: {error.strerror or error}. Give the folder that an export "
+            "wrote, and make it readable."
+        ) from None
+    except ValueError as error:  # a NUL, which no name of a file holds
+        raise ArtifactError(f"'{path}' is no name of a file: {error}.") from None
 
 
 def check_output(output: Path, overwrite: bool) -> None:

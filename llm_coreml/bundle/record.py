@@ -8,6 +8,7 @@ import os
 import platform
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from llm_coreml.artifact.description import Description
@@ -70,7 +71,7 @@ def make_manifest(
         version=MANIFEST_VERSION,
         source=Source(source.kind, public_name(source), source.revision, model.sha256()),
         spec=model.spec.to_json(),
-        config=job.config.to_json(),
+        config=public_config(job.config).to_json(),
         rebuild=tuple(rebuild_command(source, job.config)),
         quantization=Quantization(
             linear=_group(_linear(plan, model.spec), dequantized),
@@ -137,7 +138,15 @@ def rebuild_command(source: CheckpointSource, config: ExportConfig) -> list[str]
     words = ["llm-coreml", "export", f"./{name}" if source.kind == "folder" else name]
     if source.revision is not None:
         words += ["--revision", source.revision]
-    return [*words, *config.flags()]
+    return [*words, *public_config(config).flags()]
+
+
+def public_config(config: ExportConfig) -> ExportConfig:
+    """Return the settings as a bundle may tell them: of files their own names, no paths."""
+    calibrate, plan = (
+        None if path is None else Path(path).name for path in (config.calibrate, config.plan)
+    )
+    return replace(config, calibrate=calibrate, plan=plan)
 
 
 def bits_per_weight(plan: QuantizationPlan, spec: DecoderSpec) -> float:

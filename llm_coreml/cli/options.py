@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,10 +12,27 @@ from typing import Any, TypeVar
 import click
 
 from llm_coreml.config.values import read_bytes
+from llm_coreml.printable import printable
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-PATH = click.Path(path_type=Path)
+
+class _Path(click.Path):
+    """A path, whatever is there; refused only if no file can have such a name."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return `value` as a path."""
+        try:
+            os.lstat(value)
+        except ValueError:
+            self.fail("a name holds no NUL character", param, ctx)
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                self.fail(f"'{printable(str(value))}' is too long a name.", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+PATH = _Path(path_type=Path)
 # As in `reference.program.numerics`, which would bring torch.
 MODES = ("declared", "fp32", "strict-fp16")
 FORMAT = click.option(

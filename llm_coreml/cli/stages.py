@@ -35,6 +35,7 @@ _LABELS = {
     "quantize": "reading and quantizing weights",
     "calibrate": "reading and calibrating weights",
     "tune": "tuning scales and tables",
+    "read": "reading a text with the quantized model",
     "lower": "lowering to an ExecuTorch program",
     "verify": "verifying the artifact",
     "score": "scoring text",

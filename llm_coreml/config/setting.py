@@ -86,6 +86,8 @@ class Setting:
             allowed = " or ".join(self.choices)
             raise ConfigError(f"{self.name} is '{value}'; it must be {allowed}.")
         value = self._of_kind(value)
+        if isinstance(value, str) and "\0" in value:
+            raise ConfigError(f"{self.flag} is {brief(value)}; no name holds a NUL character.")
         self._check_range(value)
         return value if self.check is None else self.check(value)
 

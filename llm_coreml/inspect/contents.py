@@ -15,7 +15,7 @@ from llm_coreml.artifact import pte
 from llm_coreml.artifact.method_plan import Constant, Delegate
 from llm_coreml.artifact.mil import Feature
 from llm_coreml.artifact.packages import BACKEND, Packages
-from llm_coreml.bundle.folder import is_bundle, open_bundle
+from llm_coreml.bundle.folder import may_be_bundle, open_bundle
 from llm_coreml.bundle.manifest import Manifest
 from llm_coreml.inspect.broken_rules import BrokenRule, broken_rules
 
@@ -110,7 +110,7 @@ def contents(path: Path, checked: bool = True) -> Contents:
     Raises:
         ArtifactError: it is damaged, or neither of the two.
     """
-    bundle = open_bundle(path, checked) if path.is_dir() or is_bundle(path) else None
+    bundle = open_bundle(path, checked) if may_be_bundle(path) else None
     program = path if bundle is None else bundle.program
     container = pte.read(program)
     packages = Packages(container)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, final
+from typing import final
 
 import torch
 
 from llm_coreml.artifact.description import Description
 from llm_coreml.artifact.pte import constant_methods
+from llm_coreml.errors import ArtifactError
+from llm_coreml.runtime.executorch_apart import Apart
+from llm_coreml.runtime.executorch_engine import Engine, Here
 from llm_coreml.runtime.runner import Runner
 
 
@@ -20,41 +22,40 @@ class ExecutorchRunner(Runner):
     Args:
         path: The `.pte`.
         description: What it offers.
+        apart: Nobody vouches for the file, so it is run in a process of its own: ExecuTorch and
+            XNNPACK trust what stands in it.
 
     Raises:
         ArtifactError: the container is damaged, contradicts its description, or several of its
             methods have states.
     """
 
-    def __init__(self, path: Path, description: Description) -> None:
+    def __init__(self, path: Path, description: Description, apart: bool = False) -> None:
         super().__init__()
         description.check_one_sequence()
         # ExecuTorch trusts offsets and lengths; this reader has checked them all.
         description.check_constants(constant_methods(path), path)
-        from executorch.runtime import Runtime, Verification
-
-        self._load: Callable[[], Any] = lambda: Runtime.get().load_program(
-            path, verification=Verification.Minimal
-        )
         self.label = "XNNPACK on CPU"
         self._description = description
         self.seq_lengths = description.seq_lengths
         self.every_row = description.every_row
-        self._clear()
         self.context = self._constant("get_max_context_len")
         self.vocab_size = self._constant("get_vocab_size")
+        self._engine: Engine = (
+            Apart(path, description) if apart else Here(path, tuple(description.methods))
+        )
+        self._clear()
 
     def _constant(self, name: str) -> int:
-        return int(self._program.load_method(name).execute([])[0])
+        value = self._description.constant_methods.get(name)
+        if not isinstance(value, int) or value < 1:
+            raise ArtifactError(f"The program's {name} is {value}; export it again.")
+        return value
 
     def _forward(self, tokens: torch.Tensor, start_pos: torch.Tensor) -> torch.Tensor:
-        method = self._methods[self._description.method_for(tokens.shape[1])]
-        logits: torch.Tensor = method.execute([tokens, start_pos])[0]
-        return logits.clone()
+        length = tokens.shape[1]
+        shape = (1, length if self.every_row else 1, self.vocab_size)
+        return self._engine.run(self._description.method_for(length), tokens, start_pos, shape)
 
     def _clear(self) -> None:
-        # The cache lives in the loaded methods and nothing resets it but loading them again.
-        self._program = self._load()
-        self._methods = {
-            name: self._program.load_method(name) for name in self._description.methods
-        }
+        self._engine.load()

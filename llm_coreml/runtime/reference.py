@@ -27,26 +27,47 @@ from llm_coreml.runtime.runner import Runner
 DECLARED = Execution()
 
 
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens that a program is given at once.
+
+    Attributes:
+        position: Of the first; at most that of the chunk before and its tokens, see `rewind`.
+        tokens: What the method may have to pad.
+    """
+
+    position: int
+    tokens: Sequence[int]
+
+
 @dataclass(frozen=True, eq=False)
 class Sequenced:
     """A text to be read in chunks.
 
     Attributes:
-        start: Position of the first token.
-        chunks: Tokens of every call.
+        chunks: The calls.
         states: What is remembered before, see `Runner.resume`; None is nothing but zeros.
     """
 
-    start: int
-    chunks: Sequence[Sequence[int]]
+    chunks: Sequence[Chunk]
     states: Mapping[str, torch.Tensor] | None = None
 
     def calls(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield the arguments of every call: tokens int64 `[1, S]`, position int64 `[1]`."""
-        position = self.start
         for chunk in self.chunks:
-            yield torch.tensor([list(chunk)]), torch.tensor([position])
-            position += len(chunk)
+            yield torch.tensor([list(chunk.tokens)]), torch.tensor([chunk.position])
+
+    def read_by(self, runner: Runner) -> list[torch.Tensor]:
+        """Return what each of the chunks gives on a runner, read one after the other."""
+        start = self.chunks[0].position
+        runner.reset(start)
+        if self.states is not None:
+            runner.resume(start, self.states)
+        given = []
+        for chunk in self.chunks:
+            runner.rewind(chunk.position)
+            given.append(runner.step(chunk.tokens))
+        return given
 
 
 @final
@@ -108,6 +129,11 @@ class ReferenceRunner(Runner):
         """Yield the constants of all programs, see `CoreMLProgram.constants`."""
         return itertools.chain.from_iterable(program.constants() for program in self.programs)
 
+    def page_out(self) -> None:
+        """Take the file's pages out of memory; what is needed of them is read again."""
+        for method in self._methods.values():
+            method.page_out()
+
     def read(
         self, sequences: Sequence[Sequenced], on_rows: OnRows = lambda weight, rows: None
     ) -> list[list[torch.Tensor]]:
@@ -125,7 +151,7 @@ class ReferenceRunner(Runner):
         """
         main = self._methods[self.description.main]
         if len(self._methods) > 1 or not main.halts:
-            return [self._alone(text) for text in sequences]
+            return [text.read_by(self) for text in sequences]
         calls = [list(text.calls()) for text in sequences]
         given = [[main.inputs_of(*call) for call in text] for text in calls]
         states = [{} if text.states is None else text.states for text in sequences]
@@ -137,12 +163,6 @@ class ReferenceRunner(Runner):
             ]
             for results, text in zip(outputs, calls, strict=True)
         ]
-
-    def _alone(self, text: Sequenced) -> list[torch.Tensor]:
-        self.reset(text.start)
-        if text.states is not None:
-            self.resume(text.start, text.states)
-        return [self.step(chunk) for chunk in text.chunks]
 
     def _forward(self, tokens: torch.Tensor, start_pos: torch.Tensor) -> torch.Tensor:
         method = self._methods[self.description.method_for(tokens.shape[1])]

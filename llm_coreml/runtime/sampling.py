@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from llm_coreml.errors import ConfigError
+from llm_coreml.errors import ArtifactError, ConfigError
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,16 @@ class Sampler:
         self._generator = torch.Generator().manual_seed(sampling.seed)
 
     def choose(self, logits: torch.Tensor) -> int:
-        """Return one token for float logits `[vocab]`."""
+        """Return one token for float logits `[vocab]`.
+
+        Raises:
+            ArtifactError: they are no numbers.
+        """
+        if logits.isnan().any():
+            raise ArtifactError(
+                "The program's logits are no numbers (NaN), so that no token is more likely than "
+                "another; `llm-coreml inspect --numerics` finds where that begins."
+            )
         if self._temperature == 0:
             return int(logits.argmax())
         # The largest at zero, so that no temperature is too small to divide by.

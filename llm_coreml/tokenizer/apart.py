@@ -8,7 +8,6 @@ of memory. The work is a function `work(request)` of a module of this room.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import json
 import os
@@ -16,6 +15,8 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from typing import Any
+
+from llm_coreml.own_process import bound_memory, python_command
 
 _MODULES = ("trial", "rendering")
 # Bytes; the largest tokenizers take a fifth of it.
@@ -32,15 +33,10 @@ def run_apart(module: str, request: Mapping[str, Any], seconds: float) -> dict[s
     Raises:
         ApartError: it crashed, or took longer, or more than 2 GB of memory.
     """
-    # The same modules as here, from the same places; nothing from the current folder.
-    program = (
-        f"import sys; sys.path[:] = {sys.path!r}; sys.dont_write_bytecode = True; "
-        f"from {__name__} import serve; serve({module!r}, {_MEMORY})"
-    )
     settings = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
     try:
         done = subprocess.run(
-            [sys.executable, "-c", program],
+            python_command(__name__, "serve", module, _MEMORY),
             input=json.dumps(request).encode(),
             capture_output=True,
             env=settings,
@@ -68,7 +64,7 @@ def _last_words(code: int, stderr: bytes) -> str:
 
 def serve(module: str, memory: int) -> None:
     """Answer one request from stdin, in the other process, with so many bytes of `memory`."""
-    _bound_memory(memory)
+    bound_memory(memory)
     if module not in _MODULES:
         raise ValueError(module)
     work = importlib.import_module(f"{__package__}.{module}").work
@@ -77,13 +73,3 @@ def serve(module: str, memory: int) -> None:
     sys.stdout.flush()
     # Whatever a library still does at its end cannot change the answer.
     os._exit(0)
-
-
-def _bound_memory(memory: int) -> None:
-    with contextlib.suppress(ImportError, OSError, ValueError):
-        import resource
-
-        _, hard = resource.getrlimit(resource.RLIMIT_AS)
-        limit = memory if hard == resource.RLIM_INFINITY else min(memory, hard)
-        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -11,6 +11,7 @@ matrix is expanded once, and no more than a stage's at a time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 
@@ -23,12 +24,14 @@ from llm_coreml.decoder.block import Block
 from llm_coreml.decoder.wiring import Steps
 from llm_coreml.quantize.formats.round import dense_rows, one_row
 from llm_coreml.verify.cached_text import CachedText
-from llm_coreml.verify.halves import PlainHalf, half_of, plain_half
+from llm_coreml.verify.halves import PlainHalf, half_of, plain_half, round_to_half
 
-# Called with a matrix's name in the decoder and its values, or the next rows of them, fp32.
+# Called with a matrix's name in the decoder and its next rows, fp32.
 OnWeight = Callable[[str, torch.Tensor], None]
 # Bounds the size of attention scores.
 _LONGEST = 1024
+# Elements of a matrix that are expanded at a time: few enough to stay near the core.
+_PIECE = 1 << 20
 
 
 def ignore_weight(_name: str, _rows: torch.Tensor) -> None:
@@ -81,9 +84,10 @@ def read_together(
         on_weight: Called with every matrix of the blocks.
     """
     _enter(decoder, texts)
+    room = _Room()
     with plain_half(decoder) as half:
         for index in range(len(decoder.layers)):
-            _through(decoder, index, texts, half, on_weight)
+            _through(decoder, index, texts, half, room, on_weight)
             on_layer()
 
 
@@ -101,6 +105,7 @@ def _through(
     index: int,
     texts: Sequence[Reading],
     half: PlainHalf,
+    room: _Room,
     on_weight: OnWeight,
 ) -> None:
     block, passages = decoder.block(index), []
@@ -110,14 +115,12 @@ def _through(
     for text in texts:
         text.states = text.states[:0]
     for names in block.wiring.shared:
-        with _expanded(block, names) as weights:
-            for name, weight in zip(names, weights, strict=True):
-                on_weight(f"layers.{index}.{name}.weight", weight)
+        with _expanded(block, names, room, f"layers.{index}.", on_weight) as weights:
             rounded = False
             for passage in passages:
                 if passage.text.half and not rounded:
                     for weight in weights:
-                        weight.copy_(half_of(weight))
+                        round_to_half(weight, _PIECE)
                     rounded = True
                 with half if passage.text.half else nullcontext():
                     passage.advance()
@@ -148,18 +151,41 @@ class _Passage:
         self.inputs = halt()
 
 
+class _Room:
+    """Memory for the matrices of a stage, which the next stage uses again.
+
+    Fresh memory costs more time than what is written to it.
+    """
+
+    def __init__(self) -> None:
+        self._numbers = torch.empty(0)
+
+    def matrices(self, shapes: Sequence[torch.Size]) -> list[torch.Tensor]:
+        """Return matrices of these shapes, of any values."""
+        sizes = [math.prod(shape) for shape in shapes]
+        if sum(sizes) > len(self._numbers):
+            self._numbers = torch.empty(sum(sizes))
+        parts = torch.split(self._numbers[: sum(sizes)], sizes)
+        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
 @contextmanager
-def _expanded(block: nn.Module, names: Sequence[str]) -> Iterator[list[torch.Tensor]]:
+def _expanded(
+    block: nn.Module, names: Sequence[str], room: _Room, prefix: str, on_weight: OnWeight
+) -> Iterator[list[torch.Tensor]]:
     """Give modules of a block their weights as fp32 for a while."""
-    found = []
+    modules = [block.get_submodule(name) for name in names]
+    stored = [module.get_parameter("weight") for module in modules]
+    found = room.matrices([weight.shape for weight in stored])
     with ExitStack() as stack:
-        for name in names:
-            module = block.get_submodule(name)
-            stored = module.get_parameter("weight")
-            stack.callback(setattr, module, "weight", stored)
-            dense = torch.cat(list(dense_rows(stored)))
+        for name, module, weight, dense in zip(names, modules, stored, found, strict=True):
+            at = 0
+            for rows in dense_rows(weight, _PIECE):
+                on_weight(f"{prefix}{name}.weight", rows)
+                dense[at : at + len(rows)] = rows
+                at += len(rows)
+            stack.callback(setattr, module, "weight", weight)
             module.weight = nn.Parameter(dense, requires_grad=False)
-            found.append(dense)
         yield found
 
 
@@ -185,16 +211,20 @@ def logits_of(
         inputs = [decoder.norm(x) for x in states]
         with mode:
             inputs += [decoder.norm(x) for x in halves]
-        products: list[list[torch.Tensor]] = [[] for _ in inputs]
-        for rows in dense_rows(decoder.lm_head.weight):
+        # Whole results first: small tensors between large ones would leave gaps in the heap.
+        head, at = decoder.lm_head.weight, 0
+        products = [x.new_empty(len(x), len(head)) for x in inputs]
+        for rows in dense_rows(head, _PIECE):
             on_weight("lm_head.weight", rows)
             for x, found in zip(inputs[: len(states)], products, strict=False):
-                found.append(F.linear(x, rows))
-            rounded = half_of(rows) if halves else rows
+                found[:, at : at + len(rows)] = F.linear(x, rows)
+            if halves:
+                rows = half_of(rows)
             for x, found in zip(inputs[len(states) :], products[len(states) :], strict=True):
-                found.append(half_of(F.linear(x, rounded)))
+                found[:, at : at + len(rows)] = half_of(F.linear(x, rows))
+            at += len(rows)
         logits = []
         for number, found in enumerate(products):
             with nullcontext() if number < len(states) else mode:
-                logits.append(decoder.leaving(torch.cat(found, -1)))
+                logits.append(decoder.leaving(found))
         return logits

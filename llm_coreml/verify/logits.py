@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
 
 import torch
 
@@ -26,7 +25,7 @@ from llm_coreml.errors import VerificationError
 from llm_coreml.fidelity import kl_divergence
 from llm_coreml.reference.program.constants import PackedWeight
 from llm_coreml.reference.program.side_by_side import OnRows
-from llm_coreml.runtime.reference import ReferenceRunner, Sequenced
+from llm_coreml.runtime.reference import Chunk, ReferenceRunner, Sequenced
 from llm_coreml.runtime.runner import Runner
 from llm_coreml.verify.passes import Pass
 from llm_coreml.verify.reading import ReadText
@@ -40,14 +39,19 @@ from llm_coreml.verify.verification import (
 from llm_coreml.verify.weights import Digest, check_weights
 
 
-def conversion_bound(decoder: Decoder) -> float:
+def conversion_bound(decoder: Decoder, plain: PlainFp16 | None = None) -> float:
     """Return the largest relative error that the order of fp32 sums explains.
 
     What fp16 activations may cost is scaled to the 13 more bits of fp32. There a product's sum is
     rounded as often as it has terms, not once, which in random directions counts as their root.
+
+    Args:
+        decoder: The model.
+        plain: What fp16 makes of it; what magnifies the rounding of fp16 magnifies that of fp32.
     """
     terms = max(decoder.spec.widest_sum, decoder.context)
-    return MAX_RELATIVE_ERROR * 2.0**-13 * math.sqrt(terms)
+    usual, _ = bounds(plain)
+    return min(usual * 2.0**-13 * math.sqrt(terms), MAX_RELATIVE_ERROR)
 
 
 def verify_conversion(
@@ -83,9 +87,8 @@ def verify_conversion(
         },
     )
     compared = _compare(reading, reading.plan.unrounded, given)
-    result = Conversion(
-        weights, len(compared.divergences), compared.relative_error, conversion_bound(decoder)
-    )
+    bound = conversion_bound(decoder, reading.plain_fp16)
+    result = Conversion(weights, len(compared.divergences), compared.relative_error, bound)
     if not result.passed:
         raise VerificationError(
             "The artifact is not the model: it holds the weights, but run without rounding its "
@@ -116,11 +119,12 @@ def verify(
     # What all lengths compute has been seen there.
     passes = reading.plan.unrounded if conversion is None else reading.plan.declared
     compared = _compare(reading, passes, _given(artifact, reading, passes, on_progress))
-    error_bound, kl_bound = bounds(reading.plain_fp16)
+    plain = reading.plain_fp16 if reading.in_fp16 else None
+    error_bound, kl_bound = bounds(plain)
     result = Verification(
         runtime=artifact.label,
         text=reading.text,
-        tokens=sum(part.count for part in passes),
+        tokens=sum(call.count for part in passes for call in part.calls),
         last_position=max(part.start + part.count for part in passes) - 1,
         rows=len(compared.divergences),
         max_relative_error=compared.relative_error,
@@ -128,14 +132,14 @@ def verify(
         conversion=conversion,
         max_relative_error_bound=error_bound,
         mean_kl_bound=kl_bound,
-        plain_fp16=reading.plain_fp16,
+        plain_fp16=plain,
     )
     if not result.passed:
         raise VerificationError(
             f"The artifact does not compute what the model computes: the largest logit error is "
             f"{result.max_relative_error:.2e} of the largest logit (bound {error_bound:.0e}), "
             f"{compared.worst}, and the mean KL divergence is {result.mean_kl:.2e} nats (bound "
-            f"{kl_bound:.0e}).{_beside(reading.plain_fp16)} Try --compute-precision fp32, and "
+            f"{kl_bound:.0e}).{_beside(plain)} Try --compute-precision fp32, and "
             "report the model if that fails too.",
             result,
         )
@@ -177,15 +181,18 @@ def _given(
     """Return what an artifact gives in every call of every pass."""
     texts = []
     for part in passes:
-        tokens, ends = reading.tokens_of(part), [0, *accumulate(part.lengths)]
-        chunks = [tokens[first:last] for first, last in pairwise(ends)]
-        texts.append(Sequenced(part.start, chunks, reading.later if part.start else None))
+        tokens = reading.tokens_of(part)
+        chunks = [
+            Chunk(part.start + call.first, tokens[call.first : call.end]) for call in part.calls
+        ]
+        texts.append(Sequenced(chunks, reading.later if part.start else None))
     if isinstance(artifact, ReferenceRunner):
         packed = sum(isinstance(value, PackedWeight) for _, value in artifact.constants())
         begun: set[PackedWeight] = set()
 
         def note(weight: PackedWeight, rows: torch.Tensor) -> None:
             if weight not in begun:
+                artifact.page_out()
                 on_progress(len(begun) / packed)
                 begun.add(weight)
             on_rows(weight, rows)
@@ -194,8 +201,7 @@ def _given(
     given = []
     for number, text in enumerate(texts):
         on_progress(number / len(texts))
-        artifact.reset(text.start)
-        given.append([artifact.step(chunk) for chunk in text.chunks])
+        given.append(text.read_by(artifact))
     return given
 
 
@@ -204,21 +210,20 @@ def _compare(
 ) -> _Compared:
     errors, sizes, divergences, places = [], [], [], []
     for part, calls in zip(passes, given, strict=True):
-        at = 0
-        for length, rows in zip(part.lengths, calls, strict=True):
-            at += length
-            wanted = reading.rows(part.start, at - len(rows), at)
+        for call, rows in zip(part.calls, calls, strict=True):
+            first = call.end - len(rows)
+            wanted = reading.rows(part.start, first, call.end)
             error = (rows - wanted).abs()
             errors.append(error.max())
             sizes.append(wanted.abs().max())
             row, token = divmod(int(error.argmax()), error.shape[1])
-            places.append((part.start + at - len(rows) + row, length, token))
+            places.append((part.start + first + row, call.count, token))
             divergences.append(kl_divergence(wanted, rows))
     # max() of a tensor keeps NaN, as the bounds need; so does argmax.
-    position, length, token = places[int(torch.stack(errors).argmax())]
+    position, count, token = places[int(torch.stack(errors).argmax())]
     worst, largest = float(torch.stack(errors).max()), float(torch.stack(sizes).max())
     return _Compared(
         worst / largest if largest else worst,
-        f"for token {token} after position {position}, in a call of length {length}",
+        f"for token {token} after position {position}, in a call with {count} tokens",
         torch.cat(divergences),
     )

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 
 import torch
 
@@ -36,7 +35,8 @@ class ReadText:
         tokens: The text; position p holds token p of it, from the end on the first again.
         logits: Where a pass begins -> which of its tokens -> the logits after it.
         later: Every state before the start of `plan`, by name; None if the cache is of zeros there.
-        plain_fp16: The noise of plain fp16; None if the artifact is not in fp16.
+        plain_fp16: The noise of plain fp16; None if that is not known.
+        in_fp16: Whether the artifact computes in fp16, so that such noise is its own.
         contents: What tells each tensor of the model from others, by name.
     """
 
@@ -46,6 +46,7 @@ class ReadText:
     logits: Mapping[int, Mapping[int, torch.Tensor]]
     later: Mapping[str, torch.Tensor] | None = None
     plain_fp16: PlainFp16 | None = None
+    in_fp16: bool = True
     contents: Mapping[str, Content] = field(default_factory=dict)
 
     def tokens_of(self, part: Pass) -> list[int]:
@@ -66,8 +67,9 @@ def compared_rows(passes: Iterable[Pass], every_row: bool) -> dict[int, list[int
     """
     found: dict[int, set[int]] = {}
     for part in passes:
-        ends = range(1, part.count + 1) if every_row else accumulate(part.lengths)
-        found.setdefault(part.start, set()).update(end - 1 for end in ends)
+        rows = found.setdefault(part.start, set())
+        for call in part.calls:
+            rows.update(range(call.first if every_row else call.end - 1, call.end))
     return {start: sorted(rows) for start, rows in found.items()}
 
 
@@ -90,8 +92,8 @@ def read_text(
         plan: How an artifact is to read it.
         every_row: Whether it gives every row of a chunk, or the last.
         natural: Whether it can be told what to remember before a late position; else that is
-            nothing but zeros.
-        in_fp16: Whether to measure the noise of plain fp16, too.
+            nothing but zeros, and the noise of plain fp16 is not measured.
+        in_fp16: Whether it computes in fp16.
     """
     rows = compared_rows((*plan.unrounded, *plan.declared), every_row)
     first = CachedText(decoder)
@@ -101,7 +103,7 @@ def read_text(
         count = max(part.count for part in plan.unrounded if part.start)
         late = _tokens_at(tokens, plan.start, count)
         texts[plan.start] = Reading(plan.start, late, CachedText(decoder, later))
-    halves = _halves(decoder, texts, plan, later) if in_fp16 else {}
+    halves = _halves(decoder, texts, plan, later) if natural else {}
     growth = _Growth([(texts[start], half) for start, half in halves.items()])
     digests = Digests()
     read_together(decoder, [*texts.values(), *halves.values()], growth.note, on_weight=digests.add)
@@ -125,7 +127,8 @@ def read_text(
         wanted_rows = torch.cat(found[count : count + len(beside)])
         plain = _noise(wanted_rows, torch.cat(found[count + len(beside) :]), growth.largest)
     states = later.states if natural else None
-    return ReadText(text, plan, tokens, logits, states, plain, digests.contents(decoder))
+    contents = digests.contents(decoder)
+    return ReadText(text, plan, tokens, logits, states, plain, in_fp16, contents)
 
 
 def _tokens_at(tokens: Sequence[int], start: int, count: int) -> list[int]:

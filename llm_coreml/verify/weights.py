@@ -56,8 +56,8 @@ class Digest:
 
     def add(self, piece: torch.Tensor) -> None:
         """Take the next rows, as fp32 or another type."""
-        self._neutral = {number for number in self._neutral if bool((piece == number).all())}
         for part in torch.split(piece.reshape(-1), _HASHED):
+            self._neutral = {number for number in self._neutral if bool((part == number).all())}
             # Adding zero makes one of the two zeros, which compare equal.
             self._hash.update((part + 0.0).numpy().data)
         self.rows += len(piece) if piece.ndim else 1

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,14 +22,22 @@ from llm_coreml.bundle.folder import (
     MANIFEST,
     PROGRAM,
     check_output,
+    may_be_bundle,
     new_bundle,
     open_bundle,
+    program_at,
 )
 from llm_coreml.bundle.manifest import Manifest, manifest_schema
-from llm_coreml.bundle.record import make_manifest, public_name, rebuild_command
+from llm_coreml.bundle.record import (
+    make_manifest,
+    public_config,
+    public_name,
+    rebuild_command,
+)
 from llm_coreml.bundle.seal import file_sha256, sealed
 from llm_coreml.checkpoint import Source
 from llm_coreml.config import ExportConfig, resolve
+from llm_coreml.config.setting import settings_of
 from llm_coreml.errors import ArtifactError, ConfigError, OutputError
 from llm_coreml.lower.forms import form_for
 from llm_coreml.model import open_model
@@ -531,3 +540,32 @@ def test_no_path_of_the_exporter_s_machine_is_told(
     words = rebuild_command(source, ExportConfig())
     assert words[2] == (f"./{told}" if kind == "folder" else told)
     assert "somebody" not in " ".join(words)
+
+
+def test_a_bundle_tells_of_files_their_names_alone() -> None:
+    paths = [each.name for each in settings_of(ExportConfig) if "FILE" in (each.metavar or "")]
+    assert paths, "settings that are files"
+    for name in paths:
+        told = public_config(replace(ExportConfig(), **{name: "/home/somebody/secret/file.txt"}))
+        assert getattr(told, name) == "file.txt", name
+        assert "somebody" not in json.dumps(told.to_json())
+    assert public_config(ExportConfig(calibrate="bundled")) == ExportConfig(calibrate="bundled")
+    config = ExportConfig(calibrate="../secret/notes.txt", bits=3)
+    words = rebuild_command(Source("hub", "org/name"), config)
+    assert words[-2:] == ["--calibrate", "notes.txt"]
+
+
+@pytest.mark.parametrize("name", [300 * "n", "a\0b"])
+def test_names_that_no_file_can_have_are_refused(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    for opened in (open_bundle, program_at, may_be_bundle):
+        with pytest.raises(
+            ArtifactError, match=r"cannot be read|is no name of a file|is no bundle"
+        ):
+            opened(path)
+    with pytest.raises(OutputError):
+        check_output(path, overwrite=False)
+    for setting in ("calibrate", "plan"):
+        if "\0" in name:
+            with pytest.raises(ConfigError, match="no name holds a NUL"):
+                ExportConfig(**{setting: name})  # type: ignore[arg-type]

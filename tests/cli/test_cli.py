@@ -38,6 +38,7 @@ COMMANDS = ("diff", "eval", "export", "generate", "inspect", "ls", "run", "show"
 STAGES = (
     "opening the checkpoint ...",
     "reading and quantizing weights ...",
+    "reading a text with the quantized model ...",
     "lowering to an ExecuTorch program ...",
     "verifying the artifact ...",
 )
@@ -531,7 +532,9 @@ def test_eval_finds_an_original_that_was_given_by_a_relative_path(
     monkeypatch.chdir(elsewhere)
     refused = in_process(capfd, monkeypatch, *words)
     assert refused.code == 4 and "--model" in refused.err and "--artifact-only" in refused.err
-    assert "there is no 'models/llama', neither from here nor beside the bundle" in refused.err
+    assert (
+        "'models/llama', of which a manifest tells the name alone, and there is none" in refused.err
+    )
     # Another model of that name is passed over for the one that was exported.
     save_model(elsewhere / "models" / "llama", make_model(hidden_size=64))
     refused = in_process(capfd, monkeypatch, *words)

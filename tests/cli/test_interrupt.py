@@ -59,14 +59,15 @@ def check(told: str) -> None:
 EXPORT = (
     "opening the checkpoint ...",
     "reading and quantizing weights ...",
+    "reading a text with the quantized model ...",
     "lowering to an ExecuTorch program ...",
     "verifying the artifact ...",
 )
 
 
 # The lowering has most to leave behind.
-ENDS = [("SIGINT", label) for label in EXPORT] + [("SIGTERM", EXPORT[2]), ("SIGHUP", EXPORT[3])]
-KEPT = {("SIGINT", EXPORT[2]), ("SIGHUP", EXPORT[3])}
+ENDS = [("SIGINT", label) for label in EXPORT] + [("SIGTERM", EXPORT[3]), ("SIGHUP", EXPORT[4])]
+KEPT = {("SIGINT", EXPORT[3]), ("SIGHUP", EXPORT[4])}
 
 
 @pytest.mark.parametrize(

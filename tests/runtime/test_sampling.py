@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_coreml.errors import ConfigError
+from llm_coreml.errors import ArtifactError, ConfigError
 from llm_coreml.runtime.sampling import Sampler, Sampling
 
 # Probabilities 0.5, 0.3, 0.15 and 0.05, the likeliest not first.
@@ -109,3 +109,10 @@ def test_values_out_of_range(arguments: tuple[float, ...], message: str) -> None
 def test_seeds_that_no_generator_takes(seed: int) -> None:
     with pytest.raises(ConfigError, match="seed must be a whole number from 0 to 9223372036854"):
         Sampling(0.5, 1.0, seed)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_choose_nothing(temperature: float) -> None:
+    row = torch.tensor([0.0, math.nan, 1.0])
+    with pytest.raises(ArtifactError, match=r"no numbers \(NaN\)"):
+        Sampler(Sampling(temperature)).choose(row)

@@ -16,7 +16,7 @@ from llm_coreml.reference.program.execution import Execution
 from llm_coreml.runtime.reference import ReferenceRunner
 from llm_coreml.runtime.runner import Runner
 from llm_coreml.verify.logits import conversion_bound, verify, verify_conversion
-from llm_coreml.verify.passes import Pass, plan_passes
+from llm_coreml.verify.passes import one_after_the_other, plan_passes
 from llm_coreml.verify.reading import ReadText, read_text
 from llm_coreml.verify.verification import (
     MAX_RELATIVE_ERROR,
@@ -75,22 +75,22 @@ def test_equal_runners_pass_and_the_record_says_what_was_read() -> None:
     result = verify(Formula(), READING)
     assert result.conversion is None and result.max_relative_error == 0 and result.mean_kl == 0
     assert result.last_position == CONTEXT - 1
-    assert result.rows == 2 * (3 + 2) and result.text == "held-out text"
+    assert result.rows == (3 + 2) + (3 + 2 + 1) and result.text == "held-out text"
 
 
 def test_what_ran_without_rounding_is_recorded_and_leaves_long_calls_out() -> None:
-    plan = replace(PLAN, declared=(Pass(0, (8, 1)), PLAN.declared[-1]))
+    plan = replace(PLAN, declared=(one_after_the_other(0, [8, 1]), PLAN.declared[-1]))
     conversion = Conversion(7, 33, 1e-7, 1e-5)
     result = verify(Formula(), replace(READING, plan=plan), conversion)
     assert result.to_json()["conversion"] == asdict(conversion)
-    assert result.rows == 2 + (3 + 2) and result.last_position == CONTEXT - 1
+    assert result.rows == 2 + (3 + 2 + 1) and result.last_position == CONTEXT - 1
 
 
 def test_a_program_that_returns_every_row_has_every_row_compared() -> None:
     result = verify(Formula(every_row=True), read(every_row=True))
-    assert result.rows == result.tokens == 2 * (1 + 8 + 64 + 2)
+    assert result.rows == result.tokens == (64 + 8 + 3) + (3 + 3 + 22 + 1)
     # Position 40 is in the middle of a chunk of 64.
-    with pytest.raises(VerificationError, match="for token 3 after position 40, in a call of"):
+    with pytest.raises(VerificationError, match="for token 3 after position 40, in a call with 64"):
         verify(Formula(wrong_at=40, error=1.0, every_row=True), read(every_row=True))
 
 

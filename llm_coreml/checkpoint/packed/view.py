@@ -62,8 +62,6 @@ class PackedCheckpoint(CheckpointOver):
         names = set(self.files.names()) - self._beside
         for weight, (form, parts) in self._matrices.items():
             names -= {f"{parts.module}.{part}" for part in (*form.suffixes, *form.optional)}
-            if self._is_padding(f"{parts.module}.bias"):
-                names.discard(f"{parts.module}.bias")
             names.add(weight)
         return frozenset(names)
 
@@ -166,12 +164,6 @@ class PackedCheckpoint(CheckpointOver):
                 form.label, levels.bits, size, levels.kind, levels.error, table
             )
         return found
-
-    def _is_padding(self, bias: str) -> bool:
-        """Say whether a bias is one that a packer wrote beside every matrix, of zeros."""
-        if self.config.get("attention_bias") or self.config.get("mlp_bias"):
-            return False
-        return bias in self.files.names() and not bool(self.files.stored(bias).any())
 
 
 def _levels(form: PackedFormat, parts: Parts) -> Levels:

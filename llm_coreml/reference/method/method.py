@@ -16,6 +16,7 @@ from typing import NoReturn
 
 import torch
 
+from llm_coreml.artifact.mapped import page_out
 from llm_coreml.artifact.method_plan import Constant, Instruction, Method, TensorSpec
 from llm_coreml.artifact.packages import Lowered, Packages
 from llm_coreml.errors import ArtifactError
@@ -77,6 +78,11 @@ class LoadedMethod:
         self._memory.reset()
         for program in self.programs:
             program.reset()
+
+    def page_out(self) -> None:
+        """Take the file's pages out of memory, which weights that stay packed are read from."""
+        for delegate in self._method.delegates:
+            page_out(delegate.data)
 
     def __call__(self, *arguments: torch.Tensor) -> torch.Tensor:
         """Run the method and return its only output.

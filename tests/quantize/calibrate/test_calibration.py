@@ -276,7 +276,8 @@ def test_a_calibrated_export_is_verified_recorded_and_the_same_every_time(
     assert tuning["steps"] == 4 and 0 < tuning["kl_after"] <= tuning["kl_before"]
     assert plain["quantization"]["calibration"] is None
     flags = manifest["rebuild"]
-    assert flags[flags.index("--calibrate") + 1] == str(text)
+    assert flags[flags.index("--calibrate") + 1] == "mine.txt"
+    assert str(text.parent) not in (first / "manifest.json").read_text()
     assert flags[flags.index("--calibration-tokens") + 1] == "200"
     assert flags[flags.index("--tune") + 1] == "4"
     card = (first / "README.md").read_text()
@@ -288,6 +289,8 @@ def test_a_calibrated_export_is_verified_recorded_and_the_same_every_time(
 def evaluation_knows_the_quantized_model_while_it_knows_the_text(
     folder: Path, checkpoint: Path, text: Path
 ) -> None:
+    # A manifest has the text's name alone; it lies beside the bundle.
+    assert text.parent == folder.parent
     result = llm_coreml.evaluate(folder, model=checkpoint, tokens=64)
     quantized, artifact = result.quality("quantized"), result.quality("artifact")
     assert artifact.perplexity == pytest.approx(quantized.perplexity, rel=1e-3)

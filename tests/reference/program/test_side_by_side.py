@@ -12,7 +12,7 @@ import torch
 from artifacts import Artifact
 from llm_coreml.reference.program.constants import PackedWeight
 from llm_coreml.reference.program.execution import Execution
-from llm_coreml.runtime.reference import ReferenceRunner, Sequenced
+from llm_coreml.runtime.reference import Chunk, ReferenceRunner, Sequenced
 from tiny import tokens_for
 
 VOCABULARY, CONTEXT = 96, 32
@@ -25,19 +25,15 @@ def _everything_stays_packed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def texts(runner: ReferenceRunner) -> list[Sequenced]:
-    """Two texts, one of which begins late, over what another text has left."""
+    """Two texts, one of which begins late, over what another has left, is padded and goes back."""
     tokens = tokens_for(VOCABULARY, CONTEXT)
     runner.logits(tokens)
     left = {name: state.float() for name, state in runner.program.snapshot().items()}
-    first = Sequenced(0, [tokens[:8], tokens[8:16], tokens[16:17], tokens[17:18]])
-    return [first, Sequenced(21, [tokens[5:6], tokens[6:14], tokens[14:15]], left)]
-
-
-def one_by_one(runner: ReferenceRunner, text: Sequenced) -> list[torch.Tensor]:
-    runner.reset(text.start)
-    if text.states is not None:
-        runner.resume(text.start, text.states)
-    return [runner.step(chunk) for chunk in text.chunks]
+    early, later = ((0, 8), (8, 8), (16, 1), (17, 1)), ((21, 1), (22, 8), (30, 2), (30, 1))
+    first, late = (
+        [Chunk(at, tokens[at : at + count]) for at, count in places] for places in (early, later)
+    )
+    return [Sequenced(first), Sequenced(late, left)]
 
 
 @pytest.mark.parametrize("mode", ["declared", "fp32"])
@@ -48,7 +44,7 @@ def test_side_by_side_is_one_after_the_other(
     runner = ReferenceRunner(artifact.path, Execution(mode=mode, memory_budget=0))
     assert runner.program._compiled.in_place
     read = texts(runner)
-    expected = [one_by_one(runner, text) for text in read]
+    expected = [text.read_by(runner) for text in read]
     rows: Counter[PackedWeight] = Counter()
 
     def note(weight: PackedWeight, part: torch.Tensor) -> None:
@@ -69,7 +65,7 @@ def test_states_that_are_not_written_in_place_are_not_shared(
 ) -> None:
     runner = ReferenceRunner(quantized("int4-channel").path, Execution(memory_budget=0))
     read = texts(runner)
-    expected = [one_by_one(runner, text) for text in read]
+    expected = [text.read_by(runner) for text in read]
     runner.program._compiled = replace(runner.program._compiled, in_place=False)
 
     def forbidden(weight: PackedWeight, part: torch.Tensor) -> None:

@@ -1,0 +1,90 @@
+"""ExecuTorch's runtime with one program, here or elsewhere.
+
+engine = Here(Path("out/model.pte"), ("forward",))
+engine.load()
+logits = engine.run("forward", tokens, start_pos, (1, 1, 32000))
+"""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, final
+
+import torch
+
+from llm_coreml.artifact.limits import reason
+from llm_coreml.errors import ArtifactError
+
+
+class Engine(ABC):
+    """ExecuTorch's runtime, here or in another process, with one program.
+
+    Its methods raise ArtifactError where the program cannot be run.
+    """
+
+    @abstractmethod
+    def load(self) -> None:
+        """Load the program's methods, again if they are loaded: nothing else empties a cache."""
+
+    @abstractmethod
+    def run(
+        self, method: str, tokens: torch.Tensor, start_pos: torch.Tensor, shape: Sequence[int]
+    ) -> torch.Tensor:
+        """Call a method: int64 `[1, S]`, int64 `[1]` -> float32 of `shape`, as is to be checked."""
+
+
+@final
+class Here(Engine):
+    """ExecuTorch's runtime in this process, which a damaged program can crash.
+
+    Args:
+        path: The `.pte`.
+        methods: Those that read tokens.
+    """
+
+    def __init__(self, path: Path, methods: Sequence[str]) -> None:
+        from executorch.runtime import Runtime
+
+        self._runtime = Runtime.get()
+        self._path, self._names = path, methods
+        self._methods: dict[str, Any] = {}
+
+    def load(self) -> None:
+        """Load the program's methods."""
+        from executorch.runtime import Verification
+
+        with self._told():
+            program = self._runtime.load_program(self._path, verification=Verification.Minimal)
+            self._methods = {name: program.load_method(name) for name in self._names}
+        missing = [name for name, method in self._methods.items() if method is None]
+        if missing:
+            raise ArtifactError(f"'{self._path}' has no method '{missing[0]}'; export again.")
+
+    def run(
+        self, method: str, tokens: torch.Tensor, start_pos: torch.Tensor, shape: Sequence[int]
+    ) -> torch.Tensor:
+        """Call a method."""
+        with self._told():
+            results = self._methods[method].execute([tokens, start_pos])
+        logits = results[0] if results else None
+        if not isinstance(logits, torch.Tensor) or logits.dtype != torch.float32:
+            raise ArtifactError(f"'{self._path}' gives no float32 logits; export again.")
+        if list(logits.shape) != list(shape):
+            raise ArtifactError(
+                f"'{self._path}' gives logits of shape {list(logits.shape)}, not {list(shape)}; "
+                "export again."
+            )
+        return logits.clone()
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, ValueError, MemoryError) as error:
+            raise ArtifactError(
+                f"ExecuTorch cannot run '{self._path}': {reason(error)}. Export it again, or copy "
+                "it again if it was transferred."
+            ) from None

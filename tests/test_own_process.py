@@ -1,0 +1,41 @@
+"""Python in a process of its own: found where this one finds it, and bounded."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llm_coreml.own_process import python_command
+
+
+def run(
+    module: str, function: str, *arguments: int | str, cwd: Path
+) -> subprocess.CompletedProcess[str]:
+    command = python_command(module, function, *arguments)
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd)
+
+
+def test_it_takes_nothing_from_the_current_folder(tmp_path: Path) -> None:
+    (tmp_path / "json.py").write_text("raise SystemExit('a module of the folder')")
+    done = run("json", "dumps", "a\n'b'", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("bound", ["bound_memory(1 << 30)", "bound_further_memory(100 << 20)"])
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems bound nothing")
+def test_memory_ends_at_the_bound(bound: str, tmp_path: Path) -> None:
+    (tmp_path / "work.py").write_text(
+        "from llm_coreml.own_process import *\n"
+        f"def work(size):\n    {bound}\n    print(len(bytearray(size)))\n"
+    )
+    sys.path.append(str(tmp_path))
+    try:
+        few = run("work", "work", 10 << 20, cwd=tmp_path)
+        many = run("work", "work", 2 << 30, cwd=tmp_path)
+    finally:
+        sys.path.remove(str(tmp_path))
+    assert few.stdout.strip() == str(10 << 20), few.stderr
+    assert many.returncode and "MemoryError" in many.stderr
