@@ -23,14 +23,23 @@ from llm_coreml.printable import printable
 
 # model_type in config.json -> file in this folder
 _MODULES = {
+    "bloom": "bloom",
+    "codegen": "codegen",
+    "cohere": "cohere",
     "ernie4_5": "ernie4_5",
+    "falcon": "falcon",
     "glm": "glm",
     "glm4": "glm4",
+    "gpt_bigcode": "gpt_bigcode",
+    "gpt_neo": "gpt_neo",
+    "gptj": "gptj",
     "granite_swa": "granite_swa",
     "hunyuan_v1_dense": "hunyuan_v1_dense",
     "llama": "llama",
     "ministral3": "ministral3",
     "mistral": "mistral",
+    "mpt": "mpt",
+    "nanochat": "nanochat",
     "phi3": "phi3",
     "qwen2": "qwen2",
     "qwen3": "qwen3",

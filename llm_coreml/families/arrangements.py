@@ -8,7 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from llm_coreml.checkpoint.value_maps import Interleaved, RowChoice, Rows
+from llm_coreml.checkpoint.value_maps import (
+    Blocks,
+    Interleaved,
+    InterleavedGain,
+    RowChoice,
+    Rows,
+    ValueMap,
+)
 from llm_coreml.decoder.spec import DecoderSpec, LayerSpec
 
 # What transformers calls matrices that are stored as one.
@@ -34,6 +41,19 @@ def qkv_rows(layer: LayerSpec) -> dict[str, RowChoice]:
     }
 
 
+def fused_heads(layer: LayerSpec) -> dict[str, RowChoice]:
+    """Return where queries, keys and values lie in a matrix that has those of a group together."""
+    attention = layer.mixer
+    width, groups = attention.head_dim, attention.num_key_value_heads
+    queries = attention.num_queries_per_kv * width
+    whole = queries + 2 * width
+    return {
+        "self_attn.q_proj": Blocks(0, queries, whole, groups),
+        "self_attn.k_proj": Blocks(queries, queries + width, whole, groups),
+        "self_attn.v_proj": Blocks(queries + width, whole, whole, groups),
+    }
+
+
 def gate_up(layer: LayerSpec) -> dict[str, RowChoice]:
     """Return where the gate and its neighbour lie in a matrix of both."""
     inner = layer.feed_forward.intermediate_size
@@ -43,19 +63,18 @@ def gate_up(layer: LayerSpec) -> dict[str, RowChoice]:
     }
 
 
-def interleaved(spec: DecoderSpec, layer: LayerSpec) -> dict[str, RowChoice]:
+def interleaved(spec: DecoderSpec, layer: LayerSpec) -> dict[str, ValueMap]:
     """Return how queries and keys become such that are rotated by halves, where they are rotated.
 
-    Norms of each head's queries and keys, with a gain that heads share, come the same way.
+    The gains of norms of each head's queries and keys come the same way.
     """
     attention = layer.mixer
     if attention.rope is None:
         return {}
     dim = spec.rotary[attention.rope].dim
-    one = Interleaved(1, dim)
     return {
         "self_attn.q_proj": Interleaved(attention.num_attention_heads, dim),
         "self_attn.k_proj": Interleaved(attention.num_key_value_heads, dim),
-        "self_attn.q_norm": one,
-        "self_attn.k_norm": one,
+        "self_attn.q_norm": InterleavedGain(dim),
+        "self_attn.k_norm": InterleavedGain(dim),
     }

@@ -69,6 +69,7 @@ class Entry:
         unread: Spellings of `test_reading.py` that transformers itself can make no model of.
         scalings: The kinds of scaling of RoPE that it can, None for all.
         needed: What a `config.json` must say for transformers to make a model of it at all.
+        attention: Which of its implementations of attention is the judge.
     """
 
     cases: Mapping[str, Mapping[str, Any]]
@@ -76,6 +77,7 @@ class Entry:
     unread: frozenset[str] = frozenset()
     scalings: frozenset[str] | None = None
     needed: Mapping[str, Any] = field(default_factory=dict)
+    attention: str = "eager"
 
 
 _NO_HEADS = frozenset({"no key/value heads", "null head_dim"})
@@ -85,6 +87,17 @@ _WIDE = _LISTS | {"null head_dim"}
 _SWITCHED = frozenset({"layers in turn"})
 # Where transformers has a token of its own for pads, beyond so small a table.
 _PADDED = {**SIZES, "pad_token_id": 0}
+# Of GPT-J and its kind.
+_J = {
+    "vocab_size": 97,
+    "n_embd": 64,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 128,
+    "rotary_dim": 8,
+    "tie_word_embeddings": False,
+}
+_BLOOM = {"vocab_size": 97, "hidden_size": 64, "n_layer": 2, "n_head": 4}
 TABLE: dict[str, Entry] = {
     "llama": Entry(
         {
@@ -105,6 +118,33 @@ TABLE: dict[str, Entry] = {
             "rope-llama3": {"rope_parameters": LLAMA3},
         }
     ),
+    "bloom": Entry(
+        {
+            "eight": {"n_head": 8},
+            "six": {"n_head": 6, "hidden_size": 96},
+            "untied": {"tie_word_embeddings": False, "n_head": 1},
+        },
+        sizes=_BLOOM,
+        scalings=frozenset(),
+    ),
+    "codegen": Entry(
+        {
+            "part": {},
+            "head": {"rotary_dim": 16, "n_inner": 72},
+            "tied": {"tie_word_embeddings": True, "n_head": 8, "rotary_dim": 4},
+        },
+        sizes=_J,
+        scalings=frozenset(),
+    ),
+    "cohere": Entry(
+        {
+            "plain": {},
+            "norms": {"use_qk_norm": True, "attention_bias": True, "logit_scale": 0.25},
+            "untied": {"tie_word_embeddings": False, "num_key_value_heads": 4},
+            "beyond": {"rope_parameters": YARN, "max_position_embeddings": SHORT},
+        },
+        sizes={**SIZES, "tie_word_embeddings": True, "logit_scale": 0.5},
+    ),
     "ernie4_5": Entry(
         {
             "wide-heads": {},
@@ -117,6 +157,24 @@ TABLE: dict[str, Entry] = {
             },
         },
         unread=_LISTS,
+    ),
+    "falcon": Entry(
+        {
+            "one-head": {},
+            "alibi": {"alibi": True, "multi_query": False, "bias": True, "parallel_attn": False},
+            "alibi, one-head": {"alibi": True, "num_attention_heads": 8},
+            "grouped": {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": True},
+            "grouped, one norm": {
+                "new_decoder_architecture": True,
+                "num_kv_heads": 4,
+                "num_ln_in_parallel_attn": 1,
+                "tie_word_embeddings": False,
+            },
+            "beyond": {"rope_parameters": LINEAR, "max_position_embeddings": SHORT},
+        },
+        sizes={**SIZES, "tie_word_embeddings": True},
+        # The eager one adds ALiBi twice: to the mask, and to the scores.
+        attention="sdpa",
     ),
     "glm": Entry(
         {
@@ -140,6 +198,40 @@ TABLE: dict[str, Entry] = {
         },
         sizes=_PADDED,
         unread=_WIDE,
+    ),
+    "gpt_bigcode": Entry(
+        {
+            "one-head": {},
+            "heads": {"multi_query": False, "n_inner": 72},
+            "unscaled": {"scale_attn_weights": False, "tie_word_embeddings": False},
+        },
+        sizes=_J,
+        scalings=frozenset(),
+    ),
+    "gpt_neo": Entry(
+        {
+            "in-turn": {"attention_types": [[["global", "local"], 1]], "window_size": 9},
+            "local": {"attention_types": [[["local"], 2]], "window_size": 12},
+            "global": {"attention_types": [[["global"], 2]], "intermediate_size": 72},
+        },
+        sizes={
+            "vocab_size": 97,
+            "hidden_size": 64,
+            "num_layers": 2,
+            "num_heads": 4,
+            "max_position_embeddings": 128,
+            "attention_types": [[["global", "local"], 1]],
+        },
+        scalings=frozenset(),
+    ),
+    "gptj": Entry(
+        {
+            "part": {},
+            "head": {"rotary_dim": 16, "n_inner": 72},
+            "tied": {"tie_word_embeddings": True, "n_head": 8, "rotary_dim": 4},
+        },
+        sizes=_J,
+        scalings=frozenset(),
     ),
     "granite_swa": Entry(
         {
@@ -211,6 +303,23 @@ TABLE: dict[str, Entry] = {
                 "head_dim": 16,
             },
         }
+    ),
+    "mpt": Entry(
+        {
+            "four": {},
+            "six": {"n_heads": 6, "d_model": 96, "tie_word_embeddings": False},
+            "scaled": {"attn_config": {"softmax_scale": 0.4}, "n_heads": 8},
+        },
+        sizes={"vocab_size": 97, "d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 128},
+        scalings=frozenset(),
+    ),
+    "nanochat": Entry(
+        {
+            "plain": {},
+            "bias": {"attention_bias": True, "num_key_value_heads": 4},
+            "uncapped": {"final_logit_softcapping": None, "tie_word_embeddings": True},
+            "beyond": {"rope_parameters": YARN, "max_position_embeddings": SHORT},
+        },
     ),
     "phi3": Entry(
         {
@@ -293,7 +402,8 @@ def their_model(folder: Path) -> Any:
 
     config = AutoConfig.from_pretrained(folder)
     config.dtype = None
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    judge = TABLE[config.model_type].attention
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=judge)
     assert model.dtype == torch.float32
     return randomize(model)
 
