@@ -28,20 +28,21 @@ _DEFAULTS = {
     "multi_query": True,
     "tie_word_embeddings": True,
 }
+# GPT-2's names of what GPT-Neo has, too.
+MODULES = {
+    "embed_tokens": "wte",
+    "embed_positions": "wpe",
+    "norm": "ln_f",
+    "input_layernorm": "ln_1",
+    "post_attention_layernorm": "ln_2",
+    "mlp.up_proj": "mlp.c_fc",
+    "mlp.down_proj": "mlp.c_proj",
+}
+_ATTENTION = {f"self_attn.{kind}_proj": "attn.c_attn" for kind in "qkv"}
 _NAMES = Names(
     trunk="transformer.",
     layers="h",
-    modules={
-        "embed_tokens": "wte",
-        "embed_positions": "wpe",
-        "norm": "ln_f",
-        "input_layernorm": "ln_1",
-        "post_attention_layernorm": "ln_2",
-        **{f"self_attn.{kind}_proj": "attn.c_attn" for kind in "qkv"},
-        "self_attn.o_proj": "attn.c_proj",
-        "mlp.up_proj": "mlp.c_fc",
-        "mlp.down_proj": "mlp.c_proj",
-    },
+    modules={**MODULES, **_ATTENTION, "self_attn.o_proj": "attn.c_proj"},
     values=lambda spec, layer: fused_heads(layer),
 )
 

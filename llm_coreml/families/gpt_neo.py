@@ -8,6 +8,7 @@ from typing import Any
 
 from llm_coreml.decoder.spec import DecoderSpec, LayerSpec
 from llm_coreml.errors import CheckpointError
+from llm_coreml.families import gpt_bigcode
 from llm_coreml.families.dense import LAYER_NORM, Dense, Keys
 from llm_coreml.families.family import Family
 from llm_coreml.families.fields import shown, whole
@@ -31,21 +32,17 @@ _DEFAULTS = {
     "layer_norm_epsilon": 1e-5,
     "tie_word_embeddings": True,
 }
+_ATTENTION = {f"self_attn.{kind}_proj": f"attn.attention.{kind}_proj" for kind in "qkv"}
 _NAMES = Names(
     trunk="transformer.",
     layers="h",
     modules={
-        "embed_tokens": "wte",
-        "embed_positions": "wpe",
-        "norm": "ln_f",
-        "input_layernorm": "ln_1",
-        "post_attention_layernorm": "ln_2",
-        **{f"self_attn.{kind}_proj": f"attn.attention.{kind}_proj" for kind in "qkv"},
+        **gpt_bigcode.MODULES,
+        **_ATTENTION,
         "self_attn.o_proj": "attn.attention.out_proj",
-        "mlp.up_proj": "mlp.c_fc",
-        "mlp.down_proj": "mlp.c_proj",
     },
 )
+_IGNORED = ("*.attn.attention.bias", "*.attn.attention.masked_bias", "lm_head.weight")
 
 
 def spec(config: Mapping[str, Any]) -> DecoderSpec:
@@ -68,7 +65,7 @@ def _kinds(read: Dense) -> list[str]:
     """Return each layer's kind of attention, `global` or `local`."""
     given = read.config.get("attention_types") or [[["global", "local"], 12]]
     try:
-        kinds = [kind for part, times in given for _ in range(min(times, 1024)) for kind in part]
+        kinds = [str(kind) for part, times in given for kind in part * min(times, read.count)]
     except (TypeError, ValueError):
         kinds = []
     if len(kinds) != read.count or not {"global", "local"}.issuperset(kinds):
@@ -79,9 +76,4 @@ def _kinds(read: Dense) -> list[str]:
     return kinds
 
 
-FAMILY = Family(
-    spec,
-    lambda spec: stored(spec, _NAMES),
-    lambda _: [],
-    ignored=("*.attn.attention.bias", "*.attn.attention.masked_bias", "lm_head.weight"),
-)
+FAMILY = Family(spec, lambda spec: stored(spec, _NAMES), lambda _: [], ignored=_IGNORED)

@@ -15,14 +15,7 @@ from llm_coreml.families.family import Family
 from llm_coreml.families.fields import number, shown, table
 from llm_coreml.families.names import Names, stored
 
-_KEYS = Keys(
-    hidden="d_model",
-    layers="n_layers",
-    heads="n_heads",
-    inner="n_inner",
-    positions="max_seq_len",
-    eps="layer_norm_epsilon",
-)
+_KEYS = Keys("d_model", "n_layers", "n_heads", positions="max_seq_len", eps="layer_norm_epsilon")
 # transformers' own defaults where config.json is silent.
 _DEFAULTS = {
     "vocab_size": 50368,
@@ -34,21 +27,17 @@ _DEFAULTS = {
     "hidden_act": "gelu",
     "tie_word_embeddings": True,
 }
-_NAMES = Names(
-    trunk="transformer.",
-    layers="blocks",
-    modules={
-        "embed_tokens": "wte",
-        "norm": "norm_f",
-        "input_layernorm": "norm_1",
-        "post_attention_layernorm": "norm_2",
-        **{f"self_attn.{kind}_proj": "attn.Wqkv" for kind in "qkv"},
-        "self_attn.o_proj": "attn.out_proj",
-        "mlp.up_proj": "ffn.up_proj",
-        "mlp.down_proj": "ffn.down_proj",
-    },
-    values=lambda spec, layer: qkv_rows(layer),
-)
+_MODULES = {
+    "embed_tokens": "wte",
+    "norm": "norm_f",
+    "input_layernorm": "norm_1",
+    "post_attention_layernorm": "norm_2",
+    **{f"self_attn.{kind}_proj": "attn.Wqkv" for kind in "qkv"},
+    "self_attn.o_proj": "attn.out_proj",
+    "mlp.up_proj": "ffn.up_proj",
+    "mlp.down_proj": "ffn.down_proj",
+}
+_NAMES = Names("transformer.", "blocks", modules=_MODULES, values=lambda _, layer: qkv_rows(layer))
 
 
 def spec(config: Mapping[str, Any]) -> DecoderSpec:
@@ -65,13 +54,11 @@ def spec(config: Mapping[str, Any]) -> DecoderSpec:
             f"config.json clips queries, keys and values (clip_qkv = {shown(options['clip_qkv'])}),"
             " which the decoder does not compute."
         )
-    scale = options.get("softmax_scale")
-    attention = replace(
-        read.attention,
-        rope=None,
-        alibi=ordered_slopes(read.heads),
-        scale=None if scale is None else number(options, "softmax_scale"),
-    )
+    scale = None
+    if options.get("softmax_scale") is not None:
+        scale = number(options, "softmax_scale")
+    slopes = ordered_slopes(read.heads)
+    attention = replace(read.attention, rope=None, alibi=slopes, scale=scale)
     mlp = replace(read.plain_mlp, bias=False)
     return read.decoder(read.count * (LayerSpec(attention, mlp),), ())
 
@@ -79,12 +66,8 @@ def spec(config: Mapping[str, Any]) -> DecoderSpec:
 def notes(config: Mapping[str, Any]) -> list[str]:
     """Return what an MPT `config.json` says that is read otherwise than it looks."""
     largest = table(config, "attn_config").get("alibi_bias_max", 8)
-    if largest == 8:
-        return []
-    return [
-        f"config.json gives alibi_bias_max = {shown(largest)}; transformers takes 8 whatever it "
-        "says, and so does this export."
-    ]
+    told = f"config.json gives alibi_bias_max = {shown(largest)}; transformers takes 8 whatever it"
+    return [] if largest == 8 else [f"{told} says, and so does this export."]
 
 
 FAMILY = Family(spec, lambda spec: stored(spec, _NAMES), notes, ignored=("lm_head.weight",))
