@@ -22,6 +22,9 @@ from llm_coreml.decoder.spec import DecoderSpec, LayerSpec
 FUSED_QKV: Mapping[str, str] = MappingProxyType(
     {f"self_attn.{kind}_proj": "self_attn.qkv_proj" for kind in "qkv"}
 )
+FUSED_HEADS: Mapping[str, str] = MappingProxyType(
+    {f"self_attn.{kind}_proj": "self_attn.query_key_value" for kind in "qkv"}
+)
 FUSED_GATE: Mapping[str, str] = MappingProxyType(
     {f"mlp.{kind}_proj": "mlp.gate_up_proj" for kind in ("gate", "up")}
 )
@@ -41,19 +44,6 @@ def qkv_rows(layer: LayerSpec) -> dict[str, RowChoice]:
     }
 
 
-def fused_heads(layer: LayerSpec) -> dict[str, RowChoice]:
-    """Return where queries, keys and values lie in a matrix that has those of a group together."""
-    attention = layer.mixer
-    width, groups = attention.head_dim, attention.num_key_value_heads
-    queries = attention.num_queries_per_kv * width
-    whole = queries + 2 * width
-    return {
-        "self_attn.q_proj": Blocks(0, queries, whole, groups),
-        "self_attn.k_proj": Blocks(queries, queries + width, whole, groups),
-        "self_attn.v_proj": Blocks(queries + width, whole, whole, groups),
-    }
-
-
 def gate_up(layer: LayerSpec) -> dict[str, RowChoice]:
     """Return where the gate and its neighbour lie in a matrix of both."""
     inner = layer.feed_forward.intermediate_size
@@ -63,11 +53,8 @@ def gate_up(layer: LayerSpec) -> dict[str, RowChoice]:
     }
 
 
-def interleaved(spec: DecoderSpec, layer: LayerSpec) -> dict[str, ValueMap]:
-    """Return how queries and keys become such that are rotated by halves, where they are rotated.
-
-    The gains of norms of each head's queries and keys come the same way.
-    """
+def interleaved(spec: DecoderSpec, layer: LayerSpec) -> dict[str, RowChoice]:
+    """Return how queries and keys become such that are rotated by halves, if they are rotated."""
     attention = layer.mixer
     if attention.rope is None:
         return {}
@@ -75,6 +62,25 @@ def interleaved(spec: DecoderSpec, layer: LayerSpec) -> dict[str, ValueMap]:
     return {
         "self_attn.q_proj": Interleaved(attention.num_attention_heads, dim),
         "self_attn.k_proj": Interleaved(attention.num_key_value_heads, dim),
-        "self_attn.q_norm": InterleavedGain(dim),
-        "self_attn.k_norm": InterleavedGain(dim),
+    }
+
+
+def interleaved_gains(spec: DecoderSpec, layer: LayerSpec) -> dict[str, ValueMap]:
+    """Return the same for the gains of norms of each head's queries and keys."""
+    if layer.mixer.rope is None:
+        return {}
+    gain = InterleavedGain(spec.rotary[layer.mixer.rope].dim)
+    return {"self_attn.q_norm": gain, "self_attn.k_norm": gain}
+
+
+def qkv_blocks(layer: LayerSpec) -> dict[str, RowChoice]:
+    """Return where queries, keys and values lie where each key/value head has its own together."""
+    attention = layer.mixer
+    group, dim = attention.num_queries_per_kv, attention.head_dim
+    ends = (0, group * dim, (group + 1) * dim, (group + 2) * dim)
+    return {
+        f"self_attn.{kind}_proj": Blocks(
+            ends[at], ends[at + 1], of=ends[-1], count=attention.num_key_value_heads
+        )
+        for at, kind in enumerate("qkv")
     }

@@ -9,7 +9,7 @@ from typing import Any
 from llm_coreml.decoder.spec import DecoderSpec, LayerSpec
 from llm_coreml.errors import UnsupportedError
 from llm_coreml.families.alibi import slopes
-from llm_coreml.families.arrangements import fused_heads
+from llm_coreml.families.arrangements import qkv_blocks
 from llm_coreml.families.dense import LAYER_NORM, Dense, Keys
 from llm_coreml.families.family import Family
 from llm_coreml.families.fields import flag
@@ -45,7 +45,7 @@ _NAMES = Names(
     trunk="transformer.",
     layers="h",
     modules={**MODULES, "embed_norm": "word_embeddings_layernorm"},
-    values=lambda spec, layer: fused_heads(layer),
+    values=lambda spec, layer: qkv_blocks(layer),
 )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from llm_coreml.decoder.spec import DecoderSpec, LayerSpec, NormSpec, QKNormSpec
 from llm_coreml.families import llama
-from llm_coreml.families.arrangements import interleaved
+from llm_coreml.families.arrangements import interleaved, interleaved_gains
 from llm_coreml.families.dense import Dense, Keys
 from llm_coreml.families.family import Family
 from llm_coreml.families.fields import flag, number
@@ -27,7 +27,9 @@ _DEFAULTS = {
     "layer_norm_eps": 1e-5,
     "tie_word_embeddings": True,
 }
-_NAMES = Names(values=interleaved)
+_NAMES = Names(
+    values=lambda spec, layer: {**interleaved(spec, layer), **interleaved_gains(spec, layer)}
+)
 
 
 def spec(config: Mapping[str, Any]) -> DecoderSpec:

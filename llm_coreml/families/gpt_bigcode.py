@@ -1,4 +1,4 @@
-"""GPT BigCode (SantaCoder, StarCoder 1): learned positions, one head of keys and values."""
+"""StarCoder 1 and SantaCoder: GPT-2 whose heads share keys and values."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 from llm_coreml.decoder.spec import DecoderSpec, LayerSpec
 from llm_coreml.errors import UnsupportedError
-from llm_coreml.families import gptj
-from llm_coreml.families.arrangements import fused_heads
+from llm_coreml.families import gpt2
+from llm_coreml.families.arrangements import qkv_blocks
 from llm_coreml.families.dense import LAYER_NORM, Dense
 from llm_coreml.families.family import Family
 from llm_coreml.families.fields import flag
@@ -24,47 +24,39 @@ _DEFAULTS = {
     "n_head": 12,
     "activation_function": "gelu_pytorch_tanh",
     "layer_norm_epsilon": 1e-5,
-    "scale_attn_weights": True,
     "multi_query": True,
     "tie_word_embeddings": True,
 }
-# GPT-2's names of what GPT-Neo has, too.
-MODULES = {
-    "embed_tokens": "wte",
-    "embed_positions": "wpe",
-    "norm": "ln_f",
-    "input_layernorm": "ln_1",
-    "post_attention_layernorm": "ln_2",
-    "mlp.up_proj": "mlp.c_fc",
-    "mlp.down_proj": "mlp.c_proj",
-}
-_ATTENTION = {f"self_attn.{kind}_proj": "attn.c_attn" for kind in "qkv"}
+# One key/value head has all queries before it; else each head has its own three together.
 _NAMES = Names(
-    trunk="transformer.",
-    layers="h",
-    modules={**MODULES, **_ATTENTION, "self_attn.o_proj": "attn.c_proj"},
-    values=lambda spec, layer: fused_heads(layer),
+    "transformer.", "h", modules=gpt2.MODULES, values=lambda spec, layer: qkv_blocks(layer)
 )
 
 
 def spec(config: Mapping[str, Any]) -> DecoderSpec:
-    """Read a GPT BigCode `config.json`.
+    """Read a GPT-BigCode `config.json`.
 
     Raises:
         CheckpointError: see `llama.spec`.
-        UnsupportedError: see `llama.spec`; also for attention to another model.
+        UnsupportedError: see `llama.spec`.
     """
     known = {**_DEFAULTS, **config}
-    if flag(known, "add_cross_attention"):
-        raise UnsupportedError("config.json asks for add_cross_attention, which is not computed.")
-    groups = {"num_key_value_heads": 1} if flag(known, "multi_query") else {}
-    read = Dense({**known, **groups}, gptj.KEYS, LAYER_NORM)
-    scale = None if flag(known, "scale_attn_weights") else 1.0
-    attention = replace(read.attention, rope=None, scale=scale, qkv_bias=True, out_bias=True)
-    plain = read.decoder(read.count * (LayerSpec(attention, read.plain_mlp),), ())
-    return replace(plain, learned_positions=read.positions)
+    if flag(config, "add_cross_attention"):
+        raise UnsupportedError(
+            "config.json asks for add_cross_attention, which needs an encoder. Give a model that "
+            "continues text."
+        )
+    read = Dense(known, gpt2.KEYS, LAYER_NORM)
+    attention = replace(
+        read.attention,
+        num_key_value_heads=1 if flag(known, "multi_query") else read.heads,
+        rope=None,
+        scale=None if known.get("scale_attn_weights") is not False else 1.0,
+        qkv_bias=True,
+        out_bias=True,
+    )
+    layers = read.count * (LayerSpec(attention, read.plain_mlp),)
+    return replace(read.decoder(layers, ()), learned_positions=read.positions)
 
 
-FAMILY = Family(
-    spec, lambda spec: stored(spec, _NAMES), lambda _: [], ignored=("*.attn.bias", "lm_head.weight")
-)
+FAMILY = Family(spec, lambda spec: stored(spec, _NAMES), lambda config: [], gpt2.FAMILY.ignored)

@@ -1,4 +1,4 @@
-"""GPT-J: attention and a plain MLP side by side, a part of each head rotated by neighbours."""
+"""GPT-J: rotated neighbours, attention and a plain MLP side by side behind one norm."""
 
 from __future__ import annotations
 
@@ -6,25 +6,16 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from llm_coreml.decoder.spec import DecoderSpec, LayerSpec
+from llm_coreml.decoder.spec import DecoderSpec, LayerSpec, RopeSpec
+from llm_coreml.families import gpt2
 from llm_coreml.families.arrangements import interleaved
-from llm_coreml.families.dense import LAYER_NORM, Dense, Keys
+from llm_coreml.families.dense import LAYER_NORM, Dense
 from llm_coreml.families.family import Family
 from llm_coreml.families.fields import whole
 from llm_coreml.families.names import Names, stored
-from llm_coreml.families.rotary import rope_spec
 
-KEYS = Keys(
-    hidden="n_embd",
-    layers="n_layer",
-    heads="n_head",
-    inner="n_inner",
-    positions="n_positions",
-    eps="layer_norm_epsilon",
-    activation="activation_function",
-)
 # transformers' own defaults where config.json is silent.
-_DEFAULTS = {
+DEFAULTS = {
     "vocab_size": 50400,
     "n_positions": 2048,
     "n_embd": 4096,
@@ -34,18 +25,18 @@ _DEFAULTS = {
     "activation_function": "gelu_new",
     "layer_norm_epsilon": 1e-5,
 }
-NAMES = Names(
-    trunk="transformer.",
-    layers="h",
-    modules={
-        "embed_tokens": "wte",
-        "norm": "ln_f",
-        "input_layernorm": "ln_1",
-        **{f"self_attn.{kind}_proj": f"attn.{kind}_proj" for kind in "qkv"},
-        "self_attn.o_proj": "attn.out_proj",
-        "mlp.up_proj": "mlp.fc_in",
-        "mlp.down_proj": "mlp.fc_out",
-    },
+MODULES = {
+    "embed_tokens": "wte",
+    "norm": "ln_f",
+    "input_layernorm": "ln_1",
+    "self_attn.o_proj": "attn.out_proj",
+    "mlp.up_proj": "mlp.fc_in",
+    "mlp.down_proj": "mlp.fc_out",
+}
+_NAMES = Names(
+    "transformer.",
+    "h",
+    modules={**MODULES, **{f"self_attn.{kind}_proj": f"attn.{kind}_proj" for kind in "qkv"}},
     values=interleaved,
 )
 
@@ -57,12 +48,20 @@ def spec(config: Mapping[str, Any]) -> DecoderSpec:
         CheckpointError: see `llama.spec`.
         UnsupportedError: see `llama.spec`.
     """
-    read = Dense({**_DEFAULTS, **config}, KEYS, LAYER_NORM)
+    read = Dense({**DEFAULTS, **config}, gpt2.KEYS, LAYER_NORM)
     layer = LayerSpec(read.attention, replace(read.plain_mlp, norm=None), parallel=True)
-    # Without any scaling, whatever the file says.
-    rope = rope_spec({}, whole(read.config, "rotary_dim"), read.positions)
+    rope = RopeSpec(
+        # A null rotates all of what is no head: transformers makes no model of it.
+        whole(read.config, "rotary_dim"),
+        original_max_position_embeddings=read.positions,
+    )
     return replace(read.decoder(read.count * (layer,), (rope,)), head_bias=True)
 
 
-IGNORED = ("*.attn.bias", "*.attn.masked_bias", "*.attn.causal_mask", "*.embed_positions")
-FAMILY = Family(spec, lambda spec: stored(spec, NAMES), lambda _: [], ignored=IGNORED)
+FAMILY = Family(
+    spec,
+    lambda spec: stored(spec, _NAMES),
+    lambda config: [],
+    # Old checkpoints store masks.
+    ignored=("*.attn.bias", "*.attn.masked_bias"),
+)

@@ -211,9 +211,8 @@ def spelled() -> dict[str, tuple[str, str]]:
         f"{family}, {name}": (family, name)
         for family, entry in TABLE.items()
         for name in SPELLINGS
-        if name not in entry.unread
-        and (entry.spelled or name == "silent")
-        and scaled_so(entry, SPELLINGS[name])
+        if name not in entry.unread and scaled_so(entry, SPELLINGS[name])
+        if entry.spelled or name == "silent"
     }
 
 
@@ -233,7 +232,8 @@ def test_a_config_means_what_transformers_makes_of_it(label: str, tmp_path: Path
     theirs = checkpoint(tmp_path, model_type, SPELLINGS[spelling])
     model = open_model(tmp_path)
     same_options(model, theirs)
-    same_tables(model.spec, theirs)
+    if TABLE[model_type].spelled:
+        same_tables(model.spec, theirs)
     decoder = Decoder(model.spec, CONTEXT, logits="all")
     fill(decoder, model.weights, plan=None, storage=None)
     tokens = tokens_for(97, CONTEXT)
@@ -245,6 +245,11 @@ def test_a_config_means_what_transformers_makes_of_it(label: str, tmp_path: Path
         ]
     assert expected.abs().max() > 1
     assert (torch.cat(rows) - expected).abs().max() < 1e-4
+
+
+def as_saved(model_type: str, name: str) -> str:
+    """Return what transformers writes a tensor as."""
+    return "embed_out.weight" if (model_type, name) == ("gpt_neox", "lm_head.weight") else name
 
 
 @pytest.mark.parametrize("model_type", TABLE)
@@ -259,10 +264,13 @@ def test_what_a_config_leaves_out_is_what_transformers_takes(model_type: str) ->
     assert len(whole.layers) == config.num_hidden_layers
     assert whole.max_position_embeddings == length_of(whole, config)
     spec = replace(whole, layers=whole.layers[:2])
-    few = AutoConfig.for_model(model_type, **TABLE[model_type].two, **needed)
+    few = AutoConfig.for_model(model_type, num_hidden_layers=2, **needed)
     with torch.device("meta"):
         theirs = AutoModelForCausalLM.from_config(few)
-    tensors = {name: tuple(tensor.shape) for name, tensor in theirs.state_dict().items()}
+    tensors = {
+        as_saved(model_type, name): tuple(tensor.shape)
+        for name, tensor in theirs.state_dict().items()
+    }
     for tied in theirs.all_tied_weights_keys:
         del tensors[tied]
     for unread in [name for name in tensors if any(fnmatch(name, p) for p in family.ignored)]:

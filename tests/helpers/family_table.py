@@ -69,9 +69,7 @@ class Entry:
         unread: Spellings of `test_reading.py` that transformers itself can make no model of.
         scalings: The kinds of scaling of RoPE that it can, None for all.
         needed: What a `config.json` must say for transformers to make a model of it at all.
-        attention: Which of its implementations of attention is the judge.
-        two: What makes a model of two layers.
-        spelled: Its fields have the names that `test_reading.py` spells.
+        spelled: Its `config.json` has the names of Llama's, and can be spelled in as many ways.
     """
 
     cases: Mapping[str, Mapping[str, Any]]
@@ -79,11 +77,17 @@ class Entry:
     unread: frozenset[str] = frozenset()
     scalings: frozenset[str] | None = None
     needed: Mapping[str, Any] = field(default_factory=dict)
-    attention: str = "eager"
-    two: Mapping[str, Any] = field(default_factory=lambda: {"num_hidden_layers": 2})
     spelled: bool = True
 
 
+_GPT = {
+    "vocab_size": 97,
+    "n_embd": 64,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 128,
+    "tie_word_embeddings": False,
+}
 _NO_HEADS = frozenset({"no key/value heads", "null head_dim"})
 # Wide heads by default, for which a list of factors is too short.
 _LISTS = frozenset({"longrope", "longrope parameters"})
@@ -93,17 +97,6 @@ _OWN_HEADS = frozenset({"wide heads", "null head_dim", "layers in turn"})
 _SWITCHED = frozenset({"layers in turn"})
 # Where transformers has a token of its own for pads, beyond so small a table.
 _PADDED = {**SIZES, "pad_token_id": 0}
-# Of GPT-J and its kind.
-_J = {
-    "vocab_size": 97,
-    "n_embd": 64,
-    "n_layer": 2,
-    "n_head": 4,
-    "n_positions": 128,
-    "rotary_dim": 8,
-    "tie_word_embeddings": False,
-}
-_BLOOM = {"vocab_size": 97, "hidden_size": 64, "n_layer": 2, "n_head": 4}
 TABLE: dict[str, Entry] = {
     "apertus": Entry(
         {
@@ -120,22 +113,30 @@ TABLE: dict[str, Entry] = {
             "tied": {"tie_word_embeddings": True, "head_dim": 24, "rope_parameters": LINEAR},
         },
     ),
+    "biogpt": Entry(
+        {
+            "scaled": {"tie_word_embeddings": True},
+            "unscaled": {"scale_embedding": False, "hidden_act": "gelu_new"},
+            "three-layers": {"num_hidden_layers": 3, "num_attention_heads": 8},
+        },
+        spelled=False,
+    ),
     "bloom": Entry(
         {
             "eight": {"n_head": 8},
             "six": {"n_head": 6, "hidden_size": 96},
             "untied": {"tie_word_embeddings": False, "n_head": 1},
         },
-        sizes=_BLOOM,
+        {"vocab_size": 97, "hidden_size": 64, "n_layer": 2, "n_head": 4},
         spelled=False,
     ),
     "codegen": Entry(
         {
-            "part": {},
-            "head": {"rotary_dim": 16, "n_inner": 72},
-            "tied": {"tie_word_embeddings": True, "n_head": 8, "rotary_dim": 4},
+            "four-parts": {},
+            "wide-mlp": {"n_inner": 80, "rotary_dim": 16},
+            "eight-heads": {"n_head": 8, "rotary_dim": 4, "activation_function": "gelu"},
         },
-        sizes=_J,
+        {**_GPT, "rotary_dim": 8},
         spelled=False,
     ),
     "cohere": Entry(
@@ -145,7 +146,7 @@ TABLE: dict[str, Entry] = {
             "untied": {"tie_word_embeddings": False, "num_key_value_heads": 4},
             "beyond": {"rope_parameters": YARN, "max_position_embeddings": SHORT},
         },
-        sizes={**SIZES, "tie_word_embeddings": True, "logit_scale": 0.5},
+        {**SIZES, "tie_word_embeddings": True, "logit_scale": 0.5},
         unread=frozenset({"null head_dim"}),
     ),
     "ernie4_5": Entry(
@@ -163,22 +164,18 @@ TABLE: dict[str, Entry] = {
     ),
     "falcon": Entry(
         {
-            "one-head": {},
-            "alibi": {"alibi": True, "multi_query": False, "bias": True, "parallel_attn": False},
-            "alibi, one-head": {"alibi": True, "num_attention_heads": 8},
-            "grouped": {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": True},
-            "grouped, one norm": {
+            "7b": {"num_kv_heads": ABSENT},
+            "40b": {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": True},
+            "11b": {
                 "new_decoder_architecture": True,
-                "num_kv_heads": 4,
+                "num_kv_heads": 2,
                 "num_ln_in_parallel_attn": 1,
-                "tie_word_embeddings": False,
+                "ffn_hidden_size": 80,
             },
-            "beyond": {"rope_parameters": LINEAR, "max_position_embeddings": SHORT},
+            "one-after-the-other": {"parallel_attn": False, "bias": True},
+            "each-head-its-own": {"multi_query": False, "tie_word_embeddings": True},
         },
-        sizes={**SIZES, "tie_word_embeddings": True},
-        # The eager one adds ALiBi twice: to the mask, and to the scores.
-        attention="sdpa",
-        unread=_OWN_HEADS,
+        spelled=False,
     ),
     "gemma": Entry(
         {
@@ -212,39 +209,61 @@ TABLE: dict[str, Entry] = {
         sizes=_PADDED,
         unread=_WIDE,
     ),
+    "gpt2": Entry(
+        {
+            "tied": {"tie_word_embeddings": True},
+            "untied": {"n_inner": 80, "activation_function": "gelu", "n_head": 8},
+            "unscaled": {"scale_attn_weights": False, "layer_norm_epsilon": 1e-3},
+            "scaled-by-layer": {"scale_attn_by_inverse_layer_idx": True, "n_layer": 3},
+        },
+        _GPT,
+        spelled=False,
+    ),
     "gpt_bigcode": Entry(
         {
-            "one-head": {},
-            "heads": {"multi_query": False, "n_inner": 72},
-            "unscaled": {"scale_attn_weights": False, "tie_word_embeddings": False},
+            "one-kv-head": {},
+            "each-head-its-own": {"multi_query": False, "tie_word_embeddings": True},
+            "wide-mlp": {"n_inner": 80, "activation_function": "relu", "n_layer": 3},
         },
-        sizes=_J,
+        _GPT,
         spelled=False,
     ),
     "gpt_neo": Entry(
         {
-            "in-turn": {"attention_types": [[["global", "local"], 1]], "window_size": 9},
-            "local": {"attention_types": [[["local"], 2]], "window_size": 12},
-            "global": {"attention_types": [[["global"], 2]], "intermediate_size": 72},
+            "in-turn": {},
+            "windows-only": {"attention_types": [[["local"], 2]], "window_size": 12},
+            "tied": {"tie_word_embeddings": True, "intermediate_size": 80},
         },
-        sizes={
+        {
             "vocab_size": 97,
             "hidden_size": 64,
             "num_layers": 2,
             "num_heads": 4,
+            "window_size": 9,
             "max_position_embeddings": 128,
             "attention_types": [[["global", "local"], 1]],
+            "tie_word_embeddings": False,
         },
+        needed={"attention_types": [[["global", "local"], 1]], "num_layers": 2},
         spelled=False,
-        two={"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
+    ),
+    "gpt_neox": Entry(
+        {
+            "pythia": {"rotary_pct": 0.25},
+            "after-one-another": {"use_parallel_residual": False, "rotary_pct": 1.0},
+            "no-bias": {"attention_bias": False, "tie_word_embeddings": True},
+            "base": {"rotary_emb_base": 500.0, "partial_rotary_factor": 0.5},
+        },
+        {**SIZES, "layer_norm_eps": 1e-3},
+        spelled=False,
     ),
     "gptj": Entry(
         {
-            "part": {},
-            "head": {"rotary_dim": 16, "n_inner": 72},
-            "tied": {"tie_word_embeddings": True, "n_head": 8, "rotary_dim": 4},
+            "neighbours": {},
+            "wide-mlp": {"n_inner": 80, "rotary_dim": 16},
+            "tied": {"n_head": 8, "rotary_dim": 4, "activation_function": "gelu"},
         },
-        sizes=_J,
+        {**_GPT, "rotary_dim": 8},
         spelled=False,
     ),
     "granite": Entry(
@@ -365,7 +384,7 @@ TABLE: dict[str, Entry] = {
             "six": {"n_heads": 6, "d_model": 96, "tie_word_embeddings": False},
             "scaled": {"attn_config": {"softmax_scale": 0.4}, "n_heads": 8},
         },
-        sizes={"vocab_size": 97, "d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 128},
+        {"vocab_size": 97, "d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 128},
         spelled=False,
     ),
     "nanochat": Entry(
@@ -383,6 +402,8 @@ TABLE: dict[str, Entry] = {
             "biases": {"attention_bias": True, "mlp_bias": True, "head_dim": 24},
             "tied": {"tie_word_embeddings": True, "partial_rotary_factor": 1.0, "norm_eps": 1e-3},
         },
+        unread=frozenset({"no key/value heads"}),
+        needed={"num_key_value_heads": 8},
     ),
     "olmo": Entry(
         {
@@ -399,6 +420,24 @@ TABLE: dict[str, Entry] = {
             "tied": {"tie_word_embeddings": True, "num_hidden_layers": 3},
         },
         unread=_OWN_HEADS,
+    ),
+    "opt": Entry(
+        {
+            "tied": {"tie_word_embeddings": True},
+            "no-bias": {"enable_bias": False, "activation_function": "gelu"},
+            "no-gain": {"layer_norm_elementwise_affine": False, "num_hidden_layers": 3},
+        },
+        {**SIZES, "ffn_dim": 80, "word_embed_proj_dim": 64},
+        spelled=False,
+    ),
+    "persimmon": Entry(
+        {
+            "normed": {},
+            "plain": {"qk_layernorm": False, "partial_rotary_factor": 0.25},
+            "tied": {"tie_word_embeddings": True, "num_attention_heads": 8},
+        },
+        {**SIZES, "layer_norm_eps": 1e-3},
+        spelled=False,
     ),
     "phi": Entry(
         {
@@ -516,9 +555,7 @@ def their_model(folder: Path) -> Any:
 
     config = AutoConfig.from_pretrained(folder)
     config.dtype = None
-    entry = TABLE.get(config.model_type)  # transformers takes some files for another family's
-    judge = "eager" if entry is None else entry.attention
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=judge)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     assert model.dtype == torch.float32
     return randomize(model.float())
 
