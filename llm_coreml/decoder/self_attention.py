@@ -164,7 +164,7 @@ class Attention(nn.Module):
     def _sinks_of(self, chunk: Chunk) -> torch.Tensor:
         """Return a score for each row, that of its head: `[1, kv_heads, group * S, 1]`."""
         assert chunk.zeros is not None
-        scores = self.sinks.view(1, -1, 1, 1) + chunk.zeros
+        scores = (chunk.zeros + self.sinks).permute(1, 0)  # [heads, S]
         return scores.reshape(1, self.spec.num_key_value_heads, -1, 1)
 
     def _query_factor(self) -> float | None:

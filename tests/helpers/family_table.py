@@ -122,6 +122,15 @@ TABLE: dict[str, Entry] = {
         },
         spelled=False,
     ),
+    "bloom": Entry(
+        {
+            "eight": {"n_head": 8},
+            "six": {"n_head": 6, "hidden_size": 96},
+            "untied": {"tie_word_embeddings": False, "n_head": 1},
+        },
+        {"vocab_size": 97, "hidden_size": 64, "n_layer": 2, "n_head": 4},
+        spelled=False,
+    ),
     "codegen": Entry(
         {
             "four-parts": {},
@@ -130,6 +139,16 @@ TABLE: dict[str, Entry] = {
         },
         {**_GPT, "rotary_dim": 8},
         spelled=False,
+    ),
+    "cohere": Entry(
+        {
+            "plain": {},
+            "norms": {"use_qk_norm": True, "attention_bias": True, "logit_scale": 0.25},
+            "untied": {"tie_word_embeddings": False, "num_key_value_heads": 4},
+            "beyond": {"rope_parameters": YARN, "max_position_embeddings": SHORT},
+        },
+        {**SIZES, "tie_word_embeddings": True, "logit_scale": 0.5},
+        unread=frozenset({"null head_dim"}),
     ),
     "ernie4_5": Entry(
         {
@@ -410,6 +429,24 @@ TABLE: dict[str, Entry] = {
                 "head_dim": 16,
             },
         }
+    ),
+    "mpt": Entry(
+        {
+            "four": {},
+            "six": {"n_heads": 6, "d_model": 96, "tie_word_embeddings": False},
+            "scaled": {"attn_config": {"softmax_scale": 0.4}, "n_heads": 8},
+        },
+        {"vocab_size": 97, "d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 128},
+        spelled=False,
+    ),
+    "nanochat": Entry(
+        {
+            "plain": {},
+            "bias": {"attention_bias": True, "num_key_value_heads": 4},
+            "uncapped": {"final_logit_softcapping": None, "tie_word_embeddings": True},
+            "beyond": {"rope_parameters": YARN, "max_position_embeddings": SHORT},
+        },
+        unread=frozenset({"null head_dim"}),
     ),
     "nemotron": Entry(
         {
