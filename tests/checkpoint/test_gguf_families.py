@@ -14,9 +14,13 @@ from gguf import GGMLQuantizationType as Kind
 from cases import cases
 from family_table import their_model, write_config
 from gguf_converter import convert
+from llm_coreml import load
 from llm_coreml.checkpoint.gguf_architectures import ARCHITECTURES
+from llm_coreml.config import ExportConfig
 from llm_coreml.families import find_family, known_model_types
 from llm_coreml.model import open_model
+from llm_coreml.pipeline import export
+from tiny import expected_logits, tokens_for
 
 YARN = {
     "rope_type": "yarn",
@@ -107,6 +111,20 @@ def test_codes_are_taken_as_they_are(architecture: str, tmp_path: Path) -> None:
             (theirs,) = stored[name].names
             values = weights.tensor(name, torch.float32)
             assert torch.equal(values, meant[theirs]), name
+
+
+@pytest.mark.parametrize("architecture", cases(BUILT, set(BUILT) - {"phi3"}))
+def test_a_file_alone_exports(architecture: str, tmp_path: Path) -> None:
+    theirs, meant = made(tmp_path, architecture, Kind.Q8_0)
+    config = ExportConfig(context=32, seq_lengths=(1, 8), logits="all")
+    bundle = export(tmp_path / "model.gguf", output=tmp_path / "out", config=config, cache=False)
+    report = bundle.manifest.quantization.imported
+    assert report is not None and report.exactness == "exact"
+    theirs.load_state_dict(meant, strict=False)
+    tokens = tokens_for(97, 24)
+    expected = expected_logits(theirs, tokens)
+    found = load(bundle.folder).logits(tokens)
+    assert (found - expected).abs().max() < 0.02 * expected.abs().max()
 
 
 # Those that transformers reads itself, heads of another width than the usual left out.
