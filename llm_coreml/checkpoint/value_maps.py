@@ -5,6 +5,8 @@
     Interleaved(heads=32, dim=64)      # rotated by pairs of neighbours, instead of halves
     Then(Rows(0, 2048, of=6144), Interleaved(heads=32, dim=64))
     Transposed()                       # a matrix stored [in, out]
+    Columns(0, 768, of=2304)           # one of several such matrices that are stored as one
+    Softplus()                         # a positive number, trained as the logarithm of one
     PlusOne()                          # a norm that is trained as the difference from one
     Stacked(8)                         # experts that are stored one by one
 
@@ -186,6 +188,50 @@ class Transposed(ValueMap):
     def values(self, stored: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return the matrix `[out, in]`."""
         return stored[0].T
+
+
+@final
+@dataclass(frozen=True)
+class Columns(ValueMap):
+    """Some columns of a matrix that is stored `[in, out]`, one of several stored as one.
+
+    Attributes:
+        start: The first column.
+        stop: The column after the last.
+        of: Columns of the whole.
+    """
+
+    start: int
+    stop: int
+    of: int
+
+    def sources(self, shape: Shape) -> tuple[Shape, ...]:
+        """Return the shape of the whole."""
+        return ((shape[1], self.of),)
+
+    def values(self, stored: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return the matrix `[out, in]`."""
+        return stored[0][:, self.start : self.stop].T
+
+
+@final
+@dataclass(frozen=True)
+class Softplus(ValueMap):
+    """Positive numbers that are trained as the inverse of softplus: `shift + ln(1 + exp(x))`.
+
+    Attributes:
+        shift: What is added.
+    """
+
+    shift: float = 0.0
+
+    def sources(self, shape: Shape) -> tuple[Shape, ...]:
+        """Return the same shape."""
+        return (shape,)
+
+    def values(self, stored: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return the numbers."""
+        return torch.nn.functional.softplus(stored[0]) + self.shift
 
 
 @final

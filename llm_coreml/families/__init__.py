@@ -23,18 +23,30 @@ from llm_coreml.printable import printable
 
 # model_type in config.json -> file in this folder
 _MODULES = {
+    "apertus": "apertus",
+    "arcee": "arcee",
     "ernie4_5": "ernie4_5",
+    "gemma": "gemma",
     "glm": "glm",
     "glm4": "glm4",
+    "granite": "granite",
     "granite_swa": "granite_swa",
+    "helium": "helium",
     "hunyuan_v1_dense": "hunyuan_v1_dense",
     "llama": "llama",
     "ministral3": "ministral3",
     "mistral": "mistral",
+    "nemotron": "nemotron",
+    "olmo": "olmo",
+    "olmo2": "olmo2",
+    "phi": "phi",
     "phi3": "phi3",
     "qwen2": "qwen2",
     "qwen3": "qwen3",
+    "seed_oss": "seed_oss",
     "smollm3": "smollm3",
+    "stablelm": "stablelm",
+    "starcoder2": "starcoder2",
 }
 
 

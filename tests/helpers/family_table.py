@@ -82,28 +82,26 @@ _NO_HEADS = frozenset({"no key/value heads", "null head_dim"})
 # Wide heads by default, for which a list of factors is too short.
 _LISTS = frozenset({"longrope", "longrope parameters"})
 _WIDE = _LISTS | {"null head_dim"}
+# What transformers reads as another head size in one place than in another.
+_OWN_HEADS = frozenset({"wide heads", "null head_dim", "layers in turn"})
 _SWITCHED = frozenset({"layers in turn"})
 # Where transformers has a token of its own for pads, beyond so small a table.
 _PADDED = {**SIZES, "pad_token_id": 0}
 TABLE: dict[str, Entry] = {
-    "llama": Entry(
+    "apertus": Entry(
         {
-            "gqa-4-2": {},
-            "gqa-6-2": {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 2},
-            "one-kv-head": {"num_attention_heads": 8, "num_key_value_heads": 1},
-            "mha": {"num_key_value_heads": 4},
-            "head-dim-48": {"hidden_size": 96, "head_dim": 48},
-            "tied": {"tie_word_embeddings": True},
-            "attention-bias": {"attention_bias": True},
-            "mlp-bias": {"mlp_bias": True},
-            "eps-1e-6": {"rms_norm_eps": 1e-6},
-            "three-layers": {"num_hidden_layers": 3, "tie_word_embeddings": True},
-            "gelu": {"hidden_act": "gelu_new"},
-            "rope-theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
-            "rope-linear": {"rope_parameters": LINEAR, "max_position_embeddings": SHORT},
-            "rope-dynamic": {"rope_parameters": DYNAMIC},
-            "rope-llama3": {"rope_parameters": LLAMA3},
-        }
+            "xielu": {"rope_parameters": {**LLAMA3, "rope_theta": 12000000.0}},
+            "silent-rope": {"attention_bias": True, "tie_word_embeddings": True},
+            "one-kv-head": {"num_key_value_heads": 1, "num_hidden_layers": 3},
+        },
+        unread=_OWN_HEADS | {"swish"},
+    ),
+    "arcee": Entry(
+        {
+            "gqa": {},
+            "biases": {"attention_bias": True, "mlp_bias": True},
+            "tied": {"tie_word_embeddings": True, "head_dim": 24, "rope_parameters": LINEAR},
+        },
     ),
     "ernie4_5": Entry(
         {
@@ -117,6 +115,15 @@ TABLE: dict[str, Entry] = {
             },
         },
         unread=_LISTS,
+    ),
+    "gemma": Entry(
+        {
+            "tied": {"tie_word_embeddings": True},
+            "legacy-gelu": {"hidden_act": "gelu", "num_key_value_heads": 1},
+            "bias": {"attention_bias": True, "head_dim": 24},
+        },
+        {**SIZES, "head_dim": 16, "initializer_range": 0.1},
+        unread=_NO_HEADS,
     ),
     "glm": Entry(
         {
@@ -140,6 +147,19 @@ TABLE: dict[str, Entry] = {
         },
         sizes=_PADDED,
         unread=_WIDE,
+    ),
+    "granite": Entry(
+        {
+            "silent": {},
+            "multipliers": {
+                "embedding_multiplier": 3.0,
+                "residual_multiplier": 0.6,
+                "attention_multiplier": 0.4,
+                "logits_scaling": 0.25,
+            },
+            "biases": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+        },
+        unread=_OWN_HEADS,
     ),
     "granite_swa": Entry(
         {
@@ -165,6 +185,15 @@ TABLE: dict[str, Entry] = {
         sizes={**SIZES, "sliding_window": 16},
         unread=frozenset({"null head_dim"}),
     ),
+    "helium": Entry(
+        {
+            "neighbours": {},
+            "biases": {"attention_bias": True, "mlp_bias": True},
+            "tied": {"tie_word_embeddings": True, "head_dim": 8, "num_attention_heads": 8},
+        },
+        {**SIZES, "head_dim": 16},
+        unread=_NO_HEADS,
+    ),
     "hunyuan_v1_dense": Entry(
         {
             "plain": {},
@@ -178,6 +207,25 @@ TABLE: dict[str, Entry] = {
         sizes={**SIZES, "head_dim": 16},
         unread=frozenset({"null head_dim"}),
         needed={"head_dim": 128},
+    ),
+    "llama": Entry(
+        {
+            "gqa-4-2": {},
+            "gqa-6-2": {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 2},
+            "one-kv-head": {"num_attention_heads": 8, "num_key_value_heads": 1},
+            "mha": {"num_key_value_heads": 4},
+            "head-dim-48": {"hidden_size": 96, "head_dim": 48},
+            "tied": {"tie_word_embeddings": True},
+            "attention-bias": {"attention_bias": True},
+            "mlp-bias": {"mlp_bias": True},
+            "eps-1e-6": {"rms_norm_eps": 1e-6},
+            "three-layers": {"num_hidden_layers": 3, "tie_word_embeddings": True},
+            "gelu": {"hidden_act": "gelu_new"},
+            "rope-theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
+            "rope-linear": {"rope_parameters": LINEAR, "max_position_embeddings": SHORT},
+            "rope-dynamic": {"rope_parameters": DYNAMIC},
+            "rope-llama3": {"rope_parameters": LLAMA3},
+        }
     ),
     "ministral3": Entry(
         {
@@ -211,6 +259,37 @@ TABLE: dict[str, Entry] = {
                 "head_dim": 16,
             },
         }
+    ),
+    "nemotron": Entry(
+        {
+            "half-rotated": {},
+            "biases": {"attention_bias": True, "mlp_bias": True, "head_dim": 24},
+            "tied": {"tie_word_embeddings": True, "partial_rotary_factor": 1.0, "norm_eps": 1e-3},
+        },
+    ),
+    "olmo": Entry(
+        {
+            "no-gain": {},
+            "bias": {"attention_bias": True, "num_key_value_heads": 4},
+            "tied": {"tie_word_embeddings": True, "num_attention_heads": 8},
+        },
+        unread=_OWN_HEADS,
+    ),
+    "olmo2": Entry(
+        {
+            "behind": {},
+            "bias": {"attention_bias": True, "num_key_value_heads": 1},
+            "tied": {"tie_word_embeddings": True, "num_hidden_layers": 3},
+        },
+        unread=_OWN_HEADS,
+    ),
+    "phi": Entry(
+        {
+            "as-phi-2": {"num_key_value_heads": ABSENT},
+            "gqa": {"partial_rotary_factor": 0.25, "layer_norm_eps": 1e-3},
+            "qk-norms": {"qk_layernorm": True, "tie_word_embeddings": True},
+        },
+        unread=_OWN_HEADS,
     ),
     "phi3": Entry(
         {
@@ -261,6 +340,15 @@ TABLE: dict[str, Entry] = {
         {**SIZES, "head_dim": 16},
         unread=_NO_HEADS | _SWITCHED,
     ),
+    "seed_oss": Entry(
+        {
+            "biased": {},
+            "biases": {"attention_out_bias": True, "mlp_bias": True},
+            "plain": {"attention_bias": False, "tie_word_embeddings": True, "head_dim": 24},
+        },
+        {**SIZES, "head_dim": 16},
+        unread=_NO_HEADS,
+    ),
     "smollm3": Entry(
         {
             "fourth": {"num_hidden_layers": 4, "tie_word_embeddings": True},
@@ -274,6 +362,24 @@ TABLE: dict[str, Entry] = {
         },
         sizes=_PADDED,
         unread=frozenset({"null head_dim"}),
+    ),
+    "stablelm": Entry(
+        {
+            "quarter-rotated": {},
+            "parallel": {"use_parallel_residual": True, "use_qkv_bias": True},
+            "norms-of-each-head": {"qk_layernorm": True, "tie_word_embeddings": True},
+            "both": {"qk_layernorm": True, "use_parallel_residual": True},
+        },
+        {**SIZES, "partial_rotary_factor": 0.5},
+        unread=_OWN_HEADS | _NO_HEADS,
+    ),
+    "starcoder2": Entry(
+        {
+            "biased": {},
+            "no-bias": {"use_bias": False, "num_key_value_heads": 1},
+            "window": {"sliding_window": 9, "tie_word_embeddings": True, "norm_epsilon": 1e-3},
+        },
+        unread=_OWN_HEADS | _NO_HEADS,
     ),
 }
 CASES = [(family, name) for family, entry in TABLE.items() for name in entry.cases]
@@ -295,7 +401,7 @@ def their_model(folder: Path) -> Any:
     config.dtype = None
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     assert model.dtype == torch.float32
-    return randomize(model)
+    return randomize(model.float())
 
 
 def checkpoint(folder: Path, model_type: str, changes: Mapping[str, Any]) -> Any:
