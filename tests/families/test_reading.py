@@ -197,6 +197,7 @@ def spelled() -> dict[str, tuple[str, str]]:
         for family, entry in TABLE.items()
         for name in SPELLINGS
         if name not in entry.unread and scaled_so(entry, SPELLINGS[name])
+        if entry.spelled or name == "silent"
     }
 
 
@@ -215,7 +216,8 @@ def test_a_config_means_what_transformers_makes_of_it(label: str, tmp_path: Path
     theirs = checkpoint(tmp_path, model_type, SPELLINGS[spelling])
     model = open_model(tmp_path)
     same_options(model, theirs)
-    same_tables(model.spec, theirs)
+    if TABLE[model_type].spelled:
+        same_tables(model.spec, theirs)
     decoder = Decoder(model.spec, CONTEXT, logits="all")
     fill(decoder, model.weights, plan=None, storage=None)
     tokens = tokens_for(97, CONTEXT)
@@ -227,6 +229,11 @@ def test_a_config_means_what_transformers_makes_of_it(label: str, tmp_path: Path
         ]
     assert expected.abs().max() > 1
     assert (torch.cat(rows) - expected).abs().max() < 1e-4
+
+
+def as_saved(model_type: str, name: str) -> str:
+    """Return what transformers writes a tensor as."""
+    return "embed_out.weight" if (model_type, name) == ("gpt_neox", "lm_head.weight") else name
 
 
 @pytest.mark.parametrize("model_type", TABLE)
@@ -244,7 +251,10 @@ def test_what_a_config_leaves_out_is_what_transformers_takes(model_type: str) ->
     few = AutoConfig.for_model(model_type, num_hidden_layers=2, **needed)
     with torch.device("meta"):
         theirs = AutoModelForCausalLM.from_config(few)
-    tensors = {name: tuple(tensor.shape) for name, tensor in theirs.state_dict().items()}
+    tensors = {
+        as_saved(model_type, name): tuple(tensor.shape)
+        for name, tensor in theirs.state_dict().items()
+    }
     for tied in theirs.all_tied_weights_keys:
         del tensors[tied]
     for unread in [name for name in tensors if any(fnmatch(name, p) for p in family.ignored)]:

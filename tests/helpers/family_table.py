@@ -69,6 +69,7 @@ class Entry:
         unread: Spellings of `test_reading.py` that transformers itself can make no model of.
         scalings: The kinds of scaling of RoPE that it can, None for all.
         needed: What a `config.json` must say for transformers to make a model of it at all.
+        spelled: Its `config.json` has the names of Llama's, and can be spelled in as many ways.
     """
 
     cases: Mapping[str, Mapping[str, Any]]
@@ -76,8 +77,17 @@ class Entry:
     unread: frozenset[str] = frozenset()
     scalings: frozenset[str] | None = None
     needed: Mapping[str, Any] = field(default_factory=dict)
+    spelled: bool = True
 
 
+_GPT = {
+    "vocab_size": 97,
+    "n_embd": 64,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 128,
+    "tie_word_embeddings": False,
+}
 _NO_HEADS = frozenset({"no key/value heads", "null head_dim"})
 # Wide heads by default, for which a list of factors is too short.
 _LISTS = frozenset({"longrope", "longrope parameters"})
@@ -103,6 +113,23 @@ TABLE: dict[str, Entry] = {
             "tied": {"tie_word_embeddings": True, "head_dim": 24, "rope_parameters": LINEAR},
         },
     ),
+    "biogpt": Entry(
+        {
+            "scaled": {"tie_word_embeddings": True},
+            "unscaled": {"scale_embedding": False, "hidden_act": "gelu_new"},
+            "three-layers": {"num_hidden_layers": 3, "num_attention_heads": 8},
+        },
+        spelled=False,
+    ),
+    "codegen": Entry(
+        {
+            "four-parts": {},
+            "wide-mlp": {"n_inner": 80, "rotary_dim": 16},
+            "eight-heads": {"n_head": 8, "rotary_dim": 4, "activation_function": "gelu"},
+        },
+        {**_GPT, "rotary_dim": 8},
+        spelled=False,
+    ),
     "ernie4_5": Entry(
         {
             "wide-heads": {},
@@ -115,6 +142,21 @@ TABLE: dict[str, Entry] = {
             },
         },
         unread=_LISTS,
+    ),
+    "falcon": Entry(
+        {
+            "7b": {"num_kv_heads": ABSENT},
+            "40b": {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": True},
+            "11b": {
+                "new_decoder_architecture": True,
+                "num_kv_heads": 2,
+                "num_ln_in_parallel_attn": 1,
+                "ffn_hidden_size": 80,
+            },
+            "one-after-the-other": {"parallel_attn": False, "bias": True},
+            "each-head-its-own": {"multi_query": False, "tie_word_embeddings": True},
+        },
+        spelled=False,
     ),
     "gemma": Entry(
         {
@@ -147,6 +189,63 @@ TABLE: dict[str, Entry] = {
         },
         sizes=_PADDED,
         unread=_WIDE,
+    ),
+    "gpt2": Entry(
+        {
+            "tied": {"tie_word_embeddings": True},
+            "untied": {"n_inner": 80, "activation_function": "gelu", "n_head": 8},
+            "unscaled": {"scale_attn_weights": False, "layer_norm_epsilon": 1e-3},
+            "scaled-by-layer": {"scale_attn_by_inverse_layer_idx": True, "n_layer": 3},
+        },
+        _GPT,
+        spelled=False,
+    ),
+    "gpt_bigcode": Entry(
+        {
+            "one-kv-head": {},
+            "each-head-its-own": {"multi_query": False, "tie_word_embeddings": True},
+            "wide-mlp": {"n_inner": 80, "activation_function": "relu", "n_layer": 3},
+        },
+        _GPT,
+        spelled=False,
+    ),
+    "gpt_neo": Entry(
+        {
+            "in-turn": {},
+            "windows-only": {"attention_types": [[["local"], 2]], "window_size": 12},
+            "tied": {"tie_word_embeddings": True, "intermediate_size": 80},
+        },
+        {
+            "vocab_size": 97,
+            "hidden_size": 64,
+            "num_layers": 2,
+            "num_heads": 4,
+            "window_size": 9,
+            "max_position_embeddings": 128,
+            "attention_types": [[["global", "local"], 1]],
+            "tie_word_embeddings": False,
+        },
+        needed={"attention_types": [[["global", "local"], 1]], "num_layers": 2},
+        spelled=False,
+    ),
+    "gpt_neox": Entry(
+        {
+            "pythia": {"rotary_pct": 0.25},
+            "after-one-another": {"use_parallel_residual": False, "rotary_pct": 1.0},
+            "no-bias": {"attention_bias": False, "tie_word_embeddings": True},
+            "base": {"rotary_emb_base": 500.0, "partial_rotary_factor": 0.5},
+        },
+        {**SIZES, "layer_norm_eps": 1e-3},
+        spelled=False,
+    ),
+    "gptj": Entry(
+        {
+            "neighbours": {},
+            "wide-mlp": {"n_inner": 80, "rotary_dim": 16},
+            "tied": {"n_head": 8, "rotary_dim": 4, "activation_function": "gelu"},
+        },
+        {**_GPT, "rotary_dim": 8},
+        spelled=False,
     ),
     "granite": Entry(
         {
@@ -266,6 +365,8 @@ TABLE: dict[str, Entry] = {
             "biases": {"attention_bias": True, "mlp_bias": True, "head_dim": 24},
             "tied": {"tie_word_embeddings": True, "partial_rotary_factor": 1.0, "norm_eps": 1e-3},
         },
+        unread=frozenset({"no key/value heads"}),
+        needed={"num_key_value_heads": 8},
     ),
     "olmo": Entry(
         {
@@ -282,6 +383,24 @@ TABLE: dict[str, Entry] = {
             "tied": {"tie_word_embeddings": True, "num_hidden_layers": 3},
         },
         unread=_OWN_HEADS,
+    ),
+    "opt": Entry(
+        {
+            "tied": {"tie_word_embeddings": True},
+            "no-bias": {"enable_bias": False, "activation_function": "gelu"},
+            "no-gain": {"layer_norm_elementwise_affine": False, "num_hidden_layers": 3},
+        },
+        {**SIZES, "ffn_dim": 80, "word_embed_proj_dim": 64},
+        spelled=False,
+    ),
+    "persimmon": Entry(
+        {
+            "normed": {},
+            "plain": {"qk_layernorm": False, "partial_rotary_factor": 0.25},
+            "tied": {"tie_word_embeddings": True, "num_attention_heads": 8},
+        },
+        {**SIZES, "layer_norm_eps": 1e-3},
+        spelled=False,
     ),
     "phi": Entry(
         {
