@@ -8,11 +8,11 @@ from functools import partial
 import torch
 from torch import nn
 
-from llm_coreml.decoder.carried import Carried, Layout
+from llm_coreml.decoder.carried import Carried, Entries, Layout
 from llm_coreml.decoder.chunk import Chunk
 from llm_coreml.decoder.matrices import multiplier
 from llm_coreml.decoder.mlp import MLP
-from llm_coreml.decoder.norm import RMSNorm
+from llm_coreml.decoder.norm import RMSNorm, norm_of
 from llm_coreml.decoder.per_layer import PerLayerMLP
 from llm_coreml.decoder.self_attention import Attention, AttentionForm
 from llm_coreml.decoder.spec import DecoderSpec, NormSpec
@@ -22,6 +22,8 @@ from llm_coreml.decoder.wiring import Halt, Steps, Wiring, joined, run
 
 class Block(nn.Module):
     """One decoder layer: attention and MLP, each between norms and added to the residual.
+
+    They follow one another, or read the same residual stream where the layer is `parallel`.
 
     Args:
         spec: Of the decoder.
@@ -52,12 +54,15 @@ class Block(nn.Module):
         scalar = nn.Parameter(torch.ones(1), requires_grad=False) if layer.scaled else None
         self.layer_scalar = scalar
         self.entering, self.leaving = Layout.of(spec, index), Layout.of(spec, index + 1)
+        self.parallel = layer.parallel
 
     @property
     def wiring(self) -> Wiring:
         """What each matrix reads and writes. A norm of what is written lets no rotation pass."""
         attention = None if self.input_layernorm is None else "input_layernorm"
         mlp = None if self.post_attention_layernorm is None else "post_attention_layernorm"
+        if self.parallel and mlp is None:
+            mlp = attention
         parts = [
             self.self_attn.wiring.inside("self_attn").behind(attention),
             self.mlp.wiring.inside("mlp").behind(mlp),
@@ -79,16 +84,30 @@ class Block(nn.Module):
         """Do what `steps` does with what enters taken apart."""
         # No change of `x` has a name here: while a text stays halted, it would be kept.
         x, heads = carried.stream, dict(carried.heads)
-        mixer = self.self_attn.steps(_behind(self.input_layernorm, x), chunk, heads)
-        x = self._changed(x, (yield from mixer), self.attention_out_norm)
-        mlp = self.mlp.steps(_behind(self.post_attention_layernorm, x))
-        x = self._changed(x, (yield from mlp), self.mlp_out_norm)
+        if self.parallel:
+            x = yield from self._side_by_side(x, chunk, heads)
+        else:
+            mixer = self.self_attn.steps(_behind(self.input_layernorm, x), chunk, heads)
+            x = self._changed(x, (yield from mixer), self.attention_out_norm)
+            mlp = self.mlp.steps(_behind(self.post_attention_layernorm, x))
+            x = self._changed(x, (yield from mlp), self.mlp_out_norm)
         if self.per_layer is not None:
             added = self.per_layer.steps(x, carried.parts[0])
             x = self._changed(x, (yield from added), self.per_layer_out_norm)
         if self.layer_scalar is not None:
             x = x * self.layer_scalar
         return Carried(x, carried.parts[1:], heads)
+
+    def _side_by_side(self, x: torch.Tensor, chunk: Chunk, heads: dict[int, Entries]) -> Steps:
+        """Do what `through` does to the residual stream in a parallel layer."""
+        read = _behind(self.input_layernorm, x)
+        if self.post_attention_layernorm is None:
+            read = _behind(None, read())  # computed once for both
+        attended = yield from self.self_attn.steps(read, chunk, heads)
+        changed = self._changed(x, attended, self.attention_out_norm)
+        if self.post_attention_layernorm is not None:
+            read = _behind(self.post_attention_layernorm, x)
+        return self._changed(changed, (yield from self.mlp.steps(read)), self.mlp_out_norm)
 
     def _changed(self, x: torch.Tensor, change: torch.Tensor, norm: RMSNorm | None) -> torch.Tensor:
         if norm is not None:
@@ -99,7 +118,7 @@ class Block(nn.Module):
 
 
 def _norm(size: int, spec: NormSpec | None) -> RMSNorm | None:
-    return None if spec is None else RMSNorm(size, spec.eps)
+    return None if spec is None else norm_of(spec, size)
 
 
 def _behind(norm: RMSNorm | None, x: torch.Tensor) -> Halt:

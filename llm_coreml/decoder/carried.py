@@ -63,7 +63,7 @@ class Layout:
         parts = () if spec.per_layer is None else left * (spec.per_layer.width,)
         wanted = {layer.mixer.shares for layer in spec.layers[index:]}
         heads = {
-            at: spec.layers[at].mixer.attends for at in spec.shared if at < index and at in wanted
+            at: spec.layers[at].mixer.remembers for at in spec.shared if at < index and at in wanted
         }
         return cls(spec.hidden_size, parts, heads)
 

@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from llm_coreml.decoder.block import Block
+from llm_coreml.decoder.caches import held_positions
 from llm_coreml.decoder.chunk import Chunk, make_mask
-from llm_coreml.decoder.matrices import Embedding, Linear, SoftCap, multiplier
-from llm_coreml.decoder.norm import RMSNorm
+from llm_coreml.decoder.matrices import Embedding, Linear, PositionTable, SoftCap, multiplier
+from llm_coreml.decoder.norm import norm_of
 from llm_coreml.decoder.per_layer import PerLayerInputs
 from llm_coreml.decoder.position_tables import (
     growth_names,
@@ -28,8 +29,9 @@ from llm_coreml.decoder.position_tables import (
     slope_names,
 )
 from llm_coreml.decoder.self_attention import AttentionForm
-from llm_coreml.decoder.spec import DecoderSpec
-from llm_coreml.decoder.states import State, View, make_states, slots
+from llm_coreml.decoder.spec import DecoderSpec, Extent, MaskKey
+from llm_coreml.decoder.state import Start, State, View
+from llm_coreml.decoder.states import make_states, slots
 from llm_coreml.decoder.wiring import Matrix, Wiring, joined, run
 
 # Takes the rows of tokens out of a table.
@@ -55,6 +57,8 @@ class Decoder(nn.Module):
         attention: `fused` or `decomposed`, see `Attention`.
         logits: `last` returns the last row of a chunk, `all` every row.
         spare: Positions that the states hold beyond the context, see `forward`.
+        longest: The most tokens of a call in an exported graph; None is the whole context. By it
+            the rings of layers with windows are sized; eagerly longer calls are read in parts.
     """
 
     positions: torch.Tensor
@@ -68,32 +72,40 @@ class Decoder(nn.Module):
         attention: AttentionForm = "fused",
         logits: LogitsForm = "last",
         spare: int = 0,
+        longest: int | None = None,
     ) -> None:
         super().__init__()
         self.spec = spec
         self.context = context
-        self.spare = spare
+        self.extent = Extent(context, spare, longest)
         self.attention = attention
         self.logits = logits
         self.embed_tokens = Embedding(spec.vocab_size, spec.hidden_size)
+        if spec.learned_positions is not None:
+            self.embed_positions = PositionTable(spec.learned_positions, spec.hidden_size)
+        if spec.embedding_norm is not None:
+            self.embed_norm = norm_of(spec.embedding_norm, spec.hidden_size)
         self.layers = nn.ModuleList(
-            Block(spec, index, slot, attention) for index, slot in enumerate(slots(spec))
+            Block(spec, index, slot, attention)
+            for index, slot in enumerate(slots(spec, self.extent))
         )
         self.per_layer: PerLayerInputs | None = None
         if spec.per_layer is not None:
             self.per_layer = PerLayerInputs(spec.per_layer, spec.hidden_size, len(spec.layers))
-        self.norm = RMSNorm(spec.hidden_size, spec.norm.eps)
-        self.lm_head = Linear(spec.hidden_size, spec.vocab_size, bias=False)
+        self.norm = norm_of(spec.norm, spec.hidden_size)
+        self.lm_head = Linear(spec.hidden_size, spec.vocab_size, bias=spec.head_bias)
         self.softcap = None if spec.logits_softcap is None else SoftCap(spec.logits_softcap)
         factors = {"embedding": spec.embedding_multiplier, "logits": spec.logits_multiplier}
         for name, factor in factors.items():
             self.register_buffer(f"{name}_multiplier", multiplier(factor), persistent=False)
-        for name, state in make_states(spec, context, spare).items():
+        for name, state in make_states(spec, self.extent).items():
             self.add_module(name, state)
         for name, table in position_tables(spec, context).items():
             self.register_buffer(name, table, persistent=False)
         positions = torch.arange(context, dtype=torch.int32)
         self.register_buffer("positions", positions, persistent=False)
+        for ring in self._rings():
+            self.register_buffer(_places_in(ring), positions % ring, persistent=False)
 
     @property
     def states(self) -> dict[str, State]:
@@ -147,18 +159,26 @@ class Decoder(nn.Module):
         Returns:
             float32 logits, `[1, 1, vocab]` (`last`) or `[1, S, vocab]` (`all`).
         """
-        x = self.blocks(self.embed(tokens), start_pos, last_pos)
+        x = self.blocks(self.embed(tokens, start_pos, last_pos), start_pos, last_pos)
         return self.head(x[:, -1:] if self.logits == "last" else x)
 
     def hidden(self, tokens: torch.Tensor, start_pos: torch.Tensor) -> torch.Tensor:
         """Do what `forward` does up to the head, for every row: float32 `[1, S, hidden]`."""
-        return self.blocks(self.embed(tokens), start_pos)
+        return self.blocks(self.embed(tokens, start_pos), start_pos)
 
-    def embed(self, tokens: torch.Tensor, look_up: LookUp = Embedding.__call__) -> torch.Tensor:
+    def embed(
+        self,
+        tokens: torch.Tensor,
+        start_pos: torch.Tensor | None = None,
+        last_pos: torch.Tensor | None = None,
+        look_up: LookUp = Embedding.__call__,
+    ) -> torch.Tensor:
         """Return what the first block gets for int `tokens` `[1, S]`.
 
         Args:
             tokens: What is read.
+            start_pos: See `forward`; None is the first position.
+            last_pos: See `forward`.
             look_up: Takes rows `[1, S, columns]` out of a table.
 
         Returns:
@@ -167,6 +187,10 @@ class Decoder(nn.Module):
         tokens = tokens.to(torch.int32)
         x = look_up(self.embed_tokens, tokens)
         x = x if self.embedding_multiplier is None else x * self.embedding_multiplier
+        if self.spec.learned_positions is not None:
+            first = self.positions[:1] if start_pos is None else start_pos.to(torch.int32)
+            x = x + self.embed_positions(self._positions(x.shape[-2], first, last_pos))
+        x = x if self.spec.embedding_norm is None else self.embed_norm(x)
         if self.per_layer is None:
             return x
         rows = look_up(self.per_layer.embed_tokens, tokens)
@@ -176,6 +200,12 @@ class Decoder(nn.Module):
         self, x: torch.Tensor, start_pos: torch.Tensor, last_pos: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Do what `hidden` does, for tokens of which the first block gets `x` `[1, S, hidden]`."""
+        longest = self.extent.longest
+        if longest and not torch.compiler.is_exporting() and x.shape[1] > longest:
+            parts = enumerate(x.split(longest, dim=1))
+            return torch.cat(
+                [self.blocks(part, start_pos + n * longest, last_pos) for n, part in parts], 1
+            )
         chunk = self.chunk(x.shape[1], start_pos, last_pos)
         carried = self.block(0).entering.taken_apart(x)
         for index in range(len(self.layers)):
@@ -189,11 +219,18 @@ class Decoder(nn.Module):
     ) -> Chunk:
         """Return what every block is told of `length` tokens from `start_pos` int `[1]` on."""
         start_pos = start_pos.to(torch.int32)
-        rows = self.positions[:length] + start_pos  # [S]
-        if last_pos is not None:
-            rows = torch.minimum(rows, last_pos.to(torch.int32))
-        views = {name: state.open() for name, state in self.states.items()}
-        return self._chunk(rows, self.positions, views, start_pos)
+        rows = self._positions(length, start_pos, last_pos)
+        places: dict[int | None, torch.Tensor] = {None: start_pos}
+        columns: dict[int | None, torch.Tensor] = {None: self.positions}
+        for ring in self._rings():
+            # Looked up, as positions are: no division need be exact on a device.
+            places[ring] = self.get_buffer(_places_in(ring)).index_select(0, start_pos)
+            columns[ring] = held_positions(
+                self.positions[:ring], places[ring], start_pos, length, self.extent
+            )
+        starts = {ring: Start(place, length) for ring, place in places.items()}
+        views = {name: state.open(starts[state.ring]) for name, state in self.states.items()}
+        return self._chunk(rows, columns, views)
 
     def window(self, length: int) -> Chunk:
         """Return what every block is told of `length` tokens that are all there is.
@@ -202,7 +239,7 @@ class Decoder(nn.Module):
         """
         rows = self.positions[:length]
         views = {name: state.window() for name, state in self.states.items()}
-        return self._chunk(rows, rows, views, self.positions[:1])
+        return self._chunk(rows, {None: rows}, views)
 
     def reading(self, length: int, start: int, views: Mapping[str, View]) -> Chunk:
         """Return what every block is told of `length` tokens from position `start` on.
@@ -210,31 +247,42 @@ class Decoder(nn.Module):
         The views of the states hold what came before, and nothing else.
         """
         rows = self.positions[start : start + length]
-        return self._chunk(rows, self.positions[: start + length], views, rows[:1])
+        return self._chunk(rows, {None: self.positions[: start + length]}, views)
 
     def head(self, x: torch.Tensor) -> torch.Tensor:
         """Return the logits of rows that `hidden` gave, `[..., hidden]` -> `[..., vocab]`."""
-        return self.leaving(self.lm_head(self.norm(x)))
+        return self._capped(self.lm_head(self.norm(x)))
 
     def leaving(self, products: torch.Tensor) -> torch.Tensor:
-        """Return the logits that the head's products `[..., vocab]` become."""
-        logits = products
-        if self.logits_multiplier is not None:
-            logits = logits * self.logits_multiplier.to(logits.device)
-        return logits if self.softcap is None else self.softcap(logits)
+        """Return the logits that products with the head's matrix `[..., vocab]` become."""
+        bias = self.lm_head.bias
+        return self._capped(products if bias is None else products + bias)
 
     def reset(self) -> None:
         """Forget the sequence."""
         for state in self.states.values():
             state.reset()
 
+    def _capped(self, products: torch.Tensor) -> torch.Tensor:
+        logits = products
+        if self.logits_multiplier is not None:
+            logits = logits * self.logits_multiplier.to(logits.device)
+        return logits if self.softcap is None else self.softcap(logits)
+
+    def _positions(
+        self, length: int, start_pos: torch.Tensor, last_pos: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return where the tokens of a call are read, int32 `[S]`; pads where the last one is."""
+        rows = self.positions[:length] + start_pos
+        return rows if last_pos is None else torch.minimum(rows, last_pos.to(torch.int32))
+
     def _chunk(
         self,
         rows: torch.Tensor,
-        columns: torch.Tensor,
+        columns: Mapping[int | None, torch.Tensor],
         views: Mapping[str, View],
-        start_pos: torch.Tensor,
     ) -> Chunk:
+        """Return a chunk of tokens at `rows`, which attend to `columns`, those of a ring by it."""
         rotary = tuple(
             (self._rows_of(cos, rows), self._rows_of(sin, rows))
             for cos, sin in rotary_names(self.spec)
@@ -244,14 +292,29 @@ class Decoder(nn.Module):
             for growth, name in growth_names(self.spec, self.context).items()
         }
         slopes = {key: self.get_buffer(name) for key, name in slope_names(self.spec).items()}
-        keys = dict.fromkeys(key for layer in self.spec.layers for key in layer.mixer.masks)
-        masks = {key: make_mask(key, rows, columns, slopes.get(key[2])) for key in keys}
+        masks: dict[MaskKey, torch.Tensor] = {}
+        for layer in self.spec.layers:
+            ring = layer.mixer.remembers.ring(self.extent)
+            for key in layer.mixer.masks:
+                if key not in masks:
+                    seen = columns.get(ring, columns[None])
+                    masks[key] = make_mask(key, rows, seen, slopes.get(key[2]))
         zeros = None
         if any(layer.mixer.sinks for layer in self.spec.layers):
             # As many as rows, without a length that a lowering would have to compute.
             zeros = (rows * 0).to(torch.float32).unsqueeze(1)
-        return Chunk(rotary, masks, growths, zeros, views, start_pos)
+        return Chunk(rotary, masks, growths, zeros, views)
+
+    def _rings(self) -> list[int]:
+        """Return the sizes of all rings."""
+        found = (layer.mixer.remembers.ring(self.extent) for layer in self.spec.layers)
+        return sorted({ring for ring in found if ring is not None})
 
     def _rows_of(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         """Return what a table `[context, width]` holds of positions `[S]`: `[S, 1, width]`."""
         return F.embedding(rows, self.get_buffer(name)).unsqueeze(1)
+
+
+def _places_in(ring: int) -> str:
+    """Return what the table is called that tells where a ring holds each position."""
+    return f"places_{ring}"

@@ -17,20 +17,28 @@ from typing import Any, Literal
 from llm_coreml.decoder.rope_spec import RopeSpec as RopeSpec
 from llm_coreml.errors import CheckpointError
 
-Activation = Literal["silu", "gelu_tanh", "relu2"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "xielu"]
 # What a mask follows from: query heads of a key/value head, the window, and the heads' slopes.
 MaskKey = tuple[int, int | None, tuple[float, ...]]
+# What sizes of states are multiples of, which the Neural Engine's compiler asks for.
+_STATE_MULTIPLE = 32
 
 
 @dataclass(frozen=True)
 class NormSpec:
-    """A root-mean-square norm with a gain.
+    """A norm.
 
     Attributes:
-        eps: Added to the mean square.
+        eps: Added to the mean square, or to the variance.
+        kind: `rms` (root mean square) or `layer` (the mean is taken off first).
+        gain: A gain follows.
+        bias: And a bias.
     """
 
     eps: float = 1e-5
+    kind: Literal["rms", "layer"] = "rms"
+    gain: bool = True
+    bias: bool = False
 
 
 @dataclass(frozen=True)
@@ -38,21 +46,34 @@ class QKNormSpec:
     """Norms of queries and keys.
 
     Attributes:
-        eps: Added to the mean square.
+        eps: Added to the mean square, or to the variance.
         over: What is one row: each `head`, or all heads of a token at once.
         rotated: They are normed after they are rotated, and not before.
+        kind: As of a `NormSpec`.
+        gain: As of a `NormSpec`.
+        bias: As of a `NormSpec`.
+        own: Each head has a gain and a bias of its own.
 
     Raises:
-        ValueError: what is rotated is a head; all at once are normed before.
+        ValueError: what is rotated, or has a gain of its own, is a head.
     """
 
     eps: float = 1e-5
     over: Literal["head", "all"] = "head"
     rotated: bool = False
+    kind: Literal["rms", "layer"] = "rms"
+    gain: bool = True
+    bias: bool = False
+    own: bool = False
 
     def __post_init__(self) -> None:
-        if self.rotated and self.over != "head":
+        if self.over != "head" and (self.rotated or self.own):
             raise ValueError("Rotated queries and keys are normed head by head.")
+
+    @property
+    def norm(self) -> NormSpec:
+        """What is done to each row."""
+        return NormSpec(self.eps, self.kind, self.gain, self.bias)
 
 
 @dataclass(frozen=True)
@@ -69,16 +90,63 @@ class QueryGrowth:
 
 
 @dataclass(frozen=True)
+class Extent:
+    """How far the calls of a program reach, by which its states are sized.
+
+    Attributes:
+        context: Positions of a sequence.
+        spare: Positions beyond the context that the pads of a call may reach.
+        longest: The most tokens of a call, pads among them; None is the whole context.
+    """
+
+    context: int
+    spare: int = 0
+    longest: int | None = None
+
+
+@dataclass(frozen=True)
 class CacheSizes:
-    """What the keys and values of a layer are; layers of the same share their buffers.
+    """What the keys and values of a layer are.
 
     Attributes:
         heads: Key/value heads.
         head_dim: Width of one head.
+        window: How many positions a token sees, its own the last; None sees all before it.
     """
 
     heads: int
     head_dim: int
+    window: int | None = None
+
+    def ring(self, extent: Extent) -> int | None:
+        """Return how many positions a ring has that holds them; None if no ring saves any.
+
+        A call writes first and then attends to the ring as it lies. What its first token sees and
+        all of its own tokens, pads among them, must have places: `window - 1 + longest`. Twice
+        the longest call, so that a write that wraps finds its two pieces apart.
+        """
+        longest = extent.longest or extent.context
+        if self.window is None or self.window >= extent.context:
+            return None
+        least = max(self.window - 1, longest) + longest
+        size = -(-least // _STATE_MULTIPLE) * _STATE_MULTIPLE
+        return size if size < extent.context else None
+
+    def rewinds(self, extent: Extent) -> int | None:
+        """Return how many positions behind the furthest one a sequence can be taken up again.
+
+        None is any number. What a token sees there must not have been written over.
+        """
+        ring = self.ring(extent)
+        return None if ring is None or self.window is None else ring - self.window + 1
+
+    def positions(self, extent: Extent) -> int:
+        """Return how many positions the cache of one layer has."""
+        return self.ring(extent) or extent.context + extent.spare
+
+    def numbers(self, extent: Extent) -> int:
+        """Return how many numbers the keys of one layer are, and its values."""
+        return self.heads * self.head_dim * self.positions(extent)
 
 
 @dataclass(frozen=True)
@@ -96,7 +164,7 @@ class AttentionSpec:
         scale: What scores are multiplied by; None is `1 / sqrt(head_dim)`.
         softcap: Scores become `softcap * tanh(scores / softcap)`.
         qk_norm: Norms of queries and keys.
-        value_norm: Of each head's values, without a gain.
+        value_norm: Of each head's values.
         keys_are_values: One matrix makes both; keys alone are normed by `qk_norm` and rotated.
         shares: The earlier layer whose keys and values are attended to; None has its own.
         query_growth: How queries grow with their position.
@@ -156,14 +224,9 @@ class AttentionSpec:
         return ((self.num_queries_per_kv, self.window, self.alibi),)
 
     @property
-    def remembers(self) -> CacheSizes | None:
-        """What it remembers of each position; None if another layer does."""
-        return None if self.shares is not None else self.attends
-
-    @property
-    def attends(self) -> CacheSizes:
-        """What it attends to of each position."""
-        return CacheSizes(self.num_key_value_heads, self.head_dim)
+    def remembers(self) -> CacheSizes:
+        """What it remembers of each position, or the layer that it shares with does."""
+        return CacheSizes(self.num_key_value_heads, self.head_dim, self.window)
 
     @property
     def value_widths(self) -> tuple[int, ...]:
@@ -187,7 +250,9 @@ class MLPSpec:
         intermediate_size: Width between the two.
         norm: Of what enters; None reads the residual stream as it is.
         out_norm: Of what is added to the residual stream.
-        activation: `silu`, `gelu_tanh` (GELU by its tanh formula) or `relu2` (the square of ReLU).
+        activation: `silu`, `gelu` (by the error function), `gelu_tanh` (by its tanh formula),
+            `quick_gelu` (`x * sigmoid(1.702 x)`), `relu`, `relu2` (its square) or `xielu`
+            (arXiv 2411.13010), which has two parameters of its own.
         gated: There is a gate.
         bias: All of them have biases.
 
@@ -218,11 +283,14 @@ class LayerSpec:
     Attributes:
         mixer: Attention.
         feed_forward: A gated or a plain MLP.
+        parallel: Both read the same residual stream, and not the second what the first has
+            changed; a feed-forward layer without a norm then reads what attention reads.
         scaled: What leaves is multiplied by a stored number.
     """
 
     mixer: AttentionSpec
     feed_forward: MLPSpec
+    parallel: bool = False
     scaled: bool = False
 
 
@@ -273,6 +341,10 @@ class DecoderSpec:
         rotary: Tables of rotary position embedding, which layers name by their index.
         per_layer: What every layer is given of a token beside the residual stream.
         tie_word_embeddings: The head is the token table.
+        head_bias: The head has a bias.
+        embedding_norm: Of what enters the first layer.
+        learned_positions: How many rows a table of learned positions has, which are added to those
+            of the token table; None has no such table.
         embedding_multiplier: What rows of the token table are multiplied by.
         residual_multiplier: What every layer's two changes of the residual stream are.
         logits_multiplier: What logits are.
@@ -291,6 +363,9 @@ class DecoderSpec:
     rotary: tuple[RopeSpec, ...] = ()
     per_layer: PerLayerSpec | None = None
     tie_word_embeddings: bool = False
+    head_bias: bool = False
+    embedding_norm: NormSpec | None = None
+    learned_positions: int | None = None
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
     logits_multiplier: float = 1.0
@@ -308,7 +383,7 @@ class DecoderSpec:
         if mixer.shares is None:
             return
         owner = self.layers[mixer.shares].mixer if 0 <= mixer.shares < index else None
-        if owner is None or owner.remembers != mixer.attends:
+        if owner is None or owner.shares is not None or owner.remembers != mixer.remembers:
             raise CheckpointError(
                 f"config.json has layer {index} attend to the keys and values of layer "
                 f"{mixer.shares}, which has none like its own. Download or save the model again."
@@ -325,10 +400,17 @@ class DecoderSpec:
         """Positions that a context may have: those meant, or those that all scalings give.
 
         Files of 2023 name the length before a linear scaling, and so do files to which a scaling
-        has been added.
+        has been added. A table of learned positions ends where it ends.
         """
         meant = self.max_position_embeddings
+        if self.learned_positions is not None:
+            return self.learned_positions
         return max(meant, min((rope.reach(meant) for rope in self.rotary), default=meant))
+
+    def rewinds(self, extent: Extent) -> int | None:
+        """Return how far a sequence can go back, see `CacheSizes.rewinds`."""
+        found = (layer.mixer.remembers.rewinds(extent) for layer in self.layers)
+        return min((count for count in found if count is not None), default=None)
 
     @property
     def widest_sum(self) -> int:

@@ -155,7 +155,7 @@ def _attention(read: Dense, kind: str, index: int) -> AttentionSpec:
         out_norm=read.norm,
         scale=1.0,
         qk_norm=QKNormSpec(read.norm.eps),
-        value_norm=read.norm,
+        value_norm=replace(read.norm, gain=False),
         keys_are_values=same,
         qkv_bias=bias,
         out_bias=bias,

@@ -57,8 +57,9 @@ class Keys:
 
     def _begin(self) -> str:
         """Return what the text is when it meets the first block, and how blocks compute."""
-        others = [name for name in self._weights.names() if name.startswith("per_layer.")]
+        names, before = sorted(self._weights.names()), ("embed_", "per_layer.")
+        entering = [name for name in names if name.startswith(before)]
         owners = ["embed_tokens", *(name for name, _ in beside_blocks(self._decoder.spec))]
-        table = self.block(["embed_tokens.weight", *sorted(others)], owners, calibrated=False)
+        table = self.block(entering, owners, calibrated=False)
         decoder = repr((self._decoder.spec, self._decoder.attention))
         return make_key({"table": table, "decoder": decoder, "text": repr(self._windows)})

@@ -32,6 +32,7 @@ class EagerRunner(Runner):
         longest = min(self._LONGEST, decoder.context)
         self.seq_lengths = tuple(range(1, longest + 1))
         self.every_row = True
+        self.rewinds = decoder.spec.rewinds(decoder.extent)
         self.label = label
 
     def _forward(self, tokens: torch.Tensor, start_pos: torch.Tensor) -> torch.Tensor:
@@ -40,7 +41,9 @@ class EagerRunner(Runner):
 
     def _hidden(self, tokens: torch.Tensor, start_pos: torch.Tensor) -> torch.Tensor:
         """Do what `Decoder.hidden` does without expanding a token table as a whole."""
-        return self.decoder.blocks(self.decoder.embed(tokens, _look_up), start_pos)
+        return self.decoder.blocks(
+            self.decoder.embed(tokens, start_pos, look_up=_look_up), start_pos
+        )
 
     def _head(self, x: torch.Tensor) -> torch.Tensor:
         """Do what `Decoder.head` does without expanding the head as a whole."""

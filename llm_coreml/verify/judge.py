@@ -104,14 +104,15 @@ def _enter(
     named = [] if decoder.per_layer is None else ["per_layer.projection"]
     with _expanded(decoder, named, room, "", on_weight) as weights:
         for text in [text for text in texts if not text.half]:
-            text.states = decoder.embed(torch.tensor([text.tokens]), _look_up)[0]
+            tokens, first = torch.tensor([text.tokens]), torch.tensor([text.start])
+            text.states = decoder.embed(tokens, first, look_up=_look_up)[0]
         for weight in weights:
             weight.copy_(half_of(weight))
         for text in [text for text in texts if text.half]:
-            tokens = torch.tensor([text.tokens])
+            tokens, first = torch.tensor([text.tokens]), torch.tensor([text.start])
             rounded = {table: half_of(_look_up(table, tokens)) for table in decoder.tables}
             with half:
-                text.states = decoder.embed(tokens, _rows_of(rounded))[0]
+                text.states = decoder.embed(tokens, first, look_up=_rows_of(rounded))[0]
 
 
 def _rows_of(rows: Mapping[Embedding, torch.Tensor]) -> LookUp:
