@@ -26,8 +26,6 @@ from llm_coreml.decoder import DecoderSpec, skeleton
 from llm_coreml.decoder.spec import LayerSpec, NormSpec
 from llm_coreml.errors import UnsupportedError
 
-# What stands before the blocks and needs no other size.
-_TABLES = frozenset({"embed_tokens", "per_layer.embed_tokens", "per_layer.norm", "norm", "lm_head"})
 # The stream may be twice what one text makes of it, and sums are rounded upwards on the way.
 _ROOM = 2.0**15
 LARGEST_SHIFT = 8
@@ -49,10 +47,16 @@ def shifted(weights: Weights, spec: DecoderSpec, shift: int) -> tuple[Weights, D
     """Return weights and sizes of a decoder of the same function, its stream `2**-shift` as large.
 
     Raises:
-        UnsupportedError: a parameter is added to the stream in a way that is not known here.
+        UnsupportedError: what enters the first block comes out of a norm without a gain.
     """
     if not shift:
         return weights, spec
+    normed = spec.embedding_norm is not None
+    if spec.embedding_norm is not None and not spec.embedding_norm.gain:
+        raise UnsupportedError(
+            "--residual-shift makes gains smaller, and the norm of this model's token table has "
+            "none; use --compute-precision fp32."
+        )
     factors = _factors(spec, weights.names(), 2.0**-shift)
     small = 4.0**-shift
 
@@ -71,7 +75,7 @@ def shifted(weights: Weights, spec: DecoderSpec, shift: int) -> tuple[Weights, D
         spec,
         layers=tuple(map(layer, spec.layers)),
         norm=replace(spec.norm, eps=spec.norm.eps * small),
-        embedding_multiplier=spec.embedding_multiplier * 2.0**-shift,
+        embedding_multiplier=spec.embedding_multiplier * (1.0 if normed else 2.0**-shift),
     )
 
 
@@ -79,6 +83,8 @@ def _factors(spec: DecoderSpec, names: Collection[str], less: float) -> dict[str
     """Return what parameters are multiplied by, by name."""
     decoder = skeleton(spec)
     wiring, modules = decoder.wiring, dict(decoder.named_modules())
+    # A norm of the rows takes any size of them and of what is added.
+    entering = "embed_positions" if spec.embedding_norm is None else "embed_norm"
     found: dict[str, float] = {}
     for name in names:
         owner, _, kind = name.rpartition(".")
@@ -88,13 +94,8 @@ def _factors(spec: DecoderSpec, names: Collection[str], less: float) -> dict[str
                 found[name] = less
             elif matrix.reads == "residual" and matrix.norm is None and kind == "weight":
                 found[name] = 1 / less
-        elif owner.endswith("_out_norm"):
+        elif owner.endswith("_out_norm") or owner == entering:
             found[name] = less
-        elif not (owner in _TABLES or owner.startswith("layers.")):
-            raise UnsupportedError(
-                f"--residual-shift does not know what '{owner}' adds to the residual stream; use "
-                "--compute-precision fp32 for this family."
-            )
     return found
 
 

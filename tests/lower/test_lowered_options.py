@@ -49,20 +49,7 @@ LAYERS = (
         replace(HEADS, rope=1, softcap=2.0, norm=None, qk_norm=QKNormSpec(over="all")),
         replace(MLP, gated=False, activation="relu2", norm=None),
     ),
-    LayerSpec(
-        replace(
-            HEADS,
-            num_key_value_heads=1,
-            rope=None,
-            qkv_bias=True,
-            value_norm=replace(NORM, gain=False),
-            keys_are_values=True,
-        ),
-        MLP,
-        scaled=True,
-    ),
-    LayerSpec(replace(HEADS, window=9, qk_norm=QKNormSpec(), shares=0), MLP),
-    LayerSpec(replace(HEADS, num_key_value_heads=1, shares=2), MLP),
+    LayerSpec(replace(HEADS, num_key_value_heads=1, rope=None, qkv_bias=True), MLP),
 )
 SPEC = DecoderSpec(
     "tiny",
@@ -71,7 +58,6 @@ SPEC = DecoderSpec(
     max_position_embeddings=CONTEXT,
     layers=LAYERS,
     rotary=(RopeSpec(16, 100.0), RopeSpec(8)),
-    per_layer=PerLayerSpec(101, 8, table_multiplier=2.0, sum_multiplier=0.7),
     embedding_multiplier=3.0,
     residual_multiplier=0.7,
     logits_multiplier=0.5,
@@ -101,7 +87,19 @@ ATTENTION = replace(
         RopeSpec(16, kind="proportional", pairs=3),
     ),
 )
-SPECS = {"layers": SPEC, "attention": ATTENTION}
+OWN = replace(HEADS, window=9, qk_norm=QKNormSpec(), value_norm=replace(NORM, gain=False))
+SHARING = replace(
+    SPEC,
+    layers=(
+        LayerSpec(OWN, MLP),
+        LayerSpec(replace(HEADS, head_dim=8, rope=1, keys_are_values=True), MLP, scaled=True),
+        LayerSpec(replace(OWN, shares=0), MLP),
+        LayerSpec(replace(HEADS, head_dim=8, rope=1, shares=1), MLP),
+    ),
+    per_layer=PerLayerSpec(101, 8, table_multiplier=2.0, sum_multiplier=0.7),
+    logits_multiplier=1.0,
+)
+SPECS = {"sharing": SHARING, "layers": SPEC, "attention": ATTENTION}
 # The states of Core ML are fp16, and XNNPACK guesses at tanh.
 BOUND = 2e-3
 
