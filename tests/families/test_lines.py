@@ -17,7 +17,7 @@ MOST = 60
 # What is no file of one family.
 SHARED = {
     *("__init__", "family", "fields", "dense", "names", "windows", "rotary", "arrangements"),
-    *("gpt", "shape", "unknown", "likeness", "known_types"),
+    *("gpt", "layered", "gemma_parts", "shape", "unknown", "likeness", "known_types"),
 }
 FILES = sorted(path for path in FOLDER.glob("*.py") if path.stem not in SHARED)
 # Whose blocks are their own.
