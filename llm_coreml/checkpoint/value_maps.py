@@ -5,6 +5,8 @@
     Interleaved(heads=32, dim=64)      # rotated by pairs of neighbours, instead of halves
     Then(Rows(0, 2048, of=6144), Interleaved(heads=32, dim=64))
     Transposed()                       # a matrix stored [in, out]
+    Columns(0, 768, of=2304)           # one of several such matrices that are stored as one
+    Softplus()                         # a positive number, trained as the logarithm of one
     PlusOne()                          # a norm that is trained as the difference from one
     Stacked(8)                         # experts that are stored one by one
 
@@ -148,6 +150,48 @@ class Interleaved(RowChoice):
 
 @final
 @dataclass(frozen=True)
+class InterleavedGain(ValueMap):
+    """What heads' queries or keys are multiplied by before they are rotated by neighbours.
+
+    Attributes:
+        dim: As of `Interleaved`.
+    """
+
+    dim: int
+
+    def sources(self, shape: Shape) -> tuple[Shape, ...]:
+        """Return the same shape."""
+        return (shape,)
+
+    def values(self, stored: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return the gain, of one head or of each, in the order of the rows."""
+        return stored[0][..., Interleaved(1, self.dim).chosen(stored[0].shape[-1])]
+
+
+@final
+@dataclass(frozen=True)
+class ExchangedHalves(RowChoice):
+    """Queries or keys that are rotated the other way round, for a decoder that does not.
+
+    With the halves of a head exchanged, the numbers of each pair are, and so is the direction.
+
+    Attributes:
+        heads: How many there are.
+    """
+
+    heads: int
+
+    def sources(self, shape: Shape) -> tuple[Shape, ...]:
+        """Return the same shape."""
+        return (shape,)
+
+    def chosen(self, rows: int) -> torch.Tensor:
+        """Return of each head the second half, then the first."""
+        return torch.arange(rows).view(self.heads, 2, -1).flip(1).flatten()
+
+
+@final
+@dataclass(frozen=True)
 class Then(ValueMap):
     """One choice of rows after another.
 
@@ -186,6 +230,50 @@ class Transposed(ValueMap):
     def values(self, stored: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return the matrix `[out, in]`."""
         return stored[0].T
+
+
+@final
+@dataclass(frozen=True)
+class Columns(ValueMap):
+    """Some columns of a matrix that is stored `[in, out]`, one of several stored as one.
+
+    Attributes:
+        start: The first column.
+        stop: The column after the last.
+        of: Columns of the whole.
+    """
+
+    start: int
+    stop: int
+    of: int
+
+    def sources(self, shape: Shape) -> tuple[Shape, ...]:
+        """Return the shape of the whole."""
+        return ((shape[1], self.of),)
+
+    def values(self, stored: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return the matrix `[out, in]`."""
+        return stored[0][:, self.start : self.stop].T
+
+
+@final
+@dataclass(frozen=True)
+class Softplus(ValueMap):
+    """Positive numbers that are trained as the inverse of softplus: `shift + ln(1 + exp(x))`.
+
+    Attributes:
+        shift: What is added.
+    """
+
+    shift: float = 0.0
+
+    def sources(self, shape: Shape) -> tuple[Shape, ...]:
+        """Return the same shape."""
+        return (shape,)
+
+    def values(self, stored: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return the numbers."""
+        return torch.nn.functional.softplus(stored[0]) + self.shift
 
 
 @final

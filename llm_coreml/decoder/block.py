@@ -9,7 +9,7 @@ from torch import nn
 
 from llm_coreml.decoder.chunk import Chunk
 from llm_coreml.decoder.mlp import MLP
-from llm_coreml.decoder.norm import RMSNorm
+from llm_coreml.decoder.norm import RMSNorm, norm_of
 from llm_coreml.decoder.self_attention import Attention, AttentionForm
 from llm_coreml.decoder.spec import DecoderSpec, NormSpec
 from llm_coreml.decoder.states import Slot
@@ -18,6 +18,8 @@ from llm_coreml.decoder.wiring import Halt, Steps, Wiring, joined, run
 
 class Block(nn.Module):
     """One decoder layer: attention and MLP, each between norms and added to the residual.
+
+    They follow one another, or read the same residual stream where the layer is `parallel`.
 
     Args:
         spec: Of the decoder.
@@ -36,12 +38,15 @@ class Block(nn.Module):
         self.attention_out_norm = _norm(hidden, layer.mixer.out_norm)
         self.mlp_out_norm = _norm(hidden, layer.feed_forward.out_norm)
         self.residual_multiplier = spec.residual_multiplier
+        self.parallel = layer.parallel
 
     @property
     def wiring(self) -> Wiring:
         """What each matrix reads and writes. A norm of what is written lets no rotation pass."""
         attention = None if self.input_layernorm is None else "input_layernorm"
         mlp = None if self.post_attention_layernorm is None else "post_attention_layernorm"
+        if self.parallel and mlp is None:
+            mlp = attention
         return joined(
             self.self_attn.wiring.inside("self_attn").behind(attention),
             self.mlp.wiring.inside("mlp").behind(mlp),
@@ -53,11 +58,24 @@ class Block(nn.Module):
 
     def steps(self, x: torch.Tensor, chunk: Chunk) -> Steps:
         """Do what `forward` does, halting before the matrices of each stage of `wiring`."""
+        if self.parallel:
+            return (yield from self._side_by_side(x, chunk))
         # No change of `x` has a name here: while a text stays halted, it would be kept.
         mixer = self.self_attn.steps(_behind(self.input_layernorm, x), chunk)
         x = self._changed(x, (yield from mixer), self.attention_out_norm)
         mlp = self.mlp.steps(_behind(self.post_attention_layernorm, x))
         return self._changed(x, (yield from mlp), self.mlp_out_norm)
+
+    def _side_by_side(self, x: torch.Tensor, chunk: Chunk) -> Steps:
+        """Do what `steps` does in a parallel layer."""
+        read = _behind(self.input_layernorm, x)
+        if self.post_attention_layernorm is None:
+            read = _behind(None, read())  # computed once for both
+        attended = yield from self.self_attn.steps(read, chunk)
+        changed = self._changed(x, attended, self.attention_out_norm)
+        if self.post_attention_layernorm is not None:
+            read = _behind(self.post_attention_layernorm, x)
+        return self._changed(changed, (yield from self.mlp.steps(read)), self.mlp_out_norm)
 
     def _changed(self, x: torch.Tensor, change: torch.Tensor, norm: RMSNorm | None) -> torch.Tensor:
         if norm is not None:
@@ -68,7 +86,7 @@ class Block(nn.Module):
 
 
 def _norm(size: int, spec: NormSpec | None) -> RMSNorm | None:
-    return None if spec is None else RMSNorm(size, spec.eps)
+    return None if spec is None else norm_of(spec, size)
 
 
 def _behind(norm: RMSNorm | None, x: torch.Tensor) -> Halt:

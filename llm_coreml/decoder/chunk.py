@@ -73,7 +73,7 @@ def make_mask(
         columns: int32 `[positions]`, positions that there may be something at, from 0 on, where a
             window that is no shorter cuts nothing off; or those that a ring holds, larger than
             the window.
-        slopes: float32 `[heads]`, what a score loses for each position of distance.
+        slopes: float32 `[heads, 1, 1]`, what a score loses for each position of distance.
 
     Returns:
         float32 `[1, 1, group * S, positions]`, with slopes `[1, kv_heads, group * S, positions]`.
@@ -92,5 +92,5 @@ def _far_away(
     """Return what distance takes from each score, `[1, kv_heads, group * S, positions]`."""
     ahead = (columns - rows.view(-1, 1)).to(torch.float32)  # [S, positions]
     # What lies ahead is masked, so that its sign is nobody's.
-    lost = (ahead * slopes.view(-1, 1, 1)).clamp(_FARTHEST, 0.0)
+    lost = (ahead * slopes).clamp(_FARTHEST, 0.0)
     return lost.view(1, len(slopes) // group, -1, len(columns))

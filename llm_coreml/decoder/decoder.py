@@ -19,8 +19,8 @@ from torch import nn
 from llm_coreml.decoder.block import Block
 from llm_coreml.decoder.caches import held_positions
 from llm_coreml.decoder.chunk import Chunk, make_mask
-from llm_coreml.decoder.matrices import Embedding, Linear
-from llm_coreml.decoder.norm import RMSNorm
+from llm_coreml.decoder.matrices import Embedding, Linear, PositionTable
+from llm_coreml.decoder.norm import norm_of
 from llm_coreml.decoder.position_tables import (
     growth_names,
     position_tables,
@@ -76,12 +76,16 @@ class Decoder(nn.Module):
         self.attention = attention
         self.logits = logits
         self.embed_tokens = Embedding(spec.vocab_size, spec.hidden_size)
+        if spec.learned_positions is not None:
+            self.embed_positions = PositionTable(spec.learned_positions, spec.hidden_size)
+        if spec.embedding_norm is not None:
+            self.embed_norm = norm_of(spec.embedding_norm, spec.hidden_size)
         self.layers = nn.ModuleList(
             Block(spec, index, slot, attention)
             for index, slot in enumerate(slots(spec, self.extent))
         )
-        self.norm = RMSNorm(spec.hidden_size, spec.norm.eps)
-        self.lm_head = Linear(spec.hidden_size, spec.vocab_size, bias=False)
+        self.norm = norm_of(spec.norm, spec.hidden_size)
+        self.lm_head = Linear(spec.hidden_size, spec.vocab_size, bias=spec.head_bias)
         for name, state in make_states(spec, self.extent).items():
             self.add_module(name, state)
         for name, table in position_tables(spec, context).items():
@@ -134,21 +138,41 @@ class Decoder(nn.Module):
         Returns:
             float32 logits, `[1, 1, vocab]` (`last`) or `[1, S, vocab]` (`all`).
         """
-        x = self.blocks(self.embed(tokens), start_pos, last_pos)
+        x = self.blocks(self.embed(tokens, start_pos, last_pos), start_pos, last_pos)
         return self.head(x[:, -1:] if self.logits == "last" else x)
 
     def hidden(self, tokens: torch.Tensor, start_pos: torch.Tensor) -> torch.Tensor:
         """Do what `forward` does up to the head, for every row: float32 `[1, S, hidden]`."""
-        return self.blocks(self.embed(tokens), start_pos)
+        return self.blocks(self.embed(tokens, start_pos), start_pos)
 
-    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return what the first block gets for int `tokens` `[1, S]`: float32 `[1, S, hidden]`."""
-        return self.entering(self.embed_tokens(tokens.to(torch.int32)))
+    def embed(
+        self,
+        tokens: torch.Tensor,
+        start_pos: torch.Tensor | None = None,
+        last_pos: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return what the first block gets for tokens, float32 `[1, S, hidden]`.
 
-    def entering(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return what the first block gets for rows of the token table, `[..., hidden]`."""
+        Args:
+            tokens: int `[1, S]`.
+            start_pos: See `forward`; None is the first position.
+            last_pos: See `forward`.
+        """
+        return self.entering(self.embed_tokens(tokens.to(torch.int32)), start_pos, last_pos)
+
+    def entering(
+        self,
+        rows: torch.Tensor,
+        start_pos: torch.Tensor | None = None,
+        last_pos: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return what the first block gets for rows of the token table, `[..., S, hidden]`."""
         multiplier = self.spec.embedding_multiplier
-        return rows if multiplier == 1 else rows * multiplier
+        x = rows if multiplier == 1 else rows * multiplier
+        if self.spec.learned_positions is not None:
+            first = self.positions[:1] if start_pos is None else start_pos.to(torch.int32)
+            x = x + self.embed_positions(self._positions(rows.shape[-2], first, last_pos))
+        return x if self.spec.embedding_norm is None else self.embed_norm(x)
 
     def blocks(
         self, x: torch.Tensor, start_pos: torch.Tensor, last_pos: torch.Tensor | None = None
@@ -172,9 +196,7 @@ class Decoder(nn.Module):
     ) -> Chunk:
         """Return what every block is told of `length` tokens from `start_pos` int `[1]` on."""
         start_pos = start_pos.to(torch.int32)
-        rows = self.positions[:length] + start_pos  # [S]
-        if last_pos is not None:
-            rows = torch.minimum(rows, last_pos.to(torch.int32))
+        rows = self._positions(length, start_pos, last_pos)
         places: dict[int | None, torch.Tensor] = {None: start_pos}
         columns: dict[int | None, torch.Tensor] = {None: self.positions}
         for ring in self._rings():
@@ -206,18 +228,29 @@ class Decoder(nn.Module):
 
     def head(self, x: torch.Tensor) -> torch.Tensor:
         """Return the logits of rows that `hidden` gave, `[..., hidden]` -> `[..., vocab]`."""
-        return self.leaving(self.lm_head(self.norm(x)))
+        return self._capped(self.lm_head(self.norm(x)))
 
     def leaving(self, products: torch.Tensor) -> torch.Tensor:
-        """Return the logits that the head's products `[..., vocab]` become."""
-        multiplier, cap = self.spec.logits_multiplier, self.spec.logits_softcap
-        logits = products if multiplier == 1 else products * multiplier
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        """Return the logits that products with the head's matrix `[..., vocab]` become."""
+        bias = self.lm_head.bias
+        return self._capped(products if bias is None else products + bias)
 
     def reset(self) -> None:
         """Forget the sequence."""
         for state in self.states.values():
             state.reset()
+
+    def _capped(self, products: torch.Tensor) -> torch.Tensor:
+        multiplier, cap = self.spec.logits_multiplier, self.spec.logits_softcap
+        logits = products if multiplier == 1 else products * multiplier
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def _positions(
+        self, length: int, start_pos: torch.Tensor, last_pos: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return where the tokens of a call are read, int32 `[S]`; pads where the last one is."""
+        rows = self.positions[:length] + start_pos
+        return rows if last_pos is None else torch.minimum(rows, last_pos.to(torch.int32))
 
     def _chunk(
         self,

@@ -1,4 +1,4 @@
-"""Matrices: a linear layer and a token table, without weights at first."""
+"""Matrices: a linear layer, and tables of tokens and positions, without weights at first."""
 
 from __future__ import annotations
 
@@ -43,3 +43,21 @@ class Embedding(nn.Embedding):
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return the rows of int `tokens` `[1, S]` as float32 `[1, S, hidden]`."""
         return F.embedding(tokens, self.weight).to(torch.float32)
+
+
+class PositionTable(nn.Module):
+    """A table of learned positions, without values at first; no format but fp32 or fp16 holds it.
+
+    Args:
+        positions: How many there are.
+        size: Width of the residual stream.
+    """
+
+    def __init__(self, positions: int, size: int) -> None:
+        super().__init__()
+        values = torch.empty(positions, size, device="meta")
+        self.weight = nn.Parameter(values, requires_grad=False)
+
+    def forward(self, positions: torch.Tensor) -> torch.Tensor:
+        """Return the rows of int `positions` `[S]` as float32 `[S, hidden]`."""
+        return F.embedding(positions, self.weight).to(torch.float32)

@@ -19,9 +19,43 @@ def _relu2(x: torch.Tensor) -> torch.Tensor:
     return torch.relu(x) * torch.relu(x)
 
 
+def _quick_gelu(x: torch.Tensor) -> torch.Tensor:
+    return x * torch.sigmoid(x * 1.702)
+
+
 _ACTIVATIONS: Mapping[Activation, Callable[[torch.Tensor], torch.Tensor]] = MappingProxyType(
-    {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "relu2": _relu2}
+    {
+        "silu": F.silu,
+        "gelu": F.gelu,
+        "gelu_tanh": partial(F.gelu, approximate="tanh"),
+        "quick_gelu": _quick_gelu,
+        "relu": torch.relu,
+        "relu2": _relu2,
+    }
 )
+
+
+class XIELU(nn.Module):
+    """Quadratic above zero, and an integral of ELU below it (arXiv 2411.13010).
+
+    `alpha_p x^2 + x / 2` for x > 0, else `alpha_n (exp(x) - 1 - x) + x / 2`; both alphas `[1]` as
+    they are multiplied with.
+    """
+
+    _SLOPE = 0.5
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alpha_p = nn.Parameter(torch.ones(1), requires_grad=False)
+        self.alpha_n = nn.Parameter(torch.ones(1), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the activation of every number of `x`."""
+        above = torch.relu(x)
+        below = x - above
+        # exp(x) - 1 without a difference of what is nearly the same.
+        rest = torch.tanh(below * 0.5) * (torch.exp(below) + 1) - below
+        return above * (above * self.alpha_p) + rest * self.alpha_n + x * self._SLOPE
 
 
 class MLP(nn.Module):
@@ -40,13 +74,16 @@ class MLP(nn.Module):
             self.gate_proj = Linear(hidden_size, inner, bias=spec.bias)
         self.up_proj = Linear(hidden_size, inner, bias=spec.bias)
         self.down_proj = Linear(inner, hidden_size, bias=spec.bias)
+        if spec.activation == "xielu":
+            self.act_fn = XIELU()
 
     @property
     def wiring(self) -> Wiring:
         """What each matrix reads and writes."""
         names = ("gate_proj", "up_proj") if self.spec.gated else ("up_proj",)
         projections = tuple(Matrix(name, reads="residual") for name in names)
-        return Wiring((projections, (Matrix("down_proj", writes="residual"),)))
+        inner = ("act_fn",) if self.spec.activation == "xielu" else ()
+        return Wiring((projections, (Matrix("down_proj", writes="residual"),)), inner)
 
     def steps(self, inputs: Halt) -> Steps:
         """Map `inputs` `[1, S, hidden]` to the same shape."""
@@ -55,7 +92,8 @@ class MLP(nn.Module):
 
     def _inner(self, x: torch.Tensor) -> torch.Tensor:
         """Return `act(gate(x)) * up(x)`, `[1, S, intermediate]`."""
-        activation = _ACTIVATIONS[self.spec.activation]
+        known = self.spec.activation != "xielu"
+        activation = _ACTIVATIONS[self.spec.activation] if known else self.act_fn
         if not self.spec.gated:
             return activation(self.up_proj(self.up_proj.arrange(x)))
         x = self.gate_proj.arrange(x)  # which is that of `up_proj`, too

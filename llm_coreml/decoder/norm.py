@@ -1,4 +1,4 @@
-"""RMSNorm that stays finite in fp16 for any fp16 input.
+"""Norms that stay finite in fp16 for any fp16 input.
 
 `mean(x * x)` overflows fp16 at |x| > 255. Any positive scale m leaves the result unchanged,
     x / sqrt(mean(x^2) + eps) = (x/m) / sqrt(mean((x/m)^2) + eps / m^2),
@@ -6,6 +6,11 @@ so the row is brought to a range of its own first: the widest in which the sum o
 still an fp16 number. Beside one massive activation the others must not become so small that
 their last bits are lost, or all of them where a device flushes subnormal numbers. The floor on m
 keeps eps / m^2 an fp16 number, and sqrt(eps) is a normal one where eps is not.
+
+LayerNorm is the same of a row whose mean has been taken off. A sum of large numbers overflows, so
+the mean is taken of the row over its largest; and a difference of two may be twice as large as
+either, so each is halved first:
+    (x - mean) / sqrt(var + eps) = (c / 2) / sqrt(mean((c / 2)^2) + eps / 4),   c = x - mean.
 """
 
 from __future__ import annotations
@@ -15,6 +20,8 @@ import math
 import torch
 from torch import nn
 
+from llm_coreml.decoder.spec import NormSpec
+
 _SMALLEST_SCALE = 2.0**-8
 # Half of what fp16 holds, for the roundings on the way; and what eps allows for a short row.
 _LARGEST_SUM = 2.0**15
@@ -22,20 +29,32 @@ _WIDEST = 8.0
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm with a learned gain (arXiv 1910.07467).
+    """Root-mean-square norm of the last axis (arXiv 1910.07467).
 
     Args:
         size: Width of the last axis.
         eps: Added to the mean square.
+        gain: A learned gain follows.
+        bias: And a learned bias.
+        rows: What gain and bias have of their own: each of the last axis but one, of so many.
     """
 
     root_eps: torch.Tensor
     smallest_scale: torch.Tensor
     inverse_range: torch.Tensor
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
 
-    def __init__(self, size: int, eps: float) -> None:
+    def __init__(
+        self, size: int, eps: float, gain: bool = True, bias: bool = False, rows: int | None = None
+    ) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size), requires_grad=False)
+        shape = (size,) if rows is None else (rows, size)
+        held = {"weight": torch.ones(shape) if gain else None}
+        held["bias"] = torch.zeros(shape) if bias else None
+        for name, values in held.items():
+            parameter = None if values is None else nn.Parameter(values, requires_grad=False)
+            self.register_parameter(name, parameter)
         # Tensors, because coremltools turns `number / tensor` into an inverse with an epsilon
         # of its own, and a one-sided clamp into a clip with an infinite bound.
         self.register_buffer("root_eps", torch.tensor([math.sqrt(eps)]), persistent=False)
@@ -46,9 +65,33 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise the last axis of `x`; same shape and dtype."""
+        return self._scaled(self._normed(x, self.root_eps))
+
+    def _normed(self, x: torch.Tensor, root_eps: torch.Tensor) -> torch.Tensor:
         largest = torch.maximum(x.abs().amax(dim=-1, keepdim=True), self.smallest_scale)
         scale = largest * self.inverse_range
         scaled = x / scale
-        floor = self.root_eps / scale
+        floor = root_eps / scale
         mean_square = (scaled * scaled).mean(dim=-1, keepdim=True)
-        return scaled * torch.rsqrt(mean_square + floor * floor) * self.weight
+        return scaled * torch.rsqrt(mean_square + floor * floor)
+
+    def _scaled(self, normed: torch.Tensor) -> torch.Tensor:
+        if self.weight is not None:
+            normed = normed * self.weight
+        return normed if self.bias is None else normed + self.bias
+
+
+class LayerNorm(RMSNorm):
+    """Norm of the last axis by mean and variance (arXiv 1607.06450); arguments as `RMSNorm`."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise the last axis of `x`; same shape and dtype."""
+        largest = torch.maximum(x.abs().amax(dim=-1, keepdim=True), self.smallest_scale)
+        half_mean = (x / largest).mean(dim=-1, keepdim=True) * (largest * 0.5)
+        return self._scaled(self._normed(x * 0.5 - half_mean, self.root_eps * 0.5))
+
+
+def norm_of(spec: NormSpec, size: int, rows: int | None = None) -> RMSNorm:
+    """Return the norm of rows of `size` numbers; of `rows`, each has a gain and bias of its own."""
+    kind = LayerNorm if spec.kind == "layer" else RMSNorm
+    return kind(size, spec.eps, spec.gain, spec.bias, rows)

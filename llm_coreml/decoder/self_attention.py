@@ -16,9 +16,9 @@ from torch import nn
 
 from llm_coreml.decoder.chunk import Chunk
 from llm_coreml.decoder.matrices import Linear
-from llm_coreml.decoder.norm import RMSNorm
+from llm_coreml.decoder.norm import RMSNorm, norm_of
 from llm_coreml.decoder.rope import rotate
-from llm_coreml.decoder.spec import AttentionSpec
+from llm_coreml.decoder.spec import AttentionSpec, QKNormSpec
 from llm_coreml.decoder.states import Slot
 from llm_coreml.decoder.wiring import Halt, Matrix, Space, Steps, Wiring
 
@@ -62,9 +62,8 @@ class Attention(nn.Module):
         if spec.sinks:
             self.sinks = nn.Parameter(torch.empty(spec.num_attention_heads), requires_grad=False)
         if spec.qk_norm is not None:
-            each = spec.qk_norm.over == "head"
-            self.q_norm = RMSNorm(spec.head_dim if each else query_size, spec.qk_norm.eps)
-            self.k_norm = RMSNorm(spec.head_dim if each else kv_size, spec.qk_norm.eps)
+            self.q_norm = self._norm(spec.qk_norm, spec.num_attention_heads)
+            self.k_norm = self._norm(spec.qk_norm, spec.num_key_value_heads)
 
     @property
     def wiring(self) -> Wiring:
@@ -126,11 +125,16 @@ class Attention(nn.Module):
 
     def _split(self, x: torch.Tensor, norm: RMSNorm | None) -> torch.Tensor:
         """Return heads `[1, S, heads, head_dim]` of `x` `[1, S, heads * head_dim]`, normed."""
-        width, head_dim = x.shape[-1], self.spec.head_dim
-        if norm is not None and len(norm.weight) != head_dim:
+        width, head_dim, kind = x.shape[-1], self.spec.head_dim, self.spec.qk_norm
+        if norm is not None and kind is not None and kind.over == "all":
             return norm(x).view(1, -1, width // head_dim, head_dim)  # type: ignore[no-any-return]
         heads = x.view(1, -1, width // head_dim, head_dim)
         return heads if norm is None else norm(heads)
+
+    def _norm(self, spec: QKNormSpec, heads: int) -> RMSNorm:
+        """Return the norm of queries or keys of so many heads."""
+        size = self.spec.head_dim * (1 if spec.over == "head" else heads)
+        return norm_of(spec.norm, size, heads if spec.own else None)
 
     def _gated(self, attended: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Return `attended` `[1, S, heads, head_dim]` as much as its gates let pass."""
@@ -160,7 +164,7 @@ class Attention(nn.Module):
     def _sinks_of(self, chunk: Chunk) -> torch.Tensor:
         """Return a score for each row, that of its head: `[1, kv_heads, group * S, 1]`."""
         assert chunk.zeros is not None
-        scores = self.sinks.view(1, -1, 1, 1) + chunk.zeros
+        scores = (chunk.zeros + self.sinks).permute(1, 0)  # [heads, S]
         return scores.reshape(1, self.spec.num_key_value_heads, -1, 1)
 
     def _query_factor(self) -> float | None:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from llm_coreml.decoder.rope_spec import RopeSpec as RopeSpec
 from llm_coreml.errors import CheckpointError
 
-Activation = Literal["silu", "gelu_tanh", "relu2"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "xielu"]
 # What a mask follows from: query heads of a key/value head, the window, and the heads' slopes.
 MaskKey = tuple[int, int | None, tuple[float, ...]]
 # What sizes of states are multiples of, which the Neural Engine's compiler asks for.
@@ -26,13 +26,19 @@ _STATE_MULTIPLE = 32
 
 @dataclass(frozen=True)
 class NormSpec:
-    """A root-mean-square norm with a gain.
+    """A norm.
 
     Attributes:
-        eps: Added to the mean square.
+        eps: Added to the mean square, or to the variance.
+        kind: `rms` (root mean square) or `layer` (the mean is taken off first).
+        gain: A gain follows.
+        bias: And a bias.
     """
 
     eps: float = 1e-5
+    kind: Literal["rms", "layer"] = "rms"
+    gain: bool = True
+    bias: bool = False
 
 
 @dataclass(frozen=True)
@@ -40,21 +46,34 @@ class QKNormSpec:
     """Norms of queries and keys.
 
     Attributes:
-        eps: Added to the mean square.
+        eps: Added to the mean square, or to the variance.
         over: What is one row: each `head`, or all heads of a token at once.
         rotated: They are normed after they are rotated, and not before.
+        kind: As of a `NormSpec`.
+        gain: As of a `NormSpec`.
+        bias: As of a `NormSpec`.
+        own: Each head has a gain and a bias of its own.
 
     Raises:
-        ValueError: what is rotated is a head; all at once are normed before.
+        ValueError: what is rotated, or has a gain of its own, is a head.
     """
 
     eps: float = 1e-5
     over: Literal["head", "all"] = "head"
     rotated: bool = False
+    kind: Literal["rms", "layer"] = "rms"
+    gain: bool = True
+    bias: bool = False
+    own: bool = False
 
     def __post_init__(self) -> None:
-        if self.rotated and self.over != "head":
+        if self.over != "head" and (self.rotated or self.own):
             raise ValueError("Rotated queries and keys are normed head by head.")
+
+    @property
+    def norm(self) -> NormSpec:
+        """What is done to each row."""
+        return NormSpec(self.eps, self.kind, self.gain, self.bias)
 
 
 @dataclass(frozen=True)
@@ -225,7 +244,9 @@ class MLPSpec:
         intermediate_size: Width between the two.
         norm: Of what enters; None reads the residual stream as it is.
         out_norm: Of what is added to the residual stream.
-        activation: `silu`, `gelu_tanh` (GELU by its tanh formula) or `relu2` (the square of ReLU).
+        activation: `silu`, `gelu` (by the error function), `gelu_tanh` (by its tanh formula),
+            `quick_gelu` (`x * sigmoid(1.702 x)`), `relu`, `relu2` (its square) or `xielu`
+            (arXiv 2411.13010), which has two parameters of its own.
         gated: There is a gate.
         bias: All of them have biases.
 
@@ -256,10 +277,13 @@ class LayerSpec:
     Attributes:
         mixer: Attention.
         feed_forward: A gated or a plain MLP.
+        parallel: Both read the same residual stream, and not the second what the first has
+            changed; a feed-forward layer without a norm then reads what attention reads.
     """
 
     mixer: AttentionSpec
     feed_forward: MLPSpec
+    parallel: bool = False
 
 
 @dataclass(frozen=True)
@@ -275,6 +299,10 @@ class DecoderSpec:
         norm: Of what the head reads.
         rotary: Tables of rotary position embedding, which layers name by their index.
         tie_word_embeddings: The head is the token table.
+        head_bias: The head has a bias.
+        embedding_norm: Of what enters the first layer.
+        learned_positions: How many rows a table of learned positions has, which are added to those
+            of the token table; None has no such table.
         embedding_multiplier: What rows of the token table are multiplied by.
         residual_multiplier: What every layer's two changes of the residual stream are.
         logits_multiplier: What logits are.
@@ -292,6 +320,9 @@ class DecoderSpec:
     norm: NormSpec = NormSpec()
     rotary: tuple[RopeSpec, ...] = ()
     tie_word_embeddings: bool = False
+    head_bias: bool = False
+    embedding_norm: NormSpec | None = None
+    learned_positions: int | None = None
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
     logits_multiplier: float = 1.0
@@ -309,9 +340,11 @@ class DecoderSpec:
         """Positions that a context may have: those meant, or those that all scalings give.
 
         Files of 2023 name the length before a linear scaling, and so do files to which a scaling
-        has been added.
+        has been added. A table of learned positions ends where it ends.
         """
         meant = self.max_position_embeddings
+        if self.learned_positions is not None:
+            return self.learned_positions
         return max(meant, min((rope.reach(meant) for rope in self.rotary), default=meant))
 
     def rewinds(self, extent: Extent) -> int | None:

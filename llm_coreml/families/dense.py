@@ -10,7 +10,7 @@ asked for, so that a field that a family does not have is not asked for.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, final
 
@@ -30,14 +30,19 @@ from llm_coreml.families.rotary import rope_spec
 # Eight times those of the deepest one published; each takes a millisecond to lay out.
 _LAYERS = 1024
 _EPSILON = 1e-6
+_RMS_NORM = NormSpec()
+LAYER_NORM = NormSpec(kind="layer", bias=True)
 # What transformers calls them, and what the decoder does.
 _ACTIVATIONS: Mapping[str, Activation] = MappingProxyType(
     {
         "silu": "silu",
         "swish": "silu",
+        "gelu": "gelu",
         "gelu_new": "gelu_tanh",
         "gelu_fast": "gelu_tanh",
         "gelu_pytorch_tanh": "gelu_tanh",
+        "quick_gelu": "quick_gelu",
+        "relu": "relu",
         "relu2": "relu2",
     }
 )
@@ -69,10 +74,12 @@ class Dense:
     Attributes:
         config: With the family's defaults under what the file says.
         keys: What its fields are called.
+        kind: What its norms are, but for their eps.
     """
 
     config: Mapping[str, Any]
     keys: Keys = Keys()
+    kind: NormSpec = _RMS_NORM
 
     @property
     def hidden(self) -> int:
@@ -102,7 +109,7 @@ class Dense:
     @property
     def norm(self) -> NormSpec:
         """The norm that all places share."""
-        return NormSpec(number(self.config, self.keys.eps, _EPSILON, most=1.0))
+        return replace(self.kind, eps=number(self.config, self.keys.eps, _EPSILON, most=1.0))
 
     @property
     def activation(self) -> Activation:
@@ -130,6 +137,16 @@ class Dense:
         """A gated feed-forward layer without biases."""
         inner = whole(self.config, self.keys.inner)
         return MLPSpec(inner, norm=self.norm, activation=self.activation)
+
+    @property
+    def plain_mlp(self) -> MLPSpec:
+        """A feed-forward layer of two matrices with biases, four times as wide where not told."""
+        inner = whole(self.config, self.keys.inner, 4 * self.hidden)
+        return MLPSpec(inner, self.norm, activation=self.activation, gated=False, bias=True)
+
+    def rope_of(self, share: float) -> RopeSpec:
+        """Return the rotary table of heads of which that share is rotated if nothing is said."""
+        return rope_spec(self.config, self.head_dim, self.positions, share=share)
 
     @property
     def rope(self) -> RopeSpec:

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import final
 
-from llm_coreml.checkpoint.value_maps import ValueMap
+from llm_coreml.checkpoint.value_maps import Rows, Stacked, ValueMap
 from llm_coreml.checkpoint.weights_view import Stored
 from llm_coreml.decoder import DecoderSpec, skeleton
+from llm_coreml.decoder.matrices import PositionTable
 from llm_coreml.decoder.norm import RMSNorm
 from llm_coreml.decoder.spec import LayerSpec
 
@@ -38,9 +39,10 @@ class Names:
         layers: The list of layers.
         head: The head.
         modules: Modules with other names than the decoder's; those of a layer as the layer has
-            them.
+            them. A `*` counts the modules that one is stacked of.
         gains: How gains of norms are stored; None as they are.
         values: How other parameters of a layer are stored, by name or by module.
+        first_position: How many rows a table of learned positions has before the first.
     """
 
     trunk: str = "model."
@@ -49,6 +51,7 @@ class Names:
     modules: Mapping[str, str] = field(default_factory=dict)
     gains: ValueMap | None = None
     values: Callable[[DecoderSpec, LayerSpec], Arrangement] = _as_they_are
+    first_position: int = 0
 
 
 _LLAMA = Names()
@@ -67,7 +70,12 @@ def stored(spec: DecoderSpec, names: Names = _LLAMA) -> dict[str, Stored]:
             values = arrangement.get(f"{inner}.{kind}", arrangement.get(inner))
             if values is None and kind == "weight" and isinstance(module, RMSNorm):
                 values = names.gains
-            found[f"{path}.{kind}"] = Stored((f"{theirs}.{kind}",), values)
+            if isinstance(module, PositionTable) and names.first_position:
+                count = names.first_position + module.weight.shape[0]
+                values = Rows(names.first_position, count, of=count)
+            places = range(values.count) if isinstance(values, Stacked) else range(1)
+            each = tuple(f"{theirs}.{kind}".replace("*", str(index)) for index in places)
+            found[f"{path}.{kind}"] = Stored(each, values)
     return found
 
 

@@ -57,6 +57,7 @@ class Keys:
 
     def _begin(self) -> str:
         """Return what the text is when it meets the first block, and how blocks compute."""
-        table = self.block(["embed_tokens.weight"], ["embed_tokens"], calibrated=False)
+        entering = [name for name in self._weights.names() if name.startswith("embed_")]
+        table = self.block(sorted(entering), ["embed_tokens"], calibrated=False)
         decoder = repr((self._decoder.spec, self._decoder.attention))
         return make_key({"table": table, "decoder": decoder, "text": repr(self._windows)})

@@ -46,7 +46,7 @@ class EagerRunner(Runner):
             inside = (tokens >= start) & (tokens < start + len(rows))
             x[inside] = rows[tokens[inside] - start]
             start += len(rows)
-        return self.decoder.blocks(self.decoder.entering(x), start_pos)
+        return self.decoder.blocks(self.decoder.entering(x, start_pos), start_pos)
 
     def _head(self, x: torch.Tensor) -> torch.Tensor:
         """Do what `Decoder.head` does without expanding the head as a whole."""

@@ -97,7 +97,9 @@ def _enter(decoder: Decoder, texts: Sequence[Reading]) -> None:
     for text in texts:
         tokens, places = torch.unique(torch.tensor(text.tokens), return_inverse=True)
         rows = torch.cat([one_row(table, token) for token in tokens.tolist()])[places]
-        text.states = decoder.entering(half_of(rows) if text.half else rows)
+        first = torch.tensor([text.start])
+        entered = decoder.entering(half_of(rows) if text.half else rows, first)
+        text.states = half_of(entered) if text.half else entered
 
 
 def _through(

@@ -69,6 +69,7 @@ class Entry:
         unread: Spellings of `test_reading.py` that transformers itself can make no model of.
         scalings: The kinds of scaling of RoPE that it can, None for all.
         needed: What a `config.json` must say for transformers to make a model of it at all.
+        spelled: Its `config.json` has the names of Llama's, and can be spelled in as many ways.
     """
 
     cases: Mapping[str, Mapping[str, Any]]
@@ -76,35 +77,78 @@ class Entry:
     unread: frozenset[str] = frozenset()
     scalings: frozenset[str] | None = None
     needed: Mapping[str, Any] = field(default_factory=dict)
+    spelled: bool = True
 
 
+_GPT = {
+    "vocab_size": 97,
+    "n_embd": 64,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 128,
+    "tie_word_embeddings": False,
+}
 _NO_HEADS = frozenset({"no key/value heads", "null head_dim"})
 # Wide heads by default, for which a list of factors is too short.
 _LISTS = frozenset({"longrope", "longrope parameters"})
 _WIDE = _LISTS | {"null head_dim"}
+# What transformers reads as another head size in one place than in another.
+_OWN_HEADS = frozenset({"wide heads", "null head_dim", "layers in turn"})
 _SWITCHED = frozenset({"layers in turn"})
 # Where transformers has a token of its own for pads, beyond so small a table.
 _PADDED = {**SIZES, "pad_token_id": 0}
 _GEMMA = {**_PADDED, "head_dim": 16, "sliding_window": 9}
 TABLE: dict[str, Entry] = {
-    "llama": Entry(
+    "apertus": Entry(
         {
-            "gqa-4-2": {},
-            "gqa-6-2": {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 2},
-            "one-kv-head": {"num_attention_heads": 8, "num_key_value_heads": 1},
-            "mha": {"num_key_value_heads": 4},
-            "head-dim-48": {"hidden_size": 96, "head_dim": 48},
-            "tied": {"tie_word_embeddings": True},
-            "attention-bias": {"attention_bias": True},
-            "mlp-bias": {"mlp_bias": True},
-            "eps-1e-6": {"rms_norm_eps": 1e-6},
-            "three-layers": {"num_hidden_layers": 3, "tie_word_embeddings": True},
-            "gelu": {"hidden_act": "gelu_new"},
-            "rope-theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
-            "rope-linear": {"rope_parameters": LINEAR, "max_position_embeddings": SHORT},
-            "rope-dynamic": {"rope_parameters": DYNAMIC},
-            "rope-llama3": {"rope_parameters": LLAMA3},
-        }
+            "xielu": {"rope_parameters": {**LLAMA3, "rope_theta": 12000000.0}},
+            "silent-rope": {"attention_bias": True, "tie_word_embeddings": True},
+            "one-kv-head": {"num_key_value_heads": 1, "num_hidden_layers": 3},
+        },
+        unread=_OWN_HEADS | {"swish"},
+    ),
+    "arcee": Entry(
+        {
+            "gqa": {},
+            "biases": {"attention_bias": True, "mlp_bias": True},
+            "tied": {"tie_word_embeddings": True, "head_dim": 24, "rope_parameters": LINEAR},
+        },
+    ),
+    "biogpt": Entry(
+        {
+            "scaled": {"tie_word_embeddings": True},
+            "unscaled": {"scale_embedding": False, "hidden_act": "gelu_new"},
+            "three-layers": {"num_hidden_layers": 3, "num_attention_heads": 8},
+        },
+        spelled=False,
+    ),
+    "bloom": Entry(
+        {
+            "eight": {"n_head": 8},
+            "six": {"n_head": 6, "hidden_size": 96},
+            "untied": {"tie_word_embeddings": False, "n_head": 1},
+        },
+        {"vocab_size": 97, "hidden_size": 64, "n_layer": 2, "n_head": 4},
+        spelled=False,
+    ),
+    "codegen": Entry(
+        {
+            "four-parts": {},
+            "wide-mlp": {"n_inner": 80, "rotary_dim": 16},
+            "eight-heads": {"n_head": 8, "rotary_dim": 4, "activation_function": "gelu"},
+        },
+        {**_GPT, "rotary_dim": 8},
+        spelled=False,
+    ),
+    "cohere": Entry(
+        {
+            "plain": {},
+            "norms": {"use_qk_norm": True, "attention_bias": True, "logit_scale": 0.25},
+            "untied": {"tie_word_embeddings": False, "num_key_value_heads": 4},
+            "beyond": {"rope_parameters": YARN, "max_position_embeddings": SHORT},
+        },
+        {**SIZES, "tie_word_embeddings": True, "logit_scale": 0.5},
+        unread=frozenset({"null head_dim"}),
     ),
     "ernie4_5": Entry(
         {
@@ -125,6 +169,30 @@ TABLE: dict[str, Entry] = {
             "windows": {"sliding_window": 9, "sliding_window_pattern": 2, "head_dim": 24},
             "fourth": {"sliding_window": 12, "num_hidden_layers": 4, "tie_word_embeddings": True},
         },
+    ),
+    "falcon": Entry(
+        {
+            "7b": {"num_kv_heads": ABSENT},
+            "40b": {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": True},
+            "11b": {
+                "new_decoder_architecture": True,
+                "num_kv_heads": 2,
+                "num_ln_in_parallel_attn": 1,
+                "ffn_hidden_size": 80,
+            },
+            "one-after-the-other": {"parallel_attn": False, "bias": True},
+            "each-head-its-own": {"multi_query": False, "tie_word_embeddings": True},
+        },
+        spelled=False,
+    ),
+    "gemma": Entry(
+        {
+            "tied": {"tie_word_embeddings": True},
+            "legacy-gelu": {"hidden_act": "gelu", "num_key_value_heads": 1},
+            "bias": {"attention_bias": True, "head_dim": 24},
+        },
+        {**SIZES, "head_dim": 16, "initializer_range": 0.1},
+        unread=_NO_HEADS,
     ),
     "gemma2": Entry(
         {
@@ -193,6 +261,76 @@ TABLE: dict[str, Entry] = {
         sizes=_PADDED,
         unread=_WIDE,
     ),
+    "gpt2": Entry(
+        {
+            "tied": {"tie_word_embeddings": True},
+            "untied": {"n_inner": 80, "activation_function": "gelu", "n_head": 8},
+            "unscaled": {"scale_attn_weights": False, "layer_norm_epsilon": 1e-3},
+            "scaled-by-layer": {"scale_attn_by_inverse_layer_idx": True, "n_layer": 3},
+        },
+        _GPT,
+        spelled=False,
+    ),
+    "gpt_bigcode": Entry(
+        {
+            "one-kv-head": {},
+            "each-head-its-own": {"multi_query": False, "tie_word_embeddings": True},
+            "wide-mlp": {"n_inner": 80, "activation_function": "relu", "n_layer": 3},
+        },
+        _GPT,
+        spelled=False,
+    ),
+    "gpt_neo": Entry(
+        {
+            "in-turn": {},
+            "windows-only": {"attention_types": [[["local"], 2]], "window_size": 12},
+            "tied": {"tie_word_embeddings": True, "intermediate_size": 80},
+        },
+        {
+            "vocab_size": 97,
+            "hidden_size": 64,
+            "num_layers": 2,
+            "num_heads": 4,
+            "window_size": 9,
+            "max_position_embeddings": 128,
+            "attention_types": [[["global", "local"], 1]],
+            "tie_word_embeddings": False,
+        },
+        needed={"attention_types": [[["global", "local"], 1]], "num_layers": 2},
+        spelled=False,
+    ),
+    "gpt_neox": Entry(
+        {
+            "pythia": {"rotary_pct": 0.25},
+            "after-one-another": {"use_parallel_residual": False, "rotary_pct": 1.0},
+            "no-bias": {"attention_bias": False, "tie_word_embeddings": True},
+            "base": {"rotary_emb_base": 500.0, "partial_rotary_factor": 0.5},
+        },
+        {**SIZES, "layer_norm_eps": 1e-3},
+        spelled=False,
+    ),
+    "gptj": Entry(
+        {
+            "neighbours": {},
+            "wide-mlp": {"n_inner": 80, "rotary_dim": 16},
+            "tied": {"n_head": 8, "rotary_dim": 4, "activation_function": "gelu"},
+        },
+        {**_GPT, "rotary_dim": 8},
+        spelled=False,
+    ),
+    "granite": Entry(
+        {
+            "silent": {},
+            "multipliers": {
+                "embedding_multiplier": 3.0,
+                "residual_multiplier": 0.6,
+                "attention_multiplier": 0.4,
+                "logits_scaling": 0.25,
+            },
+            "biases": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+        },
+        unread=_OWN_HEADS,
+    ),
     "granite_swa": Entry(
         {
             "in-turn": {"sliding_window": 9, "num_hidden_layers": 5},
@@ -217,6 +355,15 @@ TABLE: dict[str, Entry] = {
         sizes={**SIZES, "sliding_window": 16},
         unread=frozenset({"null head_dim"}),
     ),
+    "helium": Entry(
+        {
+            "neighbours": {},
+            "biases": {"attention_bias": True, "mlp_bias": True},
+            "tied": {"tie_word_embeddings": True, "head_dim": 8, "num_attention_heads": 8},
+        },
+        {**SIZES, "head_dim": 16},
+        unread=_NO_HEADS,
+    ),
     "hunyuan_v1_dense": Entry(
         {
             "plain": {},
@@ -230,6 +377,25 @@ TABLE: dict[str, Entry] = {
         sizes={**SIZES, "head_dim": 16},
         unread=frozenset({"null head_dim"}),
         needed={"head_dim": 128},
+    ),
+    "llama": Entry(
+        {
+            "gqa-4-2": {},
+            "gqa-6-2": {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 2},
+            "one-kv-head": {"num_attention_heads": 8, "num_key_value_heads": 1},
+            "mha": {"num_key_value_heads": 4},
+            "head-dim-48": {"hidden_size": 96, "head_dim": 48},
+            "tied": {"tie_word_embeddings": True},
+            "attention-bias": {"attention_bias": True},
+            "mlp-bias": {"mlp_bias": True},
+            "eps-1e-6": {"rms_norm_eps": 1e-6},
+            "three-layers": {"num_hidden_layers": 3, "tie_word_embeddings": True},
+            "gelu": {"hidden_act": "gelu_new"},
+            "rope-theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
+            "rope-linear": {"rope_parameters": LINEAR, "max_position_embeddings": SHORT},
+            "rope-dynamic": {"rope_parameters": DYNAMIC},
+            "rope-llama3": {"rope_parameters": LLAMA3},
+        }
     ),
     "ministral3": Entry(
         {
@@ -264,6 +430,49 @@ TABLE: dict[str, Entry] = {
             },
         }
     ),
+    "mpt": Entry(
+        {
+            "four": {},
+            "six": {"n_heads": 6, "d_model": 96, "tie_word_embeddings": False},
+            "scaled": {"attn_config": {"softmax_scale": 0.4}, "n_heads": 8},
+        },
+        {"vocab_size": 97, "d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 128},
+        spelled=False,
+    ),
+    "nanochat": Entry(
+        {
+            "plain": {},
+            "bias": {"attention_bias": True, "num_key_value_heads": 4},
+            "uncapped": {"final_logit_softcapping": None, "tie_word_embeddings": True},
+            "beyond": {"rope_parameters": YARN, "max_position_embeddings": SHORT},
+        },
+        unread=frozenset({"null head_dim"}),
+    ),
+    "nemotron": Entry(
+        {
+            "half-rotated": {},
+            "biases": {"attention_bias": True, "mlp_bias": True, "head_dim": 24},
+            "tied": {"tie_word_embeddings": True, "partial_rotary_factor": 1.0, "norm_eps": 1e-3},
+        },
+        unread=frozenset({"no key/value heads"}),
+        needed={"num_key_value_heads": 8},
+    ),
+    "olmo": Entry(
+        {
+            "no-gain": {},
+            "bias": {"attention_bias": True, "num_key_value_heads": 4},
+            "tied": {"tie_word_embeddings": True, "num_attention_heads": 8},
+        },
+        unread=_OWN_HEADS,
+    ),
+    "olmo2": Entry(
+        {
+            "behind": {},
+            "bias": {"attention_bias": True, "num_key_value_heads": 1},
+            "tied": {"tie_word_embeddings": True, "num_hidden_layers": 3},
+        },
+        unread=_OWN_HEADS,
+    ),
     "olmo3": Entry(
         {
             "fourth": {"num_hidden_layers": 4, "sliding_window": 9},
@@ -285,6 +494,32 @@ TABLE: dict[str, Entry] = {
             },
         },
         sizes={**_PADDED, "sliding_window": 9},
+    ),
+    "opt": Entry(
+        {
+            "tied": {"tie_word_embeddings": True},
+            "no-bias": {"enable_bias": False, "activation_function": "gelu"},
+            "no-gain": {"layer_norm_elementwise_affine": False, "num_hidden_layers": 3},
+        },
+        {**SIZES, "ffn_dim": 80, "word_embed_proj_dim": 64},
+        spelled=False,
+    ),
+    "persimmon": Entry(
+        {
+            "normed": {},
+            "plain": {"qk_layernorm": False, "partial_rotary_factor": 0.25},
+            "tied": {"tie_word_embeddings": True, "num_attention_heads": 8},
+        },
+        {**SIZES, "layer_norm_eps": 1e-3},
+        spelled=False,
+    ),
+    "phi": Entry(
+        {
+            "as-phi-2": {"num_key_value_heads": ABSENT},
+            "gqa": {"partial_rotary_factor": 0.25, "layer_norm_eps": 1e-3},
+            "qk-norms": {"qk_layernorm": True, "tie_word_embeddings": True},
+        },
+        unread=_OWN_HEADS,
     ),
     "phi3": Entry(
         {
@@ -335,6 +570,15 @@ TABLE: dict[str, Entry] = {
         {**SIZES, "head_dim": 16},
         unread=_NO_HEADS | _SWITCHED,
     ),
+    "seed_oss": Entry(
+        {
+            "biased": {},
+            "biases": {"attention_out_bias": True, "mlp_bias": True},
+            "plain": {"attention_bias": False, "tie_word_embeddings": True, "head_dim": 24},
+        },
+        {**SIZES, "head_dim": 16},
+        unread=_NO_HEADS,
+    ),
     "smollm3": Entry(
         {
             "fourth": {"num_hidden_layers": 4, "tie_word_embeddings": True},
@@ -348,6 +592,24 @@ TABLE: dict[str, Entry] = {
         },
         sizes=_PADDED,
         unread=frozenset({"null head_dim"}),
+    ),
+    "stablelm": Entry(
+        {
+            "quarter-rotated": {},
+            "parallel": {"use_parallel_residual": True, "use_qkv_bias": True},
+            "norms-of-each-head": {"qk_layernorm": True, "tie_word_embeddings": True},
+            "both": {"qk_layernorm": True, "use_parallel_residual": True},
+        },
+        {**SIZES, "partial_rotary_factor": 0.5},
+        unread=_OWN_HEADS | _NO_HEADS,
+    ),
+    "starcoder2": Entry(
+        {
+            "biased": {},
+            "no-bias": {"use_bias": False, "num_key_value_heads": 1},
+            "window": {"sliding_window": 9, "tie_word_embeddings": True, "norm_epsilon": 1e-3},
+        },
+        unread=_OWN_HEADS | _NO_HEADS,
     ),
 }
 CASES = [(family, name) for family, entry in TABLE.items() for name in entry.cases]
@@ -369,7 +631,7 @@ def their_model(folder: Path) -> Any:
     config.dtype = None
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     assert model.dtype == torch.float32
-    return randomize(model)
+    return randomize(model.float())
 
 
 def checkpoint(folder: Path, model_type: str, changes: Mapping[str, Any]) -> Any:

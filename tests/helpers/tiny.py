@@ -48,7 +48,8 @@ def randomize(model: Any, seed: int = 0, std: float = 0.15) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator) * std
-            parameter.copy_(1 + noise if "norm" in name else noise)
+            norm = "norm" in name or ".ln_" in name
+            parameter.copy_(1 + noise if norm else noise)
     return model.eval()
 
 

@@ -82,13 +82,13 @@ class _Student:
             if isinstance(module, nn.Linear) and module is not decoder.lm_head:
                 self._linear[name] = adjustable(moved(module.weight.detach(), device))
                 self.values[name] = tuple(value.clone() for value in self._linear[name].values)
-            elif isinstance(module, RMSNorm):
+            elif isinstance(module, RMSNorm) and module.weight is not None and name != "embed_norm":
                 self.values[name] = (module.weight.detach().to(device, copy=True),)
         head = decoder.lm_head.weight.detach()
         self._head = torch.cat([rows.to(device) for rows in dense_rows(head)])
         owners = [f"layers.{index}" for index in range(len(decoder.layers))]
         self._buffers = {
-            owner: {n: b.to(device) for n, b in decoder.get_submodule(owner).named_buffers()}
+            owner: {n: b.to(device) for n, b in _untouched(decoder.get_submodule(owner))}
             for owner in (*owners, "norm")
         }
 
@@ -136,6 +136,14 @@ class _Student:
             else:
                 made[name] = changed[0].to(torch.float16).to(torch.float32)
         self.put(made)
+
+
+def _untouched(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield what a module computes with beside weights: its buffers, biases and single numbers."""
+    yield from module.named_buffers()
+    for name, parameter in module.named_parameters():
+        if not name.endswith("weight"):
+            yield name, parameter.detach()
 
 
 def tune(

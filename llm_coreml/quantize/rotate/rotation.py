@@ -13,7 +13,7 @@ What the decoder computes stays the same, and so do its operations.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 from typing import final
@@ -25,6 +25,7 @@ from llm_coreml.checkpoint.matrix import Packed, PackedForm
 from llm_coreml.checkpoint.weights_view import Weights
 from llm_coreml.config import Rotate
 from llm_coreml.decoder import DecoderSpec, skeleton
+from llm_coreml.decoder.spec import NormSpec
 from llm_coreml.decoder.wiring import Space, Wiring
 from llm_coreml.errors import UnsupportedError
 from llm_coreml.quantize.rotate.hadamard import SEED, Rotation
@@ -58,6 +59,13 @@ def rotations(kind: Rotate, spec: DecoderSpec) -> dict[Space, Rotation]:
             )
         found["heads"] = Rotation(widths[0])
     return found
+
+
+def _norms(spec: DecoderSpec) -> Iterator[NormSpec]:
+    """Yield the norms through which the residual stream is read."""
+    yield spec.norm
+    for layer in spec.layers:
+        yield from (norm for norm in (layer.mixer.norm, layer.feed_forward.norm) if norm)
 
 
 def rotated(weights: Weights, spec: DecoderSpec, kind: Rotate) -> tuple[Weights, DecoderSpec]:
@@ -102,7 +110,7 @@ class RotatedWeights(Weights):
         self._rotations = found
         self._copies = copies
         known = {*self._matrices, *self._norms, *wiring.inner}
-        for name in sorted(self.names()):
+        for name in sorted(self.names()) if "residual" in found else ():
             if _owner(name) not in known:
                 raise UnsupportedError(
                     f"--rotate does not know what {self._weights.described(name)} is multiplied "
@@ -169,7 +177,8 @@ class RotatedWeights(Weights):
         matrix = self._matrices.get(_owner(name))
         if matrix is None or matrix.norm is None or name.endswith(".bias"):
             return None
-        return f"{matrix.norm}.weight"
+        gain = f"{matrix.norm}.weight"
+        return gain if gain in self._weights.names() else None
 
     def _gain(self, name: str) -> torch.Tensor | None:
         """Return that gain as fp64."""

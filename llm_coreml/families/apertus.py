@@ -1,0 +1,74 @@
+"""Apertus: plain MLPs of xIELU, and norms of each head's queries and keys."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from llm_coreml.checkpoint.value_maps import Softplus
+from llm_coreml.decoder.spec import DecoderSpec, LayerSpec, MLPSpec, QKNormSpec
+from llm_coreml.families import llama
+from llm_coreml.families.dense import Dense
+from llm_coreml.families.family import Family
+from llm_coreml.families.fields import flag, table, whole
+from llm_coreml.families.names import Names, stored
+from llm_coreml.families.rotary import rope_notes
+
+# transformers' own defaults where config.json is silent.
+_DEFAULTS = {
+    **llama.DEFAULTS,
+    "vocab_size": 131072,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 65536,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "xielu",
+}
+_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 12000000.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 8192,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+}
+_NAMES = Names(
+    modules={
+        "input_layernorm": "attention_layernorm",
+        "post_attention_layernorm": "feedforward_layernorm",
+    },
+    values=lambda spec, layer: {
+        "mlp.act_fn.alpha_p": Softplus(),
+        "mlp.act_fn.alpha_n": Softplus(0.5),
+    },
+)
+
+
+def spec(config: Mapping[str, Any]) -> DecoderSpec:
+    """Read an Apertus `config.json`.
+
+    Raises:
+        CheckpointError: see `llama.spec`.
+        UnsupportedError: see `llama.spec`.
+    """
+    known = {**_DEFAULTS, **config}
+    if not (table(config, "rope_parameters") or table(config, "rope_scaling")):
+        known["rope_parameters"] = {**_ROPE, "rope_theta": known.get("rope_theta") or 12000000.0}
+    read, bias = Dense(known), flag(config, "attention_bias")
+    attention = replace(
+        read.attention, qk_norm=QKNormSpec(read.norm.eps), qkv_bias=bias, out_bias=bias
+    )
+    learned = known["hidden_act"] == "xielu"
+    inner = whole(known, "intermediate_size")
+    activation = "xielu" if learned else read.activation
+    mlp = MLPSpec(inner, read.norm, activation=activation, gated=False)
+    return read.alike(LayerSpec(attention, mlp))
+
+
+FAMILY = Family(
+    spec,
+    lambda spec: stored(spec, _NAMES),
+    rope_notes,
+    # Two numbers of xIELU that are the same in every model.
+    ignored=(*llama.FAMILY.ignored, "*.act_fn.beta", "*.act_fn.eps"),
+)

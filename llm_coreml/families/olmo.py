@@ -1,0 +1,42 @@
+"""OLMo, the first: LayerNorm without gain and bias."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from llm_coreml.decoder.spec import DecoderSpec, LayerSpec, NormSpec
+from llm_coreml.errors import UnsupportedError
+from llm_coreml.families import llama
+from llm_coreml.families.dense import Dense
+from llm_coreml.families.family import Family
+from llm_coreml.families.fields import flag, shown
+from llm_coreml.families.names import stored
+from llm_coreml.families.rotary import rope_notes
+
+# transformers' own defaults where config.json is silent.
+_DEFAULTS = {**llama.DEFAULTS, "vocab_size": 50304}
+# Which no file names.
+_NORM = NormSpec(1e-5, "layer", gain=False)
+
+
+def spec(config: Mapping[str, Any]) -> DecoderSpec:
+    """Read an OLMo `config.json`.
+
+    Raises:
+        CheckpointError: see `llama.spec`.
+        UnsupportedError: see `llama.spec`.
+    """
+    if config.get("clip_qkv") is not None:
+        raise UnsupportedError(
+            f"config.json gives clip_qkv = {shown(config['clip_qkv'])}; queries, keys and values "
+            "are not clipped here. Give a model without it."
+        )
+    read, bias = Dense({**_DEFAULTS, **config}), flag(config, "attention_bias")
+    attention = replace(read.attention, norm=_NORM, qkv_bias=bias, out_bias=bias)
+    layer = LayerSpec(attention, replace(read.mlp, norm=_NORM))
+    return replace(read.alike(layer), norm=_NORM)
+
+
+FAMILY = Family(spec, stored, rope_notes, ignored=llama.FAMILY.ignored)
