@@ -150,6 +150,48 @@ class Interleaved(RowChoice):
 
 @final
 @dataclass(frozen=True)
+class InterleavedGain(ValueMap):
+    """What heads' queries or keys are multiplied by before they are rotated by neighbours.
+
+    Attributes:
+        dim: As of `Interleaved`.
+    """
+
+    dim: int
+
+    def sources(self, shape: Shape) -> tuple[Shape, ...]:
+        """Return the same shape."""
+        return (shape,)
+
+    def values(self, stored: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return the gain, of one head or of each, in the order of the rows."""
+        return stored[0][..., Interleaved(1, self.dim).chosen(stored[0].shape[-1])]
+
+
+@final
+@dataclass(frozen=True)
+class ExchangedHalves(RowChoice):
+    """Queries or keys that are rotated the other way round, for a decoder that does not.
+
+    With the halves of a head exchanged, the numbers of each pair are, and so is the direction.
+
+    Attributes:
+        heads: How many there are.
+    """
+
+    heads: int
+
+    def sources(self, shape: Shape) -> tuple[Shape, ...]:
+        """Return the same shape."""
+        return (shape,)
+
+    def chosen(self, rows: int) -> torch.Tensor:
+        """Return of each head the second half, then the first."""
+        return torch.arange(rows).view(self.heads, 2, -1).flip(1).flatten()
+
+
+@final
+@dataclass(frozen=True)
 class Then(ValueMap):
     """One choice of rows after another.
 

@@ -20,7 +20,7 @@ def position_tables(spec: DecoderSpec, context: int) -> dict[str, torch.Tensor]:
 
     Returns:
         Float32. Cosines and sines of each rotary table, `[context, dim / 2]` each; what queries
-        grow by, `[context, 1]`; slopes of ALiBi, `[heads]`.
+        grow by, `[context, 1]`; slopes of ALiBi, `[heads, 1, 1]`.
     """
     found: dict[str, torch.Tensor] = {}
     for names, rope in zip(rotary_names(spec), spec.rotary, strict=True):
@@ -28,7 +28,7 @@ def position_tables(spec: DecoderSpec, context: int) -> dict[str, torch.Tensor]:
     for growth, name in growth_names(spec, context).items():
         found[name] = _growth_table(growth, context)
     for slopes, name in slope_names(spec).items():
-        found[name] = torch.tensor(slopes, dtype=torch.float64)
+        found[name] = torch.tensor(slopes, dtype=torch.float64).view(-1, 1, 1)
     return {name: table.to(torch.float32) for name, table in found.items()}
 
 

@@ -96,7 +96,7 @@ class Attention(nn.Module):
         keys = self._keys(x, chunk)
         values = _heads_first(self.v_proj(x).view(1, -1, spec.num_key_value_heads, spec.head_dim))
         cache = chunk.cache(self.slot.state)
-        keys, values = cache.update(self.slot.row, keys, values, chunk.start_pos)
+        keys, values = cache.update(self.slot.row, keys, values)
         attended = self._attend(queries, keys, values, chunk)
         attended = attended.reshape(1, spec.num_attention_heads, -1, spec.head_dim)
         joined = self._gated(_heads_first(attended), x)
@@ -164,7 +164,7 @@ class Attention(nn.Module):
     def _sinks_of(self, chunk: Chunk) -> torch.Tensor:
         """Return a score for each row, that of its head: `[1, kv_heads, group * S, 1]`."""
         assert chunk.zeros is not None
-        scores = self.sinks.view(1, -1, 1, 1) + chunk.zeros
+        scores = (chunk.zeros + self.sinks).permute(1, 0)  # [heads, S]
         return scores.reshape(1, self.spec.num_key_value_heads, -1, 1)
 
     def _query_factor(self) -> float | None:

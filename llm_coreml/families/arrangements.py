@@ -8,7 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from llm_coreml.checkpoint.value_maps import Blocks, Interleaved, RowChoice, Rows
+from llm_coreml.checkpoint.value_maps import (
+    Blocks,
+    Interleaved,
+    InterleavedGain,
+    RowChoice,
+    Rows,
+    ValueMap,
+)
 from llm_coreml.decoder.spec import DecoderSpec, LayerSpec
 
 # What transformers calls matrices that are stored as one.
@@ -47,21 +54,23 @@ def gate_up(layer: LayerSpec) -> dict[str, RowChoice]:
 
 
 def interleaved(spec: DecoderSpec, layer: LayerSpec) -> dict[str, RowChoice]:
-    """Return how queries and keys become such that are rotated by halves, where they are rotated.
-
-    Norms of each head's queries and keys, with a gain that heads share, come the same way.
-    """
+    """Return how queries and keys become such that are rotated by halves, if they are rotated."""
     attention = layer.mixer
     if attention.rope is None:
         return {}
     dim = spec.rotary[attention.rope].dim
-    one = Interleaved(1, dim)
     return {
         "self_attn.q_proj": Interleaved(attention.num_attention_heads, dim),
         "self_attn.k_proj": Interleaved(attention.num_key_value_heads, dim),
-        "self_attn.q_norm": one,
-        "self_attn.k_norm": one,
     }
+
+
+def interleaved_gains(spec: DecoderSpec, layer: LayerSpec) -> dict[str, ValueMap]:
+    """Return the same for the gains of norms of each head's queries and keys."""
+    if layer.mixer.rope is None:
+        return {}
+    gain = InterleavedGain(spec.rotary[layer.mixer.rope].dim)
+    return {"self_attn.q_norm": gain, "self_attn.k_norm": gain}
 
 
 def qkv_blocks(layer: LayerSpec) -> dict[str, RowChoice]:
