@@ -39,12 +39,16 @@ def rotations(kind: Rotate, spec: DecoderSpec) -> dict[Space, Rotation]:
     """Return the rotation of each space that `kind` asks to rotate.
 
     Raises:
-        UnsupportedError: norms read more of the residual stream than its length, the heads of some
-            layers are wider than those of others, or their numbers are gated one by one.
+        UnsupportedError: the heads of some layers are wider than those of others, or their numbers
+            are gated one by one; or a norm does not commute with a rotation.
     """
     found: dict[Space, Rotation] = {}
     if kind in ("residual", "both"):
-        _refuse_means(kind, spec)
+        if any(norm.kind == "layer" or norm.bias for norm in _norms(spec)):
+            raise UnsupportedError(
+                f"--rotate {kind} wants norms by the root mean square alone, and this model takes "
+                "off the mean or adds a bias; leave --rotate out, or give --rotate heads."
+            )
         found["residual"] = Rotation(spec.hidden_size)
     if kind in ("heads", "both"):
         widths = sorted({width for layer in spec.layers for width in layer.mixer.value_widths})
@@ -67,17 +71,6 @@ def _norms(spec: DecoderSpec) -> Iterator[NormSpec]:
     yield spec.norm
     for layer in spec.layers:
         yield from (norm for norm in (layer.mixer.norm, layer.feed_forward.norm) if norm)
-
-
-def _refuse_means(kind: Rotate, spec: DecoderSpec) -> None:
-    """Raise UnsupportedError for norms that a rotation of what they read changes."""
-    read = [norm for layer in spec.layers for norm in (layer.mixer.norm, layer.feed_forward.norm)]
-    norms = [norm for norm in (*read, spec.norm, spec.embedding_norm) if norm is not None]
-    if any(norm.kind == "layer" or norm.bias for norm in norms):
-        raise UnsupportedError(
-            f"--rotate {kind} cannot rotate the residual stream of this model, whose norms take a "
-            "mean off it or add a bias; leave --rotate out, or give --rotate heads."
-        )
 
 
 def rotated(weights: Weights, spec: DecoderSpec, kind: Rotate) -> tuple[Weights, DecoderSpec]:
