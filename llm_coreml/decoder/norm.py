@@ -65,13 +65,16 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise the last axis of `x`; same shape and dtype."""
-        return self._scaled(self._normed(x, self.root_eps))
+        return self._scaled(self._normed(x))
 
-    def _normed(self, x: torch.Tensor, root_eps: torch.Tensor) -> torch.Tensor:
+    def _normed(self, x: torch.Tensor, share: float = 1.0) -> torch.Tensor:
+        """Return `x`, which is that share of a row, over the row's root mean square."""
         largest = torch.maximum(x.abs().amax(dim=-1, keepdim=True), self.smallest_scale)
         scale = largest * self.inverse_range
         scaled = x / scale
-        floor = root_eps / scale
+        floor = self.root_eps / scale
+        if share != 1:  # not of the constant: the program is to hold that as it is here
+            floor = floor * share
         mean_square = (scaled * scaled).mean(dim=-1, keepdim=True)
         return scaled * torch.rsqrt(mean_square + floor * floor)
 
@@ -88,7 +91,7 @@ class LayerNorm(RMSNorm):
         """Normalise the last axis of `x`; same shape and dtype."""
         largest = torch.maximum(x.abs().amax(dim=-1, keepdim=True), self.smallest_scale)
         half_mean = (x / largest).mean(dim=-1, keepdim=True) * (largest * 0.5)
-        return self._scaled(self._normed(x * 0.5 - half_mean, self.root_eps * 0.5))
+        return self._scaled(self._normed(x * 0.5 - half_mean, share=0.5))
 
 
 def norm_of(spec: NormSpec, size: int, rows: int | None = None) -> RMSNorm:
