@@ -10,7 +10,7 @@ from torch import nn
 
 from llm_coreml.decoder.carried import Carried, Entries, Layout
 from llm_coreml.decoder.chunk import Chunk
-from llm_coreml.decoder.matrices import multiplier
+from llm_coreml.decoder.matrices import number
 from llm_coreml.decoder.mlp import MLP
 from llm_coreml.decoder.norm import RMSNorm, norm_of
 from llm_coreml.decoder.per_layer import PerLayerMLP
@@ -44,8 +44,7 @@ class Block(nn.Module):
         self.mlp = MLP(layer.feed_forward, hidden)
         self.attention_out_norm = _norm(hidden, layer.mixer.out_norm)
         self.mlp_out_norm = _norm(hidden, layer.feed_forward.out_norm)
-        factor = multiplier(spec.residual_multiplier)
-        self.register_buffer("residual_multiplier", factor, persistent=False)
+        self.register_buffer("residual_multiplier", number(spec.residual_multiplier, 1.0), False)
         self.per_layer: PerLayerMLP | None = None
         self.per_layer_out_norm: RMSNorm | None = None
         if spec.per_layer is not None:

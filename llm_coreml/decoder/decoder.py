@@ -19,7 +19,7 @@ from torch import nn
 from llm_coreml.decoder.block import Block
 from llm_coreml.decoder.caches import held_positions
 from llm_coreml.decoder.chunk import Chunk, make_mask
-from llm_coreml.decoder.matrices import Embedding, Linear, PositionTable, SoftCap, multiplier
+from llm_coreml.decoder.matrices import Embedding, Linear, PositionTable, number
 from llm_coreml.decoder.norm import norm_of
 from llm_coreml.decoder.per_layer import PerLayerInputs
 from llm_coreml.decoder.position_tables import (
@@ -64,6 +64,7 @@ class Decoder(nn.Module):
     positions: torch.Tensor
     embedding_multiplier: torch.Tensor | None
     logits_multiplier: torch.Tensor | None
+    logits_softcap: torch.Tensor | None
 
     def __init__(
         self,
@@ -94,14 +95,16 @@ class Decoder(nn.Module):
             self.per_layer = PerLayerInputs(spec.per_layer, spec.hidden_size, len(spec.layers))
         self.norm = norm_of(spec.norm, spec.hidden_size)
         self.lm_head = Linear(spec.hidden_size, spec.vocab_size, bias=spec.head_bias)
-        self.softcap = None if spec.logits_softcap is None else SoftCap(spec.logits_softcap)
-        factors = {"embedding": spec.embedding_multiplier, "logits": spec.logits_multiplier}
-        for name, factor in factors.items():
-            self.register_buffer(f"{name}_multiplier", multiplier(factor), persistent=False)
         for name, state in make_states(spec, self.extent).items():
             self.add_module(name, state)
         for name, table in position_tables(spec, context).items():
             self.register_buffer(name, table, persistent=False)
+        for name, held in (
+            ("embedding_multiplier", number(spec.embedding_multiplier, 1.0)),
+            ("logits_multiplier", number(spec.logits_multiplier, 1.0)),
+            ("logits_softcap", number(spec.logits_softcap, None)),
+        ):
+            self.register_buffer(name, held, persistent=False)
         positions = torch.arange(context, dtype=torch.int32)
         self.register_buffer("positions", positions, persistent=False)
         for ring in self._rings():
@@ -202,7 +205,7 @@ class Decoder(nn.Module):
         """Do what `hidden` does, for tokens of which the first block gets `x` `[1, S, hidden]`."""
         longest = self.extent.longest
         if longest and not torch.compiler.is_exporting() and x.shape[1] > longest:
-            parts = enumerate(x.split(longest, dim=1))
+            parts = enumerate(torch.split(x, longest, dim=1))
             return torch.cat(
                 [self.blocks(part, start_pos + n * longest, last_pos) for n, part in parts], 1
             )
@@ -256,7 +259,7 @@ class Decoder(nn.Module):
     def leaving(self, products: torch.Tensor) -> torch.Tensor:
         """Return the logits that products with the head's matrix `[..., vocab]` become."""
         bias = self.lm_head.bias
-        return self._capped(products if bias is None else products + bias)
+        return self._capped(products if bias is None else products + _beside(bias, products))
 
     def reset(self) -> None:
         """Forget the sequence."""
@@ -264,10 +267,12 @@ class Decoder(nn.Module):
             state.reset()
 
     def _capped(self, products: torch.Tensor) -> torch.Tensor:
-        logits = products
-        if self.logits_multiplier is not None:
-            logits = logits * self.logits_multiplier.to(logits.device)
-        return logits if self.softcap is None else self.softcap(logits)
+        multiplier, cap = self.logits_multiplier, self.logits_softcap
+        logits = products if multiplier is None else products * _beside(multiplier, products)
+        if cap is None:
+            return logits
+        cap = _beside(cap, products)
+        return torch.tanh(logits / cap) * cap
 
     def _positions(
         self, length: int, start_pos: torch.Tensor, last_pos: torch.Tensor | None
@@ -318,3 +323,8 @@ class Decoder(nn.Module):
 def _places_in(ring: int) -> str:
     """Return what the table is called that tells where a ring holds each position."""
     return f"places_{ring}"
+
+
+def _beside(number: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Return a number on the device of `x`; in an exported graph it is there, and no operation."""
+    return number if number.device == x.device else number.to(x.device)

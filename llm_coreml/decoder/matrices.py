@@ -7,6 +7,14 @@ import torch.nn.functional as F
 from torch import nn
 
 
+def number(value: float | None, without: float | None) -> torch.Tensor | None:
+    """Return a number of a spec as a tensor `[1]`, None where it is `without`, which does nothing.
+
+    A buffer is rounded in the eager decoder as it is in a program; a Python number would not be.
+    """
+    return None if value == without else torch.tensor([value])
+
+
 class Linear(nn.Linear):
     """A linear layer without weights at first, which may then be stored narrower than it computes.
 
@@ -32,37 +40,6 @@ class Linear(nn.Linear):
         weight = self.weight if self.weight.dtype == x.dtype else self.weight.to(x.dtype)
         bias = self.bias if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, weight, bias)
-
-
-def multiplier(factor: float) -> torch.Tensor | None:
-    """Return a factor as a tensor, so that it is the number that a program holds; None for 1.
-
-    Args:
-        factor: What something is multiplied by.
-    """
-    return None if factor == 1 else torch.tensor([factor])
-
-
-class SoftCap(nn.Module):
-    """`cap * tanh(x / cap)`, by two factors that are the numbers that a program holds.
-
-    A division by a number becomes a product with its inverse, rounded, in a program.
-
-    Args:
-        cap: What values stay below.
-    """
-
-    cap: torch.Tensor
-    inverse: torch.Tensor
-
-    def __init__(self, cap: float) -> None:
-        super().__init__()
-        self.register_buffer("cap", torch.tensor([cap]), persistent=False)
-        self.register_buffer("inverse", torch.tensor([1 / cap]), persistent=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Cap every number of `x`."""
-        return torch.tanh(x * self.inverse.to(x.device)) * self.cap.to(x.device)
 
 
 class Embedding(nn.Embedding):

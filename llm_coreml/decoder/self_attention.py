@@ -16,7 +16,7 @@ from torch import nn
 
 from llm_coreml.decoder.carried import Entries
 from llm_coreml.decoder.chunk import Chunk
-from llm_coreml.decoder.matrices import Linear, SoftCap
+from llm_coreml.decoder.matrices import Linear, number
 from llm_coreml.decoder.norm import RMSNorm, norm_of
 from llm_coreml.decoder.rope import rotate
 from llm_coreml.decoder.spec import AttentionSpec, QKNormSpec
@@ -40,6 +40,7 @@ class Attention(nn.Module):
     """
 
     scale: torch.Tensor | None
+    softcap: torch.Tensor | None
 
     def __init__(
         self,
@@ -55,10 +56,10 @@ class Attention(nn.Module):
         self.kept_as = kept_as
         plain = spec.softcap is None and not spec.sinks
         self.form: AttentionForm = form if plain else "decomposed"
-        self.softcap = None if spec.softcap is None else SoftCap(spec.softcap)
         factor = self._query_factor()
         scale = None if factor is None else torch.tensor([factor])
         self.register_buffer("scale", scale, persistent=False)
+        self.register_buffer("softcap", number(spec.softcap, None), persistent=False)
         query_size = spec.num_attention_heads * spec.head_dim
         kv_size = spec.num_key_value_heads * spec.head_dim
         self.q_proj = Linear(hidden_size, query_size, bias=spec.qkv_bias)
@@ -197,7 +198,7 @@ class Attention(nn.Module):
             return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
         scores = queries @ keys.permute(0, 1, 3, 2)
         if self.softcap is not None:
-            scores = self.softcap(scores)
+            scores = torch.tanh(scores / self.softcap) * self.softcap
         scores = scores + mask
         if not self.spec.sinks:
             return torch.softmax(scores, dim=-1) @ values

@@ -13,7 +13,7 @@ from coremltools.converters.mil.frontend.torch.torch_op_registry import _TORCH_O
 from torch import nn
 
 import llm_coreml.lower.coreml_ops  # noqa: F401 - registers
-from artifacts import feed
+from artifacts import feed, program
 from llm_coreml.config import ExportConfig, resolve
 from llm_coreml.decoder import Decoder, DecoderSpec
 from llm_coreml.decoder.caches import Cache, KVCache, RingCache, kv_write, ring_write
@@ -29,6 +29,7 @@ from llm_coreml.decoder.spec import (
 )
 from llm_coreml.lower.forms import form_for
 from llm_coreml.lower.xnnpack import WRITES
+from llm_coreml.reference.program.aliasing import choose_updates
 from llm_coreml.reference.program.execution import Execution
 from llm_coreml.runtime.eager import EagerRunner
 from llm_coreml.runtime.executorch import ExecutorchRunner
@@ -64,6 +65,7 @@ SPEC = DecoderSpec(
     logits_multiplier=0.5,
     logits_softcap=3.0,
 )
+OWN = QKNormSpec(kind="layer", own=True)
 SLOPES = (0.5, 0.25, 0.125, 0.3)
 ATTENTION = replace(
     SPEC,
@@ -88,25 +90,58 @@ ATTENTION = replace(
         RopeSpec(16, kind="proportional", pairs=3),
     ),
 )
-OWN = replace(HEADS, window=9, qk_norm=QKNormSpec(), value_norm=replace(NORM, gain=False))
+CENTRED = NormSpec(kind="layer", bias=True)
+NORMS = replace(
+    SPEC,
+    layers=(
+        LayerSpec(
+            replace(
+                HEADS,
+                norm=CENTRED,
+                qk_norm=QKNormSpec(kind="layer", bias=True),
+                qkv_bias=True,
+                out_bias=True,
+            ),
+            MLPSpec(80, norm=None, activation="gelu", gated=False, bias=True),
+            parallel=True,
+        ),
+        LayerSpec(
+            replace(HEADS, norm=NormSpec(kind="layer", gain=False), rope=1, qk_norm=OWN),
+            replace(MLP, norm=replace(CENTRED, bias=False), activation="quick_gelu"),
+            parallel=True,
+        ),
+        LayerSpec(
+            replace(HEADS, norm=NormSpec(gain=False), rope=None, qk_norm=QKNormSpec(gain=False)),
+            replace(MLP, activation="xielu", gated=False),
+        ),
+        LayerSpec(HEADS, replace(MLP, activation="relu")),
+    ),
+    norm=CENTRED,
+    head_bias=True,
+    embedding_norm=CENTRED,
+    learned_positions=32,
+)
+LOCAL = replace(HEADS, window=9, qk_norm=QKNormSpec(), value_norm=replace(NORM, gain=False))
 SHARING = replace(
     SPEC,
     layers=(
-        LayerSpec(OWN, MLP),
+        LayerSpec(LOCAL, MLP),
         LayerSpec(replace(HEADS, head_dim=8, rope=1, keys_are_values=True), MLP, scaled=True),
-        LayerSpec(replace(OWN, shares=0), MLP),
+        LayerSpec(replace(LOCAL, shares=0), MLP),
         LayerSpec(replace(HEADS, head_dim=8, rope=1, shares=1), MLP),
     ),
     per_layer=PerLayerSpec(101, 8, table_multiplier=2.0, sum_multiplier=0.7),
     logits_multiplier=1.0,
 )
-SPECS = {"sharing": SHARING, "layers": SPEC, "attention": ATTENTION}
+SPECS = {"sharing": SHARING, "layers": SPEC, "attention": ATTENTION, "norms": NORMS}
 # The states of Core ML are fp16, and XNNPACK guesses at tanh.
 BOUND = 2e-3
 
 
-def random_decoder(spec: DecoderSpec, form: Literal["fused", "decomposed"]) -> Decoder:
-    decoder = Decoder(spec, CONTEXT, form, "all", spare=32, longest=LENGTHS[-1])
+def random_decoder(
+    spec: DecoderSpec, form: Literal["fused", "decomposed"], longest: int = LENGTHS[-1]
+) -> Decoder:
+    decoder = Decoder(spec, CONTEXT, form, "all", spare=32, longest=longest)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in list(decoder.named_parameters()):
         owner, _, attribute = name.rpartition(".")
@@ -166,6 +201,42 @@ def test_layers_with_all_options_are_lowered(options: str, backend: Any, tmp_pat
         "cache_kv": (1, 4, 96, 16),
         "cache_1_kv": (1, 2, 96, 16),
     }
+
+
+@pytest.mark.parametrize("norm", [NORM, CENTRED], ids=["rms", "layer"])
+@pytest.mark.parametrize("target", ["gpu", "ane"])
+def test_norms_of_a_large_residual_stream_hold_in_half(
+    norm: NormSpec, target: Any, tmp_path: Path
+) -> None:
+    layer = LayerSpec(replace(HEADS, norm=norm), replace(MLP, norm=norm), parallel=True)
+    spec = replace(
+        SPEC, layers=(layer,), rotary=(RopeSpec(16),), norm=norm, embedding_multiplier=6e4
+    )
+    decoder = random_decoder(spec, "fused" if target == "gpu" else "decomposed")
+    tokens = tokens_for(97, 32)
+    stream = decoder.embed(torch.tensor([tokens]))
+    assert stream.abs().max() > 2e4 and (stream.half() ** 2).isinf().any()
+    expected = EagerRunner(decoder, "eager").logits(tokens)
+    config = ExportConfig(
+        context=32, seq_lengths=(1, 8), target=target, logits="all", scheme="none", embedding="none"
+    )
+    form_for(resolve(config, spec), spec, 1, (2,)).write(decoder, tmp_path / "model.pte")
+    found = feed(ReferenceRunner(tmp_path / "model.pte"), tokens, [8, 1, 8, 8, 1, 1, 1, 1, 1, 1, 1])
+    assert ((found - expected).abs().amax(-1) / expected.abs().amax(-1)).max() < 2e-2
+
+
+def test_a_ring_is_written_in_place_by_two_updates(tmp_path: Path) -> None:
+    """The reference runtime finds each of them to be the state's own memory."""
+    for lengths, updates in (((1, 8), 2), ((1,), 1)):
+        config = ExportConfig(context=CONTEXT, seq_lengths=lengths, scheme="none", embedding="none")
+        ringed = replace(SPEC, layers=LAYERS[:1])
+        job = resolve(config, ringed)
+        decoder = random_decoder(ringed, "fused", lengths[-1])
+        form_for(job, ringed, 1, (2,)).write(decoder, tmp_path / "model.pte")
+        operations = program(tmp_path / "model.pte")
+        found = [op.type for op in operations.operations]
+        assert found.count("slice_update") == found.count("write_state") == 2 * updates
+        assert len(choose_updates(operations, frozenset()).in_place) == 2 * updates
 
 
 def test_every_kind_of_state_is_written_by_both_lowerings() -> None:
