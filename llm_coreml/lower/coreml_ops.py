@@ -1,4 +1,4 @@
-"""The Core ML lowering of the ops that write states, one for each kind of state.
+"""The Core ML lowering of the ops that write states, one for each kind of state, and of GELU.
 
 Importing the module registers them with coremltools; the partitioner then accepts them.
 """
@@ -91,3 +91,17 @@ def _corner(first: int, heads: int, position: Any, width: int) -> Any:
     """Return int32 `[4]` of numbers and `position`, int32 `[1]`."""
     ends = np.array([first, heads], dtype=np.int32), np.array([width], dtype=np.int32)
     return mb.concat(values=[ends[0], position, ends[1]], axis=0)
+
+
+@register_torch_op(override=True)  # type: ignore[untyped-decorator]
+def gelu(context: Any, node: Any) -> None:
+    """Lower GELU in the form that is asked for.
+
+    coremltools reads the form among the plain inputs, while an exported graph names it: every GELU
+    would be the exact one.
+    """
+    (x,) = _get_inputs(context, node, expected=1)
+    # As it stands there: coremltools would take the word for a tensor of that name.
+    (form,) = (node.kwinputs or {}).get("approximate", ["none"])
+    mode = {"none": "EXACT", "tanh": "TANH_APPROXIMATION"}[form]
+    context.add(mb.gelu(x=x, mode=mode, name=node.name))
