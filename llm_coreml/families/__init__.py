@@ -29,6 +29,7 @@ _MODULES = {
     "bloom": "bloom",
     "codegen": "codegen",
     "cohere": "cohere",
+    "cohere2": "cohere2",
     "ernie4_5": "ernie4_5",
     "exaone4": "exaone4",
     "falcon": "falcon",
@@ -47,6 +48,7 @@ _MODULES = {
     "helium": "helium",
     "hunyuan_v1_dense": "hunyuan_v1_dense",
     "llama": "llama",
+    "ministral": "mistral",
     "ministral3": "ministral3",
     "mistral": "mistral",
     "mpt": "mpt",
@@ -65,6 +67,7 @@ _MODULES = {
     "smollm3": "smollm3",
     "stablelm": "stablelm",
     "starcoder2": "starcoder2",
+    "vaultgemma": "vaultgemma",
 }
 
 
