@@ -19,7 +19,7 @@ from torch import nn
 from llm_coreml.decoder.block import Block
 from llm_coreml.decoder.caches import held_positions
 from llm_coreml.decoder.chunk import Chunk, make_mask
-from llm_coreml.decoder.matrices import Embedding, Linear, PositionTable
+from llm_coreml.decoder.matrices import Embedding, Linear, PositionTable, number
 from llm_coreml.decoder.norm import norm_of
 from llm_coreml.decoder.position_tables import (
     growth_names,
@@ -59,6 +59,9 @@ class Decoder(nn.Module):
     """
 
     positions: torch.Tensor
+    embedding_multiplier: torch.Tensor | None
+    logits_multiplier: torch.Tensor | None
+    logits_softcap: torch.Tensor | None
 
     def __init__(
         self,
@@ -90,6 +93,12 @@ class Decoder(nn.Module):
             self.add_module(name, state)
         for name, table in position_tables(spec, context).items():
             self.register_buffer(name, table, persistent=False)
+        for name, held in (
+            ("embedding_multiplier", number(spec.embedding_multiplier, 1.0)),
+            ("logits_multiplier", number(spec.logits_multiplier, 1.0)),
+            ("logits_softcap", number(spec.logits_softcap, None)),
+        ):
+            self.register_buffer(name, held, persistent=False)
         positions = torch.arange(context, dtype=torch.int32)
         self.register_buffer("positions", positions, persistent=False)
         for ring in self._rings():
@@ -167,8 +176,8 @@ class Decoder(nn.Module):
         last_pos: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return what the first block gets for rows of the token table, `[..., S, hidden]`."""
-        multiplier = self.spec.embedding_multiplier
-        x = rows if multiplier == 1 else rows * multiplier
+        multiplier = self.embedding_multiplier
+        x = rows if multiplier is None else rows * multiplier
         if self.spec.learned_positions is not None:
             first = self.positions[:1] if start_pos is None else start_pos.to(torch.int32)
             x = x + self.embed_positions(self._positions(rows.shape[-2], first, last_pos))
@@ -233,7 +242,7 @@ class Decoder(nn.Module):
     def leaving(self, products: torch.Tensor) -> torch.Tensor:
         """Return the logits that products with the head's matrix `[..., vocab]` become."""
         bias = self.lm_head.bias
-        return self._capped(products if bias is None else products + bias)
+        return self._capped(products if bias is None else products + _beside(bias, products))
 
     def reset(self) -> None:
         """Forget the sequence."""
@@ -241,9 +250,12 @@ class Decoder(nn.Module):
             state.reset()
 
     def _capped(self, products: torch.Tensor) -> torch.Tensor:
-        multiplier, cap = self.spec.logits_multiplier, self.spec.logits_softcap
-        logits = products if multiplier == 1 else products * multiplier
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        multiplier, cap = self.logits_multiplier, self.logits_softcap
+        logits = products if multiplier is None else products * _beside(multiplier, products)
+        if cap is None:
+            return logits
+        cap = _beside(cap, products)
+        return torch.tanh(logits / cap) * cap
 
     def _positions(
         self, length: int, start_pos: torch.Tensor, last_pos: torch.Tensor | None
@@ -294,3 +306,8 @@ class Decoder(nn.Module):
 def _places_in(ring: int) -> str:
     """Return what the table is called that tells where a ring holds each position."""
     return f"places_{ring}"
+
+
+def _beside(number: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Return a number on the device of `x`; in an exported graph it is there, and no operation."""
+    return number if number.device == x.device else number.to(x.device)

@@ -340,13 +340,13 @@ TABLE: dict[str, Entry] = {
     ),
     "granite": Entry(
         {
-            "silent": {},
             "multipliers": {
                 "embedding_multiplier": 3.0,
                 "residual_multiplier": 0.6,
                 "attention_multiplier": 0.4,
                 "logits_scaling": 0.25,
             },
+            "silent": {},
             "biases": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
         },
         unread=_OWN_HEADS,

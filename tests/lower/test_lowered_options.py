@@ -61,6 +61,7 @@ SPEC = DecoderSpec(
     logits_multiplier=0.5,
     logits_softcap=3.0,
 )
+OWN = QKNormSpec(kind="layer", own=True)
 SLOPES = (0.5, 0.25, 0.125, 0.3)
 ATTENTION = replace(
     SPEC,
@@ -85,7 +86,38 @@ ATTENTION = replace(
         RopeSpec(16, kind="proportional", pairs=3),
     ),
 )
-SPECS = {"layers": SPEC, "attention": ATTENTION}
+CENTRED = NormSpec(kind="layer", bias=True)
+NORMS = replace(
+    SPEC,
+    layers=(
+        LayerSpec(
+            replace(
+                HEADS,
+                norm=CENTRED,
+                qk_norm=QKNormSpec(kind="layer", bias=True),
+                qkv_bias=True,
+                out_bias=True,
+            ),
+            MLPSpec(80, norm=None, activation="gelu", gated=False, bias=True),
+            parallel=True,
+        ),
+        LayerSpec(
+            replace(HEADS, norm=NormSpec(kind="layer", gain=False), rope=1, qk_norm=OWN),
+            replace(MLP, norm=replace(CENTRED, bias=False), activation="quick_gelu"),
+            parallel=True,
+        ),
+        LayerSpec(
+            replace(HEADS, norm=NormSpec(gain=False), rope=None, qk_norm=QKNormSpec(gain=False)),
+            replace(MLP, activation="xielu", gated=False),
+        ),
+        LayerSpec(HEADS, replace(MLP, activation="relu")),
+    ),
+    norm=CENTRED,
+    head_bias=True,
+    embedding_norm=CENTRED,
+    learned_positions=32,
+)
+SPECS = {"layers": SPEC, "attention": ATTENTION, "norms": NORMS}
 # The states of Core ML are fp16, and XNNPACK guesses at tanh.
 BOUND = 2e-3
 
@@ -150,6 +182,28 @@ def test_layers_with_all_options_are_lowered(options: str, backend: Any, tmp_pat
         "cache_kv": (1, 4, 96, 16),
         "cache_1_kv": (1, 2, 96, 16),
     }
+
+
+@pytest.mark.parametrize("norm", [NORM, CENTRED], ids=["rms", "layer"])
+@pytest.mark.parametrize("target", ["gpu", "ane"])
+def test_norms_of_a_large_residual_stream_hold_in_half(
+    norm: NormSpec, target: Any, tmp_path: Path
+) -> None:
+    layer = LayerSpec(replace(HEADS, norm=norm), replace(MLP, norm=norm), parallel=True)
+    spec = replace(
+        SPEC, layers=(layer,), rotary=(RopeSpec(16),), norm=norm, embedding_multiplier=6e4
+    )
+    decoder = random_decoder(spec, "fused" if target == "gpu" else "decomposed")
+    tokens = tokens_for(97, 32)
+    stream = decoder.embed(torch.tensor([tokens]))
+    assert stream.abs().max() > 2e4 and (stream.half() ** 2).isinf().any()
+    expected = EagerRunner(decoder, "eager").logits(tokens)
+    config = ExportConfig(
+        context=32, seq_lengths=(1, 8), target=target, logits="all", scheme="none", embedding="none"
+    )
+    form_for(resolve(config, spec), spec, 1, (2,)).write(decoder, tmp_path / "model.pte")
+    found = feed(ReferenceRunner(tmp_path / "model.pte"), tokens, [8, 1, 8, 8, 1, 1, 1, 1, 1, 1, 1])
+    assert ((found - expected).abs().amax(-1) / expected.abs().amax(-1)).max() < 2e-2
 
 
 def test_a_ring_is_written_in_place_by_two_updates(tmp_path: Path) -> None:
