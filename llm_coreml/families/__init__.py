@@ -48,7 +48,6 @@ _MODULES = {
     "helium": "helium",
     "hunyuan_v1_dense": "hunyuan_v1_dense",
     "llama": "llama",
-    "ministral": "mistral",
     "ministral3": "ministral3",
     "mistral": "mistral",
     "mpt": "mpt",

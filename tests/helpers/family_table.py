@@ -417,17 +417,6 @@ TABLE: dict[str, Entry] = {
             "rope-llama3": {"rope_parameters": LLAMA3},
         }
     ),
-    "ministral": Entry(
-        {
-            "whole": {},
-            "window": {"sliding_window": 9, "head_dim": 24},
-            "windows-in-turn": {
-                "sliding_window": 12,
-                "layer_types": ["sliding_attention", "full_attention"],
-                "tie_word_embeddings": True,
-            },
-        }
-    ),
     "ministral3": Entry(
         {
             "wide-heads": {},
