@@ -20,6 +20,8 @@ from llm_coreml.errors import ArtifactError
 MAIN_METHOD = "forward"
 # What coremltools calls the only function of a model.
 MAIN_FUNCTION = "main"
+# The constant method of ours that tells how far a sequence can go back, see `Description.rewinds`.
+REWINDS = "get_max_rewind_len"
 # What a language model's method takes, in order: S tokens, and how many came before them.
 TOKENS, START_POS = "tokens", "start_pos"
 INPUTS = (f"{TOKENS} int64 [1, S]", f"{START_POS} int64 [1]")
@@ -94,6 +96,16 @@ class Description:
         """Tokens that end a text."""
         given = self.constant_methods.get("get_eos_ids")
         return tuple(map(int, given)) if isinstance(given, list) else ()
+
+    @property
+    def rewinds(self) -> int | None:
+        """How many positions behind the furthest one a sequence can be taken up again.
+
+        None is any number: nothing is written over. Layers with windows may keep the last
+        positions alone.
+        """
+        given = self.constant_methods.get(REWINDS)
+        return given if isinstance(given, int) else None
 
     @property
     def state_shapes(self) -> list[tuple[int, ...]]:

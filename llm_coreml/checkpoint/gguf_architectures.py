@@ -230,7 +230,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         ),
         "olmo": _of(
             "olmo",
-            eps={"attention.layer_norm_epsilon": ""},
+            eps={},  # always 1e-5
             settings={"attention.clamp_kqv": "clip_qkv"},
             rows="pairs",
         ),

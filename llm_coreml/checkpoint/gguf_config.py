@@ -49,6 +49,8 @@ _OTHERS = (
     *ROPE_KEYS,
     *_EXPERTS,
     _TURNED,
+    # Of these an architecture has one, and llama.cpp passes over the other.
+    *("attention.layer_norm_epsilon", "attention.layer_norm_rms_epsilon"),
     "vocab_size",
     "attention.causal",
     "tensor_data_layout",

@@ -35,6 +35,11 @@ class Shapes:
     seq_lengths: tuple[int, ...]
 
     @property
+    def longest(self) -> int:
+        """The most tokens of a call."""
+        return self.seq_lengths[-1]
+
+    @property
     def spare(self) -> int:
         """Positions beyond the context that pads may reach.
 
@@ -145,9 +150,11 @@ def resolve_shapes(
 
 def _fitting(shapes: Shapes, spec: DecoderSpec) -> Shapes:
     """Return shapes. Raises ConfigError if the decoder's cache would not fit this machine."""
-    sizes = [layer.mixer.remembers for layer in spec.layers]
+    from llm_coreml.decoder.spec import Extent  # which `spec` has brought
+
+    extent = Extent(shapes.context, shapes.spare, shapes.longest)
     # Keys and values, which the decoder holds in fp32.
-    needed = shapes.context * sum(2 * 4 * size.heads * size.head_dim for size in sizes)
+    needed = 2 * 4 * sum(layer.mixer.remembers.numbers(extent) for layer in spec.layers)
     if needed > machine_memory():
         raise ConfigError(
             f"A context of {shapes.context} positions needs {needed / 1e9:,.1f} GB for the cache "

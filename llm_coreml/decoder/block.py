@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from llm_coreml.decoder.chunk import Chunk
+from llm_coreml.decoder.matrices import number
 from llm_coreml.decoder.mlp import MLP
 from llm_coreml.decoder.norm import RMSNorm, norm_of
 from llm_coreml.decoder.self_attention import Attention, AttentionForm
@@ -28,6 +29,8 @@ class Block(nn.Module):
         form: See `Attention`.
     """
 
+    residual_multiplier: torch.Tensor | None
+
     def __init__(self, spec: DecoderSpec, index: int, slot: Slot, form: AttentionForm) -> None:
         super().__init__()
         layer, hidden = spec.layers[index], spec.hidden_size
@@ -37,7 +40,7 @@ class Block(nn.Module):
         self.mlp = MLP(layer.feed_forward, hidden)
         self.attention_out_norm = _norm(hidden, layer.mixer.out_norm)
         self.mlp_out_norm = _norm(hidden, layer.feed_forward.out_norm)
-        self.residual_multiplier = spec.residual_multiplier
+        self.register_buffer("residual_multiplier", number(spec.residual_multiplier, 1.0), False)
         self.parallel = layer.parallel
 
     @property
@@ -80,7 +83,7 @@ class Block(nn.Module):
     def _changed(self, x: torch.Tensor, change: torch.Tensor, norm: RMSNorm | None) -> torch.Tensor:
         if norm is not None:
             change = norm(change)
-        if self.residual_multiplier != 1:
+        if self.residual_multiplier is not None:
             change = change * self.residual_multiplier
         return x + change
 

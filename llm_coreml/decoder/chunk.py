@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from llm_coreml.decoder.caches import CacheView
 from llm_coreml.decoder.spec import AttentionSpec, MaskKey, QueryGrowth
-from llm_coreml.decoder.states import CacheView, View
+from llm_coreml.decoder.state import View
 
 # Far below any score, far inside fp16: exp() of it is zero, and no -inf meets the hardware.
 _MASKED = -4.0e4
@@ -27,7 +28,6 @@ class Chunk:
         growths: What queries are multiplied by, `[S, 1, 1]`, by what it follows from.
         zeros: As many as there are tokens, `[S, 1]`; None where no layer has sinks.
         views: States by name, updated by each layer.
-        start_pos: int `[1]`, position of the first token.
     """
 
     rotary: tuple[tuple[torch.Tensor, torch.Tensor], ...]
@@ -35,7 +35,6 @@ class Chunk:
     growths: Mapping[QueryGrowth, torch.Tensor]
     zeros: torch.Tensor | None
     views: Mapping[str, View]
-    start_pos: torch.Tensor
 
     def mask(self, spec: AttentionSpec) -> torch.Tensor:
         """Return the mask of an attention's scores."""
@@ -60,7 +59,6 @@ class Chunk:
             masks={key: mask.to(device) for key, mask in self.masks.items()},
             growths={key: growth.to(device) for key, growth in self.growths.items()},
             zeros=None if self.zeros is None else self.zeros.to(device),
-            start_pos=self.start_pos.to(device),
         )
 
 
@@ -72,8 +70,9 @@ def make_mask(
     Args:
         key: One of `AttentionSpec.masks`.
         rows: int32 `[S]`, positions of the tokens.
-        columns: int32 `[positions]`, positions that there may be something at, from 0 on; a
-            window that is no shorter cuts nothing off.
+        columns: int32 `[positions]`, positions that there may be something at, from 0 on, where a
+            window that is no shorter cuts nothing off; or those that a ring holds, larger than
+            the window.
         slopes: float32 `[heads, 1, 1]`, what a score loses for each position of distance.
 
     Returns:

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from llm_coreml.decoder.block import Block
+from llm_coreml.decoder.caches import held_positions
 from llm_coreml.decoder.chunk import Chunk, make_mask
-from llm_coreml.decoder.matrices import Embedding, Linear, PositionTable
+from llm_coreml.decoder.matrices import Embedding, Linear, PositionTable, number
 from llm_coreml.decoder.norm import norm_of
 from llm_coreml.decoder.position_tables import (
     growth_names,
@@ -27,8 +28,9 @@ from llm_coreml.decoder.position_tables import (
     slope_names,
 )
 from llm_coreml.decoder.self_attention import AttentionForm
-from llm_coreml.decoder.spec import DecoderSpec
-from llm_coreml.decoder.states import State, View, make_states, slots
+from llm_coreml.decoder.spec import DecoderSpec, Extent, MaskKey
+from llm_coreml.decoder.state import Start, State, View
+from llm_coreml.decoder.states import make_states, slots
 from llm_coreml.decoder.wiring import Matrix, Wiring, joined
 
 LogitsForm = Literal["last", "all"]
@@ -52,9 +54,14 @@ class Decoder(nn.Module):
         attention: `fused` or `decomposed`, see `Attention`.
         logits: `last` returns the last row of a chunk, `all` every row.
         spare: Positions that the states hold beyond the context, see `forward`.
+        longest: The most tokens of a call in an exported graph; None is the whole context. By it
+            the rings of layers with windows are sized; eagerly longer calls are read in parts.
     """
 
     positions: torch.Tensor
+    embedding_multiplier: torch.Tensor | None
+    logits_multiplier: torch.Tensor | None
+    logits_softcap: torch.Tensor | None
 
     def __init__(
         self,
@@ -63,11 +70,12 @@ class Decoder(nn.Module):
         attention: AttentionForm = "fused",
         logits: LogitsForm = "last",
         spare: int = 0,
+        longest: int | None = None,
     ) -> None:
         super().__init__()
         self.spec = spec
         self.context = context
-        self.spare = spare
+        self.extent = Extent(context, spare, longest)
         self.attention = attention
         self.logits = logits
         self.embed_tokens = Embedding(spec.vocab_size, spec.hidden_size)
@@ -76,16 +84,25 @@ class Decoder(nn.Module):
         if spec.embedding_norm is not None:
             self.embed_norm = norm_of(spec.embedding_norm, spec.hidden_size)
         self.layers = nn.ModuleList(
-            Block(spec, index, slot, attention) for index, slot in enumerate(slots(spec))
+            Block(spec, index, slot, attention)
+            for index, slot in enumerate(slots(spec, self.extent))
         )
         self.norm = norm_of(spec.norm, spec.hidden_size)
         self.lm_head = Linear(spec.hidden_size, spec.vocab_size, bias=spec.head_bias)
-        for name, state in make_states(spec, context, spare).items():
+        for name, state in make_states(spec, self.extent).items():
             self.add_module(name, state)
         for name, table in position_tables(spec, context).items():
             self.register_buffer(name, table, persistent=False)
+        for name, held in (
+            ("embedding_multiplier", number(spec.embedding_multiplier, 1.0)),
+            ("logits_multiplier", number(spec.logits_multiplier, 1.0)),
+            ("logits_softcap", number(spec.logits_softcap, None)),
+        ):
+            self.register_buffer(name, held, persistent=False)
         positions = torch.arange(context, dtype=torch.int32)
         self.register_buffer("positions", positions, persistent=False)
+        for ring in self._rings():
+            self.register_buffer(_places_in(ring), positions % ring, persistent=False)
 
     @property
     def states(self) -> dict[str, State]:
@@ -159,8 +176,8 @@ class Decoder(nn.Module):
         last_pos: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return what the first block gets for rows of the token table, `[..., S, hidden]`."""
-        multiplier = self.spec.embedding_multiplier
-        x = rows if multiplier == 1 else rows * multiplier
+        multiplier = self.embedding_multiplier
+        x = rows if multiplier is None else rows * multiplier
         if self.spec.learned_positions is not None:
             first = self.positions[:1] if start_pos is None else start_pos.to(torch.int32)
             x = x + self.embed_positions(self._positions(rows.shape[-2], first, last_pos))
@@ -170,6 +187,12 @@ class Decoder(nn.Module):
         self, x: torch.Tensor, start_pos: torch.Tensor, last_pos: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Do what `hidden` does, for tokens of which the first block gets `x` `[1, S, hidden]`."""
+        longest = self.extent.longest
+        if longest and not torch.compiler.is_exporting() and x.shape[1] > longest:
+            parts = enumerate(x.split(longest, dim=1))
+            return torch.cat(
+                [self.blocks(part, start_pos + n * longest, last_pos) for n, part in parts], 1
+            )
         chunk = self.chunk(x.shape[1], start_pos, last_pos)
         for block in self.layers:
             x = block(x, chunk)
@@ -183,8 +206,17 @@ class Decoder(nn.Module):
         """Return what every block is told of `length` tokens from `start_pos` int `[1]` on."""
         start_pos = start_pos.to(torch.int32)
         rows = self._positions(length, start_pos, last_pos)
-        views = {name: state.open() for name, state in self.states.items()}
-        return self._chunk(rows, self.positions, views, start_pos)
+        places: dict[int | None, torch.Tensor] = {None: start_pos}
+        columns: dict[int | None, torch.Tensor] = {None: self.positions}
+        for ring in self._rings():
+            # Looked up, as positions are: no division need be exact on a device.
+            places[ring] = self.get_buffer(_places_in(ring)).index_select(0, start_pos)
+            columns[ring] = held_positions(
+                self.positions[:ring], places[ring], start_pos, length, self.extent
+            )
+        starts = {ring: Start(place, length) for ring, place in places.items()}
+        views = {name: state.open(starts[state.ring]) for name, state in self.states.items()}
+        return self._chunk(rows, columns, views)
 
     def window(self, length: int) -> Chunk:
         """Return what every block is told of `length` tokens that are all there is.
@@ -193,7 +225,7 @@ class Decoder(nn.Module):
         """
         rows = self.positions[:length]
         views = {name: state.window() for name, state in self.states.items()}
-        return self._chunk(rows, rows, views, self.positions[:1])
+        return self._chunk(rows, {None: rows}, views)
 
     def reading(self, length: int, start: int, views: Mapping[str, View]) -> Chunk:
         """Return what every block is told of `length` tokens from position `start` on.
@@ -201,7 +233,7 @@ class Decoder(nn.Module):
         The views of the states hold what came before, and nothing else.
         """
         rows = self.positions[start : start + length]
-        return self._chunk(rows, self.positions[: start + length], views, rows[:1])
+        return self._chunk(rows, {None: self.positions[: start + length]}, views)
 
     def head(self, x: torch.Tensor) -> torch.Tensor:
         """Return the logits of rows that `hidden` gave, `[..., hidden]` -> `[..., vocab]`."""
@@ -210,7 +242,7 @@ class Decoder(nn.Module):
     def leaving(self, products: torch.Tensor) -> torch.Tensor:
         """Return the logits that products with the head's matrix `[..., vocab]` become."""
         bias = self.lm_head.bias
-        return self._capped(products if bias is None else products + bias)
+        return self._capped(products if bias is None else products + _beside(bias, products))
 
     def reset(self) -> None:
         """Forget the sequence."""
@@ -218,9 +250,12 @@ class Decoder(nn.Module):
             state.reset()
 
     def _capped(self, products: torch.Tensor) -> torch.Tensor:
-        multiplier, cap = self.spec.logits_multiplier, self.spec.logits_softcap
-        logits = products if multiplier == 1 else products * multiplier
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        multiplier, cap = self.logits_multiplier, self.logits_softcap
+        logits = products if multiplier is None else products * _beside(multiplier, products)
+        if cap is None:
+            return logits
+        cap = _beside(cap, products)
+        return torch.tanh(logits / cap) * cap
 
     def _positions(
         self, length: int, start_pos: torch.Tensor, last_pos: torch.Tensor | None
@@ -232,10 +267,10 @@ class Decoder(nn.Module):
     def _chunk(
         self,
         rows: torch.Tensor,
-        columns: torch.Tensor,
+        columns: Mapping[int | None, torch.Tensor],
         views: Mapping[str, View],
-        start_pos: torch.Tensor,
     ) -> Chunk:
+        """Return a chunk of tokens at `rows`, which attend to `columns`, those of a ring by it."""
         rotary = tuple(
             (self._rows_of(cos, rows), self._rows_of(sin, rows))
             for cos, sin in rotary_names(self.spec)
@@ -245,14 +280,34 @@ class Decoder(nn.Module):
             for growth, name in growth_names(self.spec, self.context).items()
         }
         slopes = {key: self.get_buffer(name) for key, name in slope_names(self.spec).items()}
-        keys = dict.fromkeys(key for layer in self.spec.layers for key in layer.mixer.masks)
-        masks = {key: make_mask(key, rows, columns, slopes.get(key[2])) for key in keys}
+        masks: dict[MaskKey, torch.Tensor] = {}
+        for layer in self.spec.layers:
+            ring = layer.mixer.remembers.ring(self.extent)
+            for key in layer.mixer.masks:
+                if key not in masks:
+                    seen = columns.get(ring, columns[None])
+                    masks[key] = make_mask(key, rows, seen, slopes.get(key[2]))
         zeros = None
         if any(layer.mixer.sinks for layer in self.spec.layers):
             # As many as rows, without a length that a lowering would have to compute.
             zeros = (rows * 0).to(torch.float32).unsqueeze(1)
-        return Chunk(rotary, masks, growths, zeros, views, start_pos)
+        return Chunk(rotary, masks, growths, zeros, views)
+
+    def _rings(self) -> list[int]:
+        """Return the sizes of all rings."""
+        found = (layer.mixer.remembers.ring(self.extent) for layer in self.spec.layers)
+        return sorted({ring for ring in found if ring is not None})
 
     def _rows_of(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         """Return what a table `[context, width]` holds of positions `[S]`: `[S, 1, width]`."""
         return F.embedding(rows, self.get_buffer(name)).unsqueeze(1)
+
+
+def _places_in(ring: int) -> str:
+    """Return what the table is called that tells where a ring holds each position."""
+    return f"places_{ring}"
+
+
+def _beside(number: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Return a number on the device of `x`; in an exported graph it is there, and no operation."""
+    return number if number.device == x.device else number.to(x.device)

@@ -7,6 +7,14 @@ import torch.nn.functional as F
 from torch import nn
 
 
+def number(value: float | None, without: float | None) -> torch.Tensor | None:
+    """Return a number of a spec as a tensor `[1]`, None where it is `without`, which does nothing.
+
+    A buffer is rounded in the eager decoder as it is in a program; a Python number would not be.
+    """
+    return None if value == without else torch.tensor([value])
+
+
 class Linear(nn.Linear):
     """A linear layer without weights at first, which may then be stored narrower than it computes.
 

@@ -19,20 +19,30 @@ def _relu2(x: torch.Tensor) -> torch.Tensor:
     return torch.relu(x) * torch.relu(x)
 
 
-def _quick_gelu(x: torch.Tensor) -> torch.Tensor:
-    return x * torch.sigmoid(x * 1.702)
-
-
 _ACTIVATIONS: Mapping[Activation, Callable[[torch.Tensor], torch.Tensor]] = MappingProxyType(
     {
         "silu": F.silu,
         "gelu": F.gelu,
         "gelu_tanh": partial(F.gelu, approximate="tanh"),
-        "quick_gelu": _quick_gelu,
         "relu": torch.relu,
         "relu2": _relu2,
     }
 )
+
+
+class QuickGELU(nn.Module):
+    """GELU by a sigmoid: `x * sigmoid(1.702 x)` (arXiv 1606.08415)."""
+
+    slope: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        # A tensor, which the eager decoder rounds as the program does.
+        self.register_buffer("slope", torch.tensor([1.702]), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the activation of every number of `x`."""
+        return x * torch.sigmoid(x * self.slope)
 
 
 class XIELU(nn.Module):
@@ -58,6 +68,12 @@ class XIELU(nn.Module):
         return above * (above * self.alpha_p) + rest * self.alpha_n + x * self._SLOPE
 
 
+# Activations that hold numbers.
+_WITH_NUMBERS: Mapping[Activation, type[nn.Module]] = MappingProxyType(
+    {"quick_gelu": QuickGELU, "xielu": XIELU}
+)
+
+
 class MLP(nn.Module):
     """Feed-forward, gated or plain: `down(act(gate(x)) * up(x))` (arXiv 2002.05202).
 
@@ -74,8 +90,8 @@ class MLP(nn.Module):
             self.gate_proj = Linear(hidden_size, inner, bias=spec.bias)
         self.up_proj = Linear(hidden_size, inner, bias=spec.bias)
         self.down_proj = Linear(inner, hidden_size, bias=spec.bias)
-        if spec.activation == "xielu":
-            self.act_fn = XIELU()
+        if spec.activation in _WITH_NUMBERS:
+            self.act_fn = _WITH_NUMBERS[spec.activation]()
 
     @property
     def wiring(self) -> Wiring:
@@ -92,8 +108,9 @@ class MLP(nn.Module):
 
     def _inner(self, x: torch.Tensor) -> torch.Tensor:
         """Return `act(gate(x)) * up(x)`, `[1, S, intermediate]`."""
-        known = self.spec.activation != "xielu"
-        activation = _ACTIVATIONS[self.spec.activation] if known else self.act_fn
+        activation = _ACTIVATIONS.get(self.spec.activation)
+        if activation is None:
+            activation = self.act_fn
         if not self.spec.gated:
             return activation(self.up_proj(self.up_proj.arrange(x)))
         x = self.gate_proj.arrange(x)  # which is that of `up_proj`, too

@@ -16,6 +16,7 @@ either, so each is halved first:
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -39,6 +40,8 @@ class RMSNorm(nn.Module):
         rows: What gain and bias have of their own: each of the last axis but one, of so many.
     """
 
+    # How much of a row is left when it is normed: all of it.
+    _kept: ClassVar[float] = 1.0
     root_eps: torch.Tensor
     smallest_scale: torch.Tensor
     inverse_range: torch.Tensor
@@ -49,6 +52,7 @@ class RMSNorm(nn.Module):
         self, size: int, eps: float, gain: bool = True, bias: bool = False, rows: int | None = None
     ) -> None:
         super().__init__()
+        self.eps = eps
         shape = (size,) if rows is None else (rows, size)
         held = {"weight": torch.ones(shape) if gain else None}
         held["bias"] = torch.zeros(shape) if bias else None
@@ -57,7 +61,8 @@ class RMSNorm(nn.Module):
             self.register_parameter(name, parameter)
         # Tensors, because coremltools turns `number / tensor` into an inverse with an epsilon
         # of its own, and a one-sided clamp into a clip with an infinite bound.
-        self.register_buffer("root_eps", torch.tensor([math.sqrt(eps)]), persistent=False)
+        root = math.sqrt(eps) * self._kept
+        self.register_buffer("root_eps", torch.tensor([root]), persistent=False)
         self.register_buffer("smallest_scale", torch.tensor([_SMALLEST_SCALE]), persistent=False)
         # A power of two: it changes no bit but where it saves some.
         inverse = 2.0 ** -math.floor(math.log2(min(_WIDEST, math.sqrt(_LARGEST_SUM / size))))
@@ -67,14 +72,11 @@ class RMSNorm(nn.Module):
         """Normalise the last axis of `x`; same shape and dtype."""
         return self._scaled(self._normed(x))
 
-    def _normed(self, x: torch.Tensor, share: float = 1.0) -> torch.Tensor:
-        """Return `x`, which is that share of a row, over the row's root mean square."""
+    def _normed(self, x: torch.Tensor) -> torch.Tensor:
         largest = torch.maximum(x.abs().amax(dim=-1, keepdim=True), self.smallest_scale)
         scale = largest * self.inverse_range
         scaled = x / scale
         floor = self.root_eps / scale
-        if share != 1:  # not of the constant: the program is to hold that as it is here
-            floor = floor * share
         mean_square = (scaled * scaled).mean(dim=-1, keepdim=True)
         return scaled * torch.rsqrt(mean_square + floor * floor)
 
@@ -87,11 +89,13 @@ class RMSNorm(nn.Module):
 class LayerNorm(RMSNorm):
     """Norm of the last axis by mean and variance (arXiv 1607.06450); arguments as `RMSNorm`."""
 
+    _kept = 0.5
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise the last axis of `x`; same shape and dtype."""
         largest = torch.maximum(x.abs().amax(dim=-1, keepdim=True), self.smallest_scale)
-        half_mean = (x / largest).mean(dim=-1, keepdim=True) * (largest * 0.5)
-        return self._scaled(self._normed(x * 0.5 - half_mean, share=0.5))
+        half_mean = (x / largest).mean(dim=-1, keepdim=True) * (largest * self._kept)
+        return self._scaled(self._normed(x * self._kept - half_mean))
 
 
 def norm_of(spec: NormSpec, size: int, rows: int | None = None) -> RMSNorm:

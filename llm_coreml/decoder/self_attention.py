@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from llm_coreml.decoder.chunk import Chunk
-from llm_coreml.decoder.matrices import Linear
+from llm_coreml.decoder.matrices import Linear, number
 from llm_coreml.decoder.norm import RMSNorm, norm_of
 from llm_coreml.decoder.rope import rotate
 from llm_coreml.decoder.spec import AttentionSpec, QKNormSpec
@@ -38,6 +38,7 @@ class Attention(nn.Module):
     """
 
     scale: torch.Tensor | None
+    softcap: torch.Tensor | None
 
     def __init__(
         self, spec: AttentionSpec, hidden_size: int, slot: Slot, form: AttentionForm
@@ -50,6 +51,7 @@ class Attention(nn.Module):
         factor = self._query_factor()
         scale = None if factor is None else torch.tensor([factor])
         self.register_buffer("scale", scale, persistent=False)
+        self.register_buffer("softcap", number(spec.softcap, None), persistent=False)
         query_size = spec.num_attention_heads * spec.head_dim
         kv_size = spec.num_key_value_heads * spec.head_dim
         self.q_proj = Linear(hidden_size, query_size, bias=spec.qkv_bias)
@@ -96,7 +98,7 @@ class Attention(nn.Module):
         keys = self._keys(x, chunk)
         values = _heads_first(self.v_proj(x).view(1, -1, spec.num_key_value_heads, spec.head_dim))
         cache = chunk.cache(self.slot.state)
-        keys, values = cache.update(self.slot.row, keys, values, chunk.start_pos)
+        keys, values = cache.update(self.slot.row, keys, values)
         attended = self._attend(queries, keys, values, chunk)
         attended = attended.reshape(1, spec.num_attention_heads, -1, spec.head_dim)
         joined = self._gated(_heads_first(attended), x)
@@ -153,8 +155,8 @@ class Attention(nn.Module):
         if self.form == "fused":
             return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
         scores = queries @ keys.permute(0, 1, 3, 2)
-        if self.spec.softcap is not None:
-            scores = torch.tanh(scores / self.spec.softcap) * self.spec.softcap
+        if self.softcap is not None:
+            scores = torch.tanh(scores / self.softcap) * self.softcap
         scores = scores + mask
         if not self.spec.sinks:
             return torch.softmax(scores, dim=-1) @ values

@@ -20,6 +20,8 @@ from llm_coreml.errors import CheckpointError
 Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "xielu"]
 # What a mask follows from: query heads of a key/value head, the window, and the heads' slopes.
 MaskKey = tuple[int, int | None, tuple[float, ...]]
+# What sizes of states are multiples of, which the Neural Engine's compiler asks for.
+_STATE_MULTIPLE = 32
 
 
 @dataclass(frozen=True)
@@ -88,16 +90,63 @@ class QueryGrowth:
 
 
 @dataclass(frozen=True)
+class Extent:
+    """How far the calls of a program reach, by which its states are sized.
+
+    Attributes:
+        context: Positions of a sequence.
+        spare: Positions beyond the context that the pads of a call may reach.
+        longest: The most tokens of a call, pads among them; None is the whole context.
+    """
+
+    context: int
+    spare: int = 0
+    longest: int | None = None
+
+
+@dataclass(frozen=True)
 class CacheSizes:
-    """What the keys and values of a layer are; layers of the same share their buffers.
+    """What the keys and values of a layer are.
 
     Attributes:
         heads: Key/value heads.
         head_dim: Width of one head.
+        window: How many positions a token sees, its own the last; None sees all before it.
     """
 
     heads: int
     head_dim: int
+    window: int | None = None
+
+    def ring(self, extent: Extent) -> int | None:
+        """Return how many positions a ring has that holds them; None if no ring saves any.
+
+        A call writes first and then attends to the ring as it lies. What its first token sees and
+        all of its own tokens, pads among them, must have places: `window - 1 + longest`. Twice
+        the longest call, so that a write that wraps finds its two pieces apart.
+        """
+        longest = extent.longest or extent.context
+        if self.window is None or self.window >= extent.context:
+            return None
+        least = max(self.window - 1, longest) + longest
+        size = -(-least // _STATE_MULTIPLE) * _STATE_MULTIPLE
+        return size if size < extent.context else None
+
+    def rewinds(self, extent: Extent) -> int | None:
+        """Return how many positions behind the furthest one a sequence can be taken up again.
+
+        None is any number. What a token sees there must not have been written over.
+        """
+        ring = self.ring(extent)
+        return None if ring is None or self.window is None else ring - self.window + 1
+
+    def positions(self, extent: Extent) -> int:
+        """Return how many positions the cache of one layer has."""
+        return self.ring(extent) or extent.context + extent.spare
+
+    def numbers(self, extent: Extent) -> int:
+        """Return how many numbers the keys of one layer are, and its values."""
+        return self.heads * self.head_dim * self.positions(extent)
 
 
 @dataclass(frozen=True)
@@ -170,8 +219,8 @@ class AttentionSpec:
 
     @property
     def remembers(self) -> CacheSizes:
-        """What it remembers of each position."""
-        return CacheSizes(self.num_key_value_heads, self.head_dim)
+        """What it remembers of each position, and of how many."""
+        return CacheSizes(self.num_key_value_heads, self.head_dim, self.window)
 
     @property
     def value_widths(self) -> tuple[int, ...]:
@@ -297,6 +346,11 @@ class DecoderSpec:
         if self.learned_positions is not None:
             return self.learned_positions
         return max(meant, min((rope.reach(meant) for rope in self.rotary), default=meant))
+
+    def rewinds(self, extent: Extent) -> int | None:
+        """Return how far a sequence can go back, see `CacheSizes.rewinds`."""
+        found = (layer.mixer.remembers.rewinds(extent) for layer in self.layers)
+        return min((count for count in found if count is not None), default=None)
 
     @property
     def widest_sum(self) -> int:

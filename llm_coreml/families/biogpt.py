@@ -11,6 +11,7 @@ from llm_coreml.decoder.spec import DecoderSpec, LayerSpec
 from llm_coreml.families.dense import LAYER_NORM, Dense, Keys
 from llm_coreml.families.family import Family
 from llm_coreml.families.fields import flag
+from llm_coreml.families.gpt import no_notes
 from llm_coreml.families.names import Names, stored
 
 # transformers' own defaults where config.json is silent.
@@ -58,6 +59,6 @@ def spec(config: Mapping[str, Any]) -> DecoderSpec:
 FAMILY = Family(
     spec,
     lambda spec: stored(spec, _NAMES),
-    lambda config: [],
+    no_notes,
     ignored=("output_projection.weight",),
 )

@@ -7,6 +7,7 @@ from llm_coreml.decoder.spec import DecoderSpec, LayerSpec
 from llm_coreml.families import gptj
 from llm_coreml.families.arrangements import interleaved
 from llm_coreml.families.family import Family
+from llm_coreml.families.gpt import no_notes
 from llm_coreml.families.names import Names, stored
 
 _PARTS = 4  # as it was trained
@@ -34,7 +35,6 @@ _NAMES = Names(
 FAMILY = Family(
     gptj.spec,
     lambda spec: stored(spec, _NAMES),
-    lambda config: [],
-    # Old checkpoints store masks.
+    no_notes,
     ignored=("*.attn.causal_mask", *gptj.FAMILY.ignored),
 )

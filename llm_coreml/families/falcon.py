@@ -28,12 +28,8 @@ _DEFAULTS = {
     "parallel_attn": True,
     "tie_word_embeddings": True,
 }
-_KEYS = Keys(
-    groups="num_kv_heads",
-    inner="ffn_hidden_size",
-    eps="layer_norm_epsilon",
-    activation="activation",
-)
+_KEYS = Keys(groups="num_kv_heads", inner="ffn_hidden_size",
+             eps="layer_norm_epsilon", activation="activation")  # fmt: skip
 _MODULES = {
     "embed_tokens": "word_embeddings",
     "norm": "ln_f",
@@ -60,24 +56,16 @@ def spec(config: Mapping[str, Any]) -> DecoderSpec:
             "config.json asks for alibi, which Falcon rounds to bfloat16; a program in fp16 is "
             "another model. Give a Falcon with rotary embedding."
         )
-    read, bias, new = Dense(known, _KEYS, LAYER_NORM), flag(known, "bias"), _is_new(known)
+    read, bias = Dense(known, _KEYS, LAYER_NORM), flag(known, "bias")
+    new = flag(config, "new_decoder_architecture")
     attention = replace(read.attention, qkv_bias=bias, out_bias=bias)
     if not new:
         heads = 1 if flag(known, "multi_query") else read.heads
         attention = replace(attention, num_key_value_heads=heads)
     parallel = flag(known, "parallel_attn")
-    if new and not parallel:
-        raise UnsupportedError(
-            "config.json gives parallel_attn = false beside new_decoder_architecture, of which "
-            "transformers makes no model. Give the file that came with the weights."
-        )
     own = not parallel or (new and whole(known, "num_ln_in_parallel_attn", 2) == 2)
     mlp = replace(read.plain_mlp, norm=read.norm if own else None, bias=bias)
     return read.alike(LayerSpec(attention, mlp, parallel))
-
-
-def _is_new(config: Mapping[str, Any]) -> bool:
-    return flag(config, "new_decoder_architecture")
 
 
 def _names(spec: DecoderSpec) -> Names:

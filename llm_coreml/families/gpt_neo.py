@@ -8,7 +8,7 @@ from typing import Any
 
 from llm_coreml.decoder.spec import DecoderSpec, LayerSpec
 from llm_coreml.errors import CheckpointError
-from llm_coreml.families import gpt2
+from llm_coreml.families import gpt
 from llm_coreml.families.dense import LAYER_NORM, Dense, Keys
 from llm_coreml.families.family import Family
 from llm_coreml.families.fields import shown, whole
@@ -16,16 +16,13 @@ from llm_coreml.families.names import Names, stored
 
 # transformers' own defaults where config.json is silent.
 _DEFAULTS = {
-    "vocab_size": 50257,
+    **gpt.DEFAULTS,
     "hidden_size": 2048,
     "num_layers": 24,
     "num_heads": 16,
     "window_size": 256,
     "max_position_embeddings": 2048,
-    "activation_function": "gelu_new",
-    "layer_norm_epsilon": 1e-5,
     "attention_types": [[["global", "local"], 12]],
-    "tie_word_embeddings": True,
 }
 _KEYS = Keys(
     layers="num_layers",
@@ -38,7 +35,7 @@ _NAMES = Names(
     "transformer.",
     "h",
     modules={
-        **gpt2.MODULES,
+        **gpt.MODULES,
         **{f"self_attn.{kind}_proj": f"attn.attention.{kind}_proj" for kind in "qkv"},
         "self_attn.o_proj": "attn.attention.out_proj",
     },
@@ -83,7 +80,6 @@ def _local(config: Mapping[str, Any], count: int) -> list[bool]:
 FAMILY = Family(
     spec,
     lambda spec: stored(spec, _NAMES),
-    lambda config: [],
-    # Old checkpoints store masks; a tied head may be written out beside its table.
-    ignored=("*.attention.bias", "*.attention.masked_bias", "lm_head.weight"),
+    gpt.no_notes,
+    ignored=("*.attention.bias", "*.attention.masked_bias", *gpt.IGNORED),
 )

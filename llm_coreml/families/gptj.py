@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from llm_coreml.decoder.spec import DecoderSpec, LayerSpec, RopeSpec
-from llm_coreml.families import gpt2
+from llm_coreml.families import gpt
 from llm_coreml.families.arrangements import interleaved
 from llm_coreml.families.dense import LAYER_NORM, Dense
 from llm_coreml.families.family import Family
@@ -48,20 +48,17 @@ def spec(config: Mapping[str, Any]) -> DecoderSpec:
         CheckpointError: see `llama.spec`.
         UnsupportedError: see `llama.spec`.
     """
-    read = Dense({**DEFAULTS, **config}, gpt2.KEYS, LAYER_NORM)
+    read = Dense({**DEFAULTS, **config}, gpt.KEYS, LAYER_NORM)
     layer = LayerSpec(read.attention, replace(read.plain_mlp, norm=None), parallel=True)
-    rope = RopeSpec(
-        # A null rotates all of what is no head: transformers makes no model of it.
-        whole(read.config, "rotary_dim"),
-        original_max_position_embeddings=read.positions,
-    )
+    # A null rotates all of what is no head: transformers makes no model of it.
+    turned = whole(read.config, "rotary_dim")
+    rope = RopeSpec(turned, original_max_position_embeddings=read.positions)
     return replace(read.decoder(read.count * (layer,), (rope,)), head_bias=True)
 
 
 FAMILY = Family(
     spec,
     lambda spec: stored(spec, _NAMES),
-    lambda config: [],
-    # Old checkpoints store masks.
-    ignored=("*.attn.bias", "*.attn.masked_bias"),
+    gpt.no_notes,
+    ignored=gpt.IGNORED,
 )

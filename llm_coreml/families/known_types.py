@@ -103,12 +103,9 @@ _OTHER = {
 }
 _DENSE = {
     "a dense decoder": (
-        "apertus apertus1p5_text arcee biogpt bloom codegen cohere cohere2 cohere_compass_text "
-        "ctrl cwm exaone exaone4 falcon gemma gemma2 gemma3_text gemma3n_text gemma4_text "
-        "gemma4_unified_text gpt-sw3 gpt2 gpt_bigcode gpt_neo gpt_neox gpt_neox_japanese gptj "
-        "granite helium hyperclovax internlm3 iquestcoder jais2 ministral modernbert-decoder mpt "
-        "nanochat nemotron olmo olmo2 olmo3 openai-gpt opt persimmon phi seed_oss stablelm "
-        "starcoder2 vaultgemma xglm"
+        "apertus1p5_text cohere2 cohere_compass_text ctrl cwm exaone gemma3n_text gemma4_text "
+        "gemma4_unified_text gpt-sw3 gpt_neox_japanese hyperclovax internlm3 iquestcoder jais2 "
+        "ministral modernbert-decoder openai-gpt vaultgemma xglm"
     ),
 }
 _KINDS: tuple[tuple[Outlook, Mapping[str, str]], ...] = (

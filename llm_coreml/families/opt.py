@@ -10,7 +10,8 @@ from llm_coreml.decoder.spec import DecoderSpec, LayerSpec, NormSpec
 from llm_coreml.errors import UnsupportedError
 from llm_coreml.families.dense import Dense, Keys
 from llm_coreml.families.family import Family
-from llm_coreml.families.fields import flag, shown, whole
+from llm_coreml.families.fields import flag, whole
+from llm_coreml.families.gpt import no_notes
 from llm_coreml.families.names import Names, stored
 
 # transformers' own defaults where config.json is silent.
@@ -58,15 +59,12 @@ def spec(config: Mapping[str, Any]) -> DecoderSpec:
     known = {**_DEFAULTS, **config}
     affine, bias = flag(known, "layer_norm_elementwise_affine"), flag(known, "enable_bias")
     read = Dense(known, _KEYS, NormSpec(kind="layer", gain=affine, bias=affine))
-    if not flag(known, "do_layer_norm_before") or flag(known, "_remove_final_layer_norm"):
+    projected = whole(known, "word_embed_proj_dim", read.hidden) != read.hidden
+    behind = not flag(known, "do_layer_norm_before") or flag(known, "_remove_final_layer_norm")
+    if projected or behind:
         raise UnsupportedError(
-            "config.json norms the residual stream itself (do_layer_norm_before = false), as "
-            "OPT-350M does; give an OPT of another size."
-        )
-    if whole(known, "word_embed_proj_dim", read.hidden) != read.hidden:
-        raise UnsupportedError(
-            f"config.json gives word_embed_proj_dim = {shown(known['word_embed_proj_dim'])}; rows "
-            "of the token table are not projected here. Give an OPT of another size."
+            "config.json projects rows of the token table (word_embed_proj_dim) or norms the "
+            "residual stream itself (do_layer_norm_before), as OPT-350M does; give another size."
         )
     attention = replace(read.attention, rope=None, qkv_bias=bias, out_bias=bias)
     layer = LayerSpec(attention, replace(read.plain_mlp, bias=bias))
@@ -74,6 +72,4 @@ def spec(config: Mapping[str, Any]) -> DecoderSpec:
     return replace(plain, learned_positions=read.positions)
 
 
-FAMILY = Family(
-    spec, lambda spec: stored(spec, _NAMES), lambda config: [], ignored=("lm_head.weight",)
-)
+FAMILY = Family(spec, lambda spec: stored(spec, _NAMES), no_notes, ignored=("lm_head.weight",))

@@ -35,11 +35,16 @@ _KINDS = (
     ("a decoder with latent attention", ("kv_lora_rank", "q_lora_rank")),
     ("an encoder", ("type_vocab_size",)),
 )  # fmt: skip
-# What a dense decoder may have beside heads, a gated layer and rotary embeddings.
-_PARTS = (
+# What a dense decoder may have beside heads, a gated layer and rotary embeddings: what its tensors
+# show, and what nothing but a field tells.
+_SEEN = (
     ("learned positions", ("n_positions", "word_embed_proj_dim")),
-    ("positions as a slope (ALiBi)", ("alibi",)),
     ("norms of queries and keys", ("use_qk_norm", "qk_layernorm", "qk_norm", "use_qk_layernorm")),
+    ("an input of its own for each layer", ("hidden_size_per_layer_input",)),
+    ("biases", ("attention_bias", "qkv_bias", "use_bias", "bias", "mlp_bias")),
+)
+_UNSEEN = (
+    ("positions as a slope (ALiBi)", ("alibi",)),
     ("capped logits", ("final_logit_softcapping", "attn_logit_softcapping")),
     ("partly rotated heads", ("partial_rotary_factor", "rotary_pct", "rotary_dim", "rotary_ndims")),
     ("layers without rotary embeddings", ("no_rope_layers", "no_rope_layer_interval")),
@@ -47,14 +52,13 @@ _PARTS = (
         "scaled streams",
         (
             "embedding_multiplier", "residual_multiplier", "scale_emb", "mup_width", "scale_depth",
-            "logits_scaling", "logit_scale", "attention_multiplier",
+            "dim_model_base", "logits_scaling", "logit_scale", "attention_multiplier",
         ),
     ),
     ("attention and feed-forward layers side by side", ("use_parallel_residual", "parallel_attn")),
     ("norms with a mean", ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon")),
     ("keys and values shared between layers", ("num_kv_shared_layers",)),
-    ("an input of its own for each layer", ("hidden_size_per_layer_input",)),
-    ("biases", ("attention_bias", "qkv_bias", "use_bias", "bias", "mlp_bias")),
+    ("layers with settings of their own", ("per_layer_config",)),
 )  # fmt: skip
 # Each size by the names that it has.
 _SIZES = (
@@ -99,8 +103,7 @@ def shape_of(config: Mapping[str, Any]) -> Shape:
 
 def changes_values(key: str) -> bool:
     """Say whether a field is known to change what a model computes, its tensors being the same."""
-    kinds = (*_KINDS, *_PARTS)
-    return key == "per_layer_config" or any(key in keys for _, keys in kinds)
+    return any(key in keys for _, keys in _UNSEEN)
 
 
 def _parts(config: Mapping[str, Any], heads: object) -> Iterator[str]:
@@ -119,7 +122,7 @@ def _parts(config: Mapping[str, Any], heads: object) -> Iterator[str]:
     kinds = config.get("layer_types")
     if isinstance(kinds, list) and len(set(map(str, kinds))) > 1:
         yield "kinds of attention that change from layer to layer (layer_types)"
-    for part, keys in _PARTS:
+    for part, keys in (*_SEEN, *_UNSEEN):
         shown = _first(config, keys)
         if shown:
             yield f"{part} ({shown})"

@@ -14,7 +14,7 @@ from coremltools.converters.mil.frontend.torch.torch_op_registry import register
 from coremltools.converters.mil.mil import types
 from torch._library.custom_ops import CustomOpDef
 
-from llm_coreml.decoder import states
+from llm_coreml.decoder import caches
 
 
 def _names(write: CustomOpDef) -> list[str]:
@@ -22,7 +22,7 @@ def _names(write: CustomOpDef) -> list[str]:
     return [write._qualname, write._qualname.replace("::", ".")]
 
 
-@register_torch_op(torch_alias=_names(states.kv_write), override=True)  # type: ignore[untyped-decorator]
+@register_torch_op(torch_alias=_names(caches.kv_write), override=True)  # type: ignore[untyped-decorator]
 def kv_write(context: Any, node: Any) -> None:
     """Lower a cache write to `slice_update` on the state's value and a state write right after.
 
@@ -32,14 +32,62 @@ def kv_write(context: Any, node: Any) -> None:
     cache, update, layer, start = _get_inputs(context, node, expected=4)
     state = context.name_to_source_state[node.inputs[0]]
     length = mb.slice_by_index(x=mb.shape(x=update), begin=[2], end=[3])
-    first = np.array([int(layer.val), 0], dtype=np.int32)
-    begin = mb.concat(values=[first, start, np.array([0], dtype=np.int32)], axis=0)
-    last = np.array([int(layer.val) + 1, cache.shape[1]], dtype=np.int32)
-    end = mb.concat(
-        values=[last, mb.add(x=start, y=length), np.array([cache.shape[3]], dtype=np.int32)], axis=0
-    )
-    updated = mb.slice_update(x=cache, update=update, begin=begin, end=end)
-    narrowed = mb.cast(x=updated, dtype=types.builtin_to_string(state.dtype))
-    written = mb.coreml_update_state(state=state, value=narrowed)
+    written = _written(state, cache, update, int(layer.val), start, length)
     context.name_to_source_state[node.name] = state
     context.add(mb.cast(x=written, dtype="fp32", name=node.name))
+
+
+@register_torch_op(torch_alias=_names(caches.ring_write), override=True)  # type: ignore[untyped-decorator]
+def ring_write(context: Any, node: Any) -> None:
+    """Lower a write to a ring to two pieces of the update's length, each in place.
+
+    Shapes must follow from those of inputs, so no piece can be as long as what is left of the ring.
+    The last piece ends with the ring, and begins with what lies there before `place`; the first one
+    begins at 0, and ends with what lies there. Both are cut out of
+    `[what is before place, update, what is behind the wrapped part]`. If nothing wraps, the first
+    is what lies there already, and the last is the update: so it comes last.
+    """
+    cache, update, layer, place, count = _get_inputs(context, node, expected=5)
+    state = context.name_to_source_state[node.inputs[0]]
+    (_, heads, size, width), row = cache.shape, int(layer.val)
+    length = mb.reshape(x=count, shape=[1])
+    if length.val is not None and length.val[0] == 1:
+        written = _written(state, cache, update, row, place, length)
+        context.name_to_source_state[node.name] = state
+        context.add(mb.cast(x=written, dtype="fp32", name=node.name))
+        return
+    zero = np.array([0], dtype=np.int32)
+    past = mb.sub(x=mb.add(x=place, y=length), y=np.array([size], dtype=np.int32))
+    wrapped = mb.maximum(x=past, y=zero)
+    kept = mb.sub(x=length, y=wrapped)
+    piece = _corner(1, heads, length, width)
+
+    def cut(x: Any, first: int, begin: Any) -> Any:
+        return mb.slice_by_size(x=x, begin=_corner(first, 0, begin, 0), size=piece)
+
+    before = cut(cache, row, mb.maximum(x=mb.sub(x=place, y=length), y=zero))
+    behind = cut(cache, row, wrapped)
+    all_three = mb.concat(values=[before, update, behind], axis=2)
+    first = cut(all_three, 0, mb.add(x=length, y=kept))
+    last = cut(all_three, 0, kept)
+    at_first = _written(state, cache, first, row, zero, length)
+    cache = mb.cast(x=at_first, dtype="fp32")
+    at_last = _written(state, cache, last, row, mb.sub(x=place, y=wrapped), length)
+    context.name_to_source_state[node.name] = state
+    context.add(mb.cast(x=at_last, dtype="fp32", name=node.name))
+
+
+def _written(state: Any, cache: Any, update: Any, row: int, place: Any, length: Any) -> Any:
+    """Write `update` to a row of a state's value, then the state, and return what that holds."""
+    _, heads, _, width = cache.shape
+    begin = _corner(row, 0, place, 0)
+    end = _corner(row + 1, heads, mb.add(x=place, y=length), width)
+    updated = mb.slice_update(x=cache, update=update, begin=begin, end=end)
+    narrowed = mb.cast(x=updated, dtype=types.builtin_to_string(state.dtype))
+    return mb.coreml_update_state(state=state, value=narrowed)
+
+
+def _corner(first: int, heads: int, position: Any, width: int) -> Any:
+    """Return int32 `[4]` of numbers and `position`, int32 `[1]`."""
+    ends = np.array([first, heads], dtype=np.int32), np.array([width], dtype=np.int32)
+    return mb.concat(values=[ends[0], position, ends[1]], axis=0)

@@ -24,7 +24,8 @@ from torchao.utils import TorchAOBaseTensor
 
 from llm_coreml.artifact.method_plan import Constant
 from llm_coreml.decoder import Decoder
-from llm_coreml.decoder.states import kv_write, state_specs
+from llm_coreml.decoder.caches import kv_write, ring_places, ring_write
+from llm_coreml.decoder.states import state_specs
 from llm_coreml.lower.padded import method_around
 from llm_coreml.lower.traced import trace_method
 
@@ -33,13 +34,27 @@ def _kv_write(
     cache: torch.Tensor, update: torch.Tensor, layer: int, start_pos: torch.Tensor
 ) -> torch.Tensor:
     """`llm_coreml::kv_write` in ATen ops, for which portable kernels exist."""
-    rows = start_pos.to(torch.int64) + torch.arange(update.shape[2])
-    written = torch.ops.aten.index_put.default(cache[layer], [None, rows], update[0])
+    return _put(cache, update, layer, start_pos.to(torch.int64) + torch.arange(update.shape[2]))
+
+
+def _ring_write(
+    cache: torch.Tensor, update: torch.Tensor, layer: int, place: torch.Tensor, length: int
+) -> torch.Tensor:
+    """`llm_coreml::ring_write` in ATen ops."""
+    return _put(cache, update, layer, ring_places(place, length, cache.shape[2]))
+
+
+def _put(
+    cache: torch.Tensor, update: torch.Tensor, layer: int, places: torch.Tensor
+) -> torch.Tensor:
+    written = torch.ops.aten.index_put.default(cache[layer], [None, places], update[0])
     return torch.select_scatter(cache, written, 0, layer)
 
 
 # The op that writes each kind of state -> the same in ops for which portable kernels exist.
-WRITES: Mapping[CustomOpDef, Callable[..., torch.Tensor]] = MappingProxyType({kv_write: _kv_write})
+WRITES: Mapping[CustomOpDef, Callable[..., torch.Tensor]] = MappingProxyType(
+    {kv_write: _kv_write, ring_write: _ring_write}
+)
 
 
 def _dequantize(decoder: Decoder) -> None:
@@ -79,7 +94,7 @@ def lower_xnnpack(
         constant_methods=dict(constants),
     )
     # Without this the cache begins with whatever is in memory, and a masked NaN is still a NaN.
-    states = state_specs(decoder.spec, decoder.context, decoder.spare)
+    states = state_specs(decoder.spec, decoder.extent)
     zeros = InitializedMutableBufferPass([state.name for state in states])
     program = edge.to_executorch(ExecutorchBackendConfig(passes=[zeros]))
     with path.open("wb") as file:

@@ -160,7 +160,7 @@ def build_decoder(
         raise ValueError("a calibration text and settings that ask for one belong together")
     weights, spec = rotated(model.weights, model.spec, job.weights.rotate)
     shapes = job.shapes
-    decoder = Decoder(spec, shapes.context, job.attention, job.logits, shapes.spare)
+    decoder = Decoder(spec, shapes.context, job.attention, job.logits, shapes.spare, shapes.longest)
     storage = torch.float16 if job.precision.bits == 16 else torch.float32
     for buffer in decoder.buffers():
         # Tables and numbers too are what the program holds, so that only activations differ.

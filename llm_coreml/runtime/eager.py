@@ -31,6 +31,7 @@ class EagerRunner(Runner):
         longest = min(self._LONGEST, decoder.context)
         self.seq_lengths = tuple(range(1, longest + 1))
         self.every_row = True
+        self.rewinds = decoder.spec.rewinds(decoder.extent)
         self.label = label
 
     def _forward(self, tokens: torch.Tensor, start_pos: torch.Tensor) -> torch.Tensor:

@@ -39,6 +39,7 @@ class ExecutorchRunner(Runner):
         self._description = description
         self.seq_lengths = description.seq_lengths
         self.every_row = description.every_row
+        self.rewinds = description.rewinds
         self.context = self._constant("get_max_context_len")
         self.vocab_size = self._constant("get_vocab_size")
         self._engine: Engine = (

@@ -113,6 +113,7 @@ class ReferenceRunner(Runner):
         self.seq_lengths = description.seq_lengths
         self.every_row = description.every_row
         self.context = description.context
+        self.rewinds = description.rewinds
         self.vocab_size = self._methods[description.main].outputs[0].shape[2]
 
     @property

@@ -44,6 +44,8 @@ class Runner(ABC):
         vocab_size: Width of the logits.
         every_row: A call returns a row for every token, not only for the last.
         label: What produced the numbers, for tables: `reference runtime`, `eager`...
+        rewinds: How many positions behind the furthest one a sequence can be taken up again; None
+            from its beginning on. Layers with windows forget what is before.
     """
 
     context: int
@@ -51,9 +53,12 @@ class Runner(ABC):
     vocab_size: int
     every_row: bool
     label: str
+    rewinds: int | None = None
 
     def __init__(self) -> None:
         self.position = 0
+        # How many positions have been written to since the cache was empty.
+        self._written = 0
         # The tokens in the cache; positions that no token was read at are -1.
         self._read: list[int] = []
         # How often the sequence was begun anew, or from an earlier position.
@@ -72,6 +77,7 @@ class Runner(ABC):
         """Forget the sequence; the next token is read at `position`, after that many zeros."""
         self._clear()
         self._begin(position)
+        self._written = position
         self._read = [-1] * position
 
     @final
@@ -79,15 +85,25 @@ class Runner(ABC):
         """Go on at an earlier `position`: what the cache holds behind it is masked, then replaced.
 
         Raises:
-            ConfigError: the sequence is not that long.
+            ConfigError: the sequence is not that long, or what was before is forgotten.
         """
         if not 0 <= position <= self.position:
             raise ConfigError(
                 f"The sequence is {self.position} tokens long; go back to 0 to {self.position}, "
                 f"not to {position}."
             )
+        if not self._remembers(position):
+            raise ConfigError(
+                f"{self._written} positions have been written, and layers with a window remember "
+                f"what is needed to go on from the last {self.rewinds} of them; going back to "
+                f"{position} takes reading the sequence again."
+            )
         self._begin(position)
         del self._read[position:]
+
+    def _remembers(self, position: int) -> bool:
+        """Return whether the cache still holds what a token at `position` sees."""
+        return position == 0 or self.rewinds is None or self._written - position <= self.rewinds
 
     @final
     def resume(self, position: int, states: Mapping[str, torch.Tensor]) -> None:
@@ -103,6 +119,7 @@ class Runner(ABC):
         """
         self._restore(states)
         self._begin(position)
+        self._written = position
         self._read = [-1] * position
 
     def _begin(self, position: int) -> None:
@@ -128,6 +145,7 @@ class Runner(ABC):
         chunk = torch.tensor([numbers], dtype=torch.int64)
         logits = self._forward(chunk, torch.tensor([self.position], dtype=torch.int64))
         self.position += len(numbers)
+        self._written = max(self._written, self.position)
         self._read += numbers
         return logits[0].to(torch.float32)
 
@@ -204,8 +222,8 @@ class Runner(ABC):
             max_new_tokens: Most tokens to yield.
             stop: Tokens that end the text; not yielded.
             sampler: How a token is chosen; None takes the most likely.
-            reuse: Keep what the cache holds of the prompt's beginning, and read the rest; else the
-                cache is emptied first.
+            reuse: Keep what the cache holds of the prompt's beginning, and read the rest, where the
+                runner still remembers enough of it; else the cache is emptied first.
 
         Returns:
             Why it ended.
@@ -216,9 +234,10 @@ class Runner(ABC):
         """
         sampler = sampler or Sampler()
         kept = self._shared(tokens) if reuse else 0
-        if kept:
+        if kept and self._remembers(kept):
             self.rewind(kept)
         else:
+            kept = 0
             self.reset()
         row = self.feed(tokens[kept:])
         for count in range(1, max_new_tokens + 1):

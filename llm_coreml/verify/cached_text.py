@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import torch
 
 from llm_coreml.decoder import Decoder
+from llm_coreml.decoder.caches import Cache, CacheView
 from llm_coreml.decoder.position_tables import rotary_names
 from llm_coreml.decoder.rope import rotate
-from llm_coreml.decoder.states import CacheView
 
 Entries = tuple[torch.Tensor, torch.Tensor]
 
@@ -34,14 +34,15 @@ class LaterCache:
 
     Attributes:
         states: What programs call each tensor -> its content, fp16, as programs remember it:
-            `[layers, kv_heads, context, head_dim]`. It grows with every block.
+            see `caches`. It grows with every block.
     """
 
     def __init__(self, decoder: Decoder, text: CachedText | None, start: int) -> None:
         self.start = start
         self._decoder = decoder
         self._text = text
-        self._filled: set[tuple[str, int]] = set()
+        self._row: dict[str, int] = {}
+        self._entries: dict[str, Entries] = {}
         self.states = {
             f"{name}_{part}": torch.zeros(buffer.shape, dtype=torch.float16)
             for name, state in decoder.states.items()
@@ -49,16 +50,32 @@ class LaterCache:
         }
 
     def entries(self, name: str, row: int) -> Entries:
-        """Return keys and values of a layer, fp32 `[1, kv_heads, start, head_dim]` each."""
-        keys, values = (self.states[f"{name}_{part}"][row] for part in ("keys", "values"))
+        """Return keys and values of a layer, fp32 `[1, kv_heads, start, head_dim]` each.
+
+        They are rounded to fp16. Those that a ring has lost are there too, for masks to hide.
+        """
         # Once: what a layer is given in fp32, and in plain fp16 after it, is the same.
-        if self._text is not None and (name, row) not in self._filled:
-            self._filled.add((name, row))
-            read = self._text.views[name].entries
-            keys[:, : self.start] = self._repeated(read[0], self._rope_of(name, row))[0]
-            values[:, : self.start] = self._repeated(read[1], None)[0]
-        found = (keys[None, :, : self.start], values[None, :, : self.start])
-        return found[0].to(torch.float32), found[1].to(torch.float32)
+        if self._row.get(name) != row:
+            self._row[name] = row
+            self._entries[name] = self._filled(name, row)
+        keys, values = self._entries[name]
+        return keys.to(torch.float32), values.to(torch.float32)
+
+    def _filled(self, name: str, row: int) -> Entries:
+        """Return what `entries` does, fp16, and have the states hold of it what they can."""
+        state = self._decoder.states[name]
+        assert isinstance(state, Cache)
+        if self._text is None:
+            shape = (1, state.heads, self.start, state.head_dim)
+            return torch.zeros(shape, dtype=torch.float16), torch.zeros(shape, dtype=torch.float16)
+        read = self._text.views[name].entries
+        keys = self._repeated(read[0], self._rope_of(name, row)).to(torch.float16)
+        values = self._repeated(read[1], None).to(torch.float16)
+        positions, places = state.kept(self.start)
+        parts = state.packed(keys[:, :, positions], values[:, :, positions])
+        for (part, _), entries in zip(state.named_buffers(), parts, strict=True):
+            self.states[f"{name}_{part}"][row][:, places] = entries[0]
+        return keys, values
 
     def _repeated(self, entries: torch.Tensor, rope: _Turn | None) -> torch.Tensor:
         """Return `[1, kv_heads, start, head_dim]`: what was read, as often as it takes."""
@@ -109,9 +126,7 @@ class _GrowingView(CacheView):
         self._row: int | None = None
         self.entries: Entries = (torch.empty(0), torch.empty(0))
 
-    def update(
-        self, layer: int, keys: torch.Tensor, values: torch.Tensor, start_pos: torch.Tensor
-    ) -> Entries:
+    def update(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> Entries:
         """Append `[1, kv_heads, S, head_dim]` and return all that there is of the layer."""
         if layer != self._row:
             self._row = layer

@@ -14,9 +14,13 @@ from gguf import GGMLQuantizationType as Kind
 from cases import cases
 from family_table import their_model, write_config
 from gguf_converter import convert
+from llm_coreml import load
 from llm_coreml.checkpoint.gguf_architectures import ARCHITECTURES
+from llm_coreml.config import ExportConfig
 from llm_coreml.families import find_family, known_model_types
 from llm_coreml.model import open_model
+from llm_coreml.pipeline import export
+from tiny import expected_logits, tokens_for
 
 YARN = {
     "rope_type": "yarn",
@@ -37,17 +41,38 @@ LONG = {
     "original_max_position_embeddings": 64,
     "partial_rotary_factor": 0.75,
 }
+ALPHA = {"type": "dynamic", "alpha": 1000.0, "factor": 1.0}
+CAPS = {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}
+MULTIPLIERS = {"residual_multiplier": 0.6, "attention_multiplier": 0.4, "logits_scaling": 0.25}
+SIX_LAYERS = {"num_hidden_layers": 6, "head_dim": 16, "query_pre_attn_scalar": 16}
 # What beside the sizes of the table shows that a number is read; families as they are built.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "arcee": ("arcee", {"attention_bias": True, "mlp_bias": True}),
+    "cohere2": ("cohere2", {"num_hidden_layers": 4, "sliding_window": 9, "logit_scale": 0.5}),
+    "command-r": ("cohere", {"logit_scale": 0.5, "tie_word_embeddings": True}),
     "ernie4_5": ("ernie4_5", {"use_bias": True, "tie_word_embeddings": True}),
+    "exaone4": ("exaone4", {"num_hidden_layers": 4, "sliding_window": 9}),
+    "falcon": ("falcon", {}),
+    "gemma": ("gemma", {"tie_word_embeddings": True, "head_dim": 24}),
+    "gemma2": ("gemma2", {"tie_word_embeddings": True, "sliding_window": 9, **CAPS}),
+    "gemma3": ("gemma3_text", {"tie_word_embeddings": True, "sliding_window": 9, **SIX_LAYERS}),
     "glm4": ("glm4", {"attention_bias": True}),
-    "hunyuan-dense": ("hunyuan_v1_dense", {}),
+    "gptneox": ("gpt_neox", {"attention_bias": True}),
+    "granite": ("granite", {"embedding_multiplier": 3.0, **MULTIPLIERS}),
+    "hunyuan-dense": ("hunyuan_v1_dense", {"rope_scaling": ALPHA}),
     "llama": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "mistral3": ("ministral3", {"rope_parameters": YARN}),
+    "nemotron": ("nemotron", {"attention_bias": True, "mlp_bias": True, "norm_eps": 1e-3}),
+    "olmo": ("olmo", {}),
+    "olmo2": ("olmo2", {}),
+    "phi2": ("phi", {"partial_rotary_factor": 0.5, "num_key_value_heads": 4}),
     "phi3": ("phi3", {"rope_parameters": LONG, "original_max_position_embeddings": 64}),
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("qwen3", {"head_dim": 24}),
+    "seed_oss": ("seed_oss", {"attention_bias": True, "attention_out_bias": False}),
     "smollm3": ("smollm3", {"num_hidden_layers": 4}),
+    "stablelm": ("stablelm", {"use_qkv_bias": True, "use_parallel_residual": False}),
+    "starcoder2": ("starcoder2", {"use_bias": True, "sliding_window": None}),
 }
 BUILT = sorted(name for name, (family, _) in FAMILIES.items() if family in known_model_types())
 
@@ -109,6 +134,20 @@ def test_codes_are_taken_as_they_are(architecture: str, tmp_path: Path) -> None:
             assert torch.equal(values, meant[theirs]), name
 
 
+@pytest.mark.parametrize("architecture", cases(BUILT, set(BUILT) - {"phi3"}))
+def test_a_file_alone_exports(architecture: str, tmp_path: Path) -> None:
+    theirs, meant = made(tmp_path, architecture, Kind.Q8_0)
+    config = ExportConfig(context=32, seq_lengths=(1, 8), logits="all")
+    bundle = export(tmp_path / "model.gguf", output=tmp_path / "out", config=config, cache=False)
+    report = bundle.manifest.quantization.imported
+    assert report is not None and report.exactness == "exact"
+    theirs.load_state_dict(meant, strict=False)
+    tokens = tokens_for(97, 24)
+    expected = expected_logits(theirs, tokens)
+    found = load(bundle.folder).logits(tokens)
+    assert (found - expected).abs().max() < 0.02 * expected.abs().max()
+
+
 # Those that transformers reads itself, heads of another width than the usual left out.
 THEIRS = ("qwen2", "gemma2", "gemma3", "phi3", "starcoder2", "stablelm", "nemotron")
 
@@ -127,5 +166,7 @@ def test_transformers_reads_the_same(architecture: str, tmp_path: Path) -> None:
     )
     model = open_model(tmp_path / "model.gguf")
     state = theirs.state_dict()
-    for name in model.checkpoint.names():
+    # It knows of biases by its configurations alone, which a file does not have.
+    known = [name for name in model.checkpoint.names() if name in state or ".bias" not in name]
+    for name in known:
         assert torch.equal(model.checkpoint.tensor(name, torch.float32), state[name]), name

@@ -16,6 +16,7 @@ import transformers
 from torch import nn
 
 from llm_coreml.decoder import Decoder, DecoderSpec
+from llm_coreml.decoder.caches import RingCache
 from llm_coreml.decoder.spec import (
     AttentionSpec,
     LayerSpec,
@@ -26,7 +27,7 @@ from llm_coreml.decoder.spec import (
     RopeSpec,
 )
 from llm_coreml.errors import CheckpointError
-from tiny import BASE, expected_logits, llama, randomize, tokens_for
+from tiny import BASE, expected_logits, llama, random_split, randomize, tokens_for
 
 CONTEXT = 64
 BOUND = 1e-4
@@ -362,9 +363,14 @@ CASES: dict[str, Case] = {
 }
 
 
-def fitted(spec: DecoderSpec, weights: Weights, form: Literal["fused", "decomposed"]) -> Decoder:
+def fitted(
+    spec: DecoderSpec,
+    weights: Weights,
+    form: Literal["fused", "decomposed"],
+    longest: int | None = None,
+) -> Decoder:
     """Return a decoder that holds all of `weights`, by name, and nothing else."""
-    decoder = Decoder(spec, CONTEXT, form, "all")
+    decoder = Decoder(spec, CONTEXT, form, "all", longest=longest)
     left = dict(weights)
     for name, _ in list(decoder.named_parameters()):
         owner, _, attribute = name.rpartition(".")
@@ -399,6 +405,23 @@ def test_an_option_in_every_split(name: str, form: Literal["fused", "decomposed"
     assert expected.abs().max() > 1, "tiny logits would hide differences"
     decoder = fitted(case.spec, weights_of(case, reference), form)
     for parts in SPLITS:
+        error = (read(decoder, tokens, parts) - expected).abs().max()
+        assert error < BOUND, f"{parts}: {error}"
+
+
+@pytest.mark.parametrize("longest", [1, 4, 15])
+@pytest.mark.parametrize(
+    "name", [name for name, case in CASES.items() if "window" in name] + ["two rotary tables"]
+)
+def test_layers_with_windows_remember_a_ring(name: str, longest: int) -> None:
+    case, tokens = CASES[name], tokens_for(97, CONTEXT)
+    reference = case.make()
+    expected = expected_logits(reference, tokens)
+    decoder = fitted(case.spec, weights_of(case, reference), "fused", longest)
+    rings = [s for s in decoder.states.values() if isinstance(s, RingCache)]
+    assert [ring.ring for ring in rings] == [32]
+    assert sum(len(list(state.buffers())) for state in decoder.states.values()) == 2
+    for parts in (*SPLITS, *(random_split(CONTEXT, range(1, longest + 1), s) for s in range(4))):
         error = (read(decoder, tokens, parts) - expected).abs().max()
         assert error < BOUND, f"{parts}: {error}"
 
@@ -461,9 +484,9 @@ def test_layers_of_several_sizes_have_several_caches() -> None:
     decoder = fitted(spec, weights, "fused")
     shapes = {n: {tuple(b.shape) for b in s.buffers()} for n, s in decoder.states.items()}
     assert shapes == {
-        "cache": {(2, 2, CONTEXT, 16)},
-        "cache_1": {(1, 1, CONTEXT, 16)},
-        "cache_2": {(1, 2, CONTEXT, 8)},
+        "cache": {(2, 4, CONTEXT, 16)},
+        "cache_1": {(1, 2, CONTEXT, 16)},
+        "cache_2": {(1, 4, CONTEXT, 8)},
     }
     tokens = tokens_for(97, CONTEXT)
     expected = unrotated(whole, tokens)

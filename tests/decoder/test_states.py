@@ -1,4 +1,4 @@
-"""The KV cache: the custom op, the in-place writes, and what a reset leaves."""
+"""The KV cache: the custom ops, the in-place writes, rings, and what a reset leaves."""
 
 from __future__ import annotations
 
@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from llm_coreml.decoder import Decoder
-from llm_coreml.decoder.states import KVCache, kv_write
+from llm_coreml.decoder.caches import (
+    Cache,
+    KVCache,
+    RingCache,
+    held_positions,
+    kv_write,
+    ring_write,
+)
+from llm_coreml.decoder.spec import CacheSizes, Extent
+from llm_coreml.decoder.state import Start
 from llm_coreml.model import open_model
 from llm_coreml.quantize.quantized import build_original
 from tiny import llama, tokens_for
@@ -48,16 +57,63 @@ def test_kv_write_changes_its_slice_and_nothing_else(layer: int, length: int, fi
     assert torch.equal(found, before)
 
 
-def test_eager_writes_equal_the_op() -> None:
-    cache = KVCache(num_layers=3, num_key_value_heads=2, context=16, head_dim=4)
+@pytest.mark.parametrize(("layer", "length", "first"), [(0, 1, 0), (2, 5, 13), (1, 8, 8)])
+def test_ring_write_is_a_well_formed_op_that_goes_on_at_the_beginning(
+    layer: int, length: int, first: int
+) -> None:
+    given = (*arguments(layer, length, first), length)
+    torch.library.opcheck(torch.ops.llm_coreml.ring_write.default, given)
+    cache = given[0]
+    assert isinstance(cache, torch.Tensor)
+    expected = cache.clone()
+    for offset in range(length):
+        expected[layer, :, (first + offset) % 16] = -1
+    assert torch.equal(ring_write(*given), expected)
+
+
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize(("kind", "window"), [(KVCache, None), (RingCache, 9)])
+def test_eager_writes_equal_the_op(kind: type[Cache], window: int | None, joint: bool) -> None:
+    extent = Extent(64, longest=8)
+    cache = kind(3, CacheSizes(2, 4, window), extent, joint=joint)
     keys, values = torch.randn(1, 2, 5, 4), torch.randn(1, 2, 5, 4)
-    start = torch.tensor([7])
-    found_keys, found_values = cache.open().update(1, keys, values, start)
-    empty = torch.zeros(3, 2, 16, 4)
-    assert torch.equal(cache.keys, kv_write(empty, keys, 1, start))
-    assert torch.equal(cache.values, kv_write(empty, values, 1, start))
-    assert torch.equal(found_keys, cache.keys[1:2])
-    assert torch.equal(found_values, cache.values[1:2])
+    start = Start(torch.tensor([29]), 5)
+    empty = [torch.zeros_like(buffer) for buffer in cache.buffers()]
+    found_keys, found_values = cache.open(start).update(1, keys, values)
+    packed = cache.packed(keys, values)
+    for buffer, before, entries in zip(cache.buffers(), empty, packed, strict=True):
+        assert torch.equal(buffer, cache.written(before, entries, 1, start))
+    rows = [buffer[1:2] for buffer in cache.buffers()]
+    assert all(map(torch.equal, (found_keys, found_values), cache.parted(rows)))
+    places = (29 + torch.arange(5)) % cache.read
+    assert torch.equal(found_keys[:, :, places], keys)
+    assert torch.equal(found_values[:, :, places], values)
+    assert int((found_keys != 0).any(-1).sum()) == 2 * 5
+
+
+def test_a_ring_is_as_long_as_a_call_and_what_its_first_token_sees() -> None:
+    for window, longest, ring in ((512, 512, 1024), (512, 1, 512), (4096, 512, 4608), (8, 64, 128)):
+        assert CacheSizes(1, 32, window).ring(Extent(8192, longest=longest)) == ring
+    assert CacheSizes(1, 32, 512).ring(Extent(1024, longest=512)) is None, "it would save nothing"
+    assert CacheSizes(1, 32, 512).ring(Extent(8192)) is None, "calls are as long as the context"
+    assert CacheSizes(1, 32, None).ring(Extent(8192, longest=1)) is None
+
+
+@pytest.mark.parametrize(("start", "length"), [(0, 1), (0, 8), (5, 8), (30, 8), (61, 3), (96, 8)])
+def test_held_positions_are_those_that_were_written_last(start: int, length: int) -> None:
+    held = torch.full((32,), 10**6)
+    for position in range(start + length):
+        held[position % 32] = position
+    found = held_positions(
+        torch.arange(32, dtype=torch.int32),
+        torch.tensor([start % 32], dtype=torch.int32),
+        torch.tensor([start], dtype=torch.int32),
+        length,
+        Extent(128),
+    )
+    written = held < 10**6
+    assert torch.equal(found[written].to(torch.int64), held[written])
+    assert (found[~written] >= 128).all(), "what was never written is beyond all positions"
 
 
 @torch.inference_mode()

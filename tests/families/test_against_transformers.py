@@ -20,7 +20,7 @@ from llm_coreml.model import Model, open_model
 from llm_coreml.quantize import make_plan
 from llm_coreml.quantize.fill import fill
 from llm_coreml.quantize.quantized import build_decoder, build_original
-from tiny import expected_logits, llama, save, tokens_for
+from tiny import expected_logits, llama, random_split, save, tokens_for
 
 CONTEXT = 64
 BOUND = 1e-4
@@ -44,9 +44,12 @@ def run(decoder: Decoder, tokens: Sequence[int], parts: Sequence[int]) -> torch.
 
 
 def build(
-    model: Model, attention: Literal["fused", "decomposed"], logits: Literal["last", "all"]
+    model: Model,
+    attention: Literal["fused", "decomposed"],
+    logits: Literal["last", "all"],
+    longest: int | None = None,
 ) -> Decoder:
-    decoder = Decoder(model.spec, CONTEXT, attention, logits)
+    decoder = Decoder(model.spec, CONTEXT, attention, logits, longest=longest)
     fill(decoder, model.weights, plan=None, storage=None)
     return decoder.eval()
 
@@ -63,6 +66,14 @@ def test_every_family_in_every_split(family: str, case: str, tmp_path: Path) -> 
         for name, parts in SPLITS.items():
             error = (run(decoder, tokens, parts) - expected).abs().max()
             assert error < BOUND, f"{attention}, {name}: {error}"
+    windows = [layer.mixer.window for layer in model.spec.layers]
+    ringed = build(model, "fused", "all", longest=8)
+    rings = any(state.ring for state in ringed.states.values())
+    assert rings == any(window and window <= 24 for window in windows)
+    if rings:
+        for parts in (SPLITS["one-by-one"], *(random_split(CONTEXT, (1, 3, 8), n) for n in (0, 1))):
+            error = (run(ringed, tokens, parts) - expected).abs().max()
+            assert error < BOUND, f"in rings, {parts}: {error}"
 
 
 def test_every_family_has_its_lines() -> None:

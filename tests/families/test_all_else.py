@@ -37,7 +37,12 @@ CONTEXT = 32
 USUAL: dict[str, Any] = {"context": CONTEXT, "seq_lengths": (1, 8), "group_size": 16}
 TEXT: dict[str, Any] = {"calibrate": "bundled", "calibration_tokens": 128}
 # What a family's rotation is refused for stands in the message.
-REFUSED: dict[str, set[str]] = {}
+# Norms that take off the mean, and norms of what is added to the residual stream.
+STIFF = (
+    *("biogpt", "codegen", "falcon", "glm4", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gptj"),
+    *("nemotron", "olmo", "olmo2", "opt", "persimmon", "phi", "stablelm", "starcoder2"),
+)
+REFUSED: dict[str, set[str]] = {family: {"residual"} for family in STIFF}
 FAMILIES = cases(known_model_types(), [name for name in known_model_types() if name != "llama"])
 
 

@@ -67,8 +67,8 @@ def test_rope_is_read_in_its_three_spellings(changes: dict[str, Any]) -> None:
         ),
         (
             {"hidden_act": "elu"},
-            "config.json gives hidden_act 'elu'; supported are silu, swish, gelu_new, gelu_fast, "
-            "gelu_pytorch_tanh, relu2.",
+            "config.json gives hidden_act 'elu'; supported are silu, swish, gelu, gelu_new, "
+            "gelu_fast, gelu_pytorch_tanh, quick_gelu, relu, relu2.",
         ),
         (
             {"model_type": "lama"},

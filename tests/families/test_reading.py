@@ -182,7 +182,7 @@ def same_norms(spec: DecoderSpec, family: Family, theirs: Any) -> None:
             name = stored[f"{path}.weight"].names[0].removesuffix(".weight")
             norm = vars(theirs.get_submodule(name.replace("*", "0")))
             (eps,) = [norm[each] for each in ("eps", "variance_epsilon") if each in norm]
-            assert float(module.root_eps) ** 2 == pytest.approx(eps), path
+            assert module.eps == eps, path
 
 
 def length_of(spec: DecoderSpec, config: Any) -> int:

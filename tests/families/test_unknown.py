@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from family_table import checkpoint
 from llm_coreml.config import ExportConfig
 from llm_coreml.errors import CheckpointError, ConfigError, UnknownFamilyError, UnsupportedError
 from llm_coreml.eval.evaluate import evaluate
@@ -93,6 +96,22 @@ def open_model_from_hub(folder: Path) -> None:
     with patch.context() as patched:
         patched.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(folder))
         open_model("org/name")
+
+
+def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None:
+    """As MiMo is published: Qwen 2 under another name, with such layers beside it."""
+    checkpoint(tmp_path, "qwen2", {})
+    weights = tmp_path / "model.safetensors"
+    tensors = load_file(weights)
+    further = {"model.mtp_layers.0.input_proj.weight": torch.zeros(64, 128)}
+    save_file({**tensors, **further}, weights, metadata={"format": "pt"})
+    path = tmp_path / "config.json"
+    named = {"model_type": "mimo", "attention_bias": True, "num_nextn_predict_layers": 1}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **named}))
+    with pytest.raises(UnknownFamilyError, match=r"those of 'qwen2': .* give --family qwen2\.$"):
+        open_model(tmp_path)
+    read, beside = open_model(tmp_path, family="qwen2").notes
+    assert "attention_bias are passed over" in read and "predict further tokens" in beside
 
 
 def test_settings_that_no_tensor_shows_are_not_lost(tmp_path: Path) -> None:

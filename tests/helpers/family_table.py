@@ -97,6 +97,7 @@ _OWN_HEADS = frozenset({"wide heads", "null head_dim", "layers in turn"})
 _SWITCHED = frozenset({"layers in turn"})
 # Where transformers has a token of its own for pads, beyond so small a table.
 _PADDED = {**SIZES, "pad_token_id": 0}
+_GEMMA = {**_PADDED, "head_dim": 16, "sliding_window": 9}
 TABLE: dict[str, Entry] = {
     "apertus": Entry(
         {
@@ -162,6 +163,13 @@ TABLE: dict[str, Entry] = {
         },
         unread=_LISTS,
     ),
+    "exaone4": Entry(
+        {
+            "whole": {"sliding_window": None, "layer_types": 2 * ["full_attention"]},
+            "windows": {"sliding_window": 9, "sliding_window_pattern": 2, "head_dim": 24},
+            "fourth": {"sliding_window": 12, "num_hidden_layers": 4, "tie_word_embeddings": True},
+        },
+    ),
     "falcon": Entry(
         {
             "7b": {"num_kv_heads": ABSENT},
@@ -185,6 +193,50 @@ TABLE: dict[str, Entry] = {
         },
         {**SIZES, "head_dim": 16, "initializer_range": 0.1},
         unread=_NO_HEADS,
+    ),
+    "gemma2": Entry(
+        {
+            "in-turn": {"sliding_window": 9, "attn_logit_softcapping": 2.0},
+            "caps": {
+                "sliding_window": 9,
+                "attn_logit_softcapping": 3.0,
+                "final_logit_softcapping": 2.0,
+                "query_pre_attn_scalar": 24,
+                "attention_bias": True,
+                "tie_word_embeddings": True,
+            },
+            "no-caps": {
+                "sliding_window": 12,
+                "attn_logit_softcapping": None,
+                "final_logit_softcapping": None,
+                "head_dim": 24,
+                "layer_types": ["full_attention", "sliding_attention"],
+            },
+        },
+        sizes=_GEMMA,
+    ),
+    "gemma3_text": Entry(
+        {
+            "old": {
+                "num_hidden_layers": 3,
+                "sliding_window_pattern": 3,
+                "rope_theta": 5000.0,
+                "rope_local_base_freq": 100.0,
+                "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+            },
+            "new": {
+                "rope_parameters": {
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+                    "full_attention": {"rope_type": "linear", "rope_theta": 5e3, "factor": 2.5},
+                },
+                "layer_types": ["sliding_attention", "full_attention"],
+                "max_position_embeddings": SHORT,
+                "query_pre_attn_scalar": 24,
+                "tie_word_embeddings": True,
+            },
+            "sixth": {"num_hidden_layers": 6, "head_dim": 24, "final_logit_softcapping": 3.0},
+        },
+        sizes=_GEMMA,
     ),
     "glm": Entry(
         {
@@ -268,13 +320,13 @@ TABLE: dict[str, Entry] = {
     ),
     "granite": Entry(
         {
-            "silent": {},
             "multipliers": {
                 "embedding_multiplier": 3.0,
                 "residual_multiplier": 0.6,
                 "attention_multiplier": 0.4,
                 "logits_scaling": 0.25,
             },
+            "silent": {},
             "biases": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
         },
         unread=_OWN_HEADS,
@@ -420,6 +472,28 @@ TABLE: dict[str, Entry] = {
             "tied": {"tie_word_embeddings": True, "num_hidden_layers": 3},
         },
         unread=_OWN_HEADS,
+    ),
+    "olmo3": Entry(
+        {
+            "fourth": {"num_hidden_layers": 4, "sliding_window": 9},
+            "yarn": {
+                "rope_scaling": YARN,
+                "layer_types": ["sliding_attention", "full_attention"],
+                "sliding_window": 12,
+                "attention_bias": True,
+            },
+            "tables": {
+                "rope_parameters": {
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+                    "full_attention": {"rope_type": "default", "rope_theta": 5000.0},
+                },
+                "num_key_value_heads": 4,
+                "layer_types": ["full_attention", "sliding_attention"],
+                "sliding_window": 9,
+                "tie_word_embeddings": True,
+            },
+        },
+        sizes={**_PADDED, "sliding_window": 9},
     ),
     "opt": Entry(
         {

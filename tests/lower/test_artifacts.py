@@ -30,7 +30,8 @@ from artifacts import (
 from cases import cases
 from llm_coreml.artifact.mil import StateType, TensorType
 from llm_coreml.config import ExportConfig
-from llm_coreml.decoder.states import CacheView
+from llm_coreml.decoder.caches import KVCache
+from llm_coreml.decoder.state import Start
 from llm_coreml.pipeline import export
 from llm_coreml.runtime.eager import EagerRunner
 from llm_coreml.runtime.runner import split_lengths
@@ -197,14 +198,12 @@ def test_fp32_program_is_tight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     artifact = lower(llama(), config, tmp_path / "model.pte")
     tokens = tokens_for(97, 32)
     plain = EagerRunner(artifact.decoder, "eager").logits(tokens)
-    update = CacheView.update
+    put = KVCache.put
 
-    def rounded(
-        view: CacheView, layer: int, keys: torch.Tensor, values: torch.Tensor, start: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return update(view, layer, keys.half().float(), values.half().float(), start)
+    def rounded(cache: KVCache, rows: torch.Tensor, entries: torch.Tensor, start: Start) -> None:
+        put(cache, rows, entries.half().float(), start)
 
-    monkeypatch.setattr(CacheView, "update", rounded)
+    monkeypatch.setattr(KVCache, "put", rounded)
     expected = EagerRunner(artifact.decoder, "eager").logits(tokens)
     runner = artifact.runner()
     for parts in splits(32, (1, 8)).values():

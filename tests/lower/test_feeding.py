@@ -25,7 +25,7 @@ from llm_coreml.reference.method.kernels import KERNELS
 from llm_coreml.reference.program.execution import Execution
 from llm_coreml.runtime.eager import EagerRunner
 from stock import StockFeeding
-from tiny import llama, tokens_for
+from tiny import llama, mistral, tokens_for
 
 # Only the order of fp32 sums differs.
 BOUND = 2e-5
@@ -36,6 +36,15 @@ CASES: dict[str, dict[str, Any]] = {
     "ane": {"target": "ane", "seq_lengths": (1, 8)},
     "gpu, every row": {"target": "gpu", "seq_lengths": (1, 8), "logits": "all"},
     "one length": {"seq_lengths": (1,)},
+    "gpu, windows": {"target": "gpu", "seq_lengths": (1, 4, 11), "context": 96, "window": 14},
+    "ane, windows": {
+        "target": "ane",
+        "seq_lengths": (1, 8),
+        "context": 96,
+        "window": 3,
+        "logits": "all",
+    },
+    "windows, one length": {"seq_lengths": (1,), "context": 96, "window": 9},
     "the longest is the context": {"seq_lengths": (1, 2, 4, 32)},
     "default lengths": {"seq_lengths": DEFAULT_SEQ_LENGTHS, "context": 1120},
 }
@@ -43,14 +52,22 @@ FURTHER = tuple(name for name in CASES if name not in ("gpu", "ane, every row"))
 
 
 def made(name: str, path: Path, **changes: Any) -> Artifact:
-    model = llama(
-        vocab_size=96,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        max_position_embeddings=2048,
-    )
-    return lower(model, ExportConfig(**{"context": 32, **CASES[name], **changes}), path)
+    settings = {"context": 32, **CASES[name], **changes}
+    sizes = {
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "max_position_embeddings": 2048,
+    }
+    window = settings.pop("window", None)
+    if window is None:
+        return lower(llama(**sizes), ExportConfig(**settings), path)
+    kinds = ["sliding_attention", "full_attention"]
+    model = mistral(**sizes, sliding_window=window, layer_types=kinds)
+    artifact = lower(model, ExportConfig(**settings), path)
+    assert {state.ring for state in artifact.decoder.states.values()} == {None, 32}
+    return artifact
 
 
 class Feeding:

@@ -40,10 +40,15 @@ def rotations(kind: Rotate, spec: DecoderSpec) -> dict[Space, Rotation]:
 
     Raises:
         UnsupportedError: the heads of some layers are wider than those of others, or their numbers
-            are gated one by one.
+            are gated one by one; or a norm does not commute with a rotation.
     """
     found: dict[Space, Rotation] = {}
     if kind in ("residual", "both"):
+        if any(norm.kind == "layer" or norm.bias for norm in _norms(spec)):
+            raise UnsupportedError(
+                f"--rotate {kind} wants norms by the root mean square alone, and this model takes "
+                "off the mean or adds a bias; leave --rotate out, or give --rotate heads."
+            )
         found["residual"] = Rotation(spec.hidden_size)
     if kind in ("heads", "both"):
         widths = sorted({width for layer in spec.layers for width in layer.mixer.value_widths})

@@ -99,7 +99,7 @@ def reverse(x: Tensor, axes: list[int] | None = None) -> Tensor:
     return x.flip(list(range(x.dim())) if axes is None else axes)
 
 
-@op("concat", same("values"), exact=True)
+@op("concat", same("values"), exact=True, fresh=True)
 def concat(values: Sequence[Tensor], axis: int, interleave: bool = False) -> Tensor:
     """Return the values joined along axis; interleaved, one element of each in turn."""
     if values[0].dim() == 0:

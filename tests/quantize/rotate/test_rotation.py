@@ -34,8 +34,8 @@ from llm_coreml.quantize import make_plan
 from llm_coreml.quantize.calibrate.text import CalibrationText
 from llm_coreml.quantize.quantized import build_decoder
 from llm_coreml.quantize.rotate.hadamard import Rotation, paley
-from llm_coreml.quantize.rotate.rotation import rotated
-from tiny import expected_logits, llama, mistral, save, tokens_for
+from llm_coreml.quantize.rotate.rotation import rotated, rotations
+from tiny import expected_logits, llama, mistral, save, small_spec, tokens_for
 
 EXACT: dict[str, Any] = {"scheme": "none", "embedding": "none", "compute_precision": "fp32"}
 START = torch.tensor([0])
@@ -252,7 +252,15 @@ def test_a_family_with_an_unknown_tensor_is_refused() -> None:
     stored = model.family.stored(model.spec)
     stored["layers.0.self_attn.q_norm.weight"] = Stored(("model.norm.weight",))
     with pytest.raises(UnsupportedError, match=r"'model.norm.weight' .* leave --rotate out"):
-        rotated(FamilyWeights(model.checkpoint, stored), model.spec, "heads")
+        rotated(FamilyWeights(model.checkpoint, stored), model.spec, "residual")
+
+
+def test_a_norm_that_takes_off_the_mean_is_refused() -> None:
+    spec = small_spec()
+    for norm in (NormSpec(kind="layer"), NormSpec(bias=True)):
+        with pytest.raises(UnsupportedError, match="off the mean or adds a bias; leave --rotate"):
+            rotations("residual", replace(spec, norm=norm))
+        assert "heads" in rotations("heads", replace(spec, norm=norm))
 
 
 class Held(Weights):
