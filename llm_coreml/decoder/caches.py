@@ -228,7 +228,8 @@ class KVCache(Cache):
         self, buffer: torch.Tensor, entries: torch.Tensor, layer: int, start: Start
     ) -> torch.Tensor:
         """Return the buffer with entries at their positions."""
-        return kv_write(buffer, entries, layer, start.place)
+        result: torch.Tensor = kv_write(buffer, entries, layer, start.place)
+        return result
 
     def put(self, rows: torch.Tensor, entries: torch.Tensor, start: Start) -> None:
         """Store entries at their positions."""
@@ -254,7 +255,8 @@ class RingCache(Cache):
         self, buffer: torch.Tensor, entries: torch.Tensor, layer: int, start: Start
     ) -> torch.Tensor:
         """Return the buffer with entries from their place on, past the end at the beginning."""
-        return ring_write(buffer, entries, layer, start.place, start.length)
+        result: torch.Tensor = ring_write(buffer, entries, layer, start.place, start.length)
+        return result
 
     def put(self, rows: torch.Tensor, entries: torch.Tensor, start: Start) -> None:
         """Store entries from their place on, past the end at the beginning."""

@@ -189,7 +189,7 @@ class Decoder(nn.Module):
         """Do what `hidden` does, for tokens of which the first block gets `x` `[1, S, hidden]`."""
         longest = self.extent.longest
         if longest and not torch.compiler.is_exporting() and x.shape[1] > longest:
-            parts = enumerate(x.split(longest, dim=1))
+            parts = enumerate(torch.split(x, longest, dim=1))
             return torch.cat(
                 [self.blocks(part, start_pos + n * longest, last_pos) for n, part in parts], 1
             )

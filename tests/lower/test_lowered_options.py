@@ -11,7 +11,7 @@ import torch
 from coremltools.converters.mil.frontend.torch.torch_op_registry import _TORCH_OPS_REGISTRY
 from torch import nn
 
-from artifacts import feed
+from artifacts import feed, program
 from llm_coreml.config import ExportConfig, resolve
 from llm_coreml.decoder import Decoder, DecoderSpec
 from llm_coreml.decoder.caches import Cache, KVCache, RingCache, kv_write, ring_write
@@ -26,6 +26,7 @@ from llm_coreml.decoder.spec import (
 )
 from llm_coreml.lower.forms import form_for
 from llm_coreml.lower.xnnpack import WRITES
+from llm_coreml.reference.program.aliasing import choose_updates
 from llm_coreml.runtime.eager import EagerRunner
 from llm_coreml.runtime.executorch import ExecutorchRunner
 from llm_coreml.runtime.reference import ReferenceRunner
@@ -121,8 +122,10 @@ SPECS = {"layers": SPEC, "attention": ATTENTION, "norms": NORMS}
 BOUND = 2e-3
 
 
-def random_decoder(spec: DecoderSpec, form: Literal["fused", "decomposed"]) -> Decoder:
-    decoder = Decoder(spec, CONTEXT, form, "all", spare=32, longest=LENGTHS[-1])
+def random_decoder(
+    spec: DecoderSpec, form: Literal["fused", "decomposed"], longest: int = LENGTHS[-1]
+) -> Decoder:
+    decoder = Decoder(spec, CONTEXT, form, "all", spare=32, longest=longest)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in list(decoder.named_parameters()):
         owner, _, attribute = name.rpartition(".")
@@ -201,6 +204,20 @@ def test_norms_of_a_large_residual_stream_hold_in_half(
     form_for(resolve(config, spec), spec, 1, (2,)).write(decoder, tmp_path / "model.pte")
     found = feed(ReferenceRunner(tmp_path / "model.pte"), tokens, [8, 1, 8, 8, 1, 1, 1, 1, 1, 1, 1])
     assert ((found - expected).abs().amax(-1) / expected.abs().amax(-1)).max() < 2e-2
+
+
+def test_a_ring_is_written_in_place_by_two_updates(tmp_path: Path) -> None:
+    """The reference runtime finds each of them to be the state's own memory."""
+    for lengths, updates in (((1, 8), 2), ((1,), 1)):
+        config = ExportConfig(context=CONTEXT, seq_lengths=lengths, scheme="none", embedding="none")
+        ringed = replace(SPEC, layers=LAYERS[:1])
+        job = resolve(config, ringed)
+        decoder = random_decoder(ringed, "fused", lengths[-1])
+        form_for(job, ringed, 1, (2,)).write(decoder, tmp_path / "model.pte")
+        operations = program(tmp_path / "model.pte")
+        found = [op.type for op in operations.operations]
+        assert found.count("slice_update") == found.count("write_state") == 2 * updates
+        assert len(choose_updates(operations, frozenset()).in_place) == 2 * updates
 
 
 def test_every_kind_of_state_is_written_by_both_lowerings() -> None:
