@@ -11,7 +11,7 @@ import torch
 from coremltools.converters.mil.frontend.torch.torch_op_registry import _TORCH_OPS_REGISTRY
 from torch import nn
 
-from artifacts import feed
+from artifacts import feed, program
 from llm_coreml.config import ExportConfig, resolve
 from llm_coreml.decoder import Decoder, DecoderSpec
 from llm_coreml.decoder.caches import Cache, KVCache, RingCache, kv_write, ring_write
@@ -116,6 +116,7 @@ NORMS = replace(
     embedding_norm=CENTRED,
     learned_positions=32,
 )
+FORMULAS = {"gelu": "EXACT", "gelu_tanh": "TANH_APPROXIMATION"}
 SPECS = {"layers": SPEC, "attention": ATTENTION, "norms": NORMS}
 # The states of Core ML are fp16, and XNNPACK guesses at tanh.
 BOUND = 2e-3
@@ -172,6 +173,14 @@ def test_layers_with_all_options_are_lowered(options: str, backend: Any, tmp_pat
     (core,) = runner.programs
     states = {state.name: state.shape for state in core.states}
     assert states.keys() == form.description.states.keys()
+    # What approximates GELU by tanh differs from it by less than the bound.
+    formulas = {
+        str(op.attributes["val"].value())
+        for op in program(tmp_path / "model.pte").operations
+        if op.type == "const" and op.outputs[0].name.startswith("gelu_mode")
+    }
+    wanted = {layer.feed_forward.activation for layer in spec.layers} & set(FORMULAS)
+    assert formulas == {FORMULAS[name] for name in wanted}
     if spec is not SPEC:
         return
     assert states == {
