@@ -19,7 +19,7 @@ from torch import nn
 from llm_coreml.decoder.block import Block
 from llm_coreml.decoder.caches import held_positions
 from llm_coreml.decoder.chunk import Chunk, make_mask
-from llm_coreml.decoder.matrices import Embedding, Linear, PositionTable, number
+from llm_coreml.decoder.matrices import Embedding, Linear, PositionTable, SoftCap, number
 from llm_coreml.decoder.norm import norm_of
 from llm_coreml.decoder.per_layer import PerLayerInputs
 from llm_coreml.decoder.position_tables import (
@@ -64,7 +64,6 @@ class Decoder(nn.Module):
     positions: torch.Tensor
     embedding_multiplier: torch.Tensor | None
     logits_multiplier: torch.Tensor | None
-    logits_softcap: torch.Tensor | None
 
     def __init__(
         self,
@@ -95,6 +94,7 @@ class Decoder(nn.Module):
             self.per_layer = PerLayerInputs(spec.per_layer, spec.hidden_size, len(spec.layers))
         self.norm = norm_of(spec.norm, spec.hidden_size)
         self.lm_head = Linear(spec.hidden_size, spec.vocab_size, bias=spec.head_bias)
+        self.softcap = None if spec.logits_softcap is None else SoftCap(spec.logits_softcap)
         for name, state in make_states(spec, self.extent).items():
             self.add_module(name, state)
         for name, table in position_tables(spec, context).items():
@@ -102,7 +102,6 @@ class Decoder(nn.Module):
         for name, held in (
             ("embedding_multiplier", number(spec.embedding_multiplier, 1.0)),
             ("logits_multiplier", number(spec.logits_multiplier, 1.0)),
-            ("logits_softcap", number(spec.logits_softcap, None)),
         ):
             self.register_buffer(name, held, persistent=False)
         positions = torch.arange(context, dtype=torch.int32)
@@ -267,12 +266,9 @@ class Decoder(nn.Module):
             state.reset()
 
     def _capped(self, products: torch.Tensor) -> torch.Tensor:
-        multiplier, cap = self.logits_multiplier, self.logits_softcap
+        multiplier = self.logits_multiplier
         logits = products if multiplier is None else products * _beside(multiplier, products)
-        if cap is None:
-            return logits
-        cap = _beside(cap, products)
-        return torch.tanh(logits / cap) * cap
+        return logits if self.softcap is None else self.softcap(logits)
 
     def _positions(
         self, length: int, start_pos: torch.Tensor, last_pos: torch.Tensor | None

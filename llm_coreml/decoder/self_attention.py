@@ -16,7 +16,7 @@ from torch import nn
 
 from llm_coreml.decoder.carried import Entries
 from llm_coreml.decoder.chunk import Chunk
-from llm_coreml.decoder.matrices import Linear, number
+from llm_coreml.decoder.matrices import Linear, SoftCap
 from llm_coreml.decoder.norm import RMSNorm, norm_of
 from llm_coreml.decoder.rope import rotate
 from llm_coreml.decoder.spec import AttentionSpec, QKNormSpec
@@ -40,7 +40,6 @@ class Attention(nn.Module):
     """
 
     scale: torch.Tensor | None
-    softcap: torch.Tensor | None
 
     def __init__(
         self,
@@ -56,10 +55,10 @@ class Attention(nn.Module):
         self.kept_as = kept_as
         plain = spec.softcap is None and not spec.sinks
         self.form: AttentionForm = form if plain else "decomposed"
+        self.softcap = None if spec.softcap is None else SoftCap(spec.softcap)
         factor = self._query_factor()
         scale = None if factor is None else torch.tensor([factor])
         self.register_buffer("scale", scale, persistent=False)
-        self.register_buffer("softcap", number(spec.softcap, None), persistent=False)
         query_size = spec.num_attention_heads * spec.head_dim
         kv_size = spec.num_key_value_heads * spec.head_dim
         self.q_proj = Linear(hidden_size, query_size, bias=spec.qkv_bias)
@@ -129,7 +128,19 @@ class Attention(nn.Module):
         norm = None if self.spec.qk_norm is None else self.q_norm
         queries = self._placed(self.q_proj(x), norm, chunk)
         growth = chunk.growth(self.spec)
-        return _heads_first(queries if growth is None else queries * growth)
+        if growth is not None:
+            queries = queries * growth
+        if self.scale is not None and self._scaled_early:
+            queries = queries * self.scale
+        return _heads_first(queries)
+
+    @property
+    def _scaled_early(self) -> bool:
+        """Whether queries are scaled before their heads come first.
+
+        Where no reshape lies behind, coremltools would exchange the two, and the scale's rank.
+        """
+        return self.spec.num_queries_per_kv == 1
 
     def _attended(self, x: torch.Tensor, chunk: Chunk, heads: dict[int, Entries]) -> Entries:
         """Return keys and values of all positions, `[1, kv_heads, positions, head_dim]` each."""
@@ -192,13 +203,13 @@ class Attention(nn.Module):
         self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, chunk: Chunk
     ) -> torch.Tensor:
         mask = chunk.mask(self.spec)
-        if self.scale is not None:
+        if self.scale is not None and not self._scaled_early:
             queries = queries * self.scale
         if self.form == "fused":
             return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
         scores = queries @ keys.permute(0, 1, 3, 2)
         if self.softcap is not None:
-            scores = torch.tanh(scores / self.softcap) * self.softcap
+            scores = self.softcap(scores)
         scores = scores + mask
         if not self.spec.sinks:
             return torch.softmax(scores, dim=-1) @ values

@@ -29,6 +29,7 @@ _MODULES = {
     "bloom": "bloom",
     "codegen": "codegen",
     "cohere": "cohere",
+    "cohere2": "cohere2",
     "ernie4_5": "ernie4_5",
     "exaone4": "exaone4",
     "falcon": "falcon",
@@ -67,6 +68,7 @@ _MODULES = {
     "smollm3": "smollm3",
     "stablelm": "stablelm",
     "starcoder2": "starcoder2",
+    "vaultgemma": "vaultgemma",
 }
 
 

@@ -104,9 +104,8 @@ _OTHER = {
 }
 _DENSE = {
     "a dense decoder": (
-        "apertus1p5_text cohere2 cohere_compass_text ctrl cwm exaone "
-        "gpt-sw3 gpt_neox_japanese hyperclovax internlm3 iquestcoder jais2 "
-        "ministral modernbert-decoder openai-gpt vaultgemma xglm"
+        "apertus1p5_text cohere_compass_text ctrl cwm exaone gpt-sw3 gpt_neox_japanese "
+        "hyperclovax internlm3 iquestcoder jais2 ministral modernbert-decoder openai-gpt xglm"
     ),
 }
 _KINDS: tuple[tuple[Outlook, Mapping[str, str]], ...] = (

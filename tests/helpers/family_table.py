@@ -162,6 +162,26 @@ TABLE: dict[str, Entry] = {
         {**SIZES, "tie_word_embeddings": True, "logit_scale": 0.5},
         unread=frozenset({"null head_dim"}),
     ),
+    "cohere2": Entry(
+        {
+            "fourth": {"num_hidden_layers": 4, "sliding_window": 9},
+            "in-turn": {
+                "layer_types": ["full_attention", "sliding_attention"],
+                "sliding_window": 12,
+                "attention_bias": True,
+                "logit_scale": 0.25,
+            },
+            "pattern": {
+                "sliding_window": 9,
+                "sliding_window_pattern": 2,
+                "num_key_value_heads": 4,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+                "tie_word_embeddings": False,
+            },
+        },
+        {**_PADDED, "tie_word_embeddings": True, "logit_scale": 0.5, "sliding_window": 9},
+        unread=frozenset({"null head_dim"}),
+    ),
     "ernie4_5": Entry(
         {
             "wide-heads": {},
@@ -651,6 +671,20 @@ TABLE: dict[str, Entry] = {
             "window": {"sliding_window": 9, "tie_word_embeddings": True, "norm_epsilon": 1e-3},
         },
         unread=_OWN_HEADS | _NO_HEADS,
+    ),
+    "vaultgemma": Entry(
+        {
+            "in-turn": {"sliding_window": 9, "attn_logit_softcapping": 2.0},
+            "three": {"num_hidden_layers": 3, "query_pre_attn_scalar": 24, "head_dim": 24},
+            "no-caps": {
+                "attn_logit_softcapping": None,
+                "final_logit_softcapping": None,
+                "layer_types": ["full_attention", "sliding_attention"],
+                "sliding_window": 12,
+                "tie_word_embeddings": True,
+            },
+        },
+        sizes=_GEMMA,
     ),
 }
 CASES = [(family, name) for family, entry in TABLE.items() for name in entry.cases]
