@@ -30,6 +30,7 @@ from llm_coreml.decoder.spec import (
 from llm_coreml.lower.forms import form_for
 from llm_coreml.lower.xnnpack import WRITES
 from llm_coreml.reference.program.aliasing import choose_updates
+from llm_coreml.reference.program.execution import Execution
 from llm_coreml.runtime.eager import EagerRunner
 from llm_coreml.runtime.executorch import ExecutorchRunner
 from llm_coreml.runtime.reference import ReferenceRunner
@@ -152,11 +153,11 @@ def random_decoder(
     return decoder.eval()
 
 
-def assert_same(runner: Runner, expected: torch.Tensor) -> None:
+def assert_same(runner: Runner, expected: torch.Tensor, bound: float = BOUND) -> None:
     tokens = tokens_for(97, CONTEXT)
     for seed in range(3):
         found = feed(runner, tokens, random_split(CONTEXT, LENGTHS, seed))
-        assert (found - expected).abs().max() < BOUND * expected.abs().max()
+        assert (found - expected).abs().max() < bound * expected.abs().max()
 
 
 @pytest.mark.parametrize("backend", ["fused", "decomposed", "twin"])
@@ -187,8 +188,11 @@ def test_layers_with_all_options_are_lowered(options: str, backend: Any, tmp_pat
     if backend == "twin":
         assert_same(ExecutorchRunner(tmp_path / "model.pte", form.description), expected)
         return
-    runner = ReferenceRunner(tmp_path / "model.pte")
-    assert_same(runner, expected)
+    # What layers share is rounded to fp16 in the states and felt in all of them, so that nothing is
+    # rounded here.
+    execution = Execution(mode="fp32" if spec is SHARING else "declared")
+    runner = ReferenceRunner(tmp_path / "model.pte", execution)
+    assert_same(runner, expected, 1e-4 if spec is SHARING else BOUND)
     (core,) = runner.programs
     states = {state.name: state.shape for state in core.states}
     assert states.keys() == form.description.states.keys()
