@@ -93,6 +93,18 @@ class CacheView(View, ABC):
             and that others are not seen, is for masks to tell; what was never written is zero.
         """
 
+    @abstractmethod
+    def shared(
+        self, layer: int, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what `update` gave for a layer, to one that attends to the same.
+
+        Args:
+            layer: Row of the cache.
+            keys: The new ones, as `update` was given them.
+            values: The same of values.
+        """
+
 
 @final
 class _Open(CacheView):
@@ -120,6 +132,12 @@ class _Open(CacheView):
                 self.buffers[number] = self._cache.written(buffer, entries, layer, self._start)
             else:
                 self._cache.put(self.buffers[number][layer], entries[0], self._start)
+        return self.shared(layer, keys, values)
+
+    def shared(
+        self, layer: int, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what lies there, see `CacheView`."""
         return self._cache.parted([self._read(buffer, layer) for buffer in self.buffers])
 
     def _read(self, buffer: torch.Tensor, layer: int) -> torch.Tensor:
@@ -134,6 +152,12 @@ class _Handed(CacheView):
     """No cache: what is attended to is what was just computed."""
 
     def update(
+        self, layer: int, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys and values as they are."""
+        return keys, values
+
+    def shared(
         self, layer: int, keys: torch.Tensor, values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return keys and values as they are."""

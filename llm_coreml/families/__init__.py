@@ -36,6 +36,8 @@ _MODULES = {
     "gemma": "gemma",
     "gemma2": "gemma2",
     "gemma3_text": "gemma3_text",
+    "gemma4_text": "gemma4_text",
+    "gemma4_unified_text": "gemma4_text",
     "glm": "glm",
     "glm4": "glm4",
     "gpt2": "gpt2",

@@ -1,4 +1,4 @@
-"""The Core ML lowering of the ops that write states, one for each kind of state.
+"""The Core ML lowering of the ops that write states, one for each kind of state, and of GELU.
 
 Importing the module registers them with coremltools; the partitioner then accepts them.
 """
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from coremltools.converters.mil import Builder as mb
-from coremltools.converters.mil.frontend.torch.ops import _get_inputs
+from coremltools.converters.mil.frontend.torch.ops import _get_inputs, _get_kwinputs
 from coremltools.converters.mil.frontend.torch.torch_op_registry import register_torch_op
 from coremltools.converters.mil.mil import types
 from torch._library.custom_ops import CustomOpDef
@@ -91,3 +91,17 @@ def _corner(first: int, heads: int, position: Any, width: int) -> Any:
     """Return int32 `[4]` of numbers and `position`, int32 `[1]`."""
     ends = np.array([first, heads], dtype=np.int32), np.array([width], dtype=np.int32)
     return mb.concat(values=[ends[0], position, ends[1]], axis=0)
+
+
+@register_torch_op(override=True)  # type: ignore[untyped-decorator]
+def gelu(context: Any, node: Any) -> None:
+    """Lower GELU by the formula that it names.
+
+    coremltools itself looks for the name among the positional arguments, where an exported graph
+    does not have it, and takes the exact function for its approximation by tanh.
+    """
+    x, *given = _get_inputs(context, node)
+    (named,) = given or _get_kwinputs(context, node, "approximate", default=["none"])
+    formula = named if isinstance(named, str) else named.val
+    mode = "TANH_APPROXIMATION" if formula == "tanh" else "EXACT"
+    context.add(mb.gelu(x=x, mode=mode, name=node.name))

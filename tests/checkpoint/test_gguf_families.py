@@ -44,7 +44,8 @@ LONG = {
 ALPHA = {"type": "dynamic", "alpha": 1000.0, "factor": 1.0}
 CAPS = {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}
 MULTIPLIERS = {"residual_multiplier": 0.6, "attention_multiplier": 0.4, "logits_scaling": 0.25}
-SIX_LAYERS = {"num_hidden_layers": 6, "head_dim": 16, "query_pre_attn_scalar": 16}
+HEADS = {"head_dim": 16, "query_pre_attn_scalar": 16}
+SIX_LAYERS = {"num_hidden_layers": 6, **HEADS}
 # What beside the sizes of the table shows that a number is read; families as they are built.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "arcee": ("arcee", {"attention_bias": True, "mlp_bias": True}),
@@ -54,7 +55,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "exaone4": ("exaone4", {"num_hidden_layers": 4, "sliding_window": 9}),
     "falcon": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": False}),
     "gemma": ("gemma", {"tie_word_embeddings": True, "head_dim": 24}),
-    "gemma2": ("gemma2", {"tie_word_embeddings": True, "sliding_window": 9, **CAPS}),
+    "gemma2": ("gemma2", {"tie_word_embeddings": True, "sliding_window": 9, **CAPS, **HEADS}),
     "gemma3": ("gemma3_text", {"tie_word_embeddings": True, "sliding_window": 9, **SIX_LAYERS}),
     "glm4": ("glm4", {"attention_bias": True}),
     "gptneox": ("gpt_neox", {"attention_bias": True}),

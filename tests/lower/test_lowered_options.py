@@ -6,11 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import coremltools as ct
 import pytest
 import torch
 from coremltools.converters.mil.frontend.torch.torch_op_registry import _TORCH_OPS_REGISTRY
 from torch import nn
 
+import llm_coreml.lower.coreml_ops  # noqa: F401 - registers
 from artifacts import feed, program
 from llm_coreml.config import ExportConfig, resolve
 from llm_coreml.decoder import Decoder, DecoderSpec
@@ -20,6 +22,7 @@ from llm_coreml.decoder.spec import (
     LayerSpec,
     MLPSpec,
     NormSpec,
+    PerLayerSpec,
     QKNormSpec,
     QueryGrowth,
     RopeSpec,
@@ -117,7 +120,20 @@ NORMS = replace(
     embedding_norm=CENTRED,
     learned_positions=32,
 )
-SPECS = {"layers": SPEC, "attention": ATTENTION, "norms": NORMS}
+KEPT = replace(HEADS, window=9, qk_norm=QKNormSpec(), value_norm=replace(NORM, gain=False))
+SHARING = replace(
+    SPEC,
+    layers=(
+        LayerSpec(KEPT, MLP),
+        LayerSpec(replace(HEADS, head_dim=8, rope=1, keys_are_values=True), MLP, scaled=True),
+        LayerSpec(replace(KEPT, shares=0), MLP),
+        LayerSpec(replace(HEADS, head_dim=8, rope=1, shares=1), MLP),
+    ),
+    per_layer=PerLayerSpec(101, 8, table_multiplier=2.0, sum_multiplier=0.7),
+    logits_multiplier=1.0,
+)
+SPECS = {"sharing": SHARING, "layers": SPEC, "attention": ATTENTION, "norms": NORMS}
+FORMULAS = {"gelu": "EXACT", "gelu_tanh": "TANH_APPROXIMATION"}
 # The states of Core ML are fp16, and XNNPACK guesses at tanh.
 BOUND = 2e-3
 
@@ -130,7 +146,8 @@ def random_decoder(
     for name, parameter in list(decoder.named_parameters()):
         owner, _, attribute = name.rpartition(".")
         noise = torch.randn(parameter.shape, generator=generator) * 0.15
-        values = nn.Parameter(1 + noise if "norm" in name else noise, requires_grad=False)
+        gain = "norm" in name or "scalar" in name
+        values = nn.Parameter(1 + noise if gain else noise, requires_grad=False)
         setattr(decoder.get_submodule(owner), attribute, values)
     return decoder.eval()
 
@@ -175,6 +192,14 @@ def test_layers_with_all_options_are_lowered(options: str, backend: Any, tmp_pat
     (core,) = runner.programs
     states = {state.name: state.shape for state in core.states}
     assert states.keys() == form.description.states.keys()
+    # What approximates GELU by tanh differs from it by less than the bound.
+    formulas = {
+        str(op.attributes["val"].value())
+        for op in program(tmp_path / "model.pte").operations
+        if op.type == "const" and op.outputs[0].name.startswith("gelu_mode")
+    }
+    wanted = {layer.feed_forward.activation for layer in spec.layers} & set(FORMULAS)
+    assert formulas == {FORMULAS[name] for name in wanted}
     if spec is not SPEC:
         return
     assert states == {
@@ -237,3 +262,22 @@ def test_the_twin_writes_what_the_op_writes(
     given = [cache, -torch.ones(1, 2, length, 4), layer, place]
     given += [length] if write is ring_write else []
     assert torch.equal(WRITES[write](*given), write(*given))
+
+
+@pytest.mark.parametrize(("form", "mode"), [("tanh", "TANH_APPROXIMATION"), ("none", "EXACT")])
+def test_gelu_is_lowered_in_its_form(form: str, mode: str) -> None:
+    """The two differ by 1e-3, which fp16 hides, and which an export's verification finds."""
+
+    class Gelu(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.gelu(x, approximate=form)
+
+    exported = torch.export.export(Gelu(), (torch.zeros(4),)).run_decompositions({})
+    program = ct.convert(
+        exported,
+        inputs=[ct.TensorType(shape=(4,))],
+        minimum_deployment_target=ct.target.iOS18,
+        convert_to="milinternal",
+    )
+    (found,) = program.functions["main"].find_ops(op_type="gelu")
+    assert found.mode.val == mode
