@@ -20,14 +20,14 @@ from llm_coreml.verify.cached_text import CachedText, LaterCache
 from llm_coreml.verify.judge import Reading, logits_of, read_together
 from llm_coreml.verify.passes import plan_passes
 from llm_coreml.verify.reading import read_text
-from tiny import llama, tokens_for
+from tiny import llama, mistral, tokens_for
 
 CONTEXT = 32
 
 
 def decoder_of(model: Any, **settings: Any) -> Decoder:
     opened = open_model(model)
-    job = resolve(ExportConfig(context=CONTEXT, **settings), opened.spec)
+    job = resolve(ExportConfig(**{"context": CONTEXT, **settings}), opened.spec)
     return build_decoder(opened, job, make_plan(job, opened.spec))
 
 
@@ -90,6 +90,28 @@ def test_a_short_text_stands_in_the_cache_again_and_again(config: dict[str, Any]
     for name, state in later.states.items():
         cached = dict(decoder.named_buffers())[name.replace("_", ".")][:, :, :start]
         torch.testing.assert_close(state[:, :, :start].float(), cached, rtol=2e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kinds", [["sliding_attention", "full_attention"], None])
+def test_a_ring_holds_what_a_text_left_of_its_last_positions(kinds: list[str] | None) -> None:
+    """In a program's own places: the decoder goes on from there as the judge does."""
+    model = mistral(
+        num_hidden_layers=2, sliding_window=9, layer_types=kinds, max_position_embeddings=96
+    )
+    decoder = decoder_of(model, context=96, seq_lengths=(1, 4, 8), **UNQUANTIZED)
+    decoder.logits = "all"
+    first, late, later = read_late(decoder, count=50, start=83)
+    found = logits_of(decoder, [late.states])[0]
+    rings = [state for state in decoder.states.values() if state.ring is not None]
+    assert rings and len(decoder.states) == (1 if kinds is None else 2)
+    for name, state in decoder.states.items():
+        for part, buffer in state.named_buffers():
+            assert later.states[f"{name}_{part}"].shape == buffer.shape
+            buffer.copy_(later.states[f"{name}_{part}"])
+    with torch.inference_mode():
+        rows = decoder(torch.tensor([late.tokens]), torch.tensor([83]))[0]
+    assert len(first.tokens) == 50 and len(late.tokens) == 13
+    torch.testing.assert_close(rows, found, rtol=1e-4, atol=1e-5)
 
 
 def test_without_a_past_there_are_zeros(quantized: Callable[[str], Artifact]) -> None:
