@@ -47,7 +47,8 @@ from llm_coreml.quantize.cache import WeightCache, default_folder
 from llm_coreml.quantize.calibrate.text import read_content
 from llm_coreml.quantize.plan.choose import plan_without_weights
 from llm_coreml.quantize.plan.imported import keeps_codes, left_as_is
-from llm_coreml.quantize.quantized import Quantized, quantize
+from llm_coreml.quantize.quantized import Quantized, quantize, quantized_again
+from llm_coreml.quantize.residual import needed_shift
 from llm_coreml.quiet import quiet
 from llm_coreml.recipes import bundled_model, find_recipe
 from llm_coreml.reference.program.execution import Execution
@@ -181,12 +182,19 @@ def _write(run: _Run, model: Model, draft: Path, cache: WeightCache) -> None:
     _tell_of_the_context(run, model, job)
     _tell_of_the_states(run, model, job)
     bos_id, eos_ids = write_tokenizer(model, draft, progress.note)
-    quantized = quantize(model, job, draft / TOKENIZER, progress, cache)
     form = form_for(job, model.spec, bos_id, eos_ids)
-    free_memory()
-    progress.stage("read")
-    reading = _read(quantized, form.description, draft)
-    free_memory()
+    quantized = quantize(model, job, draft / TOKENIZER, progress, cache)
+    reading = _read(progress, quantized, form.description, draft)
+    shift = _needed_shift(reading, job)
+    if shift:
+        progress.note(
+            f"The residual stream reaches {reading.largest:,.0f}, and fp16 holds 65,504 at most: "
+            f"it is halved {shift} times, by the weights alone, which are quantized again "
+            f"(--residual-shift {shift})."
+        )
+        again = resolve(run.config.under({"residual_shift": shift}), model.spec)
+        quantized = quantized_again(quantized, again, draft / TOKENIZER, progress, cache)
+        reading = _read(progress, quantized, form.description, draft)
     progress.stage("lower")
     program = draft / PROGRAM
     with quiet():
@@ -227,8 +235,40 @@ def _tell_of_the_states(run: _Run, model: Model, job: Job) -> None:
         )
 
 
-def _read(quantized: Quantized, description: Description, draft: Path) -> ReadText:
+def _needed_shift(reading: ReadText, job: Job) -> int:
+    """Return how often the residual stream is to be halved, 0 if it may stay as it is.
+
+    Raises:
+        UnsupportedError: fp16 does not hold it, however often, or as often as was asked for.
+    """
+    if job.precision.name != "fp16":
+        return 0
+    asked, needed = job.weights.residual_shift, needed_shift(reading.largest)
+    if needed == 0 or (asked is not None and reading.largest < torch.finfo(torch.float16).max):
+        return 0
+    if needed is not None and asked is None:
+        return needed
+    more = None if needed is None else needed + (asked or 0)
+    instead = "" if more is None else f"--residual-shift {more}, or leave it out, or give "
+    raise UnsupportedError(
+        f"The residual stream reaches {reading.largest:,.0f}"
+        f"{'' if asked is None else f' with --residual-shift {asked}'}, and fp16 holds 65,504 at "
+        f"most: the export would give inf and NaN. Give {instead}--compute-precision fp32."
+    )
+
+
+def _read(
+    progress: Progress, quantized: Quantized, description: Description, draft: Path
+) -> ReadText:
     """Have the quantized model read what its program will be held to."""
+    free_memory()
+    progress.stage("read")
+    found = _reading_of(quantized, description, draft)
+    free_memory()
+    return found
+
+
+def _reading_of(quantized: Quantized, description: Description, draft: Path) -> ReadText:
     plan = plan_passes(description.seq_lengths, description.context)
     text, tokens = _verification_text(draft, quantized.decoder, plan.tokens)
     on_reference = BACKENDS[description.backend].runtime == "reference"

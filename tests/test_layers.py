@@ -61,7 +61,7 @@ INNER = {
         ("formats",),
         ("calibrate", "rotate"),
         ("plan",),
-        ("cache",),
+        ("cache", "residual"),
         ("keys",),
         ("fill",),
         ("quantized",),

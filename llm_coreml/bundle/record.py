@@ -38,7 +38,7 @@ from llm_coreml.quantize.calibrate.tune import Tuning
 from llm_coreml.quantize.formats.schemes import Scheme
 from llm_coreml.quantize.plan.choose import Measured
 from llm_coreml.quantize.plan.imported import ImportReport, import_report, quantized_in
-from llm_coreml.quantize.plan.plan import QuantizationPlan, matrices
+from llm_coreml.quantize.plan.plan import QuantizationPlan, beside_blocks, matrices
 from llm_coreml.quantize.plan.plan_file import plan_json
 from llm_coreml.quantize.quantized import Quantized
 from llm_coreml.quantize.rotate.hadamard import SEED
@@ -75,7 +75,7 @@ def make_manifest(
         rebuild=tuple(rebuild_command(source, job.config)),
         quantization=Quantization(
             linear=_group(_linear(plan, model.spec), dequantized),
-            embedding=_group([(plan.embedding, table)], dequantized),
+            embedding=_group([(plan.embedding, table), *_beside(plan, model.spec)], dequantized),
             lm_head=_group([(plan.lm_head, table)], dequantized, elsewhere=plan.tied),
             tied=plan.tied,
             untied_bytes=plan.untied_bytes,
@@ -153,12 +153,17 @@ def bits_per_weight(plan: QuantizationPlan, spec: DecoderSpec) -> float:
     """Return stored bits per weight over all matrices, a tied table counted once."""
     table = (spec.vocab_size, spec.hidden_size)
     tables = (plan.embedding,) if plan.tied else (plan.embedding, plan.lm_head)
-    bits, weights = _cost([*_linear(plan, spec), *((scheme, table) for scheme in tables)])
+    stored = [*_linear(plan, spec), *_beside(plan, spec), *((scheme, table) for scheme in tables)]
+    bits, weights = _cost(stored)
     return bits / weights
 
 
 def _linear(plan: QuantizationPlan, spec: DecoderSpec) -> list[Stored]:
     return [(plan.scheme_of(name), shape) for name, shape in matrices(spec)]
+
+
+def _beside(plan: QuantizationPlan, spec: DecoderSpec) -> list[Stored]:
+    return [(plan.scheme_of(name), shape) for name, shape in beside_blocks(spec)]
 
 
 def _mixed_label(schemes: Counter[Scheme], stored: Sequence[Stored]) -> str:

@@ -134,9 +134,10 @@ class GGUFCheckpoint(Checkpoint):
             )
         return self._infos[name]
 
-    @property
+    @cached_property
     def _known(self) -> Architecture:
-        return ARCHITECTURES[self._metadata["general.architecture"]]
+        tensors = self.files[0].header.tensors
+        return ARCHITECTURES[self._metadata["general.architecture"]].of(tensors)
 
     def _is_shifted(self, name: str) -> bool:
         return self._known.plus_one and name.endswith("norm.weight")

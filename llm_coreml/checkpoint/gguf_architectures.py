@@ -13,8 +13,8 @@ and stores gains that are trained as a difference from one as they are used (`pl
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal, final
 
@@ -23,7 +23,7 @@ from typing import Any, Literal, final
 Rows = Literal["own", "pairs", "heads", "groups"]
 
 _LAYER = re.compile(r"blk\.(\d+)\.(\w+)")
-_TOP = {"token_embd": "embed_tokens", "output_norm": "norm"}
+_TOP = {"token_embd": "embed_tokens", "position_embd": "embed_positions", "output_norm": "norm"}
 _NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -63,6 +63,25 @@ _FALCON = {
     "ffn_up": "mlp.dense_h_to_4h",
     "ffn_down": "mlp.dense_4h_to_h",
 }
+_SECOND = "attn_norm_2"
+_BIGCODE = {
+    "token_embd": "wte",
+    "position_embd": "wpe",
+    "output_norm": "ln_f",
+    "attn_norm": "ln_1",
+    "attn_qkv": "attn.c_attn",
+    "attn_output": "attn.c_proj",
+    "ffn_norm": "ln_2",
+    "ffn_up": "mlp.c_fc",
+    "ffn_down": "mlp.c_proj",
+}
+_BIGCODE_SIZES = {
+    "hidden_size": "n_embd",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "intermediate_size": "n_inner",
+    "max_position_embeddings": "n_positions",
+}
 _RMS = {"attention.layer_norm_rms_epsilon": "rms_norm_eps"}
 _WINDOW = {"attention.sliding_window": "sliding_window"}
 
@@ -87,6 +106,8 @@ class Architecture:
         plus_one: Gains of norms are stored as they are used, one more than they are trained.
         wide_up: `ffn_up` holds the gate, too.
         biases: What `config.json` calls the biases of attention, of its output, of the rest.
+        second: Other names of modules where layers have a second norm before attention.
+        sizes: What `config.json` calls sizes, by their usual names.
         rotary: There are rotary embeddings.
     """
 
@@ -104,7 +125,15 @@ class Architecture:
     plus_one: bool = False
     wide_up: bool = False
     biases: tuple[str | None, str | None, str | None] = ("attention_bias", None, "mlp_bias")
+    second: Mapping[str, str] = field(default_factory=dict)
+    sizes: Mapping[str, str] = field(default_factory=dict)
     rotary: bool = True
+
+    def of(self, tensors: Collection[str]) -> Architecture:
+        """Return what it is in a file of these tensors."""
+        if not self.second or f"blk.0.{_SECOND}.weight" not in tensors:
+            return self
+        return replace(self, names={**self.names, **self.second})
 
     def name(self, stored: str) -> str:
         """Return the name that `transformers` has for a tensor; one that is not known keeps its."""
@@ -153,7 +182,8 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "exaone4": _of("exaone4", names=_AFTER, settings=_WINDOW, pattern=4),
         "falcon": _of(
             "falcon",
-            names={**_FALCON, "attn_norm": "input_layernorm", "attn_norm_2": "ln_attn"},
+            names=_FALCON,
+            second={"attn_norm": "ln_mlp", _SECOND: "ln_attn"},
             front="transformer.",
             layer="h.",
             eps=_eps("layer_norm_epsilon"),
@@ -271,6 +301,17 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
             settings={"use_parallel_residual": "use_parallel_residual"},
             share="partial_rotary_factor",
             biases=("use_qkv_bias", None, None),
+        ),
+        "starcoder": _of(
+            "gpt_bigcode",
+            names=_BIGCODE,
+            front="transformer.",
+            layer="h.",
+            eps=_eps("layer_norm_epsilon"),
+            fixed={"activation_function": "gelu_pytorch_tanh", "multi_query": True},
+            biases=(None, None, None),
+            sizes=_BIGCODE_SIZES,
+            rotary=False,
         ),
         "starcoder2": _of(
             "starcoder2",

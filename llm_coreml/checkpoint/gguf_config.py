@@ -106,6 +106,7 @@ def config_of(metadata: Mapping[str, Any], shapes: Shapes, path: Path) -> dict[s
     config |= _windows(known, own, config)
     config |= {"rope_parameters": _rope(own, config, path)} if known.rotary else {}
     config |= _of_its_own(known, own, config, shapes)
+    config = {known.sizes.get(name, name): value for name, value in config.items()}
     return {**config, **_class(config["model_type"]), **special_tokens(metadata)}
 
 
@@ -276,7 +277,11 @@ def _of_its_own(
         return {"use_qk_norm": "blk.0.attn_q_norm.weight" in shapes}
     if kind == "falcon":
         both = "blk.0.attn_norm_2.weight" in shapes
-        return {"multi_query": config["num_kv_heads"] == 1, "new_decoder_architecture": both}
+        several = config["num_kv_heads"] not in (1, config["num_attention_heads"])
+        new = both or several
+        own = {"multi_query": config["num_kv_heads"] == 1, "new_decoder_architecture": new}
+        own |= {"ffn_hidden_size": config["intermediate_size"]}
+        return own | ({"num_ln_in_parallel_attn": 2 if both else 1} if new else {})
     if kind == "ministral3":
         rope = config["rope_parameters"]
         rope["llama_4_scaling_beta"] = own.get("attention.temperature_scale", 0.0)

@@ -154,7 +154,8 @@ def _fitting(shapes: Shapes, spec: DecoderSpec) -> Shapes:
 
     extent = Extent(shapes.context, shapes.spare, shapes.longest)
     # Keys and values, which the decoder holds in fp32.
-    needed = 2 * 4 * sum(layer.mixer.remembers.numbers(extent) for layer in spec.layers)
+    own = [layer.mixer for layer in spec.layers if layer.mixer.shares is None]
+    needed = 2 * 4 * sum(mixer.remembers.numbers(extent) for mixer in own)
     if needed > machine_memory():
         raise ConfigError(
             f"A context of {shapes.context} positions needs {needed / 1e9:,.1f} GB for the cache "

@@ -133,6 +133,13 @@ class WeightSettings(Section):
         "none",
         "Spread outlying weights first, by rotations that leave the model's function as it is.",
     )
+    residual_shift: int | None = setting(
+        None,
+        "Halve the residual stream so often, in the weights alone, for fp16 to hold it.",
+        shown="as a text needs it",
+        least=0,
+        most=8,
+    )
     allow_inexact: bool = setting(
         False, "Take a quantized checkpoint that Core ML cannot hold exactly."
     )

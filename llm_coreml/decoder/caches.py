@@ -93,6 +93,18 @@ class CacheView(View, ABC):
             and that others are not seen, is for masks to tell; what was never written is zero.
         """
 
+    @abstractmethod
+    def shared(
+        self, layer: int, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what `update` gave for a layer, to one that attends to the same.
+
+        Args:
+            layer: Row of the cache.
+            keys: The new ones, as `update` was given them.
+            values: The same of values.
+        """
+
 
 @final
 class _Open(CacheView):
@@ -120,6 +132,12 @@ class _Open(CacheView):
                 self.buffers[number] = self._cache.written(buffer, entries, layer, self._start)
             else:
                 self._cache.put(self.buffers[number][layer], entries[0], self._start)
+        return self.shared(layer, keys, values)
+
+    def shared(
+        self, layer: int, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what lies there, see `CacheView`."""
         return self._cache.parted([self._read(buffer, layer) for buffer in self.buffers])
 
     def _read(self, buffer: torch.Tensor, layer: int) -> torch.Tensor:
@@ -134,6 +152,12 @@ class _Handed(CacheView):
     """No cache: what is attended to is what was just computed."""
 
     def update(
+        self, layer: int, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys and values as they are."""
+        return keys, values
+
+    def shared(
         self, layer: int, keys: torch.Tensor, values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return keys and values as they are."""
@@ -228,7 +252,8 @@ class KVCache(Cache):
         self, buffer: torch.Tensor, entries: torch.Tensor, layer: int, start: Start
     ) -> torch.Tensor:
         """Return the buffer with entries at their positions."""
-        return kv_write(buffer, entries, layer, start.place)
+        result: torch.Tensor = kv_write(buffer, entries, layer, start.place)
+        return result
 
     def put(self, rows: torch.Tensor, entries: torch.Tensor, start: Start) -> None:
         """Store entries at their positions."""
@@ -254,7 +279,8 @@ class RingCache(Cache):
         self, buffer: torch.Tensor, entries: torch.Tensor, layer: int, start: Start
     ) -> torch.Tensor:
         """Return the buffer with entries from their place on, past the end at the beginning."""
-        return ring_write(buffer, entries, layer, start.place, start.length)
+        result: torch.Tensor = ring_write(buffer, entries, layer, start.place, start.length)
+        return result
 
     def put(self, rows: torch.Tensor, entries: torch.Tensor, start: Start) -> None:
         """Store entries from their place on, past the end at the beginning."""

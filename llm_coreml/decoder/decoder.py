@@ -9,7 +9,7 @@ The same module runs eagerly (the judge of every artifact) and is exported for C
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
@@ -19,8 +19,9 @@ from torch import nn
 from llm_coreml.decoder.block import Block
 from llm_coreml.decoder.caches import held_positions
 from llm_coreml.decoder.chunk import Chunk, make_mask
-from llm_coreml.decoder.matrices import Embedding, Linear, PositionTable, number
+from llm_coreml.decoder.matrices import Embedding, Linear, PositionTable, SoftCap, number
 from llm_coreml.decoder.norm import norm_of
+from llm_coreml.decoder.per_layer import PerLayerInputs
 from llm_coreml.decoder.position_tables import (
     growth_names,
     position_tables,
@@ -31,8 +32,10 @@ from llm_coreml.decoder.self_attention import AttentionForm
 from llm_coreml.decoder.spec import DecoderSpec, Extent, MaskKey
 from llm_coreml.decoder.state import Start, State, View
 from llm_coreml.decoder.states import make_states, slots
-from llm_coreml.decoder.wiring import Matrix, Wiring, joined
+from llm_coreml.decoder.wiring import Matrix, Wiring, joined, run
 
+# Takes the rows of tokens out of a table.
+LookUp = Callable[[Embedding, torch.Tensor], torch.Tensor]
 LogitsForm = Literal["last", "all"]
 
 
@@ -61,7 +64,6 @@ class Decoder(nn.Module):
     positions: torch.Tensor
     embedding_multiplier: torch.Tensor | None
     logits_multiplier: torch.Tensor | None
-    logits_softcap: torch.Tensor | None
 
     def __init__(
         self,
@@ -87,8 +89,12 @@ class Decoder(nn.Module):
             Block(spec, index, slot, attention)
             for index, slot in enumerate(slots(spec, self.extent))
         )
+        self.per_layer: PerLayerInputs | None = None
+        if spec.per_layer is not None:
+            self.per_layer = PerLayerInputs(spec.per_layer, spec.hidden_size, len(spec.layers))
         self.norm = norm_of(spec.norm, spec.hidden_size)
         self.lm_head = Linear(spec.hidden_size, spec.vocab_size, bias=spec.head_bias)
+        self.softcap = None if spec.logits_softcap is None else SoftCap(spec.logits_softcap)
         for name, state in make_states(spec, self.extent).items():
             self.add_module(name, state)
         for name, table in position_tables(spec, context).items():
@@ -96,7 +102,6 @@ class Decoder(nn.Module):
         for name, held in (
             ("embedding_multiplier", number(spec.embedding_multiplier, 1.0)),
             ("logits_multiplier", number(spec.logits_multiplier, 1.0)),
-            ("logits_softcap", number(spec.logits_softcap, None)),
         ):
             self.register_buffer(name, held, persistent=False)
         positions = torch.arange(context, dtype=torch.int32)
@@ -109,15 +114,24 @@ class Decoder(nn.Module):
         """What is remembered between calls, by name."""
         return {name: part for name, part in self.named_children() if isinstance(part, State)}
 
+    @property
+    def tables(self) -> tuple[Embedding, ...]:
+        """The tables of tokens, which `embed` reads."""
+        if self.per_layer is None:
+            return (self.embed_tokens,)
+        return self.embed_tokens, self.per_layer.embed_tokens
+
     @functools.cached_property
     def wiring(self) -> Wiring:
         """What each matrix reads and writes, the token table's rows being what it writes."""
-        table = Wiring(((Matrix("embed_tokens", writes="residual"),),))
-        blocks = [
+        parts = [Wiring(((Matrix("embed_tokens", writes="residual"),),))]
+        if self.per_layer is not None:
+            parts.append(self.per_layer.wiring.inside("per_layer"))
+        parts += [
             self.block(index).wiring.inside(f"layers.{index}") for index in range(len(self.layers))
         ]
         head = Wiring(((Matrix("lm_head", reads="residual", norm="norm"),),))
-        return joined(table, *blocks, head)
+        return joined(*parts, head)
 
     def block(self, index: int) -> Block:
         """Return one of the layers."""
@@ -159,29 +173,30 @@ class Decoder(nn.Module):
         tokens: torch.Tensor,
         start_pos: torch.Tensor | None = None,
         last_pos: torch.Tensor | None = None,
+        look_up: LookUp = Embedding.__call__,
     ) -> torch.Tensor:
-        """Return what the first block gets for tokens, float32 `[1, S, hidden]`.
+        """Return what the first block gets for int `tokens` `[1, S]`.
 
         Args:
-            tokens: int `[1, S]`.
+            tokens: What is read.
             start_pos: See `forward`; None is the first position.
             last_pos: See `forward`.
-        """
-        return self.entering(self.embed_tokens(tokens.to(torch.int32)), start_pos, last_pos)
+            look_up: Takes rows `[1, S, columns]` out of a table.
 
-    def entering(
-        self,
-        rows: torch.Tensor,
-        start_pos: torch.Tensor | None = None,
-        last_pos: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Return what the first block gets for rows of the token table, `[..., S, hidden]`."""
-        multiplier = self.embedding_multiplier
-        x = rows if multiplier is None else rows * multiplier
+        Returns:
+            float32 `[1, S, hidden]`; where blocks are given more, as `Layout` has it.
+        """
+        tokens = tokens.to(torch.int32)
+        x = look_up(self.embed_tokens, tokens)
+        x = x if self.embedding_multiplier is None else x * self.embedding_multiplier
         if self.spec.learned_positions is not None:
             first = self.positions[:1] if start_pos is None else start_pos.to(torch.int32)
-            x = x + self.embed_positions(self._positions(rows.shape[-2], first, last_pos))
-        return x if self.spec.embedding_norm is None else self.embed_norm(x)
+            x = x + self.embed_positions(self._positions(x.shape[-2], first, last_pos))
+        x = x if self.spec.embedding_norm is None else self.embed_norm(x)
+        if self.per_layer is None:
+            return x
+        rows = look_up(self.per_layer.embed_tokens, tokens)
+        return torch.cat((x, self.per_layer(x, rows)), dim=-1)
 
     def blocks(
         self, x: torch.Tensor, start_pos: torch.Tensor, last_pos: torch.Tensor | None = None
@@ -189,16 +204,17 @@ class Decoder(nn.Module):
         """Do what `hidden` does, for tokens of which the first block gets `x` `[1, S, hidden]`."""
         longest = self.extent.longest
         if longest and not torch.compiler.is_exporting() and x.shape[1] > longest:
-            parts = enumerate(x.split(longest, dim=1))
+            parts = enumerate(torch.split(x, longest, dim=1))
             return torch.cat(
                 [self.blocks(part, start_pos + n * longest, last_pos) for n, part in parts], 1
             )
         chunk = self.chunk(x.shape[1], start_pos, last_pos)
-        for block in self.layers:
-            x = block(x, chunk)
+        carried = self.block(0).entering.taken_apart(x)
+        for index in range(len(self.layers)):
+            carried = run(self.block(index).through(carried, chunk))
         for name, state in self.states.items():
             state.close(chunk.views[name])
-        return x
+        return carried.stream
 
     def chunk(
         self, length: int, start_pos: torch.Tensor, last_pos: torch.Tensor | None = None
@@ -250,12 +266,9 @@ class Decoder(nn.Module):
             state.reset()
 
     def _capped(self, products: torch.Tensor) -> torch.Tensor:
-        multiplier, cap = self.logits_multiplier, self.logits_softcap
+        multiplier = self.logits_multiplier
         logits = products if multiplier is None else products * _beside(multiplier, products)
-        if cap is None:
-            return logits
-        cap = _beside(cap, products)
-        return torch.tanh(logits / cap) * cap
+        return logits if self.softcap is None else self.softcap(logits)
 
     def _positions(
         self, length: int, start_pos: torch.Tensor, last_pos: torch.Tensor | None

@@ -42,6 +42,28 @@ class Linear(nn.Linear):
         return F.linear(x, weight, bias)
 
 
+class SoftCap(nn.Module):
+    """`cap * tanh(x / cap)`, by two factors that are the numbers that a program holds.
+
+    A division by a number becomes a product with its inverse, rounded, in a program.
+
+    Args:
+        cap: What values stay below.
+    """
+
+    cap: torch.Tensor
+    inverse: torch.Tensor
+
+    def __init__(self, cap: float) -> None:
+        super().__init__()
+        self.register_buffer("cap", torch.tensor([cap]), persistent=False)
+        self.register_buffer("inverse", torch.tensor([1 / cap]), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Cap every number of `x`."""
+        return torch.tanh(x * self.inverse.to(x.device)) * self.cap.to(x.device)
+
+
 class Embedding(nn.Embedding):
     """A token table without weights at first, which may be stored narrower than it computes."""
 

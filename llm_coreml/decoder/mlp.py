@@ -19,7 +19,7 @@ def _relu2(x: torch.Tensor) -> torch.Tensor:
     return torch.relu(x) * torch.relu(x)
 
 
-_ACTIVATIONS: Mapping[Activation, Callable[[torch.Tensor], torch.Tensor]] = MappingProxyType(
+ACTIVATIONS: Mapping[Activation, Callable[[torch.Tensor], torch.Tensor]] = MappingProxyType(
     {
         "silu": F.silu,
         "gelu": F.gelu,
@@ -108,7 +108,7 @@ class MLP(nn.Module):
 
     def _inner(self, x: torch.Tensor) -> torch.Tensor:
         """Return `act(gate(x)) * up(x)`, `[1, S, intermediate]`."""
-        activation = _ACTIVATIONS.get(self.spec.activation)
+        activation = ACTIVATIONS.get(self.spec.activation)
         if activation is None:
             activation = self.act_fn
         if not self.spec.gated:

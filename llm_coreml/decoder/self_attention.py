@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from llm_coreml.decoder.carried import Entries
 from llm_coreml.decoder.chunk import Chunk
-from llm_coreml.decoder.matrices import Linear, number
+from llm_coreml.decoder.matrices import Linear, SoftCap
 from llm_coreml.decoder.norm import RMSNorm, norm_of
 from llm_coreml.decoder.rope import rotate
 from llm_coreml.decoder.spec import AttentionSpec, QKNormSpec
@@ -35,28 +36,36 @@ class Attention(nn.Module):
         form: `fused` keeps `scaled_dot_product_attention` as one op; `decomposed` writes it as
             matmul, softmax, matmul with the scale applied to the queries, safe in fp16. Capped
             scores, and those beside sinks, are always decomposed.
+        kept_as: The number of its layer, if later ones share its keys and values.
     """
 
     scale: torch.Tensor | None
-    softcap: torch.Tensor | None
 
     def __init__(
-        self, spec: AttentionSpec, hidden_size: int, slot: Slot, form: AttentionForm
+        self,
+        spec: AttentionSpec,
+        hidden_size: int,
+        slot: Slot,
+        form: AttentionForm,
+        kept_as: int | None = None,
     ) -> None:
         super().__init__()
         self.spec = spec
         self.slot = slot
+        self.kept_as = kept_as
         plain = spec.softcap is None and not spec.sinks
         self.form: AttentionForm = form if plain else "decomposed"
+        self.softcap = None if spec.softcap is None else SoftCap(spec.softcap)
         factor = self._query_factor()
         scale = None if factor is None else torch.tensor([factor])
         self.register_buffer("scale", scale, persistent=False)
-        self.register_buffer("softcap", number(spec.softcap, None), persistent=False)
         query_size = spec.num_attention_heads * spec.head_dim
         kv_size = spec.num_key_value_heads * spec.head_dim
         self.q_proj = Linear(hidden_size, query_size, bias=spec.qkv_bias)
-        self.k_proj = Linear(hidden_size, kv_size, bias=spec.qkv_bias)
-        self.v_proj = Linear(hidden_size, kv_size, bias=spec.qkv_bias)
+        if spec.shares is None:
+            self.k_proj = Linear(hidden_size, kv_size, bias=spec.qkv_bias)
+        if spec.shares is None and not spec.keys_are_values:
+            self.v_proj = Linear(hidden_size, kv_size, bias=spec.qkv_bias)
         self.o_proj = Linear(query_size, hidden_size, bias=spec.out_bias)
         if spec.gate is not None:
             gates = query_size if spec.gate == "number" else spec.num_attention_heads
@@ -65,40 +74,50 @@ class Attention(nn.Module):
             self.sinks = nn.Parameter(torch.empty(spec.num_attention_heads), requires_grad=False)
         if spec.qk_norm is not None:
             self.q_norm = self._norm(spec.qk_norm, spec.num_attention_heads)
-            self.k_norm = self._norm(spec.qk_norm, spec.num_key_value_heads)
+            if spec.shares is None:
+                self.k_norm = self._norm(spec.qk_norm, spec.num_key_value_heads)
+        if spec.value_norm is not None and spec.shares is None:
+            self.v_norm = norm_of(spec.value_norm, spec.head_dim)
 
     @property
     def wiring(self) -> Wiring:
         """What each matrix reads and writes."""
-        # Numbers that are gated one by one have no other space: a rotation would mix them.
-        space: Space | None = None if self.spec.gate == "number" else "heads"
-        projections = [
-            Matrix("q_proj", reads="residual"),
-            Matrix("k_proj", reads="residual"),
-            Matrix("v_proj", reads="residual", writes=space),
-        ]
-        if self.spec.gate is not None:
+        spec = self.spec
+        # Numbers that are gated one by one have no other space: a rotation would mix them. Nor have
+        # keys that are values.
+        apart = spec.gate == "number" or spec.keys_are_values
+        space: Space | None = None if apart else "heads"
+        projections = [Matrix("q_proj", reads="residual")]
+        if spec.shares is None:
+            projections.append(Matrix("k_proj", reads="residual"))
+        if spec.shares is None and not spec.keys_are_values:
+            projections.append(Matrix("v_proj", reads="residual", writes=space))
+        if spec.gate is not None:
             projections.append(Matrix("gate_proj", reads="residual"))
         output = Matrix("o_proj", reads=space, writes="residual")
-        inner = () if self.spec.qk_norm is None else ("q_norm", "k_norm")
-        own = ("",) if self.spec.sinks else ()
+        normed = ("q_norm", "k_norm") if spec.shares is None else ("q_norm",)
+        inner = () if spec.qk_norm is None else normed
+        own = ("",) if spec.sinks else ()
         return Wiring((tuple(projections), (output,)), (*inner, *own))
 
-    def steps(self, inputs: Halt, chunk: Chunk) -> Steps:
-        """Attend from `inputs` `[1, S, hidden]` to all that each token sees, up to itself."""
-        heads = yield partial(self._joined, (yield inputs), chunk)
-        return self.o_proj(self.o_proj.arrange(heads))  # type: ignore[no-any-return]
+    def steps(self, inputs: Halt, chunk: Chunk, heads: dict[int, Entries]) -> Steps:
+        """Attend from `inputs` `[1, S, hidden]` to all that each token sees, up to itself.
 
-    def _joined(self, x: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+        Args:
+            inputs: What is read.
+            chunk: What every layer is told.
+            heads: New keys and values by their layer, taken from or added to where layers share.
+        """
+        attended = yield partial(self._joined, (yield inputs), chunk, heads)
+        return self.o_proj(self.o_proj.arrange(attended))  # type: ignore[no-any-return]
+
+    def _joined(self, x: torch.Tensor, chunk: Chunk, heads: dict[int, Entries]) -> torch.Tensor:
         """Return what the heads give, side by side: `[1, S, heads * head_dim]`."""
         spec = self.spec
         x = self.q_proj.arrange(x)  # which is that of keys and values, too
         queries = self._queries(x, chunk)
         queries = queries.reshape(1, spec.num_key_value_heads, -1, spec.head_dim)
-        keys = self._keys(x, chunk)
-        values = _heads_first(self.v_proj(x).view(1, -1, spec.num_key_value_heads, spec.head_dim))
-        cache = chunk.cache(self.slot.state)
-        keys, values = cache.update(self.slot.row, keys, values)
+        keys, values = self._attended(x, chunk, heads)
         attended = self._attend(queries, keys, values, chunk)
         attended = attended.reshape(1, spec.num_attention_heads, -1, spec.head_dim)
         joined = self._gated(_heads_first(attended), x)
@@ -122,6 +141,28 @@ class Attention(nn.Module):
         Where no reshape lies behind, coremltools would exchange the two, and the scale's rank.
         """
         return self.spec.num_queries_per_kv == 1
+
+    def _attended(self, x: torch.Tensor, chunk: Chunk, heads: dict[int, Entries]) -> Entries:
+        """Return keys and values of all positions, `[1, kv_heads, positions, head_dim]` each."""
+        cache, row = chunk.cache(self.slot.state), self.slot.row
+        if self.spec.shares is not None:
+            keys, values = cache.shared(row, *heads[self.spec.shares])
+            seen = chunk.mask(self.spec).shape[-1]
+            if seen < keys.shape[2]:  # of a text that is read in parts, later ones are there
+                keys, values = keys[:, :, :seen], values[:, :, :seen]
+            return keys, values
+        keys, values = self._keys(x, chunk), self._values(x)
+        if self.kept_as is not None:
+            heads[self.kept_as] = keys, values
+        return cache.update(row, keys, values)
+
+    def _values(self, x: torch.Tensor) -> torch.Tensor:
+        """Return new values `[1, kv_heads, S, head_dim]`."""
+        products = self.k_proj(x) if self.spec.keys_are_values else self.v_proj(x)
+        values = products.view(1, -1, self.spec.num_key_value_heads, self.spec.head_dim)
+        if self.spec.value_norm is not None:
+            values = self.v_norm(values)
+        return _heads_first(values)
 
     def _keys(self, x: torch.Tensor, chunk: Chunk) -> torch.Tensor:
         """Return keys as they are remembered, `[1, kv_heads, S, head_dim]`."""
@@ -168,7 +209,7 @@ class Attention(nn.Module):
             return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
         scores = queries @ keys.permute(0, 1, 3, 2)
         if self.softcap is not None:
-            scores = torch.tanh(scores / self.softcap) * self.softcap
+            scores = self.softcap(scores)
         scores = scores + mask
         if not self.spec.sinks:
             return torch.softmax(scores, dim=-1) @ values

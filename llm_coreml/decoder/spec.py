@@ -164,6 +164,9 @@ class AttentionSpec:
         scale: What scores are multiplied by; None is `1 / sqrt(head_dim)`.
         softcap: Scores become `softcap * tanh(scores / softcap)`.
         qk_norm: Norms of queries and keys.
+        value_norm: Of each head's values.
+        keys_are_values: One matrix makes both; keys alone are normed by `qk_norm` and rotated.
+        shares: The earlier layer whose keys and values are attended to; None has its own.
         query_growth: How queries grow with their position.
         alibi: For each head of queries, what its scores lose for each position of distance (ALiBi,
             arXiv 2108.12409).
@@ -188,6 +191,9 @@ class AttentionSpec:
     scale: float | None = None
     softcap: float | None = None
     qk_norm: QKNormSpec | None = None
+    value_norm: NormSpec | None = None
+    keys_are_values: bool = False
+    shares: int | None = None
     query_growth: QueryGrowth | None = None
     alibi: tuple[float, ...] = ()
     sinks: bool = False
@@ -219,7 +225,7 @@ class AttentionSpec:
 
     @property
     def remembers(self) -> CacheSizes:
-        """What it remembers of each position, and of how many."""
+        """What it remembers of each position, or the layer that it shares with does."""
         return CacheSizes(self.num_key_value_heads, self.head_dim, self.window)
 
     @property
@@ -279,11 +285,46 @@ class LayerSpec:
         feed_forward: A gated or a plain MLP.
         parallel: Both read the same residual stream, and not the second what the first has
             changed; a feed-forward layer without a norm then reads what attention reads.
+        scaled: What leaves is multiplied by a stored number.
     """
 
     mixer: AttentionSpec
     feed_forward: MLPSpec
     parallel: bool = False
+    scaled: bool = False
+
+
+@dataclass(frozen=True)
+class PerLayerSpec:
+    """A second token table, of which every layer is given a part of its own.
+
+    To each part is added what a matrix makes of the token's row of the first table. A layer adds
+    `out_norm(out(act(gate(x)) * part))` to the residual stream, behind its feed-forward layer.
+
+    Attributes:
+        vocab_size: Rows of the table.
+        width: Of the part of a layer.
+        norm: Of what the matrix gives, a layer's part at a time, and of what is added.
+        activation: Between the matrices of a layer.
+        table_multiplier: What rows of the table are multiplied by.
+        products_multiplier: What the matrix gives is, before its norm.
+        sum_multiplier: What the sum of both is.
+
+    Raises:
+        CheckpointError: a size is not positive.
+    """
+
+    vocab_size: int
+    width: int
+    norm: NormSpec = NormSpec()
+    activation: Activation = "gelu_tanh"
+    table_multiplier: float = 1.0
+    products_multiplier: float = 1.0
+    sum_multiplier: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_size("vocab_size_per_layer_input", self.vocab_size)
+        _check_size("hidden_size_per_layer_input", self.width)
 
 
 @dataclass(frozen=True)
@@ -298,6 +339,7 @@ class DecoderSpec:
         layers: In order.
         norm: Of what the head reads.
         rotary: Tables of rotary position embedding, which layers name by their index.
+        per_layer: What every layer is given of a token beside the residual stream.
         tie_word_embeddings: The head is the token table.
         head_bias: The head has a bias.
         embedding_norm: Of what enters the first layer.
@@ -319,6 +361,7 @@ class DecoderSpec:
     layers: tuple[LayerSpec, ...]
     norm: NormSpec = NormSpec()
     rotary: tuple[RopeSpec, ...] = ()
+    per_layer: PerLayerSpec | None = None
     tie_word_embeddings: bool = False
     head_bias: bool = False
     embedding_norm: NormSpec | None = None
@@ -332,8 +375,25 @@ class DecoderSpec:
         for name in ("vocab_size", "hidden_size", "max_position_embeddings"):
             _check_size(name, getattr(self, name))
         _check_size("num_hidden_layers", len(self.layers))
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
             layer.mixer.check_rotary(self.rotary)
+            self._check_shared(index, layer.mixer)
+
+    def _check_shared(self, index: int, mixer: AttentionSpec) -> None:
+        if mixer.shares is None:
+            return
+        owner = self.layers[mixer.shares].mixer if 0 <= mixer.shares < index else None
+        if owner is None or owner.shares is not None or owner.remembers != mixer.remembers:
+            raise CheckpointError(
+                f"config.json has layer {index} attend to the keys and values of layer "
+                f"{mixer.shares}, which has none like its own. Download or save the model again."
+            )
+
+    @property
+    def shared(self) -> tuple[int, ...]:
+        """Layers whose keys and values later ones attend to, in order."""
+        found = {layer.mixer.shares for layer in self.layers}
+        return tuple(sorted(index for index in found if index is not None))
 
     @property
     def longest_context(self) -> int:

@@ -50,11 +50,14 @@ class Slot:
 
 
 def slots(spec: DecoderSpec, extent: Extent) -> tuple[Slot, ...]:
-    """Return where the part of every layer lies."""
+    """Return where the part of every layer lies, or of the one whose keys and values it shares."""
     found = {}
     for name, _, layers in _caches(spec, extent):
-        for row, layer in enumerate(layers):
-            found[layer] = Slot(name, row)
+        for row, owner in enumerate(layers):
+            found[owner] = Slot(name, row)
+    for index, layer in enumerate(spec.layers):
+        if layer.mixer.shares is not None:
+            found[index] = found[layer.mixer.shares]
     return tuple(found[index] for index in range(len(spec.layers)))
 
 
@@ -88,6 +91,8 @@ def _caches(spec: DecoderSpec, extent: Extent) -> Iterator[tuple[str, CacheSizes
     """Yield name, sizes and layers of each cache: layers whose parts are of the same shape."""
     found: dict[tuple[int, int, int | None], list[int]] = {}
     for index, layer in enumerate(spec.layers):
+        if layer.mixer.shares is not None:
+            continue
         sizes = layer.mixer.remembers
         key = (sizes.heads, sizes.head_dim, sizes.ring(extent))
         found.setdefault(key, []).append(index)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 
@@ -24,16 +24,17 @@ Space = Literal["residual", "heads"]
 Halt = Callable[[], torch.Tensor]
 # Yields a halt for every stage, is sent what that gives, and returns what the module gives.
 Steps = Generator[Halt, torch.Tensor, torch.Tensor]
+_Given = TypeVar("_Given")
 
 
-def run(steps: Steps) -> torch.Tensor:
+def run(steps: Generator[Halt, torch.Tensor, _Given]) -> _Given:
     """Go through all steps, computing what is read at each halt once."""
     try:
         halt = next(steps)
         while True:
             halt = steps.send(halt())
     except StopIteration as done:
-        result: torch.Tensor = done.value
+        result: _Given = done.value
         return result
 
 

@@ -29,12 +29,15 @@ _MODULES = {
     "bloom": "bloom",
     "codegen": "codegen",
     "cohere": "cohere",
+    "cohere2": "cohere2",
     "ernie4_5": "ernie4_5",
     "exaone4": "exaone4",
     "falcon": "falcon",
     "gemma": "gemma",
     "gemma2": "gemma2",
     "gemma3_text": "gemma3_text",
+    "gemma4_text": "gemma4_text",
+    "gemma4_unified_text": "gemma4_text",
     "glm": "glm",
     "glm4": "glm4",
     "gpt2": "gpt2",
@@ -65,6 +68,7 @@ _MODULES = {
     "smollm3": "smollm3",
     "stablelm": "stablelm",
     "starcoder2": "starcoder2",
+    "vaultgemma": "vaultgemma",
 }
 
 

@@ -62,7 +62,7 @@ def spec(config: Mapping[str, Any]) -> DecoderSpec:
 
 def _local(config: Mapping[str, Any], count: int) -> list[bool]:
     """Return which layers have a window, of a list of kinds and how often each is repeated."""
-    told = config["attention_types"] or _DEFAULTS["attention_types"]
+    told: Any = config["attention_types"] or _DEFAULTS["attention_types"]
     kinds: list[Any] = []
     try:
         for names, times in told:

@@ -92,6 +92,7 @@ _OTHER = {
     "a drafter that reads the states of another model": (
         "gemma4_assistant gemma4_unified_assistant"
     ),
+    "a decoder of four residual streams, whose activations are made sparse": "gemma3n_text",
     "a model whose layers are run several times": "dory hrm_text",
     "a model of bytes in patches of any length": "blt",
     "a decoder whose matrices round what they multiply": "bitnet",
@@ -103,8 +104,8 @@ _OTHER = {
 }
 _DENSE = {
     "a dense decoder": (
-        "apertus1p5_text cohere2 cohere_compass_text ctrl cwm exaone gemma3n_text gemma4_text "
-        "gemma4_unified_text gpt-sw3 gpt_neox_japanese hyperclovax internlm3 iquestcoder jais2 "
+        "apertus1p5_text cohere2 cohere_compass_text ctrl cwm exaone "
+        "gpt-sw3 gpt_neox_japanese hyperclovax internlm3 iquestcoder jais2 "
         "ministral modernbert-decoder openai-gpt vaultgemma xglm"
     ),
 }

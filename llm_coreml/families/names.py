@@ -85,6 +85,7 @@ def _named(path: str, names: Names) -> tuple[int | None, str, str]:
         return None, path, names.head
     if not path.startswith("layers."):
         return None, path, names.trunk + names.modules.get(path, path)
-    _, index, inner = path.split(".", 2)
-    theirs = names.modules.get(inner, inner)
-    return int(index), inner, f"{names.trunk}{names.layers}.{index}.{theirs}"
+    _, index, *rest = path.split(".", 2)
+    inner = "".join(rest)  # nothing, of what a layer holds itself
+    theirs = ".".join((index, names.modules.get(inner, inner))).rstrip(".")
+    return int(index), inner, f"{names.trunk}{names.layers}.{theirs}"

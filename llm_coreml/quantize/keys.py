@@ -15,7 +15,7 @@ import torch
 from llm_coreml.checkpoint.weights_view import Weights
 from llm_coreml.decoder import Decoder
 from llm_coreml.quantize.cache import make_key
-from llm_coreml.quantize.plan.plan import QuantizationPlan
+from llm_coreml.quantize.plan.plan import QuantizationPlan, beside_blocks
 
 
 class Keys:
@@ -57,7 +57,9 @@ class Keys:
 
     def _begin(self) -> str:
         """Return what the text is when it meets the first block, and how blocks compute."""
-        entering = [name for name in self._weights.names() if name.startswith("embed_")]
-        table = self.block(sorted(entering), ["embed_tokens"], calibrated=False)
+        names, before = sorted(self._weights.names()), ("embed_", "per_layer.")
+        entering = [name for name in names if name.startswith(before)]
+        owners = ["embed_tokens", *(name for name, _ in beside_blocks(self._decoder.spec))]
+        table = self.block(entering, owners, calibrated=False)
         decoder = repr((self._decoder.spec, self._decoder.attention))
         return make_key({"table": table, "decoder": decoder, "text": repr(self._windows)})

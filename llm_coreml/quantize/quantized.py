@@ -9,7 +9,7 @@ An export and an evaluation of it both go this way, so that they mean the same d
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ from llm_coreml.quantize.fill import fill
 from llm_coreml.quantize.plan.choose import Measured, choose_plan
 from llm_coreml.quantize.plan.imported import ImportReport, import_report, keeps_codes, quantized_in
 from llm_coreml.quantize.plan.plan import QuantizationPlan
+from llm_coreml.quantize.residual import shifted
 from llm_coreml.quantize.rotate.rotation import rotated
 
 
@@ -95,6 +96,22 @@ def quantize(
     return Quantized(model, job, plan, measured, calibration, tuning, decoder)
 
 
+def quantized_again(
+    before: Quantized, job: Job, tokenizer: Path, progress: Progress, cache: WeightCache | None
+) -> Quantized:
+    """Quantize once more by another job of the same formats and text; see `quantize`.
+
+    Args:
+        before: What was made.
+        job: As its job, with weights that are read otherwise.
+        tokenizer: See `quantize`.
+        progress: See `quantize`.
+        cache: See `quantize`.
+    """
+    found = quantize(before.model, job, tokenizer, progress, cache, before.plan, before.calibration)
+    return replace(found, measured=before.measured)
+
+
 def as_asked(model: Model, job: Job, progress: Progress) -> Model:
     """Return `model`, expanded where it is quantized and `job` chooses codes all the same."""
     formats = quantized_in(model.checkpoint)
@@ -159,6 +176,7 @@ def build_decoder(
     if (job.calibration.calibrate is None) != (calibration is None):
         raise ValueError("a calibration text and settings that ask for one belong together")
     weights, spec = rotated(model.weights, model.spec, job.weights.rotate)
+    weights, spec = shifted(weights, spec, job.weights.residual_shift or 0)
     shapes = job.shapes
     decoder = Decoder(spec, shapes.context, job.attention, job.logits, shapes.spare, shapes.longest)
     storage = torch.float16 if job.precision.bits == 16 else torch.float32

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from llm_coreml.decoder import Decoder
+from llm_coreml.decoder.matrices import Embedding
 from llm_coreml.quantize.formats.round import dense_rows
 from llm_coreml.runtime.runner import Runner
 
@@ -39,14 +40,10 @@ class EagerRunner(Runner):
             return self._head(self._hidden(tokens, start_pos))
 
     def _hidden(self, tokens: torch.Tensor, start_pos: torch.Tensor) -> torch.Tensor:
-        """Do what `Decoder.hidden` does without expanding the token table as a whole."""
-        table, start = self.decoder.embed_tokens.weight, 0
-        x = torch.empty(*tokens.shape, table.shape[1])
-        for rows in dense_rows(table):
-            inside = (tokens >= start) & (tokens < start + len(rows))
-            x[inside] = rows[tokens[inside] - start]
-            start += len(rows)
-        return self.decoder.blocks(self.decoder.entering(x, start_pos), start_pos)
+        """Do what `Decoder.hidden` does without expanding a token table as a whole."""
+        return self.decoder.blocks(
+            self.decoder.embed(tokens, start_pos, look_up=_look_up), start_pos
+        )
 
     def _head(self, x: torch.Tensor) -> torch.Tensor:
         """Do what `Decoder.head` does without expanding the head as a whole."""
@@ -58,3 +55,12 @@ class EagerRunner(Runner):
     def _clear(self) -> None:
         with torch.no_grad():
             self.decoder.reset()
+
+
+def _look_up(table: Embedding, tokens: torch.Tensor) -> torch.Tensor:
+    x, start = torch.empty(*tokens.shape, table.weight.shape[1]), 0
+    for rows in dense_rows(table.weight):
+        inside = (tokens >= start) & (tokens < start + len(rows))
+        x[inside] = rows[tokens[inside] - start]
+        start += len(rows)
+    return x

@@ -11,7 +11,7 @@ no model has ever seen any. So it holds the keys and values of the text that was
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -118,12 +118,19 @@ class _Turn:
 
 
 class _GrowingView(CacheView):
-    """A layer's keys and values so far; the block after it begins anew."""
+    """A layer's keys and values so far; the block after it begins anew.
 
-    def __init__(self, name: str, before: LaterCache | None) -> None:
+    Args:
+        name: Of the state.
+        before: What it holds before the text.
+        kept: Rows that later layers attend to.
+    """
+
+    def __init__(self, name: str, before: LaterCache | None, kept: Collection[int]) -> None:
         self._name = name
         self._before = before
         self._row: int | None = None
+        self._kept: dict[int, Entries | None] = dict.fromkeys(kept)
         self.entries: Entries = (torch.empty(0), torch.empty(0))
 
     def update(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> Entries:
@@ -136,7 +143,15 @@ class _GrowingView(CacheView):
         if past is not None:
             keys, values = torch.cat((past[0], keys), 2), torch.cat((past[1], values), 2)
         self.entries = keys, values
+        if layer in self._kept:
+            self._kept[layer] = self.entries
         return self.entries
+
+    def shared(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> Entries:
+        """Return all that there is of a layer, of later parts of the text, too."""
+        found = self._kept[layer]
+        assert found is not None
+        return found
 
 
 class CachedText:
@@ -148,6 +163,8 @@ class CachedText:
     """
 
     def __init__(self, decoder: Decoder, before: LaterCache | None = None) -> None:
+        slots = [decoder.block(index).self_attn.slot for index in decoder.spec.shared]
         self.views: Mapping[str, _GrowingView] = {
-            name: _GrowingView(name, before) for name in decoder.states
+            name: _GrowingView(name, before, {slot.row for slot in slots if slot.state == name})
+            for name in decoder.states
         }

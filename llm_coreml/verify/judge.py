@@ -12,7 +12,7 @@ matrix is expanded once, and no more than a stage's at a time.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
@@ -21,6 +21,8 @@ from torch import nn
 
 from llm_coreml.decoder import Decoder
 from llm_coreml.decoder.block import Block
+from llm_coreml.decoder.decoder import LookUp
+from llm_coreml.decoder.matrices import Embedding
 from llm_coreml.decoder.wiring import Steps
 from llm_coreml.quantize.formats.round import dense_rows, one_row
 from llm_coreml.verify.cached_text import CachedText
@@ -48,7 +50,7 @@ class Reading:
         half: Whether it is read in plain fp16, see `halves`; such texts come after all others.
 
     Attributes:
-        states: What the last block gave, float32 `[S, hidden]`.
+        states: What the last block gave, float32 `[S, hidden]`; between blocks as `Layout` has it.
     """
 
     def __init__(
@@ -83,23 +85,43 @@ def read_together(
         on_layer: Called after every block, when `states` are what it gave.
         on_weight: Called with every matrix of the blocks.
     """
-    _enter(decoder, texts)
     room = _Room()
     with plain_half(decoder) as half:
+        _enter(decoder, texts, half, room, on_weight)
         for index in range(len(decoder.layers)):
             _through(decoder, index, texts, half, room, on_weight)
             on_layer()
 
 
-def _enter(decoder: Decoder, texts: Sequence[Reading]) -> None:
-    """Take the tokens' rows of the table, without expanding it as a whole."""
-    table = decoder.embed_tokens.weight
-    for text in texts:
-        tokens, places = torch.unique(torch.tensor(text.tokens), return_inverse=True)
-        rows = torch.cat([one_row(table, token) for token in tokens.tolist()])[places]
-        first = torch.tensor([text.start])
-        entered = decoder.entering(half_of(rows) if text.half else rows, first)
-        text.states = half_of(entered) if text.half else entered
+def _enter(
+    decoder: Decoder,
+    texts: Sequence[Reading],
+    half: PlainHalf,
+    room: _Room,
+    on_weight: OnWeight,
+) -> None:
+    """Read the tokens, without expanding a table as a whole."""
+    named = [] if decoder.per_layer is None else ["per_layer.projection"]
+    with _expanded(decoder, named, room, "", on_weight) as weights:
+        for text in [text for text in texts if not text.half]:
+            tokens, first = torch.tensor([text.tokens]), torch.tensor([text.start])
+            text.states = decoder.embed(tokens, first, look_up=_look_up)[0]
+        for weight in weights:
+            weight.copy_(half_of(weight))
+        for text in [text for text in texts if text.half]:
+            tokens, first = torch.tensor([text.tokens]), torch.tensor([text.start])
+            rounded = {table: half_of(_look_up(table, tokens)) for table in decoder.tables}
+            with half:
+                text.states = decoder.embed(tokens, first, look_up=_rows_of(rounded))[0]
+
+
+def _rows_of(rows: Mapping[Embedding, torch.Tensor]) -> LookUp:
+    return lambda table, _: rows[table]
+
+
+def _look_up(table: Embedding, tokens: torch.Tensor) -> torch.Tensor:
+    found, places = torch.unique(tokens[0], return_inverse=True)
+    return torch.cat([one_row(table.weight, token) for token in found.tolist()])[places][None]
 
 
 def _through(
@@ -115,7 +137,7 @@ def _through(
         with half if text.half else nullcontext():
             passages += [_Passage(text, steps) for steps in text.steps(decoder, block)]
     for text in texts:
-        text.states = text.states[:0]
+        text.states = torch.empty(0)
     for names in block.wiring.shared:
         with _expanded(block, names, room, f"layers.{index}.", on_weight) as weights:
             rounded = False

@@ -38,6 +38,7 @@ class ReadText:
         plain_fp16: The noise of plain fp16; None if that is not known.
         in_fp16: Whether the artifact computes in fp16, so that such noise is its own.
         contents: What tells each tensor of the model from others, by name.
+        largest: The largest number that any block left in the residual stream.
     """
 
     text: str
@@ -48,6 +49,7 @@ class ReadText:
     plain_fp16: PlainFp16 | None = None
     in_fp16: bool = True
     contents: Mapping[str, Content] = field(default_factory=dict)
+    largest: float = 0.0
 
     def tokens_of(self, part: Pass) -> list[int]:
         """Return what a pass reads."""
@@ -104,7 +106,8 @@ def read_text(
         late = _tokens_at(tokens, plan.start, count)
         texts[plan.start] = Reading(plan.start, late, CachedText(decoder, later))
     halves = _halves(decoder, texts, plan, later) if natural else {}
-    growth = _Growth([(texts[start], half) for start, half in halves.items()])
+    pairs = [(texts[start], half) for start, half in halves.items()]
+    growth = _Growth(list(texts.values()), pairs, decoder.spec.hidden_size)
     digests = Digests()
     read_together(decoder, [*texts.values(), *halves.values()], growth.note, on_weight=digests.add)
     exact = [texts[start].states[found] for start, found in rows.items()]
@@ -125,10 +128,12 @@ def read_text(
     if halves:
         count = len(exact)
         wanted_rows = torch.cat(found[count : count + len(beside)])
-        plain = _noise(wanted_rows, torch.cat(found[count + len(beside) :]), growth.largest)
+        plain = _noise(wanted_rows, torch.cat(found[count + len(beside) :]), growth.largest_step)
     states = later.states if natural else None
     contents = digests.contents(decoder)
-    return ReadText(text, plan, tokens, logits, states, plain, in_fp16, contents)
+    return ReadText(
+        text, plan, tokens, logits, states, plain, in_fp16, contents, growth.largest_number
+    )
 
 
 def _tokens_at(tokens: Sequence[int], start: int, count: int) -> list[int]:
@@ -151,24 +156,35 @@ class _Growth:
     """How the error of the residual stream grows from layer to layer.
 
     Args:
-        pairs: Texts beside the same in plain fp16.
+        texts: What is read without rounding.
+        pairs: Those of them that have one, beside the same in plain fp16.
+        hidden: Width of the residual stream, beside which blocks may hand on more.
     """
 
-    def __init__(self, pairs: Sequence[tuple[Reading, Reading]]) -> None:
+    def __init__(
+        self, texts: Sequence[Reading], pairs: Sequence[tuple[Reading, Reading]], hidden: int
+    ) -> None:
+        self.largest_number = 0.0
+        self._texts = texts
         self._pairs = pairs
+        self._hidden = hidden
         self._errors = [0.0]
 
     def note(self) -> None:
-        """Take the error that a block has just left."""
+        """Take the error that a block has just left, and the largest number."""
+        peaks = [text.states[:, : self._hidden].abs().max() for text in self._texts]
+        # Of tensors, whose max keeps NaN.
+        self.largest_number = float(torch.stack([torch.tensor(self.largest_number), *peaks]).max())
         errors = []
         for text, half in self._pairs:
-            exact = text.states[: len(half.states)]
-            errors.append((half.states - exact).norm(dim=-1) / exact.norm(dim=-1))
+            found = half.states[:, : self._hidden]
+            exact = text.states[: len(found), : self._hidden]
+            errors.append((found - exact).norm(dim=-1) / exact.norm(dim=-1))
         if errors:
             self._errors.append(float(torch.cat(errors).mean()))
 
     @property
-    def largest(self) -> int:
+    def largest_step(self) -> int:
         """The layer with the largest growth, or the first without a number."""
         steps = torch.tensor(self._errors).diff()
         lost = (~steps.isfinite()).nonzero()

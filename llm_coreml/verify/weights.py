@@ -14,6 +14,7 @@ by their hashes, which are taken a few rows at a time, where the rows are expand
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -63,8 +64,15 @@ class Digest:
         self.rows += len(piece) if piece.ndim else 1
 
     def content(self, shape: tuple[int, ...], *, fractions: bool = True) -> Content:
-        """Return the content of what has come, a tensor of that shape."""
-        return Content(tuple(shape), self._hash.digest(), bool(self._neutral), fractions)
+        """Return the content of what has come, a tensor of that shape.
+
+        One number is the same in any number of axes: a compiler that exchanges a product with a
+        transposition gives a factor as many as it needs.
+        """
+        alone = math.prod(shape) == 1
+        return Content(
+            (1,) if alone else tuple(shape), self._hash.digest(), bool(self._neutral), fractions
+        )
 
 
 class Digests:

@@ -52,7 +52,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "command-r": ("cohere", {"logit_scale": 0.5, "tie_word_embeddings": True}),
     "ernie4_5": ("ernie4_5", {"use_bias": True, "tie_word_embeddings": True}),
     "exaone4": ("exaone4", {"num_hidden_layers": 4, "sliding_window": 9}),
-    "falcon": ("falcon", {}),
+    "falcon": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": False}),
     "gemma": ("gemma", {"tie_word_embeddings": True, "head_dim": 24}),
     "gemma2": ("gemma2", {"tie_word_embeddings": True, "sliding_window": 9, **CAPS}),
     "gemma3": ("gemma3_text", {"tie_word_embeddings": True, "sliding_window": 9, **SIX_LAYERS}),
@@ -72,6 +72,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "seed_oss": ("seed_oss", {"attention_bias": True, "attention_out_bias": False}),
     "smollm3": ("smollm3", {"num_hidden_layers": 4}),
     "stablelm": ("stablelm", {"use_qkv_bias": True, "use_parallel_residual": False}),
+    "starcoder": ("gpt_bigcode", {}),
     "starcoder2": ("starcoder2", {"use_bias": True, "sliding_window": None}),
 }
 BUILT = sorted(name for name, (family, _) in FAMILIES.items() if family in known_model_types())

@@ -15,6 +15,7 @@ import torch
 import transformers
 from torch import nn
 
+from family_table import TABLE
 from llm_coreml.decoder import Decoder, DecoderSpec
 from llm_coreml.decoder.caches import RingCache
 from llm_coreml.decoder.spec import (
@@ -27,6 +28,7 @@ from llm_coreml.decoder.spec import (
     RopeSpec,
 )
 from llm_coreml.errors import CheckpointError
+from llm_coreml.families import find_family
 from tiny import BASE, expected_logits, llama, random_split, randomize, tokens_for
 
 CONTEXT = 64
@@ -361,6 +363,37 @@ CASES: dict[str, Case] = {
     "sinks": sinks(),
     "distances": alibi(),
 }
+
+
+def gemma_4(**changes: Any) -> Case:
+    """Layers that share keys and values, heads of two sizes, parts of a second table."""
+    entry = TABLE["gemma4_text"]
+    config = {"model_type": "gemma4_text", **entry.sizes, **changes}
+    family = find_family(config)
+    spec = family.spec(config)
+    ours = {made.names[0]: name for name, made in family.stored(spec).items()}
+
+    def adapt(weights: Weights) -> Weights:
+        return {ours.get(f"model.{name}", name): weight for name, weight in weights.items()}
+
+    def make() -> Any:
+        theirs = transformers.Gemma4TextConfig(**config, attn_implementation="eager")
+        model = randomize(transformers.Gemma4ForCausalLM(theirs), std=0.1)
+        for layer in model.model.layers:
+            layer.layer_scalar.fill_(0.8)
+            # Scores are not divided: of these alone a softmax would make its errors of fp32 large.
+            layer.self_attn.q_norm.weight.data.mul_(0.25)
+        return model
+
+    return Case(make, replace(spec, max_position_embeddings=CONTEXT), adapt)
+
+
+CASES["shared keys and values, and a second table"] = gemma_4(
+    num_kv_shared_layers=3, use_double_wide_mlp=True, tie_word_embeddings=False
+)
+CASES["keys that are values, in part shared"] = gemma_4(
+    attention_k_eq_v=True, num_kv_shared_layers=2, num_global_key_value_heads=1
+)
 
 
 def fitted(

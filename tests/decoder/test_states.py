@@ -16,9 +16,12 @@ from llm_coreml.decoder.caches import (
 )
 from llm_coreml.decoder.spec import CacheSizes, Extent
 from llm_coreml.decoder.state import Start
+from llm_coreml.errors import ConfigError
 from llm_coreml.model import open_model
+from llm_coreml.quantize.fill import fill
 from llm_coreml.quantize.quantized import build_original
-from tiny import llama, tokens_for
+from llm_coreml.runtime.eager import EagerRunner
+from tiny import llama, mistral, tokens_for
 
 
 @pytest.fixture(scope="module")
@@ -142,3 +145,21 @@ def test_reset_and_a_fresh_start_forget_the_sequence_before(decoder: Decoder) ->
     decoder.reset()
     assert not cache_of(decoder).keys.any() and not cache_of(decoder).values.any()
     assert torch.equal(decoder(new, start), expected)
+
+
+def test_a_sequence_goes_back_as_far_as_rings_remember_or_is_read_again() -> None:
+    model = open_model(mistral(num_hidden_layers=2, sliding_window=9))
+    decoder = Decoder(model.spec, 96, longest=8)
+    fill(decoder, model.weights, plan=None, storage=None)
+    runner, tokens = EagerRunner(decoder.eval(), "eager"), tokens_for(97, 80)
+    assert runner.rewinds == 32 - 9 + 1
+    whole = runner.logits(tokens)
+    runner.rewind(80 - 24)
+    assert torch.allclose(runner.feed(tokens[56:60]), whole[59], atol=1e-5)
+    with pytest.raises(ConfigError, match=r"80 positions have been written.*the last 24 of them"):
+        runner.rewind(55)
+    # What was read of another ending is behind, and may not be gone on from.
+    again = [*tokens[:55], 1, 2, 3]
+    found = list(runner.generate(again, 4, reuse=True))
+    runner.reset()
+    assert found == list(runner.generate(again, 4))

@@ -263,7 +263,9 @@ def test_what_a_config_leaves_out_is_what_transformers_takes(model_type: str) ->
     whole = family.spec({"model_type": model_type, **needed})
     assert len(whole.layers) == config.num_hidden_layers
     assert whole.max_position_embeddings == length_of(whole, config)
-    spec = replace(whole, layers=whole.layers[:2])
+    spec = family.spec({"model_type": model_type, "num_hidden_layers": 2, **needed})
+    if len(spec.layers) != 2:  # which the family counts under another name
+        spec = replace(whole, layers=whole.layers[:2])
     few = AutoConfig.for_model(model_type, num_hidden_layers=2, **needed)
     with torch.device("meta"):
         theirs = AutoModelForCausalLM.from_config(few)

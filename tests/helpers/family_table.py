@@ -80,6 +80,18 @@ class Entry:
     spelled: bool = True
 
 
+_GEMMA_4 = {
+    **SIZES,
+    "num_hidden_layers": 6,
+    "layer_types": 2 * ["sliding_attention", "sliding_attention", "full_attention"],
+    "sliding_window": 9,
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 97,
+    "final_logit_softcapping": 5.0,
+    "tie_word_embeddings": True,
+}
 _GPT = {
     "vocab_size": 97,
     "n_embd": 64,
@@ -148,6 +160,26 @@ TABLE: dict[str, Entry] = {
             "beyond": {"rope_parameters": YARN, "max_position_embeddings": SHORT},
         },
         {**SIZES, "tie_word_embeddings": True, "logit_scale": 0.5},
+        unread=frozenset({"null head_dim"}),
+    ),
+    "cohere2": Entry(
+        {
+            "fourth": {"num_hidden_layers": 4, "sliding_window": 9},
+            "in-turn": {
+                "layer_types": ["full_attention", "sliding_attention"],
+                "sliding_window": 12,
+                "attention_bias": True,
+                "logit_scale": 0.25,
+            },
+            "pattern": {
+                "sliding_window": 9,
+                "sliding_window_pattern": 2,
+                "num_key_value_heads": 4,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+                "tie_word_embeddings": False,
+            },
+        },
+        {**_PADDED, "tie_word_embeddings": True, "logit_scale": 0.5, "sliding_window": 9},
         unread=frozenset({"null head_dim"}),
     ),
     "ernie4_5": Entry(
@@ -430,6 +462,35 @@ TABLE: dict[str, Entry] = {
             },
         }
     ),
+    "gemma4_text": Entry(
+        {
+            "as-e2b": {"num_kv_shared_layers": 3, "use_double_wide_mlp": True},
+            "as-31b": {
+                "attention_k_eq_v": True,
+                "num_global_key_value_heads": 1,
+                "hidden_size_per_layer_input": 0,
+            },
+            "both": {"attention_k_eq_v": True, "num_kv_shared_layers": 2},
+            "layer-by-layer": {
+                "per_layer_config": {
+                    "2": {"head_dim": 24, "num_key_value_heads": 4},
+                    "5": {"head_dim": 24, "num_key_value_heads": 4},
+                },
+                "attention_bias": True,
+                "final_logit_softcapping": None,
+            },
+            "pattern": {"layer_types": ABSENT, "num_key_value_heads": 1},
+        },
+        sizes=_GEMMA_4,
+    ),
+    "gemma4_unified_text": Entry(
+        {
+            "one-matrix": {"attention_k_eq_v": True, "num_global_key_value_heads": 1},
+            "shared": {"num_kv_shared_layers": 3, "use_double_wide_mlp": True},
+            "pattern": {"layer_types": ABSENT, "sliding_window": ABSENT, "head_dim": 24},
+        },
+        sizes={k: v for k, v in _GEMMA_4.items() if "per_layer" not in k},
+    ),
     "mpt": Entry(
         {
             "four": {},
@@ -610,6 +671,20 @@ TABLE: dict[str, Entry] = {
             "window": {"sliding_window": 9, "tie_word_embeddings": True, "norm_epsilon": 1e-3},
         },
         unread=_OWN_HEADS | _NO_HEADS,
+    ),
+    "vaultgemma": Entry(
+        {
+            "in-turn": {"sliding_window": 9, "attn_logit_softcapping": 2.0},
+            "three": {"num_hidden_layers": 3, "query_pre_attn_scalar": 24, "head_dim": 24},
+            "no-caps": {
+                "attn_logit_softcapping": None,
+                "final_logit_softcapping": None,
+                "layer_types": ["full_attention", "sliding_attention"],
+                "sliding_window": 12,
+                "tie_word_embeddings": True,
+            },
+        },
+        sizes=_GEMMA,
     ),
 }
 CASES = [(family, name) for family, entry in TABLE.items() for name in entry.cases]

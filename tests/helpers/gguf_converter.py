@@ -50,9 +50,7 @@ def _by_groups(name: str, values: Array, config: Any) -> Array:
     if "query_key_value" not in name:
         return values
     heads = config.num_attention_heads
-    keys = config.num_kv_heads if config.new_decoder_architecture else 1
-    if not config.new_decoder_architecture and not config.multi_query:
-        keys = heads
+    keys = key_heads("falcon", config)
     rest = values.shape[1:]
     each = values.reshape(keys, heads // keys + 2, -1, *rest)
     parts = [each[:, :-2], each[:, -2:-1], each[:, -1:]]
@@ -180,7 +178,18 @@ _METADATA: dict[str, Callable[[Writer, Any], None]] = {
 }
 _EPSILONS = ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")
 # Classes that write no width of a head, as `head_dim` is no setting of theirs.
-_NO_HEAD = ("falcon", "gptneox", "granite", "olmo", "phi2", "stablelm", "starcoder2")
+_NO_HEAD = ("falcon", "starcoder", "gptneox", "granite", "olmo", "phi2", "stablelm", "starcoder2")
+
+
+def key_heads(architecture: str, config: Any) -> int:
+    """Return how many heads of keys there are."""
+    if architecture == "starcoder":
+        return 1
+    if architecture == "falcon" and not config.new_decoder_architecture:
+        return 1 if config.multi_query else config.num_attention_heads
+    names = ("num_kv_heads", "num_key_value_heads")
+    found = next((getattr(config, name) for name in names if getattr(config, name, None)), None)
+    return found or config.num_attention_heads
 
 
 def describe(writer: Writer, architecture: str, config: Any) -> None:
@@ -188,12 +197,11 @@ def describe(writer: Writer, architecture: str, config: Any) -> None:
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(
-        getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    )
+    inner = None if architecture in ("falcon", "starcoder") else config.intermediate_size
+    writer.add_feed_forward_length(inner or 4 * config.hidden_size)
     writer.add_head_count(config.num_attention_heads)
-    keys = getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None)
-    writer.add_head_count_kv(keys or config.num_attention_heads)
+    if architecture != "gptneox":
+        writer.add_head_count_kv(key_heads(architecture, config))
     if getattr(config, "rms_norm_eps", None) is not None:
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     for name in _EPSILONS:
@@ -207,7 +215,9 @@ def describe(writer: Writer, architecture: str, config: Any) -> None:
 
 
 def _describe_rope(writer: Writer, config: Any) -> None:
-    rope = config.rope_parameters
+    rope = getattr(config, "rope_parameters", None)
+    if rope is None:
+        return
     rope = rope.get("full_attention", rope)
     if rope["rope_type"] != "dynamic":
         writer.add_rope_freq_base(rope["rope_theta"])
@@ -259,6 +269,8 @@ def _tensors(
             continue
         stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert stored is not None, f"llama.cpp has no name for {name}"
+        if architecture == "gptneox":  # as checkpoints call it, which transformers renames
+            name = name.replace("lm_head", "embed_out")
         values = np.ascontiguousarray(change(name, tensor.numpy(), model.config))
         if values.ndim == 1 or values.shape[1] % size or kind == Kind.F32:
             writer.add_tensor(stored, values)

@@ -103,6 +103,17 @@ def test_ones_and_zeros_may_be_left_out(tmp_path: Path) -> None:
     check_weights(found, contents(artifact.decoder))
 
 
+def test_one_number_is_the_same_in_any_number_of_axes(artifact: Artifact) -> None:
+    expected = contents(artifact.decoder)
+    found = [
+        (name, value.view(1, 1, 1, 1) if isinstance(value, torch.Tensor) and value.numel() == 1
+         and value.ndim else value)
+        for name, value in constants(artifact)
+    ]  # fmt: skip
+    assert any(isinstance(value, torch.Tensor) and value.ndim == 4 for _, value in found)
+    assert check_weights(found, expected) == len(expected)
+
+
 def test_numbers_of_nobody_are_named(artifact: Artifact) -> None:
     found: Constants = [*constants(artifact), ("stray", torch.tensor([1.5]))]
     with pytest.raises(VerificationError, match=r"computes with 'stray' \[1\], which is none of"):

@@ -79,6 +79,8 @@ class _Student:
         self._linear: dict[str, Adjustable] = {}
         self.values: dict[str, Values] = {}
         for name, module in decoder.named_modules():
+            if name.startswith("per_layer."):
+                continue  # as the token table, it stays what it is
             if isinstance(module, nn.Linear) and module is not decoder.lm_head:
                 self._linear[name] = adjustable(moved(module.weight.detach(), device))
                 self.values[name] = tuple(value.clone() for value in self._linear[name].values)

@@ -21,6 +21,7 @@ from llm_coreml.errors import UnsupportedError
 from llm_coreml.quantize.formats.schemes import Scheme
 from llm_coreml.quantize.plan.plan import (
     QuantizationPlan,
+    beside_blocks,
     linear_scheme,
     make_plan,
     matrices,
@@ -112,6 +113,7 @@ def other_bytes(job: Job, spec: DecoderSpec, plan: QuantizationPlan) -> int:
     """Return what a `.pte` takes beside the linear layers of the blocks, at most."""
     table = (spec.vocab_size, spec.hidden_size)
     bits = plan.embedding.stored_bits(table)
+    bits += sum(plan.scheme_of(name).stored_bits(shape) for name, shape in beside_blocks(spec))
     bits += 0 if plan.tied else plan.lm_head.stored_bits(table)
     number, context = job.precision.bits // 8, job.shapes.context
     # What is looked up by positions, and an int32 for every position.

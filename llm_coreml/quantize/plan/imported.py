@@ -24,7 +24,7 @@ from llm_coreml.decoder.matrices import Linear
 from llm_coreml.errors import ConfigError, UnsupportedError
 from llm_coreml.quantize.formats.schemes import IntChannel, IntGroup, Scheme, TableGroup
 from llm_coreml.quantize.formats.tensors import integer_tensor, lookup_tensor
-from llm_coreml.quantize.plan.plan import QuantizationPlan, matrices, use_of
+from llm_coreml.quantize.plan.plan import QuantizationPlan, beside_blocks, matrices, use_of
 from llm_coreml.rules import refused
 
 _ORDER_ADVICE = (
@@ -123,6 +123,9 @@ def with_imports(
     linears = {name: schemes.get(name, plan.linear) for name, _ in matrices(spec)}
     linear = Counter(linears.values()).most_common(1)[0][0]
     embedding = schemes.get("embed_tokens", plan.embedding)
+    exceptions = {name: found for name, found in linears.items() if found != linear}
+    beside = {name: schemes.get(name, plan.embedding) for name, _ in beside_blocks(spec)}
+    exceptions |= {name: found for name, found in beside.items() if found != embedding}
     lm_head = schemes.get("lm_head", plan.lm_head)
     if spec.tie_word_embeddings and "embed_tokens" in schemes:
         lm_head = embedding
@@ -139,7 +142,7 @@ def with_imports(
         lm_head,
         tied,
         0 if tied else plan.untied_bytes,
-        MappingProxyType({name: found for name, found in linears.items() if found != linear}),
+        MappingProxyType(exceptions),
     )
 
 

@@ -37,8 +37,8 @@ class QuantizationPlan:
     """Which scheme each matrix gets.
 
     Attributes:
-        linear: The projections of attention and MLP, where `exceptions` says nothing else.
-        embedding: The token table.
+        linear: The matrices of the blocks, where `exceptions` says nothing else.
+        embedding: The token table, and whatever else is read before the first block.
         lm_head: The output projection.
         tied: The head is the token table, stored once.
         untied_bytes: What storing a tied table twice costs, when the two schemes or rotations
@@ -54,9 +54,21 @@ class QuantizationPlan:
     exceptions: Mapping[str, Scheme] = field(default_factory=lambda: MappingProxyType({}))
 
     def scheme_of(self, module: str) -> Scheme:
-        """Return the scheme of a linear layer or of the token table, by its name in the decoder."""
-        tables: Mapping[str, Scheme] = {"embed_tokens": self.embedding, "lm_head": self.lm_head}
-        return tables.get(module) or self.exceptions.get(module, self.linear)
+        """Return the scheme of a linear layer or of a token table, by its name in the decoder."""
+        if module == "lm_head":
+            return self.lm_head
+        usual = self.linear if module.startswith("layers.") else self.embedding
+        return self.exceptions.get(module, usual)
+
+
+def beside_blocks(spec: DecoderSpec) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Yield name and shape of what is read before the blocks, but for the token table."""
+    for name, module in skeleton(spec).named_modules():
+        if name.startswith("layers.") or name in ("embed_tokens", "lm_head"):
+            continue
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            rows, columns = module.weight.shape
+            yield name, (rows, columns)
 
 
 def matrices(spec: DecoderSpec) -> Iterator[tuple[str, tuple[int, int]]]:
@@ -115,6 +127,8 @@ def make_plan(
         exceptions.get(name, linear).check(name, shape)
     table = (spec.vocab_size, spec.hidden_size)
     embedding.check("the token table", table)
+    for name, shape in beside_blocks(spec):
+        embedding.check(name, shape)
     lm_head.check("the output head", table)
     # A rotated head holds the gain of the last norm, which the table must not.
     same = embedding == lm_head and job.weights.rotate not in ("residual", "both")
