@@ -196,14 +196,6 @@ def test_layers_with_all_options_are_lowered(options: str, backend: Any, tmp_pat
     (core,) = runner.programs
     states = {state.name: state.shape for state in core.states}
     assert states.keys() == form.description.states.keys()
-    # What approximates GELU by tanh differs from it by less than the bound.
-    formulas = {
-        str(op.attributes["val"].value())
-        for op in program(tmp_path / "model.pte").operations
-        if op.type == "const" and op.outputs[0].name.startswith("gelu_mode")
-    }
-    wanted = {layer.feed_forward.activation for layer in spec.layers} & set(FORMULAS)
-    assert formulas == {FORMULAS[name] for name in wanted}
     if spec is not SPEC:
         return
     assert states == {
