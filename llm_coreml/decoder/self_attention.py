@@ -128,7 +128,19 @@ class Attention(nn.Module):
         norm = None if self.spec.qk_norm is None else self.q_norm
         queries = self._placed(self.q_proj(x), norm, chunk)
         growth = chunk.growth(self.spec)
-        return _heads_first(queries if growth is None else queries * growth)
+        if growth is not None:
+            queries = queries * growth
+        if self.scale is not None and self._scaled_early:
+            queries = queries * self.scale
+        return _heads_first(queries)
+
+    @property
+    def _scaled_early(self) -> bool:
+        """Whether queries are scaled before their heads come first.
+
+        Where no reshape lies behind, coremltools would exchange the two, and the scale's rank.
+        """
+        return self.spec.num_queries_per_kv == 1
 
     def _attended(self, x: torch.Tensor, chunk: Chunk, heads: dict[int, Entries]) -> Entries:
         """Return keys and values of all positions, `[1, kv_heads, positions, head_dim]` each."""
@@ -191,7 +203,7 @@ class Attention(nn.Module):
         self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, chunk: Chunk
     ) -> torch.Tensor:
         mask = chunk.mask(self.spec)
-        if self.scale is not None:
+        if self.scale is not None and not self._scaled_early:
             queries = queries * self.scale
         if self.form == "fused":
             return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)

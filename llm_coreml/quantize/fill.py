@@ -99,7 +99,8 @@ class _Filling:
         calibrated = self._windows is not None and index >= 0
         # What is quantized already costs nothing to read again.
         made = [name for name in members if name not in self._packed]
-        owners = [owner for owner in map(_owner, made) if self._scheme_of(owner)]
+        matrices = [_owner(name) for name in made if name.endswith(".weight")]
+        owners = [owner for owner in matrices if self._scheme_of(owner)]
         kept = self._cache is not None and (owners or calibrated)
         key = self._keys.block(members, owners, calibrated) if kept else None
         weights = self._load(key, owners)

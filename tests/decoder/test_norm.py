@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.overrides import TorchFunctionMode
 
-from llm_coreml.decoder.norm import RMSNorm
+from llm_coreml.decoder.norm import LayerNorm, RMSNorm
 
 # Ten fp16 operations of relative error 2^-11 each, the last two on values near one.
 FP16_BOUND = 2.0**-8
@@ -114,3 +114,63 @@ class _FlushedSubnormals(TorchFunctionMode):
                 small = result.abs() < torch.finfo(torch.float16).smallest_normal
                 return torch.where(small, torch.zeros_like(result), result)
         return result
+
+
+def layer_textbook(x: torch.Tensor, norm: LayerNorm) -> torch.Tensor:
+    assert norm.weight is not None and norm.bias is not None
+    x, weight, bias = x.double(), norm.weight.double(), norm.bias.double()
+    return torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, norm.eps)
+
+
+def layer_norm_with(size: int, eps: float, dtype: torch.dtype) -> LayerNorm:
+    norm = LayerNorm(size, eps, bias=True)
+    generator = torch.Generator().manual_seed(0)
+    assert norm.weight is not None and norm.bias is not None
+    norm.weight.copy_(1 + 0.2 * torch.randn(size, generator=generator))
+    norm.bias.copy_(0.2 * torch.randn(size, generator=generator))
+    root = torch.tensor([math.sqrt(eps) / 2], dtype=dtype)  # the best that the precision can hold
+    norm = norm.to(dtype)
+    norm.root_eps = root
+    return norm
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    exponent=st.floats(math.log(1e-6), math.log(6e4)),
+    eps=st.sampled_from([1e-5, 1e-6]),
+    size=st.integers(2, 70),
+    offset=st.floats(-3, 3),
+)
+def test_layer_norm_is_the_textbook_formula_in_fp64(
+    exponent: float, eps: float, size: int, offset: float
+) -> None:
+    norm = layer_norm_with(size, eps, torch.float64)
+    x = (rows_of(size, 1.0, size)[:2] + offset) * math.exp(exponent)
+    assert torch.allclose(norm(x), layer_textbook(x, norm), rtol=1e-9, atol=1e-12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    exponent=st.floats(math.log(1e-3), math.log(6e4)),
+    eps=st.sampled_from([1e-5, 1e-6]),
+    size=st.sampled_from([16, 64, 576]),
+    seed=st.integers(0, 1000),
+    offset=st.floats(-0.5, 0.5),
+)
+def test_layer_norm_stays_near_fp64_step_by_step_in_fp16(
+    exponent: float, eps: float, size: int, seed: int, offset: float
+) -> None:
+    norm = layer_norm_with(size, eps, torch.float16)
+    x = (rows_of(size, 0.5, seed)[:2] + offset).clamp(-1, 1) * math.exp(exponent)
+    half = x.to(torch.float16)
+    found, expected = norm(half), layer_textbook(half, norm)
+    assert torch.isfinite(found).all()
+    largest = expected.abs().amax(dim=-1, keepdim=True)
+    assert ((found.double() - expected).abs() <= 2 * FP16_BOUND * largest).all()
+
+
+def test_what_differs_by_more_than_fp16_holds_has_a_mean() -> None:
+    x = torch.full((1, 64), 65504.0, dtype=torch.float16)
+    x[0, 1::2] = -65504.0
+    norm = layer_norm_with(64, 1e-5, torch.float16)
+    assert torch.allclose(norm(x).double(), layer_textbook(x, norm), rtol=2 * FP16_BOUND, atol=0.01)

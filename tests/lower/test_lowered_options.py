@@ -133,6 +133,7 @@ SHARING = replace(
     logits_multiplier=1.0,
 )
 SPECS = {"sharing": SHARING, "layers": SPEC, "attention": ATTENTION, "norms": NORMS}
+FORMULAS = {"gelu": "EXACT", "gelu_tanh": "TANH_APPROXIMATION"}
 # The states of Core ML are fp16, and XNNPACK guesses at tanh.
 BOUND = 2e-3
 
@@ -191,6 +192,14 @@ def test_layers_with_all_options_are_lowered(options: str, backend: Any, tmp_pat
     (core,) = runner.programs
     states = {state.name: state.shape for state in core.states}
     assert states.keys() == form.description.states.keys()
+    # What approximates GELU by tanh differs from it by less than the bound.
+    formulas = {
+        str(op.attributes["val"].value())
+        for op in program(tmp_path / "model.pte").operations
+        if op.type == "const" and op.outputs[0].name.startswith("gelu_mode")
+    }
+    wanted = {layer.feed_forward.activation for layer in spec.layers} & set(FORMULAS)
+    assert formulas == {FORMULAS[name] for name in wanted}
     if spec is not SPEC:
         return
     assert states == {
