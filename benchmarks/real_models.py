@@ -209,7 +209,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         lines.append(
             f"| {NAMES[row['model']]} | {row['way']} | {row['bytes'] / 1e6:.0f} | "
             f"{row['seconds']:.0f} | {row['peak_bytes'] / 1e6:,.0f} | {row['perplexity']:.2f} | "
-            f"{row['original_perplexity']:.2f} | {row['mean_kl']:.4f} | {row['top1']:.1%} |"
+            f"{row['original_perplexity']:.2f} | {row['mean_kl']:.2g} | {row['top1']:.1%} |"
         )
     lines += ["", f"What follows on '{PROMPT}':", ""]
     for row in (each for each in rows if each["way"] != LONG):

@@ -103,9 +103,11 @@ _OTHER = {
     "a model that reads its prompt in both directions": "cpmant",
 }
 _DENSE = {
+    "a Llama under another name, for --family llama": "internlm3 iquestcoder",
+    "a GPT-2 under another name, for --family gpt2": "gpt-sw3",
     "a dense decoder": (
-        "apertus1p5_text cohere_compass_text ctrl cwm exaone gpt-sw3 gpt_neox_japanese "
-        "hyperclovax internlm3 iquestcoder jais2 ministral modernbert-decoder openai-gpt xglm"
+        "apertus1p5_text cohere_compass_text ctrl cwm exaone gpt_neox_japanese hyperclovax jais2 "
+        "ministral modernbert-decoder openai-gpt xglm"
     ),
 }
 _KINDS: tuple[tuple[Outlook, Mapping[str, str]], ...] = (
