@@ -95,13 +95,13 @@ def _corner(first: int, heads: int, position: Any, width: int) -> Any:
 
 @register_torch_op(override=True)  # type: ignore[untyped-decorator]
 def gelu(context: Any, node: Any) -> None:
-    """Lower GELU by the formula that it names.
+    """Lower GELU in the form that is asked for.
 
-    coremltools itself looks for the name among the positional arguments, where an exported graph
-    does not have it, and takes the exact function for its approximation by tanh.
+    coremltools reads the form among the plain inputs, while an exported graph names it: every GELU
+    would be the exact one.
     """
-    x, *given = _get_inputs(context, node)
-    (named,) = given or _get_kwinputs(context, node, "approximate", default=["none"])
-    formula = named if isinstance(named, str) else named.val
-    mode = "TANH_APPROXIMATION" if formula == "tanh" else "EXACT"
+    (x,) = _get_inputs(context, node, expected=1)
+    # As it stands there: coremltools would take the word for a tensor of that name.
+    (form,) = (node.kwinputs or {}).get("approximate", ["none"])
+    mode = {"none": "EXACT", "tanh": "TANH_APPROXIMATION"}[form]
     context.add(mb.gelu(x=x, mode=mode, name=node.name))

@@ -134,7 +134,6 @@ SHARING = replace(
     logits_multiplier=1.0,
 )
 SPECS = {"sharing": SHARING, "layers": SPEC, "attention": ATTENTION, "norms": NORMS}
-FORMULAS = {"gelu": "EXACT", "gelu_tanh": "TANH_APPROXIMATION"}
 # The states of Core ML are fp16, and XNNPACK guesses at tanh.
 BOUND = 2e-3
 
