@@ -204,8 +204,15 @@ def test_layers_with_all_options_are_lowered(options: str, backend: Any, tmp_pat
     }
 
 
-@pytest.mark.parametrize("norm", [NORM, CENTRED], ids=["rms", "layer"])
-@pytest.mark.parametrize("target", ["gpu", "ane"])
+@pytest.mark.parametrize(
+    ("norm", "target"),
+    [
+        pytest.param(CENTRED, "gpu", id="layer, gpu"),
+        pytest.param(CENTRED, "ane", id="layer, ane", marks=pytest.mark.exhaustive),
+        pytest.param(NORM, "gpu", id="rms, gpu", marks=pytest.mark.exhaustive),
+        pytest.param(NORM, "ane", id="rms, ane", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_norms_of_a_large_residual_stream_hold_in_half(
     norm: NormSpec, target: Any, tmp_path: Path
 ) -> None:
