@@ -85,8 +85,8 @@ _GEMMA_4 = {
     "num_hidden_layers": 6,
     "layer_types": 2 * ["sliding_attention", "sliding_attention", "full_attention"],
     "sliding_window": 9,
-    "head_dim": 16,
-    "global_head_dim": 32,
+    "head_dim": 8,
+    "global_head_dim": 16,
     "hidden_size_per_layer_input": 8,
     "vocab_size_per_layer_input": 97,
     "final_logit_softcapping": 5.0,
@@ -201,6 +201,8 @@ TABLE: dict[str, Entry] = {
             "windows": {"sliding_window": 9, "sliding_window_pattern": 2, "head_dim": 24},
             "fourth": {"sliding_window": 12, "num_hidden_layers": 4, "tie_word_embeddings": True},
         },
+        sizes={**SIZES, "sliding_window": 12},
+        unread=_NO_HEADS,
     ),
     "falcon": Entry(
         {
@@ -482,6 +484,7 @@ TABLE: dict[str, Entry] = {
             "pattern": {"layer_types": ABSENT, "num_key_value_heads": 1},
         },
         sizes=_GEMMA_4,
+        spelled=False,
     ),
     "gemma4_unified_text": Entry(
         {
@@ -490,6 +493,7 @@ TABLE: dict[str, Entry] = {
             "pattern": {"layer_types": ABSENT, "sliding_window": ABSENT, "head_dim": 24},
         },
         sizes={k: v for k, v in _GEMMA_4.items() if "per_layer" not in k},
+        spelled=False,
     ),
     "mpt": Entry(
         {
