@@ -7,6 +7,7 @@ subprocess.run(command, ...)
 from __future__ import annotations
 
 import contextlib
+import math
 import resource
 import sys
 from pathlib import Path
@@ -31,6 +32,11 @@ def bound_memory(nbytes: int) -> None:
     """Let this process take `nbytes` of address space in all, and leave no core file behind."""
     _bound(resource.RLIMIT_AS, nbytes)
     _bound(resource.RLIMIT_CORE, 0)
+
+
+def bound_time(seconds: float) -> None:
+    """Let this process compute for so many seconds, rounded up; SIGXCPU ends it then."""
+    _bound(resource.RLIMIT_CPU, math.ceil(seconds))
 
 
 def bound_further_memory(nbytes: int) -> None:

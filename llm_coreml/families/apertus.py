@@ -24,9 +24,10 @@ _DEFAULTS = {
     "rms_norm_eps": 1e-5,
     "hidden_act": "xielu",
 }
+_THETA = 12000000.0
 _ROPE = {
     "rope_type": "llama3",
-    "rope_theta": 12000000.0,
+    "rope_theta": _THETA,
     "factor": 8.0,
     "original_max_position_embeddings": 8192,
     "low_freq_factor": 1.0,
@@ -52,8 +53,10 @@ def spec(config: Mapping[str, Any]) -> DecoderSpec:
         UnsupportedError: see `llama.spec`.
     """
     known = {**_DEFAULTS, **config}
+    if known.get("rope_theta") is None:
+        known["rope_theta"] = _THETA
     if not (table(config, "rope_parameters") or table(config, "rope_scaling")):
-        known["rope_parameters"] = {**_ROPE, "rope_theta": known.get("rope_theta") or 12000000.0}
+        known["rope_parameters"] = _ROPE  # whatever base is given beside it
     read, bias = Dense(known), flag(config, "attention_bias")
     attention = replace(
         read.attention, qk_norm=QKNormSpec(read.norm.eps), qkv_bias=bias, out_bias=bias

@@ -34,13 +34,13 @@ _NAMES = Names(values=interleaved)
 
 
 def spec(config: Mapping[str, Any]) -> DecoderSpec:
-    """Read a Cohere 2 `config.json`; transformers divides heads evenly whatever head_dim says.
+    """Read a Cohere 2 `config.json`.
 
     Raises:
         CheckpointError: see `llama.spec`.
         UnsupportedError: see `llama.spec`.
     """
-    known = {**_DEFAULTS, **config, "head_dim": None}
+    known = {**_DEFAULTS, **config}
     read = Dense(known, Keys(eps="layer_norm_eps"), NormSpec(kind="layer"))
     bias = flag(config, "attention_bias")
     attention = replace(read.attention, qkv_bias=bias, out_bias=bias)

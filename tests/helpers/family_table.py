@@ -107,6 +107,18 @@ _WIDE = _LISTS | {"null head_dim"}
 # What transformers reads as another head size in one place than in another.
 _OWN_HEADS = frozenset({"wide heads", "null head_dim", "layers in turn"})
 _SWITCHED = frozenset({"layers in turn"})
+# Where a table for each kind of layer is built of what is given for all.
+_TABLES = frozenset(
+    {
+        "null head_dim",
+        "scaling added",
+        "scaling and theta added",
+        "empty scaling beside parameters",
+        "default scaling beside linear",
+    }
+)
+# Where a share of each head is rotated, which these are too long or too short for.
+_SHARE = _LISTS | {"proportional parameters"}
 # Where transformers has a token of its own for pads, beyond so small a table.
 _PADDED = {**SIZES, "pad_token_id": 0}
 _GEMMA = {**_PADDED, "head_dim": 16, "sliding_window": 9}
@@ -248,6 +260,7 @@ TABLE: dict[str, Entry] = {
             },
         },
         sizes=_GEMMA,
+        unread=frozenset({"null head_dim"}),
     ),
     "gemma3_text": Entry(
         {
@@ -271,6 +284,7 @@ TABLE: dict[str, Entry] = {
             "sixth": {"num_hidden_layers": 6, "head_dim": 24, "final_logit_softcapping": 3.0},
         },
         sizes=_GEMMA,
+        unread=_TABLES,
     ),
     "glm": Entry(
         {
@@ -396,7 +410,7 @@ TABLE: dict[str, Entry] = {
             "tied": {"tie_word_embeddings": True, "head_dim": 8, "num_attention_heads": 8},
         },
         {**SIZES, "head_dim": 16},
-        unread=_NO_HEADS,
+        unread=_OWN_HEADS | _NO_HEADS,
     ),
     "hunyuan_v1_dense": Entry(
         {
@@ -519,7 +533,7 @@ TABLE: dict[str, Entry] = {
             "biases": {"attention_bias": True, "mlp_bias": True, "head_dim": 24},
             "tied": {"tie_word_embeddings": True, "partial_rotary_factor": 1.0, "norm_eps": 1e-3},
         },
-        unread=frozenset({"no key/value heads"}),
+        unread=_LISTS | {"no key/value heads"},
         needed={"num_key_value_heads": 8},
     ),
     "olmo": Entry(
@@ -559,6 +573,7 @@ TABLE: dict[str, Entry] = {
             },
         },
         sizes={**_PADDED, "sliding_window": 9},
+        unread=_TABLES,
     ),
     "opt": Entry(
         {
@@ -584,7 +599,7 @@ TABLE: dict[str, Entry] = {
             "gqa": {"partial_rotary_factor": 0.25, "layer_norm_eps": 1e-3},
             "qk-norms": {"qk_layernorm": True, "tie_word_embeddings": True},
         },
-        unread=_OWN_HEADS,
+        unread=_OWN_HEADS | _SHARE,
     ),
     "phi3": Entry(
         {
@@ -666,7 +681,7 @@ TABLE: dict[str, Entry] = {
             "both": {"qk_layernorm": True, "use_parallel_residual": True},
         },
         {**SIZES, "partial_rotary_factor": 0.5},
-        unread=_OWN_HEADS | _NO_HEADS,
+        unread=_OWN_HEADS | _NO_HEADS | _SHARE,
     ),
     "starcoder2": Entry(
         {
@@ -689,6 +704,7 @@ TABLE: dict[str, Entry] = {
             },
         },
         sizes=_GEMMA,
+        unread=frozenset({"null head_dim"}),
     ),
 }
 CASES = [(family, name) for family, entry in TABLE.items() for name in entry.cases]
