@@ -62,7 +62,7 @@ def test_an_argument_wins_over_a_recipe(tmp_path: Path, monkeypatch: pytest.Monk
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("model: org/name\nweights: {size: 600MB}\nprogram: {context: 64}\n")
 
-    def refuse(*_: object, accept: Any) -> None:
+    def refuse(*_: object, accept: Any, **__: Any) -> None:
         raise CheckpointError(f"asked for {accept.__self__.config.flags()}")
 
     monkeypatch.setattr(pipeline, "open_model", refuse)

@@ -271,7 +271,7 @@ CONFIGS = st.builds(
 MIXED = st.one_of(
     st.builds(ExportConfig, bits=st.floats(1.01, 15.99).filter(lambda bits: not bits.is_integer())),
     st.builds(ExportConfig, size=st.integers(1, 10**12), embedding=st.just("codebook:4")),
-    st.builds(ExportConfig, plan=st.just("out/manifest.json"), calibrate=st.just("bundled")),
+    st.builds(ExportConfig, plan=st.just("manifest.json"), calibrate=st.just("bundled")),
 )
 
 

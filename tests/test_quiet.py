@@ -42,7 +42,7 @@ def test_an_export_from_python_is_quiet(checkpoint: Path, tmp_path: Path) -> Non
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     *told, last = done.stdout.splitlines()
-    assert set(told) == {"a line of the host"} and len(told) == 4
+    assert set(told) == {"a line of the host"} and len(told) == 5
     assert last.startswith(f"{tmp_path / 'out'}: ")
     lines = {line for line in done.stderr.splitlines() if "a warning of the host" not in line}
     assert (

@@ -30,6 +30,7 @@ def test_a_file_that_fails_is_kept_with_its_figures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "made" / "out"
+    monkeypatch.setattr("llm_coreml.verify.logits.conversion_bound", lambda *_: 1.0)
     monkeypatch.setattr("llm_coreml.verify.logits.bounds", lambda plain: (1e-9, 1e-12))
     error = attempt(output)
     kept = tmp_path / "made" / "out.failed"

@@ -340,7 +340,7 @@ def test_settings_that_make_no_sense(changes: dict[str, Any], tmp_path: Path) ->
         (
             lambda t: t.update({f"{Q}.lora_magnitude_vector": torch.ones(3)}),
             CheckpointError,
-            "does not fit",
+            "use_dora = false, and the adapter of .* holds a lora_magnitude_vector",
         ),
         (
             lambda t: t.update({"model.layers.7.mlp.up_proj.lora_A.weight": torch.ones(4, 4)}),

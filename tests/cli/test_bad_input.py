@@ -146,7 +146,7 @@ def shard(folder: Path) -> None:
             (NORM, "inf at [0]"),
         ),
         (lambda folder: edit_config(folder, model_type="lama"), 5, ("'lama'", "'llama'")),
-        (lambda folder: edit_config(folder, model_type="gpt2"), 5, ("'gpt2'",)),
+        (lambda folder: edit_config(folder, model_type="mamba"), 5, ("'mamba'",)),
         (lambda folder: edit_config(folder, hidden_size=None), 4, ("hidden_size",)),
         (lambda folder: edit_config(folder, hidden_size="large"), 4, ("hidden_size", "large")),
         (

@@ -297,6 +297,7 @@ def test_export_flags_reach_the_config(
         "embedding": "int4-channel",
         "lm_head": "codebook:6",
         "rotate": "both",
+        "residual_shift": 3,
         "calibrate": "text.txt",
         "calibration_tokens": 512,
         "tune": 20,

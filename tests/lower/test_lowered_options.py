@@ -119,7 +119,7 @@ NORMS = replace(
     norm=CENTRED,
     head_bias=True,
     embedding_norm=CENTRED,
-    learned_positions=32,
+    learned_positions=CONTEXT,
 )
 KEPT = replace(HEADS, window=9, qk_norm=QKNormSpec(), value_norm=replace(NORM, gain=False))
 SHARING = replace(
@@ -130,7 +130,7 @@ SHARING = replace(
         LayerSpec(replace(KEPT, shares=0), MLP),
         LayerSpec(replace(HEADS, head_dim=8, rope=1, shares=1), MLP),
     ),
-    per_layer=PerLayerSpec(101, 8, table_multiplier=2.0, sum_multiplier=0.7),
+    per_layer=PerLayerSpec(101, 8, activation="silu", table_multiplier=2.0, sum_multiplier=0.7),
     logits_multiplier=1.0,
 )
 SPECS = {"sharing": SHARING, "layers": SPEC, "attention": ATTENTION, "norms": NORMS}
