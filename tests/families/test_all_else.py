@@ -46,7 +46,6 @@ _PARTS = [
     "gemma3_text",
     "gemma4_text",
     "gpt2",
-    "granite_swa",
     "ministral3",
     "nanochat",
     "olmo2",
@@ -65,7 +64,10 @@ def made(folder: Path, family: str) -> tuple[Any, Model]:
     """Write a family's first model with a vocabulary that text can be read with."""
     first = next(iter(TABLE[family].cases.values()))
     folder.mkdir(exist_ok=True)
-    theirs = checkpoint(folder, family, {**first, "vocab_size": VOCABULARY})
+    sizes = {"vocab_size": VOCABULARY}
+    if "vocab_size_per_layer_input" in TABLE[family].sizes:
+        sizes["vocab_size_per_layer_input"] = VOCABULARY
+    theirs = checkpoint(folder, family, {**first, **sizes})
     shutil.copy(TOKENIZER, folder)
     return theirs, open_model(folder)
 
@@ -78,6 +80,8 @@ def quantized(model: Model, **settings: Any) -> Quantized:
 def refusals(spec: DecoderSpec) -> set[str]:
     """Return what cannot be rotated, for norms of what is written or means of what is read."""
     parts = [part for layer in spec.layers for part in (layer.mixer, layer.feed_forward)]
+    if any(layer.mixer.value_norm is not None for layer in spec.layers):
+        return {"residual", "heads"}
     if any(part.out_norm is not None for part in parts):
         return {"residual"}
     norms = [norm for norm in (spec.norm, *(part.norm for part in parts)) if norm is not None]
