@@ -117,7 +117,7 @@ _TABLES = frozenset(
         "default scaling beside linear",
     }
 )
-# Unscaled scores magnify fp32's own noise up to the bound here; the cases of the table are silent of
+# Unscaled scores magnify fp32's own noise up to the bound here; cases of the table say nothing of
 # RoPE, too.
 _NOISY = frozenset({"silent"})
 # Where a share of each head is rotated, which these are too long or too short for.
