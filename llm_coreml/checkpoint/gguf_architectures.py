@@ -4,7 +4,7 @@
     known.model_type                       # 'gemma3_text'
     known.name("blk.0.ffn_norm.weight")    # 'model.layers.0.pre_feedforward_layernorm.weight'
 
-What a file says in metadata stands in `settings`; what llama.cpp has in its code instead of in the
+What a file says in metadata stands in `numbers`; what llama.cpp has in its code instead of in the
 file (which layers have a window, which activation) is in `fixed`, `pattern` and `no_rope`. Its
 converter puts rows of queries and keys in another order where its rotation asks for that (`rows`),
 and stores gains that are trained as a difference from one as they are used (`plus_one`).
@@ -97,7 +97,8 @@ class Architecture:
         front: What stands before all names but the head's.
         layer: What stands before the number of a layer.
         head: The head's name.
-        settings: What `config.json` calls a number of the metadata; beyond the usual sizes.
+        eps: The metadata's name of the norms' eps, and what `config.json` calls it.
+        settings: What `config.json` calls other numbers of the metadata; beyond the usual sizes.
         fixed: What every model of it has.
         share: What `config.json` calls the share of a head that is rotated; None where all is.
         pattern: Every how manieth layer sees all positions, where a window is given.
@@ -116,7 +117,8 @@ class Architecture:
     front: str = "model."
     layer: str = "layers."
     head: str = "lm_head"
-    settings: Mapping[str, str] = field(default_factory=lambda: _RMS)
+    eps: Mapping[str, str] = field(default_factory=lambda: _RMS)
+    settings: Mapping[str, str] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
     share: str | None = None
     pattern: int | None = None
@@ -128,6 +130,11 @@ class Architecture:
     second: Mapping[str, str] = field(default_factory=dict)
     sizes: Mapping[str, str] = field(default_factory=dict)
     rotary: bool = True
+
+    @property
+    def numbers(self) -> Mapping[str, str]:
+        """What `config.json` calls numbers of the metadata, the norms' eps among them."""
+        return {**self.eps, **self.settings}
 
     def of(self, tensors: Collection[str]) -> Architecture:
         """Return what it is in a file of these tensors."""
@@ -150,11 +157,6 @@ class Architecture:
         return stored
 
 
-def _of(model_type: str, **changes: Any) -> Architecture:
-    settings = {**changes.pop("eps", _RMS), **changes.pop("settings", {})}
-    return Architecture(model_type, settings=MappingProxyType(settings), **changes)
-
-
 def _eps(name: str) -> dict[str, str]:
     return {"attention.layer_norm_epsilon": name}
 
@@ -163,24 +165,31 @@ _CAPS = {
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
 }
-_TANH = {"hidden_activation": "gelu_pytorch_tanh"}
+_GEMMA_2 = Architecture(
+    "gemma2",
+    names=_SANDWICH,
+    settings={**_WINDOW, **_CAPS},
+    fixed={"hidden_activation": "gelu_pytorch_tanh"},
+    pattern=2,
+    plus_one=True,
+)
 _BIASES = (None, None, "use_bias")
 
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
     {
-        "arcee": _of("arcee", rows="pairs"),
-        "cohere2": _of(
+        "arcee": Architecture("arcee", rows="pairs"),
+        "cohere2": Architecture(
             "cohere2",
             eps=_eps("layer_norm_eps"),
             settings={"logit_scale": "logit_scale", **_WINDOW},
             pattern=4,
         ),
-        "command-r": _of(
+        "command-r": Architecture(
             "cohere", eps=_eps("layer_norm_eps"), settings={"logit_scale": "logit_scale"}
         ),
-        "ernie4_5": _of("ernie4_5", biases=_BIASES),
-        "exaone4": _of("exaone4", names=_AFTER, settings=_WINDOW, pattern=4),
-        "falcon": _of(
+        "ernie4_5": Architecture("ernie4_5", biases=_BIASES),
+        "exaone4": Architecture("exaone4", names=_AFTER, settings=_WINDOW, pattern=4),
+        "falcon": Architecture(
             "falcon",
             names=_FALCON,
             second={"attn_norm": "ln_mlp", _SECOND: "ln_attn"},
@@ -192,24 +201,10 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
             rows="groups",
             biases=(None, None, "bias"),
         ),
-        "gemma": _of("gemma", fixed={"hidden_act": "gelu_pytorch_tanh"}, plus_one=True),
-        "gemma2": _of(
-            "gemma2",
-            names=_SANDWICH,
-            settings={**_WINDOW, **_CAPS},
-            fixed=_TANH,
-            pattern=2,
-            plus_one=True,
-        ),
-        "gemma3": _of(
-            "gemma3_text",
-            names=_SANDWICH,
-            settings={**_WINDOW, **_CAPS},
-            fixed=_TANH,
-            pattern=6,
-            plus_one=True,
-        ),
-        "glm4": _of(
+        "gemma": Architecture("gemma", fixed={"hidden_act": "gelu_pytorch_tanh"}, plus_one=True),
+        "gemma2": _GEMMA_2,
+        "gemma3": replace(_GEMMA_2, model_type="gemma3_text", pattern=6),
+        "glm4": Architecture(
             "glm4",
             names={
                 "post_attention_norm": "post_self_attn_layernorm",
@@ -219,7 +214,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
             share="partial_rotary_factor",
             wide_up=True,
         ),
-        "gptneox": _of(
+        "gptneox": Architecture(
             "gpt_neox",
             names=_NEOX,
             front="gpt_neox.",
@@ -230,7 +225,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
             share="rotary_pct",
             rows="heads",
         ),
-        "granite": _of(
+        "granite": Architecture(
             "granite",
             settings={
                 "attention.scale": "attention_multiplier",
@@ -240,32 +235,32 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
             },
             rows="pairs",
         ),
-        "hunyuan-dense": _of(
+        "hunyuan-dense": Architecture(
             "hunyuan_v1_dense",
             names={
                 "attn_q_norm": "self_attn.query_layernorm",
                 "attn_k_norm": "self_attn.key_layernorm",
             },
         ),
-        "llama": _of("llama", settings=_WINDOW, rows="pairs"),
-        "mistral3": _of(
+        "llama": Architecture("llama", settings=_WINDOW, rows="pairs"),
+        "mistral3": Architecture(
             "ministral3", settings={**_WINDOW, "attention.temperature_scale": ""}, rows="pairs"
         ),
-        "nemotron": _of(
+        "nemotron": Architecture(
             "nemotron",
             eps=_eps("norm_eps"),
             fixed={"hidden_act": "relu2"},
             share="partial_rotary_factor",
             plus_one=True,
         ),
-        "olmo": _of(
+        "olmo": Architecture(
             "olmo",
             eps={},  # always 1e-5
             settings={"attention.clamp_kqv": "clip_qkv"},
             rows="pairs",
         ),
-        "olmo2": _of("olmo2", names=_AFTER, settings=_WINDOW, pattern=4),
-        "phi2": _of(
+        "olmo2": Architecture("olmo2", names=_AFTER, settings=_WINDOW, pattern=4),
+        "phi2": Architecture(
             "phi",
             names={
                 "output_norm": "final_layernorm",
@@ -277,7 +272,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
             fixed={"hidden_act": "gelu_new"},
             share="partial_rotary_factor",
         ),
-        "phi3": _of(
+        "phi3": Architecture(
             "phi3",
             names={"ffn_up": "mlp.gate_up_proj"},
             settings={
@@ -287,22 +282,22 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
             share="partial_rotary_factor",
             wide_up=True,
         ),
-        "qwen2": _of("qwen2"),
-        "qwen3": _of("qwen3"),
-        "seed_oss": _of(
+        "qwen2": Architecture("qwen2"),
+        "qwen3": Architecture("qwen3"),
+        "seed_oss": Architecture(
             "seed_oss",
             names={"post_attention_norm": "post_attention_layernorm"},
             biases=("attention_bias", "attention_out_bias", "mlp_bias"),
         ),
-        "smollm3": _of("smollm3", no_rope=4, rows="pairs"),
-        "stablelm": _of(
+        "smollm3": Architecture("smollm3", no_rope=4, rows="pairs"),
+        "stablelm": Architecture(
             "stablelm",
             eps=_eps("layer_norm_eps"),
             settings={"use_parallel_residual": "use_parallel_residual"},
             share="partial_rotary_factor",
             biases=("use_qkv_bias", None, None),
         ),
-        "starcoder": _of(
+        "starcoder": Architecture(
             "gpt_bigcode",
             names=_BIGCODE,
             front="transformer.",
@@ -313,7 +308,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
             sizes=_BIGCODE_SIZES,
             rotary=False,
         ),
-        "starcoder2": _of(
+        "starcoder2": Architecture(
             "starcoder2",
             names={"ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"},
             eps=_eps("norm_epsilon"),

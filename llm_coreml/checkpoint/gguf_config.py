@@ -94,7 +94,7 @@ def config_of(metadata: Mapping[str, Any], shapes: Shapes, path: Path) -> dict[s
         return _of_another(architecture, own)
     _refuse_unknown(architecture, known, own, path)
     config: dict[str, Any] = {"model_type": known.model_type, **known.fixed}
-    for key, name in (_NEEDED | _OPTIONAL | dict(known.settings)).items():
+    for key, name in (_NEEDED | _OPTIONAL | dict(known.numbers)).items():
         if key in own and name:
             config[name] = own[key] if isinstance(own[key], bool) else number(own, key, path)
         elif key in _NEEDED:
@@ -144,8 +144,8 @@ def special_tokens(metadata: Mapping[str, Any]) -> dict[str, Any]:
 def _refuse_unknown(
     architecture: str, known: Architecture, own: Collection[str], path: Path
 ) -> None:
-    understood = {*_NEEDED, *_OPTIONAL, *_OTHERS, *known.settings}
-    if _WINDOW in known.settings:
+    understood = {*_NEEDED, *_OPTIONAL, *_OTHERS, *known.numbers}
+    if _WINDOW in known.numbers:
         understood.add(_PATTERN)
     for key in own:
         if key not in understood:

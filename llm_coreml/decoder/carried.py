@@ -10,7 +10,7 @@ holds one tensor a text and need not know: all of it lies side by side in that.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import final
 
 import torch
@@ -35,10 +35,6 @@ class Carried:
     stream: torch.Tensor
     parts: tuple[torch.Tensor, ...] = ()
     heads: Mapping[int, Entries] = field(default_factory=dict)
-
-    def with_stream(self, stream: torch.Tensor) -> Carried:
-        """Return the same with another residual stream."""
-        return replace(self, stream=stream)
 
 
 @final

@@ -11,7 +11,7 @@ from llm_coreml.decoder.spec import DecoderSpec, LayerSpec, MLPSpec, QKNormSpec
 from llm_coreml.families import llama
 from llm_coreml.families.dense import Dense
 from llm_coreml.families.family import Family
-from llm_coreml.families.fields import flag, table, whole
+from llm_coreml.families.fields import table, whole
 from llm_coreml.families.names import Names, stored
 from llm_coreml.families.rotary import rope_notes
 
@@ -57,10 +57,8 @@ def spec(config: Mapping[str, Any]) -> DecoderSpec:
         known["rope_theta"] = _THETA
     if not (table(config, "rope_parameters") or table(config, "rope_scaling")):
         known["rope_parameters"] = _ROPE  # whatever base is given beside it
-    read, bias = Dense(known), flag(config, "attention_bias")
-    attention = replace(
-        read.attention, qk_norm=QKNormSpec(read.norm.eps), qkv_bias=bias, out_bias=bias
-    )
+    read = Dense(known)
+    attention = replace(read.biased_attention, qk_norm=QKNormSpec(read.norm.eps))
     learned = known["hidden_act"] == "xielu"
     inner = whole(known, "intermediate_size")
     activation = "xielu" if learned else read.activation

@@ -32,8 +32,8 @@ def spec(config: Mapping[str, Any]) -> DecoderSpec:
         CheckpointError: see `llama.spec`.
         UnsupportedError: see `llama.spec`.
     """
-    read, bias = Dense({**_DEFAULTS, **config}), flag(config, "attention_bias")
-    attention = replace(read.attention, qkv_bias=bias, out_bias=bias)
+    read = Dense({**_DEFAULTS, **config})
+    attention = read.biased_attention
     mlp = replace(read.mlp, gated=False, bias=flag(config, "mlp_bias"))
     return read.alike(LayerSpec(attention, mlp))
 

@@ -18,7 +18,7 @@ from llm_coreml.checkpoint.value_maps import (
 )
 from llm_coreml.decoder.spec import DecoderSpec, LayerSpec
 
-# What transformers calls matrices that are stored as one.
+# What transformers calls matrices that are stored as one, and those of a plain MLP.
 FUSED_QKV: Mapping[str, str] = MappingProxyType(
     {f"self_attn.{kind}_proj": "self_attn.qkv_proj" for kind in "qkv"}
 )
@@ -27,6 +27,10 @@ FUSED_HEADS: Mapping[str, str] = MappingProxyType(
 )
 FUSED_GATE: Mapping[str, str] = MappingProxyType(
     {f"mlp.{kind}_proj": "mlp.gate_up_proj" for kind in ("gate", "up")}
+)
+
+FOUR_TIMES: Mapping[str, str] = MappingProxyType(
+    {"mlp.up_proj": "mlp.dense_h_to_4h", "mlp.down_proj": "mlp.dense_4h_to_h"}
 )
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from llm_coreml.decoder.spec import DecoderSpec, LayerSpec
+from llm_coreml.families import opt
 from llm_coreml.families.dense import LAYER_NORM, Dense, Keys
 from llm_coreml.families.family import Family
 from llm_coreml.families.fields import flag
@@ -29,14 +30,7 @@ _DEFAULTS = {
 _NAMES = Names(
     trunk="biogpt.",
     head="output_projection",
-    modules={
-        "norm": "layer_norm",
-        "input_layernorm": "self_attn_layer_norm",
-        "post_attention_layernorm": "final_layer_norm",
-        "self_attn.o_proj": "self_attn.out_proj",
-        "mlp.up_proj": "fc1",
-        "mlp.down_proj": "fc2",
-    },
+    modules={**opt.MODULES, "norm": "layer_norm"},
     first_position=2,
 )
 

@@ -9,7 +9,7 @@ from typing import Any
 from llm_coreml.decoder.spec import DecoderSpec, LayerSpec
 from llm_coreml.errors import UnsupportedError
 from llm_coreml.families.alibi import slopes
-from llm_coreml.families.arrangements import qkv_blocks
+from llm_coreml.families.arrangements import FOUR_TIMES, qkv_blocks
 from llm_coreml.families.dense import LAYER_NORM, Dense, Keys
 from llm_coreml.families.family import Family
 from llm_coreml.families.fields import flag
@@ -38,8 +38,7 @@ MODULES = {
     "norm": "ln_f",
     **{f"self_attn.{kind}_proj": "self_attention.query_key_value" for kind in "qkv"},
     "self_attn.o_proj": "self_attention.dense",
-    "mlp.up_proj": "mlp.dense_h_to_4h",
-    "mlp.down_proj": "mlp.dense_4h_to_h",
+    **FOUR_TIMES,
 }
 _NAMES = Names(
     trunk="transformer.",

@@ -16,7 +16,7 @@ from llm_coreml.families.names import Names, stored
 from llm_coreml.families.rotary import rope_notes, rope_spec
 
 # transformers' own defaults where config.json is silent.
-_DEFAULTS = {
+DEFAULTS = {
     "vocab_size": 256000,
     "hidden_size": 8192,
     "intermediate_size": 22528,
@@ -39,11 +39,11 @@ def spec(config: Mapping[str, Any]) -> DecoderSpec:
         CheckpointError: see `llama.spec`.
         UnsupportedError: see `llama.spec`.
     """
-    read = Dense({**_DEFAULTS, **config}, Keys(eps="layer_norm_eps"), NormSpec(kind="layer"))
-    bias, qk_norm = flag(config, "attention_bias"), None
+    read = Dense({**DEFAULTS, **config}, Keys(eps="layer_norm_eps"), NormSpec(kind="layer"))
+    qk_norm = None
     if flag(config, "use_qk_norm"):
         qk_norm = QKNormSpec(read.norm.eps, kind="layer", own=True)
-    attention = replace(read.attention, qk_norm=qk_norm, qkv_bias=bias, out_bias=bias)
+    attention = replace(read.biased_attention, qk_norm=qk_norm)
     layer = LayerSpec(attention, replace(read.mlp, norm=None), parallel=True)
     rope = rope_spec(read.config, read.head_dim, read.positions, theta=500000.0)
     plain = read.decoder(read.count * (layer,), (rope,))

@@ -7,29 +7,18 @@ from dataclasses import replace
 from typing import Any
 
 from llm_coreml.decoder.spec import DecoderSpec, LayerSpec, NormSpec
-from llm_coreml.families import llama
+from llm_coreml.families import cohere, llama
 from llm_coreml.families.arrangements import interleaved
 from llm_coreml.families.dense import Dense, Keys
 from llm_coreml.families.family import Family
-from llm_coreml.families.fields import flag, number
+from llm_coreml.families.fields import number
 from llm_coreml.families.layered import turns
 from llm_coreml.families.names import Names, stored
 from llm_coreml.families.rotary import rope_notes
 from llm_coreml.families.windows import sliding_window
 
 # transformers' own defaults where config.json is silent.
-_DEFAULTS = {
-    "vocab_size": 256000,
-    "hidden_size": 8192,
-    "intermediate_size": 22528,
-    "logit_scale": 0.0625,
-    "num_hidden_layers": 40,
-    "num_attention_heads": 64,
-    "max_position_embeddings": 8192,
-    "layer_norm_eps": 1e-5,
-    "sliding_window": 4096,
-    "tie_word_embeddings": True,
-}
+_DEFAULTS = {**cohere.DEFAULTS, "sliding_window": 4096}
 _NAMES = Names(values=interleaved)
 
 
@@ -42,8 +31,7 @@ def spec(config: Mapping[str, Any]) -> DecoderSpec:
     """
     known = {**_DEFAULTS, **config}
     read = Dense(known, Keys(eps="layer_norm_eps"), NormSpec(kind="layer"))
-    bias = flag(config, "attention_bias")
-    attention = replace(read.attention, qkv_bias=bias, out_bias=bias)
+    attention = read.biased_attention
     mlp = replace(read.mlp, norm=None)
     layers = [
         LayerSpec(

@@ -133,6 +133,12 @@ class Dense:
         )
 
     @property
+    def biased_attention(self) -> AttentionSpec:
+        """The same, whose matrices have biases where `attention_bias` says so."""
+        bias = flag(self.config, "attention_bias")
+        return replace(self.attention, qkv_bias=bias, out_bias=bias)
+
+    @property
     def mlp(self) -> MLPSpec:
         """A gated feed-forward layer without biases."""
         inner = whole(self.config, self.keys.inner)

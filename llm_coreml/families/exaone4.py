@@ -11,7 +11,7 @@ from llm_coreml.families import llama
 from llm_coreml.families.dense import Dense
 from llm_coreml.families.family import Family
 from llm_coreml.families.layered import turns
-from llm_coreml.families.names import Names, stored
+from llm_coreml.families.names import BEHIND, Names, stored
 from llm_coreml.families.rotary import rope_notes
 from llm_coreml.families.windows import sliding_window
 
@@ -24,12 +24,7 @@ _DEFAULTS = {
     "rms_norm_eps": 1e-5,
     "sliding_window": 4096,
 }
-_NAMES = Names(
-    modules={
-        "attention_out_norm": "post_attention_layernorm",
-        "mlp_out_norm": "post_feedforward_layernorm",
-    }
-)
+_NAMES = Names(modules=BEHIND)
 
 
 def spec(config: Mapping[str, Any]) -> DecoderSpec:

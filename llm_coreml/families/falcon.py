@@ -8,6 +8,7 @@ from typing import Any
 
 from llm_coreml.decoder.spec import DecoderSpec, LayerSpec
 from llm_coreml.errors import UnsupportedError
+from llm_coreml.families import bloom
 from llm_coreml.families.arrangements import qkv_blocks
 from llm_coreml.families.dense import LAYER_NORM, Dense, Keys
 from llm_coreml.families.family import Family
@@ -30,14 +31,6 @@ _DEFAULTS = {
 }
 _KEYS = Keys(groups="num_kv_heads", inner="ffn_hidden_size",
              eps="layer_norm_epsilon", activation="activation")  # fmt: skip
-_MODULES = {
-    "embed_tokens": "word_embeddings",
-    "norm": "ln_f",
-    **{f"self_attn.{kind}_proj": "self_attention.query_key_value" for kind in "qkv"},
-    "self_attn.o_proj": "self_attention.dense",
-    "mlp.up_proj": "mlp.dense_h_to_4h",
-    "mlp.down_proj": "mlp.dense_4h_to_h",
-}
 _TWO = {"input_layernorm": "ln_attn", "post_attention_layernorm": "ln_mlp"}
 
 
@@ -71,7 +64,7 @@ def spec(config: Mapping[str, Any]) -> DecoderSpec:
 def _names(spec: DecoderSpec) -> Names:
     layer = spec.layers[0]
     two = layer.parallel and layer.feed_forward.norm is not None
-    modules = {**_MODULES, **_TWO} if two else _MODULES
+    modules = {**bloom.MODULES, **_TWO} if two else bloom.MODULES
     return Names("transformer.", "h", modules=modules, values=lambda _, each: qkv_blocks(each))
 
 

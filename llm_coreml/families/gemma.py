@@ -48,8 +48,8 @@ def spec(config: Mapping[str, Any]) -> DecoderSpec:
             "config.json asks for use_bidirectional_attention; a decoder sees what came before. "
             "Give a model that generates text."
         )
-    read, bias = Dense(known), flag(config, "attention_bias")
-    attention = replace(read.attention, qkv_bias=bias, out_bias=bias)
+    read = Dense(known)
+    attention = read.biased_attention
     plain = read.alike(LayerSpec(attention, read.mlp))
     return replace(plain, embedding_multiplier=math.sqrt(read.hidden))
 

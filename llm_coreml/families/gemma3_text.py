@@ -11,7 +11,7 @@ from llm_coreml.families import gemma2, llama
 from llm_coreml.families.family import Family
 from llm_coreml.families.fields import number
 from llm_coreml.families.gemma_parts import NAMES, attention_of, finished, gemma
-from llm_coreml.families.layered import FULL, SLIDING, table_of, turns
+from llm_coreml.families.layered import in_turn, tables_of, turns
 from llm_coreml.families.names import stored
 from llm_coreml.families.rotary import rope_notes
 from llm_coreml.families.windows import sliding_window
@@ -31,19 +31,14 @@ def spec(config: Mapping[str, Any]) -> DecoderSpec:
     attention = replace(attention_of(read), qk_norm=QKNormSpec(read.norm.eps))
     mlp = replace(read.mlp, out_norm=read.norm)
     seen = turns(read.config, read.count, sliding_window(read.config), pattern=6)
-    thetas = {
-        FULL: number(config, "rope_theta", 1e6),
-        SLIDING: number(config, "rope_local_base_freq", 1e4),
-    }
-    rotary = [
-        table_of(config, read.head_dim, read.positions, kind, theta)
-        for kind, theta in thetas.items()
-    ]
-    layers = [
-        LayerSpec(replace(attention, window=window, rope=0 if window is None else 1), mlp)
-        for window in seen
-    ]
-    return finished(read, read.decoder(layers, rotary))
+    rotary = tables_of(
+        config,
+        read.head_dim,
+        read.positions,
+        full=number(config, "rope_theta", 1e6),
+        sliding=number(config, "rope_local_base_freq", 1e4),
+    )
+    return finished(read, read.decoder(in_turn(LayerSpec(attention, mlp), seen), rotary))
 
 
 FAMILY = Family(spec, lambda spec: stored(spec, NAMES), rope_notes, ignored=llama.FAMILY.ignored)

@@ -23,7 +23,7 @@ from llm_coreml.errors import CheckpointError, UnsupportedError
 from llm_coreml.families.dense import Dense, Keys
 from llm_coreml.families.family import Family
 from llm_coreml.families.fields import flag, number, shown, table, whole
-from llm_coreml.families.names import Names, stored
+from llm_coreml.families.names import SANDWICH, Names, stored
 from llm_coreml.families.rotary import rope_notes, rope_spec
 from llm_coreml.families.windows import sliding_window, windows
 
@@ -59,9 +59,7 @@ _ROTARY = {
 _PATTERN = 6
 _NAMES = Names(
     modules={
-        "post_attention_layernorm": "pre_feedforward_layernorm",
-        "attention_out_norm": "post_attention_layernorm",
-        "mlp_out_norm": "post_feedforward_layernorm",
+        **SANDWICH,
         "per_layer.embed_tokens": "embed_tokens_per_layer",
         "per_layer.projection": "per_layer_model_projection",
         "per_layer.norm": "per_layer_projection_norm",
@@ -146,8 +144,7 @@ def _attention(read: Dense, kind: str, index: int) -> AttentionSpec:
                 f"config.json gives layer {index} a {shown(unknown[0])} of its own "
                 "(per_layer_config); head_dim and num_key_value_heads are what layers may have."
             )
-    sizes, usual = {k: v for k, v in own.items() if v is not None}, read.attention
-    bias = flag(read.config, "attention_bias")
+    sizes, usual = {k: v for k, v in own.items() if v is not None}, read.biased_attention
     return replace(
         usual,
         head_dim=whole(sizes, "head_dim", usual.head_dim),
@@ -157,8 +154,6 @@ def _attention(read: Dense, kind: str, index: int) -> AttentionSpec:
         qk_norm=QKNormSpec(read.norm.eps),
         value_norm=replace(read.norm, gain=False),
         keys_are_values=same,
-        qkv_bias=bias,
-        out_bias=bias,
     )
 
 

@@ -16,16 +16,9 @@ from llm_coreml.decoder.spec import AttentionSpec, DecoderSpec
 from llm_coreml.errors import UnsupportedError
 from llm_coreml.families.dense import Dense, Keys
 from llm_coreml.families.fields import flag, number
-from llm_coreml.families.names import Names
+from llm_coreml.families.names import SANDWICH, Names
 
-NAMES = Names(
-    modules={
-        "attention_out_norm": "post_attention_layernorm",
-        "post_attention_layernorm": "pre_feedforward_layernorm",
-        "mlp_out_norm": "post_feedforward_layernorm",
-    },
-    gains=PlusOne(),
-)
+NAMES = Names(modules=SANDWICH, gains=PlusOne())
 
 
 def gemma(config: Mapping[str, Any]) -> Dense:
@@ -40,10 +33,8 @@ def gemma(config: Mapping[str, Any]) -> Dense:
 
 def attention_of(read: Dense) -> AttentionSpec:
     """Return attention between two norms, with the scale of its own."""
-    bias = flag(read.config, "attention_bias")
     scale = number(read.config, "query_pre_attn_scalar") ** -0.5
-    out = read.norm
-    return replace(read.attention, scale=scale, out_norm=out, qkv_bias=bias, out_bias=bias)
+    return replace(read.biased_attention, scale=scale, out_norm=read.norm)
 
 
 def cap(config: Mapping[str, Any], key: str) -> float | None:

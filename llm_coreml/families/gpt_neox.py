@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from llm_coreml.decoder.spec import DecoderSpec, LayerSpec
-from llm_coreml.families.arrangements import qkv_blocks
+from llm_coreml.families.arrangements import FOUR_TIMES, qkv_blocks
 from llm_coreml.families.dense import LAYER_NORM, Dense, Keys
 from llm_coreml.families.family import Family
 from llm_coreml.families.fields import flag, number
@@ -35,8 +34,7 @@ _NAMES = Names(
         "norm": "final_layer_norm",
         **{f"self_attn.{kind}_proj": "attention.query_key_value" for kind in "qkv"},
         "self_attn.o_proj": "attention.dense",
-        "mlp.up_proj": "mlp.dense_h_to_4h",
-        "mlp.down_proj": "mlp.dense_4h_to_h",
+        **FOUR_TIMES,
     },
     values=lambda spec, layer: qkv_blocks(layer),
 )
@@ -53,12 +51,8 @@ def spec(config: Mapping[str, Any]) -> DecoderSpec:
     # transformers reads no other names of the two, unless among the parameters of RoPE.
     known["partial_rotary_factor"] = number(config, "rotary_pct", 0.25, most=1.0)
     known["rope_theta"] = number(config, "rotary_emb_base", 10000.0)
-    read, bias = (
-        Dense(known, Keys(groups="num_attention_heads", eps="layer_norm_eps"), LAYER_NORM),
-        flag(known, "attention_bias"),
-    )
-    attention = replace(read.attention, qkv_bias=bias, out_bias=bias)
-    layer = LayerSpec(attention, read.plain_mlp, flag(known, "use_parallel_residual"))
+    read = Dense(known, Keys(groups="num_attention_heads", eps="layer_norm_eps"), LAYER_NORM)
+    layer = LayerSpec(read.biased_attention, read.plain_mlp, flag(known, "use_parallel_residual"))
     return read.decoder(read.count * (layer,), (read.rope_of(0.25),))
 
 

@@ -38,9 +38,9 @@ def spec(config: Mapping[str, Any]) -> DecoderSpec:
         CheckpointError: see `llama.spec`; also for bases of RoPE that are no list of numbers.
         UnsupportedError: see `llama.spec`.
     """
-    read, bias = Dense({**_DEFAULTS, **config}), flag(config, "attention_bias")
+    read = Dense({**_DEFAULTS, **config})
     scale = number(config, "attention_multiplier", 1.0)
-    attention = replace(read.attention, scale=scale, sinks=True, qkv_bias=bias, out_bias=bias)
+    attention = replace(read.biased_attention, scale=scale, sinks=True)
     mlp = replace(read.mlp, bias=flag(config, "mlp_bias"))
     window, bases = sliding_window(read.config), _bases(read)
     tables = {base: index for index, base in enumerate(dict.fromkeys(filter(None, bases)))}

@@ -10,7 +10,7 @@ from llm_coreml.decoder.spec import DecoderSpec, LayerSpec, QKNormSpec, RopeSpec
 from llm_coreml.families import llama
 from llm_coreml.families.dense import Dense
 from llm_coreml.families.family import Family
-from llm_coreml.families.fields import flag, number
+from llm_coreml.families.fields import number
 from llm_coreml.families.names import Names, stored
 from llm_coreml.families.rotary import rope_kind, rope_notes, rope_spec, rope_values
 
@@ -29,9 +29,9 @@ def spec(config: Mapping[str, Any]) -> DecoderSpec:
         CheckpointError: see `llama.spec`.
         UnsupportedError: see `llama.spec`.
     """
-    read, bias = Dense({**_DEFAULTS, **config}), flag(config, "attention_bias")
+    read = Dense({**_DEFAULTS, **config})
     qk_norm = QKNormSpec(read.norm.eps, rotated=True)
-    attention = replace(read.attention, qk_norm=qk_norm, qkv_bias=bias, out_bias=bias)
+    attention = replace(read.biased_attention, qk_norm=qk_norm)
     return read.decoder(read.count * (LayerSpec(attention, read.mlp),), (_rope(read),))
 
 

@@ -35,9 +35,8 @@ def spec(config: Mapping[str, Any]) -> DecoderSpec:
         UnsupportedError: an activation or RoPE scaling that the decoder does not compute.
     """
     read = Dense({**DEFAULTS, **config})
-    bias = flag(config, "attention_bias")
-    attention = replace(read.attention, qkv_bias=bias, out_bias=bias)
-    return read.alike(LayerSpec(attention, replace(read.mlp, bias=flag(config, "mlp_bias"))))
+    mlp = replace(read.mlp, bias=flag(config, "mlp_bias"))
+    return read.alike(LayerSpec(read.biased_attention, mlp))
 
 
 def notes(config: Mapping[str, Any]) -> list[str]:

@@ -55,6 +55,16 @@ class Names:
 
 
 _LLAMA = Names()
+# What transformers calls norms behind a layer's parts, and such on both sides of them.
+BEHIND: Mapping[str, str] = MappingProxyType(
+    {
+        "attention_out_norm": "post_attention_layernorm",
+        "mlp_out_norm": "post_feedforward_layernorm",
+    }
+)
+SANDWICH: Mapping[str, str] = MappingProxyType(
+    {**BEHIND, "post_attention_layernorm": "pre_feedforward_layernorm"}
+)
 
 
 def stored(spec: DecoderSpec, names: Names = _LLAMA) -> dict[str, Stored]:

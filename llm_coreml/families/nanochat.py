@@ -11,7 +11,7 @@ from llm_coreml.decoder.spec import DecoderSpec, LayerSpec, NormSpec, QKNormSpec
 from llm_coreml.families import llama
 from llm_coreml.families.dense import Dense
 from llm_coreml.families.family import Family
-from llm_coreml.families.fields import flag, number
+from llm_coreml.families.fields import number
 from llm_coreml.families.names import Names, stored
 from llm_coreml.families.rotary import rope_notes
 
@@ -43,9 +43,8 @@ def spec(config: Mapping[str, Any]) -> DecoderSpec:
         UnsupportedError: see `llama.spec`.
     """
     read = Dense({**_DEFAULTS, **config}, kind=NormSpec(gain=False))
-    bias = flag(config, "attention_bias")
     qk_norm = QKNormSpec(read.norm.eps, rotated=True, gain=False)
-    attention = replace(read.attention, qk_norm=qk_norm, qkv_bias=bias, out_bias=bias)
+    attention = replace(read.biased_attention, qk_norm=qk_norm)
     cap = read.config["final_logit_softcapping"]
     return replace(
         read.alike(LayerSpec(attention, replace(read.plain_mlp, bias=False))),

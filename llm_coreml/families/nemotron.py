@@ -37,9 +37,7 @@ def spec(config: Mapping[str, Any]) -> DecoderSpec:
         UnsupportedError: see `llama.spec`.
     """
     read = Dense({**_DEFAULTS, **config}, Keys(eps="norm_eps"), LAYER_NORM)
-    bias = flag(config, "attention_bias")
-    attention = replace(read.attention, qkv_bias=bias, out_bias=bias)
-    layer = LayerSpec(attention, replace(read.plain_mlp, bias=flag(config, "mlp_bias")))
+    layer = LayerSpec(read.biased_attention, replace(read.plain_mlp, bias=flag(config, "mlp_bias")))
     return read.decoder(read.count * (layer,), (read.rope_of(0.5),))
 
 

@@ -11,7 +11,7 @@ from llm_coreml.errors import UnsupportedError
 from llm_coreml.families import llama
 from llm_coreml.families.dense import Dense
 from llm_coreml.families.family import Family
-from llm_coreml.families.fields import flag, shown
+from llm_coreml.families.fields import shown
 from llm_coreml.families.names import stored
 from llm_coreml.families.rotary import rope_notes
 
@@ -33,8 +33,8 @@ def spec(config: Mapping[str, Any]) -> DecoderSpec:
             f"config.json gives clip_qkv = {shown(config['clip_qkv'])}; queries, keys and values "
             "are not clipped here. Give a model without it."
         )
-    read, bias = Dense({**_DEFAULTS, **config}), flag(config, "attention_bias")
-    attention = replace(read.attention, norm=_NORM, qkv_bias=bias, out_bias=bias)
+    read = Dense({**_DEFAULTS, **config})
+    attention = replace(read.biased_attention, norm=_NORM)
     layer = LayerSpec(attention, replace(read.mlp, norm=_NORM))
     return replace(read.alike(layer), norm=_NORM)
 

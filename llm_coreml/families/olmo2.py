@@ -10,18 +10,12 @@ from llm_coreml.decoder.spec import DecoderSpec, LayerSpec, QKNormSpec
 from llm_coreml.families import llama
 from llm_coreml.families.dense import Dense
 from llm_coreml.families.family import Family
-from llm_coreml.families.fields import flag
-from llm_coreml.families.names import Names, stored
+from llm_coreml.families.names import BEHIND, Names, stored
 from llm_coreml.families.rotary import rope_notes
 
 # transformers' own defaults where config.json is silent.
-_DEFAULTS = {**llama.DEFAULTS, "vocab_size": 50304, "rms_norm_eps": 1e-5}
-NAMES = Names(
-    modules={
-        "attention_out_norm": "post_attention_layernorm",
-        "mlp_out_norm": "post_feedforward_layernorm",
-    }
-)
+DEFAULTS = {**llama.DEFAULTS, "vocab_size": 50304, "rms_norm_eps": 1e-5}
+_NAMES = Names(modules=BEHIND)
 
 
 def spec(config: Mapping[str, Any]) -> DecoderSpec:
@@ -31,16 +25,19 @@ def spec(config: Mapping[str, Any]) -> DecoderSpec:
         CheckpointError: see `llama.spec`.
         UnsupportedError: see `llama.spec`.
     """
-    read, bias = Dense({**_DEFAULTS, **config}), flag(config, "attention_bias")
+    read = Dense({**DEFAULTS, **config})
+    return read.alike(layer(read))
+
+
+def layer(read: Dense) -> LayerSpec:
+    """Return a layer with norms behind its parts, and of all queries and keys of a token."""
     attention = replace(
-        read.attention,
+        read.biased_attention,
         norm=None,
         out_norm=read.norm,
         qk_norm=QKNormSpec(read.norm.eps, over="all"),
-        qkv_bias=bias,
-        out_bias=bias,
     )
-    return read.alike(LayerSpec(attention, replace(read.mlp, norm=None, out_norm=read.norm)))
+    return LayerSpec(attention, replace(read.mlp, norm=None, out_norm=read.norm))
 
 
-FAMILY = Family(spec, lambda spec: stored(spec, NAMES), rope_notes, ignored=llama.FAMILY.ignored)
+FAMILY = Family(spec, lambda spec: stored(spec, _NAMES), rope_notes, ignored=llama.FAMILY.ignored)

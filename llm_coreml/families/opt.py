@@ -35,18 +35,15 @@ _KEYS = Keys(
     eps="layer_norm_eps",
     activation="activation_function",
 )
-_NAMES = Names(
-    trunk="model.decoder.",
-    modules={
-        "norm": "final_layer_norm",
-        "input_layernorm": "self_attn_layer_norm",
-        "post_attention_layernorm": "final_layer_norm",
-        "self_attn.o_proj": "self_attn.out_proj",
-        "mlp.up_proj": "fc1",
-        "mlp.down_proj": "fc2",
-    },
-    first_position=2,
-)
+MODULES = {
+    "norm": "final_layer_norm",
+    "input_layernorm": "self_attn_layer_norm",
+    "post_attention_layernorm": "final_layer_norm",
+    "self_attn.o_proj": "self_attn.out_proj",
+    "mlp.up_proj": "fc1",
+    "mlp.down_proj": "fc2",
+}
+_NAMES = Names("model.decoder.", modules=MODULES, first_position=2)
 
 
 def spec(config: Mapping[str, Any]) -> DecoderSpec:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from llm_coreml.decoder.spec import DecoderSpec, LayerSpec, QKNormSpec
-from llm_coreml.families.arrangements import FUSED_HEADS, qkv_blocks
+from llm_coreml.families.arrangements import FOUR_TIMES, FUSED_HEADS, qkv_blocks
 from llm_coreml.families.dense import LAYER_NORM, Dense, Keys
 from llm_coreml.families.family import Family
 from llm_coreml.families.fields import flag
@@ -32,8 +32,7 @@ _NAMES = Names(
         "self_attn.o_proj": "self_attn.dense",
         "self_attn.q_norm": "self_attn.q_layernorm",
         "self_attn.k_norm": "self_attn.k_layernorm",
-        "mlp.up_proj": "mlp.dense_h_to_4h",
-        "mlp.down_proj": "mlp.dense_4h_to_h",
+        **FOUR_TIMES,
         "norm": "final_layernorm",
     },
     values=lambda spec, layer: qkv_blocks(layer),

@@ -10,7 +10,6 @@ from llm_coreml.decoder.spec import DecoderSpec, LayerSpec, QKNormSpec
 from llm_coreml.families import llama, qwen2
 from llm_coreml.families.dense import Dense
 from llm_coreml.families.family import Family
-from llm_coreml.families.fields import flag
 from llm_coreml.families.names import stored
 from llm_coreml.families.rotary import rope_notes
 from llm_coreml.families.windows import switched_windows
@@ -26,9 +25,9 @@ def spec(config: Mapping[str, Any]) -> DecoderSpec:
         CheckpointError: see `llama.spec`.
         UnsupportedError: see `llama.spec`.
     """
-    read, bias = Dense({**_DEFAULTS, **config}), flag(config, "attention_bias")
+    read = Dense({**_DEFAULTS, **config})
     qk_norm = QKNormSpec(read.norm.eps)
-    attention = replace(read.attention, qk_norm=qk_norm, qkv_bias=bias, out_bias=bias)
+    attention = replace(read.biased_attention, qk_norm=qk_norm)
     layers = [
         LayerSpec(replace(attention, window=window), read.mlp)
         for window in switched_windows(read.config, read.count)

@@ -36,8 +36,8 @@ def spec(config: Mapping[str, Any]) -> DecoderSpec:
         CheckpointError: see `llama.spec`; also for `no_rope_layers` that is no list of numbers.
         UnsupportedError: see `llama.spec`.
     """
-    read, bias = Dense({**_DEFAULTS, **config}), flag(config, "attention_bias")
-    attention = replace(read.attention, qkv_bias=bias, out_bias=bias)
+    read = Dense({**_DEFAULTS, **config})
+    attention = read.biased_attention
     mlp = replace(read.mlp, bias=flag(config, "mlp_bias"))
     rotated, window = _rotated(read), sliding_window(read.config)
     if config.get("layer_types") is not None:
