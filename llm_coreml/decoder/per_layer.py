@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from llm_coreml.decoder.matrices import Embedding, Linear
+from llm_coreml.decoder.matrices import Embedding, Linear, number
 from llm_coreml.decoder.mlp import ACTIVATIONS
 from llm_coreml.decoder.norm import RMSNorm
 from llm_coreml.decoder.spec import PerLayerSpec
@@ -38,12 +38,12 @@ class PerLayerInputs(nn.Module):
         self.embed_tokens = Embedding(spec.vocab_size, count * spec.width)
         self.projection = Linear(hidden_size, count * spec.width, bias=False)
         self.norm = RMSNorm(spec.width, spec.norm.eps)
-        # Tensors, so that eagerly they are the numbers that a program holds.
-        table, products = spec.table_multiplier, spec.products_multiplier
-        self.register_buffer("table_multiplier", torch.tensor([table]), persistent=False)
-        self.register_buffer("products_multiplier", torch.tensor([products]), persistent=False)
-        total = torch.tensor([spec.sum_multiplier])
-        self.register_buffer("sum_multiplier", total, persistent=False)
+        for name, factor in (
+            ("table_multiplier", spec.table_multiplier),
+            ("products_multiplier", spec.products_multiplier),
+            ("sum_multiplier", spec.sum_multiplier),
+        ):
+            self.register_buffer(name, number(factor, None), persistent=False)
 
     @property
     def wiring(self) -> Wiring:
