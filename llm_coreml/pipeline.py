@@ -35,7 +35,6 @@ from llm_coreml.bundle.seal import sealed
 from llm_coreml.config import ExportConfig, Job, resolve
 from llm_coreml.decoder import Decoder, DecoderSpec
 from llm_coreml.decoder.rope import table_notes
-from llm_coreml.decoder.spec import Extent
 from llm_coreml.decoder.states import state_specs
 from llm_coreml.errors import UnsupportedError, VerificationError
 from llm_coreml.lower.forms import form_for
@@ -224,9 +223,7 @@ def _tell_of_the_context(run: _Run, model: Model, job: Job) -> None:
 
 def _tell_of_the_states(run: _Run, model: Model, job: Job) -> None:
     """Tell what is known not to work of such states on the target, before work is done."""
-    sizes = job.shapes
-    extent = Extent(sizes.context, sizes.spare, sizes.longest)
-    shapes = [state.shape for state in state_specs(model.spec, extent)]
+    shapes = [state.shape for state in state_specs(model.spec, job.shapes.extent)]
     for rule in broken_by_states(job.target, shapes) if BACKENDS[job.backend].has_targets else []:
         run.progress.note(
             f"--target {job.target.name}: {rule.sentence}, and this model's are "

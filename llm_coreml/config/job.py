@@ -19,7 +19,7 @@ from llm_coreml.machine import machine_memory
 from llm_coreml.targets import BACKENDS, PRECISIONS, Precision, Target, get_target, opset_of
 
 if TYPE_CHECKING:  # the decoder's package would bring torch
-    from llm_coreml.decoder.spec import DecoderSpec
+    from llm_coreml.decoder.spec import DecoderSpec, Extent
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,13 @@ class Shapes:
         gaps = (after - before for before, after in pairwise(self.seq_lengths))
         pads = max(gaps, default=1) - 1
         return -(-pads // CONTEXT_MULTIPLE) * CONTEXT_MULTIPLE
+
+    @property
+    def extent(self) -> Extent:
+        """How far calls reach, by which a decoder's states are sized."""
+        from llm_coreml.decoder import spec  # with torch, which shapes alone do without
+
+        return spec.Extent(self.context, self.spare, self.longest)
 
 
 @dataclass(frozen=True)
@@ -150,12 +157,9 @@ def resolve_shapes(
 
 def _fitting(shapes: Shapes, spec: DecoderSpec) -> Shapes:
     """Return shapes. Raises ConfigError if the decoder's cache would not fit this machine."""
-    from llm_coreml.decoder.spec import Extent  # which `spec` has brought
-
-    extent = Extent(shapes.context, shapes.spare, shapes.longest)
     # Keys and values, which the decoder holds in fp32.
     own = [layer.mixer for layer in spec.layers if layer.mixer.shares is None]
-    needed = 2 * 4 * sum(mixer.remembers.numbers(extent) for mixer in own)
+    needed = 2 * 4 * sum(mixer.remembers.numbers(shapes.extent) for mixer in own)
     if needed > machine_memory():
         raise ConfigError(
             f"A context of {shapes.context} positions needs {needed / 1e9:,.1f} GB for the cache "

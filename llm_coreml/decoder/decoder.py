@@ -19,7 +19,7 @@ from torch import nn
 from llm_coreml.decoder.block import Block
 from llm_coreml.decoder.caches import held_positions
 from llm_coreml.decoder.chunk import Chunk, make_mask
-from llm_coreml.decoder.matrices import Embedding, Linear, PositionTable, SoftCap, number
+from llm_coreml.decoder.matrices import Embedding, Linear, PositionTable, SoftCap, beside, number
 from llm_coreml.decoder.norm import norm_of
 from llm_coreml.decoder.per_layer import PerLayerInputs
 from llm_coreml.decoder.position_tables import (
@@ -258,7 +258,7 @@ class Decoder(nn.Module):
     def leaving(self, products: torch.Tensor) -> torch.Tensor:
         """Return the logits that products with the head's matrix `[..., vocab]` become."""
         bias = self.lm_head.bias
-        return self._capped(products if bias is None else products + _beside(bias, products))
+        return self._capped(products if bias is None else products + beside(bias, products))
 
     def reset(self) -> None:
         """Forget the sequence."""
@@ -267,7 +267,7 @@ class Decoder(nn.Module):
 
     def _capped(self, products: torch.Tensor) -> torch.Tensor:
         multiplier = self.logits_multiplier
-        logits = products if multiplier is None else products * _beside(multiplier, products)
+        logits = products if multiplier is None else products * beside(multiplier, products)
         return logits if self.softcap is None else self.softcap(logits)
 
     def _positions(
@@ -319,8 +319,3 @@ class Decoder(nn.Module):
 def _places_in(ring: int) -> str:
     """Return what the table is called that tells where a ring holds each position."""
     return f"places_{ring}"
-
-
-def _beside(number: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Return a number on the device of `x`; in an exported graph it is there, and no operation."""
-    return number if number.device == x.device else number.to(x.device)

@@ -15,6 +15,11 @@ def number(value: float | None, without: float | None) -> torch.Tensor | None:
     return None if value == without else torch.tensor([value])
 
 
+def beside(number: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Return a number on the device of `x`; in an exported graph it is there, and no operation."""
+    return number if number.device == x.device else number.to(x.device)
+
+
 class Linear(nn.Linear):
     """A linear layer without weights at first, which may then be stored narrower than it computes.
 
@@ -61,7 +66,7 @@ class SoftCap(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Cap every number of `x`."""
-        return torch.tanh(x * self.inverse.to(x.device)) * self.cap.to(x.device)
+        return torch.tanh(x * beside(self.inverse, x)) * beside(self.cap, x)
 
 
 class Embedding(nn.Embedding):

@@ -26,7 +26,6 @@ from llm_coreml.artifact.description import (
 from llm_coreml.artifact.method_plan import Constant
 from llm_coreml.config import Job, Shapes
 from llm_coreml.decoder import Decoder, DecoderSpec
-from llm_coreml.decoder.spec import Extent
 from llm_coreml.decoder.states import state_specs
 from llm_coreml.lower.traced import constant_methods
 
@@ -179,5 +178,5 @@ def form_for(
 
 
 def _states(spec: DecoderSpec, shapes: Shapes, dtype: str) -> dict[str, str]:
-    states = state_specs(spec, Extent(shapes.context, shapes.spare, shapes.longest))
+    states = state_specs(spec, shapes.extent)
     return {state.name: f"{dtype} {list(state.shape)}" for state in states}

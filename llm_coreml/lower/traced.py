@@ -18,7 +18,6 @@ from llm_coreml.artifact.description import REWINDS
 from llm_coreml.artifact.method_plan import Constant
 from llm_coreml.config import Shapes
 from llm_coreml.decoder import Decoder, DecoderSpec
-from llm_coreml.decoder.spec import Extent
 from llm_coreml.lower.padded import Method, Padded
 
 
@@ -71,7 +70,7 @@ def constant_methods(
         "use_sdpa_with_kv_cache": False,
         "enable_dynamic_shape": len(shapes.seq_lengths) > 1,
     }
-    rewinds = spec.rewinds(Extent(shapes.context, shapes.spare, shapes.longest))
+    rewinds = spec.rewinds(shapes.extent)
     if rewinds is not None:
         methods[REWINDS] = rewinds
     if bos_id is not None:
