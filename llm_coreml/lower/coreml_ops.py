@@ -24,17 +24,17 @@ def _names(write: CustomOpDef) -> list[str]:
 
 @register_torch_op(torch_alias=_names(caches.kv_write), override=True)  # type: ignore[untyped-decorator]
 def kv_write(context: Any, node: Any) -> None:
-    """Lower a cache write to `slice_update` on the state's value and a state write right after.
+    """Lower a cache write to `slice_update` on the cache's value, and a state write right after.
+
+    A cache that is an input of the program is no state.
 
     coremltools itself would chain all updates and write the state once at the end, which leaves
     no update next to its state for the compiler to do in place.
     """
     cache, update, layer, start = _get_inputs(context, node, expected=4)
-    state = context.name_to_source_state[node.inputs[0]]
+    state = context.name_to_source_state.get(node.inputs[0])
     length = mb.slice_by_index(x=mb.shape(x=update), begin=[2], end=[3])
-    written = _written(state, cache, update, int(layer.val), start, length)
-    context.name_to_source_state[node.name] = state
-    context.add(mb.cast(x=written, dtype="fp32", name=node.name))
+    _add(context, node, state, _written(state, cache, update, int(layer.val), start, length))
 
 
 @register_torch_op(torch_alias=_names(caches.ring_write), override=True)  # type: ignore[untyped-decorator]
@@ -48,13 +48,11 @@ def ring_write(context: Any, node: Any) -> None:
     is what lies there already, and the last is the update: so it comes last.
     """
     cache, update, layer, place, count = _get_inputs(context, node, expected=5)
-    state = context.name_to_source_state[node.inputs[0]]
+    state = context.name_to_source_state.get(node.inputs[0])
     (_, heads, size, width), row = cache.shape, int(layer.val)
     length = mb.reshape(x=count, shape=[1])
     if length.val is not None and length.val[0] == 1:
-        written = _written(state, cache, update, row, place, length)
-        context.name_to_source_state[node.name] = state
-        context.add(mb.cast(x=written, dtype="fp32", name=node.name))
+        _add(context, node, state, _written(state, cache, update, row, place, length))
         return
     zero = np.array([0], dtype=np.int32)
     past = mb.sub(x=mb.add(x=place, y=length), y=np.array([size], dtype=np.int32))
@@ -73,16 +71,24 @@ def ring_write(context: Any, node: Any) -> None:
     at_first = _written(state, cache, first, row, zero, length)
     cache = mb.cast(x=at_first, dtype="fp32")
     at_last = _written(state, cache, last, row, mb.sub(x=place, y=wrapped), length)
-    context.name_to_source_state[node.name] = state
-    context.add(mb.cast(x=at_last, dtype="fp32", name=node.name))
+    _add(context, node, state, at_last)
+
+
+def _add(context: Any, node: Any, state: Any, written: Any) -> None:
+    """Make of what a cache holds the result of the op, and of the op's result that cache."""
+    if state is not None:
+        context.name_to_source_state[node.name] = state
+    context.add(mb.cast(x=written, dtype="fp32", name=node.name))
 
 
 def _written(state: Any, cache: Any, update: Any, row: int, place: Any, length: Any) -> Any:
-    """Write `update` to a row of a state's value, then the state, and return what that holds."""
+    """Write `update` to a row of a cache's value, then its state, and return what that holds."""
     _, heads, _, width = cache.shape
     begin = _corner(row, 0, place, 0)
     end = _corner(row + 1, heads, mb.add(x=place, y=length), width)
     updated = mb.slice_update(x=cache, update=update, begin=begin, end=end)
+    if state is None:
+        return updated
     narrowed = mb.cast(x=updated, dtype=types.builtin_to_string(state.dtype))
     return mb.coreml_update_state(state=state, value=narrowed)
 
