@@ -54,7 +54,9 @@ CONTRADICTIONS = (
         "length in one method; drop one of them.",
     ),
     Contradiction(
-        lambda config, target: _ranged(config) and target.compute_unit == "CPU_AND_NE",
+        lambda config, target: (
+            _ranged(config) and config.backend == "coreml" and target.compute_unit == "CPU_AND_NE"
+        ),
         "--seq-lengths {seq_lengths} is a range, and Core ML never gives a program with ranges of "
         "shapes to the Neural Engine of --target ane (coremltools, guide on flexible shapes); list "
         "the lengths, such as 1,64,512, or give --force to have it run on the CPU.",

@@ -115,8 +115,11 @@ def test_functions_share_the_weights_and_are_the_same_bytes_twice(tmp_path: Path
     assert artifact.path.read_bytes() == again.path.read_bytes()
     container = pte.read(artifact.path)
     assert {"prefill", "decode"} < container.methods.keys() and len(container.named_data) == 1
-    one = lower(llama(**SIZES), ExportConfig(context=64, cache="inputs", seq_lengths=(1,)),
-                tmp_path / "one.pte")
+    one = lower(
+        llama(**SIZES),
+        ExportConfig(context=64, cache="inputs", seq_lengths=(1,)),
+        tmp_path / "one.pte",
+    )
     # Graph and tables of a second function, but not its weights.
     assert artifact.path.stat().st_size < 2 * one.path.stat().st_size
     runner = opened(artifact, "declared")
