@@ -9,7 +9,7 @@ and verification read it instead of knowing how one kind of program looks.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +39,13 @@ def _as_stored(value: Constant) -> Constant:
 
 def _told(value: Constant) -> str:
     return "absent" if value is None else str(value)
+
+
+def _shapes(texts: Iterable[str]) -> list[tuple[int, ...]]:
+    """Return the sizes in texts such as `float16 [2, 8]`, where there are any."""
+    sizes = (text.partition("[")[2] for text in texts)
+    shapes = (tuple(map(int, re.findall(r"\d+", size))) for size in sizes)
+    return [shape for shape in shapes if shape]
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,7 @@ class Description:
         states: Element type and shape of what it remembers, by name.
         context: Positions that it remembers.
         constant_methods: What ExecuTorch's LLM runners ask of it, by the method's name.
+        why: What the form is for, and what was asked for; empty where nothing tells.
     """
 
     form: str
@@ -98,6 +106,7 @@ class Description:
     states: Mapping[str, str]
     context: int
     constant_methods: Mapping[str, Constant]
+    why: str = ""
 
     @property
     def seq_lengths(self) -> tuple[int, ...]:
@@ -133,10 +142,13 @@ class Description:
 
     @property
     def state_shapes(self) -> list[tuple[int, ...]]:
-        """The sizes of what is remembered, which has one size at least."""
-        texts = (text.partition("[")[2] for text in (*self.states.values(), *self.caches.values()))
-        shapes = (tuple(map(int, re.findall(r"\d+", text))) for text in texts)
-        return [shape for shape in shapes if shape]
+        """The sizes of what it remembers, which has one size at least."""
+        return _shapes(self.states.values())
+
+    @property
+    def cache_shapes(self) -> list[tuple[int, ...]]:
+        """The sizes of what is handed from call to call."""
+        return _shapes(self.caches.values())
 
     @property
     def caches(self) -> dict[str, str]:

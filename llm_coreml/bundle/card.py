@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
 from pathlib import PurePath
 
 from llm_coreml.artifact.description import Description
@@ -64,7 +63,7 @@ head {stored.lm_head.label}{" (tied)" if stored.tied else ""}; \
 | method | `{described.main}({inputs})`, {program.output} |
 | lengths S | {described.lengths} |
 | prompts | {_feeding(described)} |
-| context | {program.context} positions; {_remembered(described.states)} |
+| context | {program.context} positions; {_remembered(described)} |
 {_doubts(manifest)}\
 {_CHAT if chat else ""}\
 
@@ -100,11 +99,14 @@ def _feeding(described: Description) -> str:
     return f"{told}{padded}; llm-coreml feeds a sum of the lengths, which needs no pads"
 
 
-def _remembered(states: Mapping[str, str]) -> str:
-    if not states:
+def _remembered(described: Description) -> str:
+    held = described.states or described.caches
+    if not held:
         return "nothing is remembered between calls"
-    told = ", ".join(f"`{name}` {text}" for name, text in states.items())
-    return f"states inside the program: {told}"
+    told = ", ".join(f"`{name}` {text}" for name, text in held.items())
+    if described.states:
+        return f"states inside the program: {told}"
+    return f"caches that each call takes, zeros at first, and gives back behind the logits: {told}"
 
 
 def _doubts(manifest: Manifest) -> str:

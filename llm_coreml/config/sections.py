@@ -299,7 +299,7 @@ class TargetSettings(Section):
     backend: Literal["coreml", "xnnpack"] = setting(
         "coreml", "xnnpack makes a twin that ExecuTorch's stock runner runs on Linux."
     )
-    force: bool = setting(False, "Export a scheme that the target is known to refuse.")
+    force: bool = setting(False, "Export what the target is known to refuse.")
 
 
 SECTIONS: Mapping[str, type[Section]] = MappingProxyType(

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 from coremltools.converters.mil import Builder as mb
+from coremltools.converters.mil._deployment_compatibility import AvailableTarget
+from coremltools.converters.mil.frontend._utils import is_current_opset_version_compatible_with
 from coremltools.converters.mil.frontend.torch.ops import _get_inputs
 from coremltools.converters.mil.frontend.torch.torch_op_registry import register_torch_op
 from coremltools.converters.mil.mil import types
@@ -51,6 +53,9 @@ def ring_write(context: Any, node: Any) -> None:
     state = context.name_to_source_state.get(node.inputs[0])
     (_, heads, size, width), row = cache.shape, int(layer.val)
     length = mb.reshape(x=count, shape=[1])
+    if not _updates_slices():
+        _add(context, node, state, _scattered(cache, update, place, length, size))
+        return
     if length.val is not None and length.val[0] == 1:
         _add(context, node, state, _written(state, cache, update, row, place, length))
         return
@@ -83,6 +88,8 @@ def _add(context: Any, node: Any, state: Any, written: Any) -> None:
 
 def _written(state: Any, cache: Any, update: Any, row: int, place: Any, length: Any) -> Any:
     """Write `update` to a row of a cache's value, then its state, and return what that holds."""
+    if not _updates_slices():
+        return _scattered(cache, update, place, length)
     _, heads, _, width = cache.shape
     begin = _corner(row, 0, place, 0)
     end = _corner(row + 1, heads, mb.add(x=place, y=length), width)
@@ -91,6 +98,25 @@ def _written(state: Any, cache: Any, update: Any, row: int, place: Any, length: 
         return updated
     narrowed = mb.cast(x=updated, dtype=types.builtin_to_string(state.dtype))
     return mb.coreml_update_state(state=state, value=narrowed)
+
+
+def _updates_slices() -> bool:
+    """Return whether the oldest system has `slice_update`; states are as old."""
+    compatible: bool = is_current_opset_version_compatible_with(AvailableTarget.iOS18)
+    return compatible
+
+
+def _scattered(cache: Any, update: Any, place: Any, length: Any, ring: int | None = None) -> Any:
+    """Return a cache of one layer with `update` from `place` on, past a ring's end at its start.
+
+    Older systems have no states, and a cache that is given has one layer.
+    """
+    first = mb.squeeze(x=place, axes=[0])
+    count = mb.squeeze(x=length, axes=[0])
+    places = mb.range_1d(start=first, end=mb.add(x=first, y=count), step=np.int32(1))
+    if ring is not None:
+        places = mb.mod(x=places, y=np.int32(ring))
+    return mb.scatter(data=cache, indices=places, updates=update, axis=2, mode="update")
 
 
 def _corner(first: int, heads: int, position: Any, width: int) -> Any:

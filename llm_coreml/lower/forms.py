@@ -43,6 +43,7 @@ class Lowering(ABC):
     """
 
     name: ClassVar[str]
+    why: ClassVar[str]
     backend: ClassVar[str]
     functions: ClassVar[tuple[str, ...]]
     state_dtype: ClassVar[str]
@@ -73,8 +74,10 @@ class Lowering(ABC):
             for name, length in job.functions.items()
         }
         only = MethodForm(inputs, output, job.shapes.seq_lengths, cls.functions)
+        cache = "is handed from call to call" if given else "is the program's state"
         return Description(
             form=cls.name,
+            why=f"{cls.why}; the cache {cache}",
             backend=cls.backend,
             methods=methods or {MAIN_METHOD: only},
             every_row=every_row,
@@ -108,6 +111,7 @@ class Enumerated(Lowering):
     """Core ML, whose tokens have one of several lengths, all of them told beforehand."""
 
     name = "enumerated"
+    why = "several lengths, of which Core ML is told beforehand: every compute unit takes these"
     backend = "coreml"
     functions = (MAIN_FUNCTION,)
     state_dtype = "float16"
@@ -134,6 +138,7 @@ class Multifunction(Lowering):
     """
 
     name = "multifunction"
+    why = "methods of one length each that share the weights, as --functions asks"
     backend = "coreml"
     functions = ()
     state_dtype = "float16"
@@ -155,6 +160,7 @@ class Ranged(Lowering):
     """Core ML, whose tokens have any length up to the longest; nothing is padded."""
 
     name = RANGE
+    why = "any length up to the longest, as --seq-lengths asks; no Neural Engine takes it"
     backend = "coreml"
     functions = (MAIN_FUNCTION,)
     state_dtype = "float16"
@@ -176,6 +182,7 @@ class Static(Lowering):
     """Core ML, whose tokens have one length, to which the method pads."""
 
     name = "static"
+    why = "one length, as --seq-lengths asks"
     backend = "coreml"
     functions = (MAIN_FUNCTION,)
     state_dtype = "float16"
@@ -197,6 +204,7 @@ class Twin(Lowering):
     """XNNPACK, which ExecuTorch's own runner runs on Linux; its weights are fp32."""
 
     name = "twin"
+    why = "every length, in fp32, for ExecuTorch on Linux, as --backend xnnpack asks"
     backend = "xnnpack"
     functions = ()
     state_dtype = "float32"

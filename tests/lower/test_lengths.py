@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +50,18 @@ def made(name: str, path: Path) -> Artifact:
     return lower(model, ExportConfig(**settings), path)
 
 
+@pytest.fixture(scope="module")
+def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Artifact]:
+    """Each case, lowered once."""
+    folder = tmp_path_factory.mktemp("lengths")
+    return functools.cache(lambda name: made(name, folder / f"{name}.pte"))
+
+
 @pytest.mark.parametrize("name", cases(CASES, FURTHER))
-def test_every_number_of_tokens_gives_the_model_s_logits(name: str, tmp_path: Path) -> None:
-    artifact = made(name, tmp_path / "model.pte")
+def test_every_number_of_tokens_gives_the_model_s_logits(
+    name: str, artifacts: Callable[[str], Artifact]
+) -> None:
+    artifact = artifacts(name)
     runner = opened(artifact)
     longest, every_row = artifact.shapes.longest, runner.every_row
     tokens = tokens_for(96, 64)
@@ -68,13 +79,13 @@ def test_every_number_of_tokens_gives_the_model_s_logits(name: str, tmp_path: Pa
                 assert float((rows - wanted).abs().max() / wanted.abs().max()) < BOUND
 
 
-def test_a_range_and_one_length_say_so(tmp_path: Path) -> None:
+def test_a_range_and_one_length_say_so(artifacts: Callable[[str], Artifact]) -> None:
     """In the Core ML program, in the file's constant methods, and to who reads the file alone."""
-    ranged = ReferenceRunner(made("range", tmp_path / "range.pte").path)
+    ranged = ReferenceRunner(artifacts("range").path)
     assert (ranged.description.form, ranged.seq_lengths) == ("range", (1, 11))
     assert ranged.description.lengths == "1 to 11" and ranged.description.method_for(7) == "forward"
     assert shapes_of(ranged)["tokens"].ranges == ((1, 1), (1, 11))
-    one = ReferenceRunner(made("one", tmp_path / "one.pte").path)
+    one = ReferenceRunner(artifacts("one").path)
     assert (one.description.form, one.seq_lengths) == ("static", (5,))
     assert shapes_of(one)["tokens"].shape == (1, 5) and not shapes_of(one)["tokens"].ranges
     for runner in (ranged, one):
