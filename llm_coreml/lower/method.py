@@ -127,8 +127,8 @@ def write_methods(
         blob = blobs[bytes(delegate.data).decode()]
         delegate.data = blob if isinstance(blob, bytes) else FileBackedData(str(blob))
     store = NamedDataStore()
-    for name, file in shared.items():
-        store.add_named_data(name, FileBackedData(str(file)))
+    for name, stored in shared.items():
+        store.add_named_data(name, FileBackedData(str(stored)))
     content, _ = serialize_for_executorch(
         program._emitter_output,
         ExecutorchBackendConfig(),

@@ -12,8 +12,10 @@ import torch
 
 from artifacts import Artifact, files, lower
 from cases import cases
+from llm_coreml import export
 from llm_coreml.artifact import pte
 from llm_coreml.artifact.inmemoryfs import unpack
+from llm_coreml.bundle.bundle_runner import open_runner
 from llm_coreml.config import ExportConfig, resolve
 from llm_coreml.decoder import Decoder
 from llm_coreml.decoder.states import state_specs
@@ -191,3 +193,29 @@ def test_what_cannot_be_together(settings: dict[str, Any], told: str) -> None:
 def test_functions_that_cannot_be(functions: str, told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         ExportConfig(functions=functions)
+
+
+EXPORTED: dict[str, dict[str, Any]] = {
+    "multifunction": {"functions": FUNCTIONS},
+    "range": {"seq_lengths": "1..8", "cache": "inputs"},
+    "static": {"seq_lengths": (8,)},
+    "twin": {"seq_lengths": "1..8", "cache": "inputs", "backend": "xnnpack"},
+}
+
+
+@pytest.mark.parametrize("form", cases(EXPORTED, tuple(EXPORTED)[1:]))
+def test_an_export_verifies_it_and_says_what_it_is(form: str, tmp_path: Path) -> None:
+    model = llama(**SIZES)
+    config = ExportConfig(context=64, **EXPORTED[form])
+    bundle = export(model, output=tmp_path / "out", config=config, cache=False)
+    told = bundle.manifest.program
+    assert told.form == form and told.why is not None
+    carried = form != "static"
+    assert told.why.endswith("handed from call to call" if carried else "the program's state")
+    assert bool(bundle.manifest.description.caches) == carried != bool(told.states)
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert ("caches that each call takes" in card) == carried
+    verification = bundle.manifest.verification
+    assert verification.passed and verification.last_position == 63
+    runner = open_runner(bundle)
+    assert len(list(runner.generate(tokens_for(96, 11), max_new_tokens=3))) == 3
