@@ -17,7 +17,6 @@ from llm_coreml.artifact import pte
 from llm_coreml.artifact.inmemoryfs import unpack
 from llm_coreml.bundle.bundle_runner import open_runner
 from llm_coreml.config import ExportConfig, resolve
-from llm_coreml.decoder import Decoder
 from llm_coreml.decoder.states import state_specs
 from llm_coreml.errors import ArtifactError, ConfigError
 from llm_coreml.lower.forms import form_for
@@ -26,7 +25,7 @@ from llm_coreml.runtime.eager import EagerRunner
 from llm_coreml.runtime.program_runner import program_runner
 from llm_coreml.runtime.reference import ReferenceRunner
 from llm_coreml.runtime.runner import Runner
-from tiny import llama, mistral, randomize, small_spec, tokens_for
+from tiny import llama, mistral, small_spec, tokens_for
 
 # Without rounding only the order of fp32 sums differs; fp16 keeps 11 bits of each value.
 BOUNDS = {"fp32": 2e-5, "declared": 2e-2}
@@ -147,10 +146,12 @@ def weights_of(found: Mapping[str, memoryview]) -> int:
     return sum(len(data) for path, data in found.items() if path.endswith("weight.bin"))
 
 
-def test_a_decoder_that_is_lent_its_caches_keeps_nothing() -> None:
-    spec = small_spec()
-    decoder = randomize(Decoder(spec, context=32, spare=32, longest=8))
-    caches = [torch.zeros(state.shape) for state in state_specs(spec, decoder.extent)]
+def test_a_decoder_that_is_lent_its_caches_keeps_nothing(
+    artifacts: Callable[[str], Artifact],
+) -> None:
+    decoder = artifacts("inputs").decoder
+    decoder.reset()
+    caches = [torch.zeros(state.shape) for state in state_specs(decoder.spec, decoder.extent)]
     tokens, given = torch.arange(32)[None], []
     with torch.no_grad():
         for at in range(0, 32, 8):
