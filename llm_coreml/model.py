@@ -110,7 +110,9 @@ def open_model(
         raise UnknownFamilyError(f"{error} {_offer(source)}".strip()) from None
     config = read_as(checkpoint.config, family)
     found = find_family(config)
-    spec = _with_true_head(checkpoint, found, found.spec(config))
+    spec = found.spec(config)
+    found = _as_named(checkpoint, found, spec)
+    spec = _with_true_head(checkpoint, found, spec)
     stored = found.stored(spec)
     parameters = skeleton(spec).named_parameters()
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters}
@@ -146,6 +148,15 @@ def _check_complete(
             f"The family of '{spec.model_type}' does not say what the decoder's "
             f"{listing(forgotten, limit=3)} is made of."
         )
+
+
+def _as_named(checkpoint: Checkpoint, family: Family, spec: DecoderSpec) -> Family:
+    """Return the family with the names that it knows and the checkpoint has."""
+    present = {*checkpoint.names(), *checkpoint.tied()}
+    for naming in family.other_names:
+        if present.issuperset(name for made in naming(spec).values() for name in made.names):
+            return replace(family, stored=naming)
+    return family
 
 
 def _with_true_head(checkpoint: Checkpoint, family: Family, spec: DecoderSpec) -> DecoderSpec:

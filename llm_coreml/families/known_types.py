@@ -105,10 +105,7 @@ _OTHER = {
 _DENSE = {
     "a Llama under another name, for --family llama": "internlm3 iquestcoder",
     "a GPT-2 under another name, for --family gpt2": "gpt-sw3",
-    "a dense decoder": (
-        "apertus1p5_text cohere_compass_text ctrl cwm exaone gpt_neox_japanese hyperclovax jais2 "
-        "ministral modernbert-decoder openai-gpt xglm"
-    ),
+    "a dense decoder": ("apertus1p5_text cohere_compass_text modernbert-decoder openai-gpt"),
 }
 _KINDS: tuple[tuple[Outlook, Mapping[str, str]], ...] = (
     ("planned", _PLANNED),

@@ -12,7 +12,7 @@ from typing import Literal
 import pytest
 import torch
 
-from family_table import CASES, TABLE, checkpoint
+from family_table import CASES, TABLE, checkpoint, their_model, write_config
 from llm_coreml.config import ExportConfig, resolve
 from llm_coreml.decoder import Decoder
 from llm_coreml.families import known_model_types
@@ -128,8 +128,10 @@ def test_build_decoder_unquantized_in_fp32(tmp_path: Path) -> None:
     assert error < BOUND
 
 
-def test_a_live_model_needs_no_folder() -> None:
-    reference = llama(tie_word_embeddings=True)
+@pytest.mark.parametrize("family", TABLE)
+def test_a_live_model_needs_no_folder(family: str, tmp_path: Path) -> None:
+    write_config(tmp_path, family, next(iter(TABLE[family].cases.values())))
+    reference = their_model(tmp_path)
     tokens = tokens_for(97, CONTEXT)
     decoder = build(open_model(reference), "fused", "all")
     error = (run(decoder, tokens, [CONTEXT]) - expected_logits(reference, tokens)).abs().max()

@@ -261,3 +261,25 @@ def test_the_trained_length_beside_the_sizes_wins() -> None:
     spec = spec_of(rope_scaling=scaling, original_max_position_embeddings=8192)
     assert spec.rotary[0].original_max_position_embeddings == 8192
     assert spec_of(rope_scaling=scaling).rotary[0].original_max_position_embeddings == 4096
+
+
+@pytest.mark.parametrize(
+    ("config", "error", "part"),
+    [
+        ({"model_type": "xglm", "pad_token_id": 5}, UnsupportedError, "pad_token_id = 5"),
+        ({"model_type": "xglm", "add_cross_attention": True}, UnsupportedError, "an encoder"),
+        (
+            {"model_type": "xglm", "max_position_embeddings": 10**9},
+            CheckpointError,
+            "max_position_embeddings = 1000000000; it must be a whole number from 1 to 65536",
+        ),
+        ({"model_type": "ctrl", "n_positions": 10**9}, CheckpointError, "from 1 to 65536"),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else None,
+)
+def test_computed_positions_are_bounded(
+    config: dict[str, Any], error: type[Exception], part: str
+) -> None:
+    with pytest.raises(error) as caught:
+        find_family(config).spec(config)
+    assert part in str(caught.value)
