@@ -32,7 +32,6 @@ _OPTIONAL = {
 _EXPERTS = {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"}
 # Where the name of an architecture that is not read is not that of transformers.
 _MODEL_TYPES = {
-    "chatglm": "glm",
     "deepseek2": "deepseek_v2",
     "gemma3n": "gemma3n_text",
     "gemma4": "gemma4_text",
