@@ -85,8 +85,8 @@ class Attention(nn.Module):
     def wiring(self) -> Wiring:
         """What each matrix reads and writes."""
         spec = self.spec
-        # Numbers that are changed one by one have no other space: a rotation would mix them. Nor have
-        # keys that are values.
+        # Numbers that are changed one by one have no other space: a rotation would mix them. Nor
+        # have keys that are values.
         apart = spec.changes_numbers or spec.keys_are_values
         space: Space | None = None if apart else "heads"
         projections = [Matrix("q_proj", reads="residual")]
@@ -163,7 +163,9 @@ class Attention(nn.Module):
     def _values(self, x: torch.Tensor) -> torch.Tensor:
         """Return new values `[1, kv_heads, S, head_dim]`."""
         products = self.k_proj(x) if self.spec.keys_are_values else self.v_proj(x)
-        values = self._clipped(products).view(1, -1, self.spec.num_key_value_heads, self.spec.head_dim)
+        values = self._clipped(products).view(
+            1, -1, self.spec.num_key_value_heads, self.spec.head_dim
+        )
         if self.spec.value_norm is not None:
             values = self.v_norm(values)
         return _heads_first(values)

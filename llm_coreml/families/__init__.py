@@ -26,6 +26,7 @@ _MODULES = {
     "apertus": "apertus",
     "arcee": "arcee",
     "biogpt": "biogpt",
+    "bitnet": "bitnet",
     "bloom": "bloom",
     "codegen": "codegen",
     "cohere": "cohere",

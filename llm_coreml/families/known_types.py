@@ -95,7 +95,6 @@ _OTHER = {
     "a decoder of four residual streams, whose activations are made sparse": "gemma3n_text",
     "a model whose layers are run several times": "dory hrm_text",
     "a model of bytes in patches of any length": "blt",
-    "a decoder whose matrices round what they multiply": "bitnet",
     "a decoder with attention of its own (differences of two)": "diffllama",
     "a decoder with attention of its own (masks that are learned)": "doge",
     "a decoder with attention of its own (hashes)": "reformer",

@@ -149,6 +149,14 @@ TABLE: dict[str, Entry] = {
         },
         spelled=False,
     ),
+    "bitnet": Entry(
+        {
+            "gqa": {},
+            "bias": {"attention_bias": True, "num_key_value_heads": 4, "rms_norm_eps": 1e-3},
+            "tied": {"tie_word_embeddings": True, "rope_parameters": LLAMA3},
+        },
+        unread=_OWN_HEADS,
+    ),
     "bloom": Entry(
         {
             "eight": {"n_head": 8},

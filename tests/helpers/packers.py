@@ -219,6 +219,21 @@ def hqq(bits: int, group: int, zeros: tuple[float, float], whole: bool = False) 
     return pack
 
 
+def bitnet(divides: bool) -> Packer:
+    """Return a packer of BitNet's ternary matrices, whose codes a scale divides or multiplies."""
+
+    def pack(rng: np.random.Generator, rows: int, columns: int) -> tuple[Tensors, Array]:
+        from transformers.integrations.bitnet import pack_weights
+
+        codes = rng.integers(-1, 2, (rows, columns))
+        scale = half(rng.uniform(4, 16, 1) if divides else rng.uniform(0.1, 0.4, 1))
+        factor = float(1 / scale) if divides else float(scale)
+        packed = pack_weights(torch.from_numpy(codes).clone())
+        return {"weight": packed, "weight_scale": scale}, codes * factor
+
+    return pack
+
+
 def mxfp4(mlx: bool) -> Packer:
     """Return a packer of OCP's MXFP4 as MLX or as compressed-tensors lays it out."""
 
