@@ -23,10 +23,11 @@ from llm_coreml.checkpoint import (
     open_checkpoint,
 )
 from llm_coreml.checkpoint.checkpoint import listing
-from llm_coreml.checkpoint.weights_view import FamilyWeights, Weights, expected_tensors
+from llm_coreml.checkpoint.weights_view import FamilyWeights, Stored, Weights, expected_tensors
 from llm_coreml.decoder import DecoderSpec, skeleton
 from llm_coreml.errors import LlmCoreMLError, UnknownFamilyError
 from llm_coreml.families import Family, family_notes, find_family, offer, read_as
+from llm_coreml.families.family import Naming
 from llm_coreml.recipes import BUNDLED, BUNDLED_RECIPE, find_recipe
 
 
@@ -151,12 +152,30 @@ def _check_complete(
 
 
 def _as_named(checkpoint: Checkpoint, family: Family, spec: DecoderSpec) -> Family:
-    """Return the family with the names that it knows and the checkpoint has."""
+    """Return the family with the names that the checkpoint has, of those that are known.
+
+    Those of GPT-2 and BLOOM on the hub are of the model inside of transformers' causal LM.
+    """
     present = {*checkpoint.names(), *checkpoint.tied()}
-    for naming in family.other_names:
+    namings = (family.stored, *family.other_names)
+    for naming in (*namings, *map(_of_the_inner_model, namings)):
         if present.issuperset(name for made in naming(spec).values() for name in made.names):
             return replace(family, stored=naming)
     return family
+
+
+def _of_the_inner_model(naming: Naming) -> Naming:
+    """Return the names of tensors without what stands before all but those of the head."""
+
+    def named(spec: DecoderSpec) -> dict[str, Stored]:
+        found = naming(spec)
+        front = found["embed_tokens.weight"].names[0].partition(".")[0] + "."
+        return {
+            name: replace(made, names=tuple(each.removeprefix(front) for each in made.names))
+            for name, made in found.items()
+        }
+
+    return named
 
 
 def _with_true_head(checkpoint: Checkpoint, family: Family, spec: DecoderSpec) -> DecoderSpec:

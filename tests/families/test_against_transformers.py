@@ -11,6 +11,7 @@ from typing import Literal
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from family_table import CASES, TABLE, checkpoint, their_model, write_config
 from llm_coreml.config import ExportConfig, resolve
@@ -136,3 +137,20 @@ def test_a_live_model_needs_no_folder(family: str, tmp_path: Path) -> None:
     decoder = build(open_model(reference), "fused", "all")
     error = (run(decoder, tokens, [CONTEXT]) - expected_logits(reference, tokens)).abs().max()
     assert error < BOUND
+
+
+@pytest.mark.parametrize("family", TABLE)
+def test_a_checkpoint_of_the_inner_model_alone_is_read(family: str, tmp_path: Path) -> None:
+    """As the first GPT-2 and BLOOM were saved: no name says that it is inside of a causal LM."""
+    inner = checkpoint(tmp_path, family, next(iter(TABLE[family].cases.values())))
+    whole = open_model(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    front = f"{inner.base_model_prefix}."
+    assert any(name.startswith(front) for name in tensors)
+    renamed = {name.removeprefix(front): tensor for name, tensor in tensors.items()}
+    save_file(renamed, tmp_path / "model.safetensors", {"format": "pt"})
+    read = open_model(tmp_path)
+    assert read.spec == whole.spec
+    for name in whole.weights.names():
+        found, wanted = (each.weights.tensor(name, torch.float32) for each in (read, whole))
+        assert torch.equal(found, wanted), name

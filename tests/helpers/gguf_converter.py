@@ -282,7 +282,8 @@ def _tensors(
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and model.config.tie_word_embeddings:
             continue
-        stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        plain = name.removeprefix("transformer.") if architecture == "bloom" else name
+        stored = names.get_name(plain, try_suffixes=(".weight", ".bias"))
         assert stored is not None, f"llama.cpp has no name for {name}"
         if architecture == "gptneox":  # as checkpoints call it, which transformers renames
             name = name.replace("lm_head", "embed_out")
