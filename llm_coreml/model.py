@@ -23,6 +23,7 @@ from llm_coreml.checkpoint import (
     open_checkpoint,
 )
 from llm_coreml.checkpoint.checkpoint import listing
+from llm_coreml.checkpoint.layouts import ordinary_name
 from llm_coreml.checkpoint.weights_view import FamilyWeights, Stored, Weights, expected_tensors
 from llm_coreml.decoder import DecoderSpec, skeleton
 from llm_coreml.errors import LlmCoreMLError, UnknownFamilyError
@@ -171,7 +172,9 @@ def _of_the_inner_model(naming: Naming) -> Naming:
         found = naming(spec)
         front = found["embed_tokens.weight"].names[0].partition(".")[0] + "."
         return {
-            name: replace(made, names=tuple(each.removeprefix(front) for each in made.names))
+            name: replace(
+                made, names=tuple(ordinary_name(each.removeprefix(front)) for each in made.names)
+            )
             for name, made in found.items()
         }
 

@@ -272,6 +272,8 @@ def _of_its_own(
     if kind in ("gemma2", "gemma3_text"):
         by_stream = (kind, layers) in _BY_STREAM
         return {"query_pre_attn_scalar": _width(config) if by_stream else config["head_dim"]}
+    if kind == "glm" and "head_dim" not in config:
+        return {"head_dim": _width(config)}
     if kind == "cohere":
         return {"use_qk_norm": "blk.0.attn_q_norm.weight" in shapes}
     if kind == "falcon":

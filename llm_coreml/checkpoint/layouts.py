@@ -36,8 +36,8 @@ _MODEL = "model"
 _HEAD = "lm_head"
 # What is inside of the model, and what is beside it.
 _INNER = (
-    "embed_tokens", "embed_tokens_per_layer", "final_layernorm", "layer_norm", "layers", "norm",
-    "per_layer_model_projection", "per_layer_projection_norm", "rotary_emb",
+    "embed_tokens", "embed_tokens_per_layer", "layers", "norm", "per_layer_model_projection",
+    "per_layer_projection_norm", "rotary_emb",
 )  # fmt: skip
 _OUTER = (_HEAD, "score", "v_head")
 

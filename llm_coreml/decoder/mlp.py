@@ -102,8 +102,8 @@ class MLP(nn.Module):
         names = ("gate_proj", "up_proj") if self.spec.gated else ("up_proj",)
         projections = tuple(Matrix(name, reads="residual") for name in names)
         inner = ("act_fn",) if self.spec.activation == "xielu" else ()
-        inner += () if self.spec.inner_norm is None else ("inner_norm",)
-        return Wiring((projections, (Matrix("down_proj", writes="residual"),)), inner)
+        last = () if self.spec.inner_norm is None else ("inner_norm",)
+        return Wiring((projections, (Matrix("down_proj", writes="residual"),)), (*inner, *last))
 
     def steps(self, inputs: Halt) -> Steps:
         """Map `inputs` `[1, S, hidden]` to the same shape."""
