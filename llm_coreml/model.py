@@ -7,7 +7,7 @@ model.weights.tensor("layers.0.mlp.up_proj.weight", torch.float16)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -111,10 +111,8 @@ def open_model(
     except UnknownFamilyError as error:
         raise UnknownFamilyError(f"{error} {_offer(source)}".strip()) from None
     config = read_as(checkpoint.config, family)
-    found = find_family(config)
-    spec = found.spec(config)
-    found = _as_named(checkpoint, found, spec)
-    spec = _with_true_head(checkpoint, found, spec)
+    found = _as_named(checkpoint, config)
+    spec = _with_true_head(checkpoint, found, found.spec(config))
     stored = found.stored(spec)
     parameters = skeleton(spec).named_parameters()
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters}
@@ -152,12 +150,13 @@ def _check_complete(
         )
 
 
-def _as_named(checkpoint: Checkpoint, family: Family, spec: DecoderSpec) -> Family:
-    """Return the family with the names that the checkpoint has, of those that are known.
+def _as_named(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Family:
+    """Return the family of `config` with the names that the checkpoint has, if they are known.
 
     Those of GPT-2 and BLOOM on the hub are of the model inside of transformers' causal LM.
     """
-    present = {*checkpoint.names(), *checkpoint.tied()}
+    family, present = find_family(config), {*checkpoint.names(), *checkpoint.tied()}
+    spec = family.spec(config)
     namings = (family.stored, *family.other_names)
     for naming in (*namings, *map(_of_the_inner_model, namings)):
         if present.issuperset(name for made in naming(spec).values() for name in made.names):

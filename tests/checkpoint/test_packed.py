@@ -35,6 +35,7 @@ COMPRESSED = {
     }
 }
 BITNET = {"quantization_config": {"quant_method": "bitnet"}}
+TERNARY = {"quantization_config": {"quant_method": "bitnet", "linear_class": "autobitlinear"}}
 HQQ = {"quantization_config": {"quant_method": "hqq"}}
 NF4 = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
 SETTINGS = "quant_state.bitsandbytes__nf4"
@@ -160,7 +161,7 @@ BAD: list[tuple[dict[str, Any], Any, Change, type[LlmCoreMLError], str]] = [
         UnsupportedError,
         r"up_proj has its inputs in another order than gate_proj",
     ),
-    (BITNET, bitnet(True), put("weight", entry(255)), CheckpointError, r"weight has a code of 3"),
+    (TERNARY, bitnet(False), put("weight", entry(255)), CheckpointError, r"weight has a code of 3"),
     (BITNET, bitnet(True), put("weight_scale", entry(0)), CheckpointError, r"weight_scale is 0"),
     (
         {"quantization_config": {"quant_method": "bitnet", "quantization_mode": "online"}},

@@ -298,7 +298,7 @@ def test_what_bitnet_rounds_is_told() -> None:
 
 
 def test_matrices_of_an_older_glm_are_found_in_one(tmp_path: Path) -> None:
-    config = {**LLAMA, "model_type": "glm", "num_key_value_heads": 2, "head_dim": 16}
+    config = {**LLAMA, "model_type": "glm", "head_dim": 16, "pad_token_id": 0}
     (tmp_path / "config.json").write_text(json.dumps(config))
     theirs = their_model(tmp_path)
     whole = theirs.state_dict()

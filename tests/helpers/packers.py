@@ -226,8 +226,9 @@ def bitnet(divides: bool) -> Packer:
         from transformers.integrations.bitnet import pack_weights
 
         codes = rng.integers(-1, 2, (rows, columns))
-        scale = half(rng.uniform(4, 16, 1) if divides else rng.uniform(0.1, 0.4, 1))
-        factor = float(1 / scale) if divides else float(scale)
+        low, high = (4, 16) if divides else (0.1, 0.4)
+        scale = half(rng.uniform(low, high, 1).astype(np.float16))
+        factor = 1 / scale.item() if divides else scale.item()
         packed = pack_weights(torch.from_numpy(codes).clone())
         return {"weight": packed, "weight_scale": scale}, codes * factor
 
