@@ -73,7 +73,8 @@ def ended(case: Case, model: Path, bundle: Path, root: Path) -> tuple[str, str]:
     if status is None:
         return "hangs", ""
     after = content(folder)
-    err = (root / "err").read_bytes().decode("utf-8", "backslashreplace")
+    encoding = case.environment.get("PYTHONIOENCODING") or "utf-8"
+    err = (root / "err").read_bytes().decode(encoding, "backslashreplace")
     told = (err.strip().splitlines() or [""])[-1]
     changed = [name for name in before if after.get(name) != before[name]]
     return judge(case, status, err, told, changed, list(temporary.iterdir()), after), told
@@ -91,7 +92,8 @@ def judge(
     """Return what is wrong, or how the call ended."""
     ours = ("out", "out/", "bundle/results.json")
     replaced = status == 0 and "--overwrite" in case.words
-    foreign = [name for name in changed if not (replaced and name.startswith(ours))]
+    allowed = ours if replaced else ("gone",) if "GONE" in case.environment else ()
+    foreign = [name for name in changed if not name.startswith(allowed)]
     if status < 0:
         return f"crashes with {signal.Signals(-status).name}"
     if "Traceback" in err or "an unexpected" in err or "The system refuses" in err:
@@ -106,7 +108,8 @@ def judge(
         return f"changes {foreign[:3]}"
     if left or any(".llm-coreml-" in name for name in after):
         return "leaves files"
-    if status and not told and 2 not in case.streams:
+    # What is said goes to a file as well, which must not grow either in one case.
+    if status and not told and 2 not in case.streams and case.largest_file != 0:
         return "says nothing"
     return "refused" if status else "done"
 
