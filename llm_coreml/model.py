@@ -7,7 +7,7 @@ model.weights.tensor("layers.0.mlp.up_proj.weight", torch.float16)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,13 @@ from llm_coreml.checkpoint import (
     open_checkpoint,
 )
 from llm_coreml.checkpoint.checkpoint import listing
-from llm_coreml.checkpoint.weights_view import FamilyWeights, Weights, expected_tensors
+from llm_coreml.checkpoint.weights_view import FamilyWeights, Stored, Weights, expected_tensors
 from llm_coreml.decoder import DecoderSpec, skeleton
 from llm_coreml.errors import LlmCoreMLError, UnknownFamilyError
 from llm_coreml.families import Family, family_notes, find_family, offer, read_as
 from llm_coreml.recipes import BUNDLED, BUNDLED_RECIPE, find_recipe
+
+_TABLE = "embed_tokens.weight"
 
 
 @dataclass(frozen=True)
@@ -53,13 +55,14 @@ class Model:
     def expanded(self) -> Model:
         """Return the model with quantized matrices seen as values, which can be quantized again."""
         checkpoint = expanded(self.checkpoint)
-        weights = FamilyWeights(checkpoint, self.family.stored(self.spec))
+        stored, _ = _with_lone_head(checkpoint, self.family, self.spec)
+        weights = FamilyWeights(checkpoint, stored)
         return replace(self, checkpoint=checkpoint, weights=weights)
 
     def sha256(self) -> str:
         """Return the hash of the stored tensors that the decoder is made of."""
-        made = self.family.stored(self.spec).values()
-        return self.checkpoint.sha256({name for stored in made for name in stored.names})
+        stored, _ = _with_lone_head(self.checkpoint, self.family, self.spec)
+        return self.checkpoint.sha256({name for made in stored.values() for name in made.names})
 
 
 def open_model(
@@ -111,7 +114,7 @@ def open_model(
     config = read_as(checkpoint.config, family)
     found = find_family(config)
     spec = _with_true_head(checkpoint, found, found.spec(config))
-    stored = found.stored(spec)
+    stored, lone = _with_lone_head(checkpoint, found, spec)
     parameters = skeleton(spec).named_parameters()
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters}
     _check_complete(spec, stored.keys(), shapes.keys())
@@ -119,7 +122,7 @@ def open_model(
     bundled = recipe is not None and recipe.model == BUNDLED
     origin = Source("bundled", BUNDLED_RECIPE) if bundled else checkpoint.source
     read = family_notes(checkpoint.config, family)
-    notes = (*checkpoint.notes, *read, *beside, *found.notes(config))
+    notes = (*checkpoint.notes, *read, *lone, *beside, *found.notes(config))
     return Model(origin, checkpoint, found, spec, FamilyWeights(checkpoint, stored), notes)
 
 
@@ -146,6 +149,25 @@ def _check_complete(
             f"The family of '{spec.model_type}' does not say what the decoder's "
             f"{listing(forgotten, limit=3)} is made of."
         )
+
+
+def _with_lone_head(
+    checkpoint: Checkpoint, family: Family, spec: DecoderSpec
+) -> tuple[Mapping[str, Stored], list[str]]:
+    """Return what parameters are made of, the table of the head where only that is stored of both.
+
+    Returns:
+        That, and what to tell of it.
+    """
+    stored = family.stored(spec)
+    if not spec.tie_word_embeddings:
+        return stored, []
+    head = family.stored(replace(spec, tie_word_embeddings=False))["lm_head.weight"]
+    (table,), (name,), present = stored[_TABLE].names, head.names, checkpoint.names()
+    if table in present or name not in present:
+        return stored, []
+    told = f"The token table, which is also the head, is read from '{name}'."
+    return {**stored, _TABLE: head}, [told]
 
 
 def _with_true_head(checkpoint: Checkpoint, family: Family, spec: DecoderSpec) -> DecoderSpec:
