@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -254,6 +255,8 @@ def read_config(folder: Path) -> dict[str, Any]:
             adapter.
     """
     path = folder / CONFIG
+    if folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK):
+        raise CheckpointError(f"{folder} cannot be read: Permission denied. Make it readable.")
     if not path.is_file():
         _refuse_adapter(folder)
         raise CheckpointError(

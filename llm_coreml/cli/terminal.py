@@ -66,12 +66,23 @@ class _Results(io.TextIOWrapper):
 
     def write(self, text: str) -> int:
         """Write, and say in a sentence why it cannot be done."""
-        try:
+        with _told():
             return super().write(text)
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            raise OutputError(f"The result cannot be printed: {error.strerror}.") from None
+
+    def flush(self) -> None:
+        """Flush, and say in a sentence why it cannot be done."""
+        with _told():
+            super().flush()
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputError(f"The result cannot be printed: {error.strerror}.") from None
 
 
 class _Notices(io.TextIOWrapper):
@@ -121,7 +132,7 @@ def terminal(verbose: bool) -> Iterator[Screen]:
             with INTERRUPTION.telling():
                 screen.progress.close(finished)
                 for file in () if INTERRUPTION.unread else (err, out):
-                    with contextlib.suppress(OSError):
+                    with contextlib.suppress(OSError, OutputError):
                         file.flush()
         finally:
             with uninterrupted():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -419,3 +420,12 @@ def test_a_file_that_may_not_be_read_is_no_damaged_one(
         CheckpointError, match=rf"{name} cannot be read: Permission denied\. Make it readable\.$"
     ):
         open_model(folder / name if name.endswith(".gguf") else folder)
+
+
+def test_a_folder_that_may_not_be_read_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save(llama(), tmp_path / "m")
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != folder)
+    with pytest.raises(CheckpointError, match=r"/m cannot be read: Permission denied\. Make it"):
+        open_model(folder)

@@ -312,6 +312,27 @@ main.main()
     assert run("| true").err == run("").err
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_text_that_is_shown_as_it_comes_and_cannot_be_shown() -> None:
+    script = """
+from llm_coreml.cli import main, process, terminal
+import click
+
+@click.command("try")
+def command():
+    with terminal.terminal(verbose=False) as screen:
+        screen.result.file.write("text")
+        screen.result.file.flush()
+
+process.begin()
+main.cli.add_command(command)
+main.main()
+"""
+    words = ("sh", "-c", '"$@" > /dev/full', "sh", sys.executable, "-c", script, "try")
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 6 and "The result cannot be printed: No space left" in done.stderr
+
+
 def test_output_of_a_closed_stream_is_no_file_of_ours(tmp_path: Path) -> None:
     """A file that gets the number of stdout would get all that is printed there."""
     script = """
