@@ -31,6 +31,8 @@ from llm_coreml.families import Family, family_notes, find_family, offer, read_a
 from llm_coreml.families.family import Naming
 from llm_coreml.recipes import BUNDLED, BUNDLED_RECIPE, find_recipe
 
+_TABLE = "embed_tokens.weight"
+
 
 @dataclass(frozen=True)
 class Model:
@@ -55,13 +57,14 @@ class Model:
     def expanded(self) -> Model:
         """Return the model with quantized matrices seen as values, which can be quantized again."""
         checkpoint = expanded(self.checkpoint)
-        weights = FamilyWeights(checkpoint, self.family.stored(self.spec))
+        stored, _ = _with_lone_head(checkpoint, self.family, self.spec)
+        weights = FamilyWeights(checkpoint, stored)
         return replace(self, checkpoint=checkpoint, weights=weights)
 
     def sha256(self) -> str:
         """Return the hash of the stored tensors that the decoder is made of."""
-        made = self.family.stored(self.spec).values()
-        return self.checkpoint.sha256({name for stored in made for name in stored.names})
+        stored, _ = _with_lone_head(self.checkpoint, self.family, self.spec)
+        return self.checkpoint.sha256({name for made in stored.values() for name in made.names})
 
 
 def open_model(
@@ -113,7 +116,7 @@ def open_model(
     config = read_as(checkpoint.config, family)
     found = _as_named(checkpoint, config)
     spec = _with_true_head(checkpoint, found, found.spec(config))
-    stored = found.stored(spec)
+    stored, lone = _with_lone_head(checkpoint, found, spec)
     parameters = skeleton(spec).named_parameters()
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters}
     _check_complete(spec, stored.keys(), shapes.keys())
@@ -121,7 +124,7 @@ def open_model(
     bundled = recipe is not None and recipe.model == BUNDLED
     origin = Source("bundled", BUNDLED_RECIPE) if bundled else checkpoint.source
     read = family_notes(checkpoint.config, family)
-    notes = (*checkpoint.notes, *read, *beside, *found.notes(config))
+    notes = (*checkpoint.notes, *read, *lone, *beside, *found.notes(config))
     return Model(origin, checkpoint, found, spec, FamilyWeights(checkpoint, stored), notes)
 
 
@@ -178,6 +181,25 @@ def _of_the_inner_model(naming: Naming) -> Naming:
         }
 
     return named
+
+
+def _with_lone_head(
+    checkpoint: Checkpoint, family: Family, spec: DecoderSpec
+) -> tuple[Mapping[str, Stored], list[str]]:
+    """Return what parameters are made of, the table of the head where only that is stored of both.
+
+    Returns:
+        That, and what to tell of it.
+    """
+    stored = family.stored(spec)
+    if not spec.tie_word_embeddings:
+        return stored, []
+    head = family.stored(replace(spec, tie_word_embeddings=False))["lm_head.weight"]
+    (table,), (name,), present = stored[_TABLE].names, head.names, checkpoint.names()
+    if table in present or name not in present:
+        return stored, []
+    told = f"The token table, which is also the head, is read from '{name}'."
+    return {**stored, _TABLE: head}, [told]
 
 
 def _with_true_head(checkpoint: Checkpoint, family: Family, spec: DecoderSpec) -> DecoderSpec:

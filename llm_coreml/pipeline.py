@@ -31,7 +31,7 @@ from llm_coreml.bundle.folder import (
     open_bundle,
 )
 from llm_coreml.bundle.record import make_manifest
-from llm_coreml.bundle.seal import sealed
+from llm_coreml.bundle.seal import sealed, vouch_for
 from llm_coreml.config import ExportConfig, Job, resolve
 from llm_coreml.decoder import Decoder, DecoderSpec
 from llm_coreml.decoder.rope import table_notes
@@ -207,6 +207,7 @@ def _write(run: _Run, model: Model, draft: Path, cache: WeightCache) -> None:
     card = model_card(manifest, chat=find_template(draft) is not None)
     (draft / CARD).write_text(card, encoding="utf-8")
     write_json(draft / MANIFEST, sealed(manifest, draft).to_json())
+    vouch_for(manifest)
 
 
 def _tell_of_the_context(run: _Run, model: Model, job: Job) -> None:

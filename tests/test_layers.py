@@ -32,6 +32,7 @@ LAYERS = (
         "lfs",
         "quiet",
         "own_process",
+        "system",
         "tokenizer",
         "demo",
     ),

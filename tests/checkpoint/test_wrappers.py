@@ -170,7 +170,7 @@ def test_every_spelling_of_names(front: str, tmp_path: Path) -> None:
 
 def test_names_that_only_look_like_the_text_model() -> None:
     names = ["vision_tower.layers.0.norm.weight", "audio_tower.norm.weight", "projector.weight"]
-    layout = ordinary_names([*names, "model.language_model.norm.weight"], False, among_others=True)
+    layout = ordinary_names([*names, "model.language_model.norm.weight"], among_others=True)
     assert layout.beside == tuple(sorted(names))
     assert layout.names == {"model.norm.weight": "model.language_model.norm.weight"}
 
