@@ -29,6 +29,7 @@ from llm_coreml.errors import (
     LlmCoreMLError,
     UnsupportedError,
 )
+from llm_coreml.eval.devices import devices_of
 from llm_coreml.eval.heldout import read_windows
 from llm_coreml.eval.latency import measure_latency
 from llm_coreml.eval.metrics import METRICS, Metric
@@ -112,6 +113,7 @@ def evaluate(
         program_sha256=file_sha256(opened.program),
         mode=execution.mode,
         device=execution.device,
+        devices=devices_of(opened),
     )
     write_json(opened.folder / RESULTS, result.to_json())
     return result

@@ -49,7 +49,7 @@ def tree() -> Iterator[tuple[str, str]]:
 def modules() -> set[str]:
     """Return every module and folder of the package; a folder's line stands for `__init__`."""
     found = set()
-    for top in ("llm_coreml", "eval", "recipes"):
+    for top in ("llm_coreml", "cpp", "eval", "recipes"):
         for path in (ROOT / top).rglob("*.py"):
             name = str(path.relative_to(ROOT))
             found.add(name.removesuffix("__init__.py"))
@@ -157,7 +157,7 @@ def test_flags_that_are_named_are_there(page: Path) -> None:
                 assert flag in known, f"{page.name} names {flag}"
 
 
-PARTS = ("llm_coreml", "eval", "recipes")
+PARTS = ("llm_coreml", "cpp", "eval", "recipes")
 SCRIPTS = ("scripts", "benchmarks", "tests")
 # `config.json` is a file of a model, `program.fbs` one of a library.
 FILES = {"bin", "fbs", "json", "safetensors"}
