@@ -39,7 +39,7 @@ from llm_coreml.quantize.calibrate.text import CalibrationText, tokenize
 from llm_coreml.quantize.calibrate.tune import tune
 from llm_coreml.quantize.formats.schemes import Codebook, IntChannel, IntGroup, Scheme
 from llm_coreml.quantize.plan.choose import plan_for
-from llm_coreml.quantize.plan.plan import linear_scheme
+from llm_coreml.quantize.plan.flags import linear_scheme
 from llm_coreml.quantize.quantized import build_decoder
 from llm_coreml.recipes import bundled_model
 from llm_coreml.runtime.eager import EagerRunner

@@ -32,7 +32,7 @@ from llm_coreml.quantize.calibrate.text import BUNDLED_TEXT, CalibrationText, re
 from llm_coreml.quantize.calibrate.tune import tune
 from llm_coreml.quantize.formats.schemes import Codebook, IntChannel, IntGroup, Scheme
 from llm_coreml.quantize.plan.budget import mixed_options
-from llm_coreml.quantize.plan.plan import linear_scheme
+from llm_coreml.quantize.plan.flags import linear_scheme
 from llm_coreml.quantize.plan.sensitivity import sensitivities
 from llm_coreml.quantize.quantized import build_decoder
 from llm_coreml.recipes import bundled_model

@@ -28,9 +28,8 @@ from typing import Any
 
 TARGETS = ("gpu", "ane")
 LEAST_LAYERS = 2
-# Lists of one entry for each layer.
-PER_LAYER = ("layer_types", "no_rope_layers", "mlp_layer_types")
 COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
+SHARING = "num_kv_shared_layers"
 QUANTIZED = ("quantization_config", "compression_config", "quantization")
 
 
@@ -44,10 +43,14 @@ def shortened(config: Mapping[str, Any]) -> dict[str, Any]:
     count = LEAST_LAYERS
     while set(map(repr, layers[:count])) != kinds:
         count += 1
-    for key in COUNTS:
-        if key in found:
+    for key, value in found.items():
+        if key in COUNTS:
             found[key] = count
-    return found | {key: found[key][:count] for key in PER_LAYER if found.get(key)}
+        elif isinstance(value, list) and len(value) == len(layers):
+            found[key] = value[:count]  # an entry for each layer
+    if found.get(SHARING):  # the last ones, of which some are left
+        found[SHARING] = max(0, count - len(layers) + found[SHARING])
+    return found
 
 
 def write_model(config: Mapping[str, Any], folder: Path) -> None:
@@ -176,10 +179,11 @@ def main() -> None:
     given = parser.parse_args()
     names = None if given.only is None else set(given.only.split(","))
     for path in [] if given.show else sorted(given.folder.glob("*.json")):
-        known = {row["config"] for row in rows_in(given.rows)}
-        if (names is not None and path.stem not in names) or path.stem in known:
+        known = {row.get("target") for row in rows_in(given.rows) if row["config"] == path.stem}
+        targets = [target for target in given.targets.split(",") if target not in known]
+        if (names is not None and path.stem not in names) or None in known or not targets:
             continue
-        for row in rows_of(path, given.targets.split(","), given.context):
+        for row in rows_of(path, targets, given.context):
             with given.rows.open("a", encoding="utf-8") as out:
                 out.write(json.dumps(row) + "\n")
             print(json.dumps(row), file=sys.stderr)

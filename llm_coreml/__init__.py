@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from llm_coreml.errors import LlmCoreMLError
     from llm_coreml.eval.evaluate import evaluate
     from llm_coreml.eval.results import Evaluation
+    from llm_coreml.inspect.extraction import extract
     from llm_coreml.pipeline import export
     from llm_coreml.runtime.sampling import Sampling
 
@@ -31,6 +32,7 @@ _HOMES = {
     "Sampling": "llm_coreml.runtime.sampling",
     "evaluate": "llm_coreml.eval.evaluate",
     "export": "llm_coreml.pipeline",
+    "extract": "llm_coreml.inspect.extraction",
     "load": "llm_coreml.bundle.language_model",
 }
 
@@ -45,6 +47,7 @@ __all__ = [
     "Sampling",
     "evaluate",
     "export",
+    "extract",
     "load",
 ]
 

@@ -74,7 +74,7 @@ def export(
     *,
     output: str | Path,
     bits: float | None = None,
-    scheme: str | None = None,
+    scheme: Any = None,
     target: str | None = None,
     context: int | None = None,
     family: str | None = None,
@@ -93,7 +93,8 @@ def export(
         output: Folder to make.
         bits: Bits per weight of the linear layers, a fraction to mix formats; wins over `config`,
             as the next four do.
-        scheme: Weight format.
+        scheme: Weight format: a name, torchao's `IntxWeightOnlyConfig` or
+            `CodebookWeightOnlyConfig`, or any of these by patterns of names.
         target: Compute unit.
         context: Positions of the KV cache.
         family: What a model whose `model_type` has no family is read as.

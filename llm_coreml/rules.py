@@ -31,7 +31,8 @@ class Use:
         opset: What the oldest system brings, `iOS18` or `iOS26`.
         traits: What a target may not take, see `Scheme.traits`; the format's name is the first.
         minimum_os: Oldest system whose Core ML runs the format.
-        flag: What chooses the format: `--scheme`, `--embedding`, `--lm-head` or `--plan`.
+        flag: What chooses the format: `--scheme`, `--embedding`, `--lm-head` or `--plan`; of a
+            pattern with it, `--scheme lm_head=`.
     """
 
     target: Target
@@ -200,6 +201,8 @@ def remedy(rule: Rule, uses: Iterable[Use]) -> str:
 def _other_format(rule: Rule, use: Use) -> str:
     if use.flag == "--plan":
         return f"a --plan with plain {rule.instead} instead"
+    if use.flag.endswith("="):
+        return f"{use.flag}{rule.instead}"
     # Of the format that would keep the rule, only an option breaks it.
     same = use.traits[0] == rule.instead
     return "--no-codebook-scale" if same else f"{use.flag} {rule.instead}"

@@ -15,7 +15,7 @@ from llm_coreml.errors import ArtifactError
 from llm_coreml.lfs import pointer_advice
 
 # A package has a handful of files; each one costs a descriptor.
-_MAX_FILES = 256
+MAX_FILES = 256
 
 
 def map_file(path: Path) -> memoryview:
@@ -76,7 +76,7 @@ def map_folder(path: Path) -> dict[str, memoryview]:
             if entry.is_dir():
                 pending.append(Path(entry.path))
                 continue
-            if len(found) == _MAX_FILES:
-                raise ArtifactError(f"'{path}' holds more than {_MAX_FILES} files; no model does.")
+            if len(found) == MAX_FILES:
+                raise ArtifactError(f"'{path}' holds more than {MAX_FILES} files; no model does.")
             found[Path(entry.path).relative_to(path).as_posix()] = map_file(Path(entry.path))
     return dict(sorted(found.items()))

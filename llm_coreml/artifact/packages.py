@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,23 +26,58 @@ from llm_coreml.artifact.milproto import parse
 from llm_coreml.errors import ArtifactError, nearest
 
 BACKEND = "CoreMLBackend"
+# What a delegate's folder holds, one of the two.
+MODEL, COMPILED_MODEL = "model.mlpackage", "model.mlmodelc"
 _REFERENCE_MARK = b"CMJR"
 _COMPILED = "holds a model compiled for a device; export it uncompiled to run it here."
 
 
 @dataclass(frozen=True, eq=False)
-class Package:
+class Folder:
     """The folder that a delegate's data holds.
 
     Attributes:
         files: relative path to content.
-        model: its parsed model.
         metadata: what `metadata.json` says.
     """
 
     files: dict[str, memoryview]
+    metadata: dict[str, Any] = field(repr=False)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether its model is compiled for a device, which nothing here can read."""
+        return any(path.startswith(f"{COMPILED_MODEL}/") for path in self.files)
+
+
+@dataclass(frozen=True, eq=False)
+class Use:
+    """How a delegate uses a folder.
+
+    Attributes:
+        folder: the folder, which other delegates may share.
+        function: the function that it asks for; "" is the model's default one.
+        inputs: names of its inputs, in the order of the delegate's arguments.
+        outputs: names of its outputs, in the order of the arguments that follow.
+    """
+
+    folder: Folder
+    function: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Package:
+    """A folder with its model.
+
+    Attributes:
+        files: relative path to content.
+        model: its parsed model.
+    """
+
+    files: dict[str, memoryview]
     model: Model
-    metadata: dict[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +103,17 @@ class Packages:
     def __init__(self, container: pte.Container) -> None:
         self._named = container.named_data
         # Delegates that share data share the very view; it is kept, so that its id stays its own.
-        self._opened: dict[int, tuple[memoryview, Package]] = {}
+        self._folders: dict[int, tuple[memoryview, Folder]] = {}
+        self._parsed: dict[int, Package] = {}
+
+    def find(self, delegate: Delegate) -> Use:
+        """Return the folder that `delegate` uses, whose model may be compiled.
+
+        Raises:
+            ArtifactError: it is another backend's, or its data cannot be read.
+        """
+        folder, function = self._folder(delegate)
+        return _use(delegate, folder, function)
 
     def open(self, delegate: Delegate) -> Lowered:
         """Return what `delegate` runs.
@@ -76,34 +121,32 @@ class Packages:
         Raises:
             ArtifactError: it is another backend's, or its data cannot be run.
         """
-        where = f"Delegate {delegate.index} of method '{delegate.method}'"
+        folder, function = self._folder(delegate)
+        if folder.compiled:
+            raise ArtifactError(f"{_where(delegate)} {_COMPILED}")
+        if id(folder) not in self._parsed:
+            self._parsed[id(folder)] = Package(folder.files, parse(folder.files, MODEL))
+        package = self._parsed[id(folder)]
+        use = _use(delegate, folder, function)
+        function = use.function or package.model.default_function
+        if function not in package.model.functions or function not in package.model.interfaces:
+            raise ArtifactError(
+                f"{_where(delegate)} runs the function '{function}', which its model does not have "
+                f"or does not describe.{nearest(function, package.model.functions)}"
+            )
+        return Lowered(package, function, use.inputs, use.outputs)
+
+    def _folder(self, delegate: Delegate) -> tuple[Folder, str]:
+        """Return the folder of a delegate, and the function that it asks for."""
+        where = _where(delegate)
         if delegate.backend != BACKEND:
             raise ArtifactError(f"{where} is lowered for {delegate.backend}, not for Core ML.")
         data, function = delegate.data, ""
         if bytes(data[:4]) == _REFERENCE_MARK:
             data, function = self._referred(data, where)
-        if id(data) not in self._opened:
-            self._opened[id(data)] = data, _package(data, where)
-        package = self._opened[id(data)][1]
-        names: Any = package.metadata
-        if "methods" in package.metadata:
-            names = _entry(package.metadata["methods"], delegate.method, where)
-            if not function:
-                raise ArtifactError(f"{where} does not say which function of its model it runs.")
-        else:
-            # As on a device, a model for a single method is run by its default function.
-            function = package.model.default_function
-        if function not in package.model.functions or function not in package.model.interfaces:
-            raise ArtifactError(
-                f"{where} runs the function '{function}', which its model does not have or does "
-                f"not describe.{nearest(function, package.model.functions)}"
-            )
-        return Lowered(
-            package,
-            function,
-            _names(names, "inputNames", where),
-            _names(names, "outputNames", where),
-        )
+        if id(data) not in self._folders:
+            self._folders[id(data)] = data, _folder(data, where)
+        return self._folders[id(data)][1], function
 
     def _referred(self, data: memoryview, where: str) -> tuple[memoryview, str]:
         """Return the shared data that a reference names, and the function that it chooses."""
@@ -138,10 +181,25 @@ def model_of_folder(path: Path) -> Model:
     return parse(map_folder(path), "")
 
 
-def _package(data: memoryview, where: str) -> Package:
+def _where(delegate: Delegate) -> str:
+    return f"Delegate {delegate.index} of method '{delegate.method}'"
+
+
+def _use(delegate: Delegate, folder: Folder, function: str) -> Use:
+    where, names = _where(delegate), folder.metadata
+    if "methods" in names:
+        names = _entry(names["methods"], delegate.method, where)
+        if not function:
+            raise ArtifactError(f"{where} does not say which function of its model it runs.")
+    else:
+        # As on a device, a model for a single method is run by its default function.
+        function = ""
+    inputs, outputs = (_names(names, key, where) for key in ("inputNames", "outputNames"))
+    return Use(folder, function, inputs, outputs)
+
+
+def _folder(data: memoryview, where: str) -> Folder:
     files = unpack(data)
-    if any(path.startswith("model.mlmodelc/") for path in files):
-        raise ArtifactError(f"{where} {_COMPILED}")
     try:
         metadata = json.loads(bytes(files["metadata.json"][:MAX_JSON]))
     except (ValueError, KeyError, RecursionError) as error:
@@ -150,10 +208,10 @@ def _package(data: memoryview, where: str) -> Package:
         ) from error
     if not isinstance(metadata, dict):
         raise ArtifactError(f"{where} has a metadata.json that is no object.")
-    return Package(files, parse(files, "model.mlpackage"), metadata)
+    return Folder(files, metadata)
 
 
-def _entry(methods: Any, name: str, where: str) -> Mapping[str, Any]:
+def _entry(methods: Any, name: str, where: str) -> dict[str, Any]:
     found = methods.get(name) if isinstance(methods, dict) else None
     if not isinstance(found, dict):
         raise ArtifactError(f"{where} has a metadata.json without the method '{name}'.")

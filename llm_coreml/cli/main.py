@@ -19,6 +19,7 @@ import click
 from llm_coreml.cli.diff import diff_command
 from llm_coreml.cli.eval import eval_command
 from llm_coreml.cli.export import export_command
+from llm_coreml.cli.extract import extract_command
 from llm_coreml.cli.generate import generate_command
 from llm_coreml.cli.inspect import inspect_command
 from llm_coreml.cli.listing import ls_command
@@ -61,6 +62,7 @@ for command in (
     diff_command,
     inspect_command,
     run_command,
+    extract_command,
 ):
     cli.add_command(command)
 

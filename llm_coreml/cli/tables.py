@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # they bring torch, which a list does not need
     from llm_coreml.eval.metrics import Metric
     from llm_coreml.eval.results import DeviceFigures, Evaluation, Quality
     from llm_coreml.inspect.contents import Contents, DelegateContents
+    from llm_coreml.inspect.extraction import Extraction
 
 
 def export_table(manifest: Manifest, folder: str, peak: int) -> Group:
@@ -302,6 +303,19 @@ def contents_table(found: Contents) -> Group:
             title = f"{method}: {delegate.backend}, {delegate.bytes:,} bytes"
             parts += [Text(""), listing_table(title, _delegate_rows(delegate))]
     return Group(*parts)
+
+
+def extraction_table(found: Extraction) -> Group:
+    """Return which models were written, and what runs them."""
+    table = _plain("model", "bytes", "run by", numeric=["bytes"])
+    for model in found.models:
+        calls = (
+            f"{use.method}, partition {use.partition}: {use.function or 'its default function'}"
+            for use in model.used_by
+        )
+        size = f"{sum(model.files.values()):,}"
+        table.add_row(f"{found.folder}/{model.path}", size, "\n".join(calls))
+    return Group(table)
 
 
 def _counted(matrices: int) -> str:

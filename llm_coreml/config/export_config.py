@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
 from llm_coreml.config.schema import complaint, sections_schema
+from llm_coreml.config.scheme_text import plain_name
 from llm_coreml.config.sections import (
     SECTIONS,
     CalibrationSettings,
@@ -21,6 +22,7 @@ from llm_coreml.config.sections import (
     TargetSettings,
     WeightSettings,
     decided_by,
+    undecided,
 )
 from llm_coreml.config.setting import Section, settings_of
 from llm_coreml.config.values import takes_bits
@@ -66,8 +68,12 @@ class ExportConfig(
             UnsupportedError: as for any config.
         """
         settings = {each.name: each for each in settings_of(ExportConfig)}
+        given = {
+            name: settings[name].in_words(value) if name in settings else value
+            for name, value in given.items()
+        }
         cleared = {
-            other: settings[other].default
+            other: undecided(name, other, getattr(self, other)) or settings[other].default
             for name in {"bits", "scheme", "size", "plan"} & given.keys()
             for other in self._contradicted(name, given[name])
             if other not in given
@@ -78,9 +84,9 @@ class ExportConfig(
         """Yield the settings that cannot stay beside another one of this value."""
         yield from decided_by(name, value)
         yield from (each for each in ("size", "plan", "bits") if name in self._decided(each))
-        if name == "bits" and self.scheme is not None and not takes_bits(self.scheme, value):
+        if name == "bits" and not _takes_bits(self.scheme, value):
             yield "scheme"
-        if name == "scheme" and self.bits is not None and not takes_bits(value, self.bits):
+        if name == "scheme" and not _takes_bits(value, self.bits):
             yield "bits"
 
     def _decided(self, name: str) -> tuple[str, ...]:
@@ -124,14 +130,25 @@ class ExportConfig(
         return cls(**given)
 
 
+def _takes_bits(scheme: str | None, bits: float | None) -> bool:
+    """Return whether a scheme, none at all or one of patterns alone, goes with bits."""
+    plain = plain_name(scheme)
+    return plain is None or bits is None or takes_bits(plain, bits)
+
+
 def _has_sections(values: Mapping[str, Any]) -> bool:
     """Return whether settings lie in sections.
 
-    A section and a setting may share a name: `target`, which is a section if it holds keys.
+    A section and a setting may share a name: `target`, which is a section if it holds keys. The
+    setting `scheme` may hold a mapping of its own.
     """
     settings = {each.name for each in settings_of(ExportConfig)}
+    mappings = {each.name for each in settings_of(ExportConfig) if each.mapping}
     sections = SECTIONS.keys() - settings
-    return any(key in sections or isinstance(value, Mapping) for key, value in values.items())
+    return any(
+        key in sections or (isinstance(value, Mapping) and key not in mappings)
+        for key, value in values.items()
+    )
 
 
 def _sectioned(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

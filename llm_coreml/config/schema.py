@@ -51,6 +51,9 @@ def _schema(setting: Setting) -> dict[str, Any]:
         described["items"] = {"type": _TYPES[setting.kind]}
     if setting.read is not None:
         types.append("string")
+    if setting.mapping:
+        types.append("object")
+        described["additionalProperties"] = {"type": ["string", "null"]}
     if setting.optional:
         types.append("null")
     return {**described, "type": types}

@@ -9,8 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
+from llm_coreml.config.scheme_text import (
+    checked_scheme,
+    patterns_alone,
+    plain_name,
+    read_scheme,
+    spelled_format,
+    spelled_scheme,
+)
 from llm_coreml.config.setting import Section, setting, settings_of
 from llm_coreml.config.values import (
     DEFAULT_CODEBOOK_ROWS,
@@ -51,7 +59,20 @@ def decided_by(name: str, value: object) -> tuple[str, ...]:
     if name == "bits":
         mixed = isinstance(value, float) and not value.is_integer()
         return ("scheme",) if mixed else ()
+    if name == "scheme" and isinstance(value, str):
+        text = read_scheme(value)
+        tables = (("embedding", "embed_tokens"), ("lm_head", "lm_head"))
+        named = [flag for flag, matrix in tables if text.pattern_of(matrix)]
+        return (*named, *(("bits", "size") if "*" in text.patterns else ()))
     return () if value is None else _DECIDED.get(name, ())
+
+
+def undecided(name: str, other: str, value: Any) -> Any:
+    """Return what is left of a setting's value beside `name`, which decides it.
+
+    Bits and sizes leave the patterns of a scheme as they are.
+    """
+    return patterns_alone(value) if other == "scheme" and name in ("bits", "size") else None
 
 
 def _checked_family(value: str) -> str:
@@ -103,7 +124,12 @@ class WeightSettings(Section):
         None, "Formats of an earlier export: its manifest.json.", metavar="FILE"
     )
     scheme: str | None = setting(
-        None, "Weight format, see `llm-coreml ls`; the target's by default."
+        None,
+        "Weight format, see `llm-coreml ls`, or patterns: lm_head=codebook:6,layers.0.*=FORMAT.",
+        shown="the target's",
+        check=checked_scheme,
+        spelled=spelled_scheme,
+        mapping=True,
     )
     group_size: int = setting(
         32, "int4-group and such: inputs per scale.", least=1, most=MOST_POSITIONS
@@ -127,8 +153,13 @@ class WeightSettings(Section):
         None,
         "Scheme of the token table.",
         shown=f"{DEFAULT_TABLE}; none beside --scheme none or --bits 16",
+        spelled=spelled_format,
     )
-    lm_head: str | None = setting(None, "Scheme of the output head; the token table's by default.")
+    lm_head: str | None = setting(
+        None,
+        "Scheme of the output head; the token table's by default.",
+        spelled=spelled_format,
+    )
     rotate: Rotate = setting(
         "none",
         "Spread outlying weights first, by rotations that leave the model's function as it is.",
@@ -149,14 +180,16 @@ class WeightSettings(Section):
         if self.size is not None and self.size < 1:
             raise ConfigError(f"--size is {self.size}; give bytes, such as 600MB.")
         settings = {each.name: each for each in settings_of(WeightSettings)}
-        for name in ("plan", "size", "bits"):
+        for name in ("plan", "size", "bits", "scheme"):
             own = getattr(self, name)
             for other in decided_by(name, own):
                 value, flag = getattr(self, other), settings[other].flag
+                if undecided(name, other, value) == value:
+                    continue
                 # Earlier releases recorded the usual table beside a plan, too.
-                usual = DEFAULT_TABLE if other == "embedding" else None
+                usual = self._usual_table if other == "embedding" else None
                 if value not in (settings[other].default, usual):
-                    decider = f"--bits {own}" if name == "bits" else f"--{name}"
+                    decider = f"--{name} {own}" if name in ("bits", "scheme") else f"--{name}"
                     raise ConfigError(
                         f"{decider} decides what {flag} {value} would; drop one of them."
                     )
@@ -164,8 +197,12 @@ class WeightSettings(Section):
     @property
     def table(self) -> str:
         """The scheme of the token table: nothing is quantized if the linear layers are not."""
-        usual = "none" if self.scheme == "none" or self.bits == 16 else DEFAULT_TABLE
-        return self.embedding or usual
+        return self.embedding or self._usual_table
+
+    @property
+    def _usual_table(self) -> str:
+        unquantized = plain_name(self.scheme) == "none" or self.bits == 16
+        return "none" if unquantized else DEFAULT_TABLE
 
     @property
     def mixed(self) -> bool:

@@ -38,6 +38,9 @@ class Setting:
         shown: What None comes to, in words.
         check: Returns the value as it is kept; raises ConfigError or UnsupportedError.
         read: Returns the value that a text means; raises ValueError.
+        spelled: Returns the text that a mapping or an object of a library means; raises ConfigError
+            or UnsupportedError.
+        mapping: A file may give a mapping, too.
         least: The smallest number that it, or any of its parts, may be.
         most: The largest.
     """
@@ -53,6 +56,8 @@ class Setting:
     shown: str | None
     check: Callable[[Any], Any] | None
     read: Callable[[str], Any] | None
+    spelled: Callable[[Any], str] | None
+    mapping: bool
     least: int | None
     most: int | None
 
@@ -73,6 +78,17 @@ class Setting:
         """Return the value that a recipe or a manifest means. Raises ValueError if it has none."""
         return self.read(value) if self.read is not None and isinstance(value, str) else value
 
+    def in_words(self, value: Any) -> Any:
+        """Return the text that a mapping or an object means, any other value as it is.
+
+        Raises:
+            ConfigError: it means none.
+            UnsupportedError: it means what Core ML does not have.
+        """
+        if self.spelled is None or value is None or isinstance(value, str):
+            return value
+        return self.spelled(value)
+
     def checked(self, value: Any) -> Any:
         """Return `value` as it is kept.
 
@@ -82,6 +98,7 @@ class Setting:
         """
         if value is None and self.optional:
             return None
+        value = self.in_words(value)
         if self.choices and value not in self.choices:
             allowed = " or ".join(self.choices)
             raise ConfigError(f"{self.name} is '{value}'; it must be {allowed}.")
@@ -120,6 +137,8 @@ def setting(
     shown: str | None = None,
     check: Callable[[Any], Any] | None = None,
     read: Callable[[str], Any] | None = None,
+    spelled: Callable[[Any], str] | None = None,
+    mapping: bool = False,
     least: int | None = None,
     most: int | None = None,
 ) -> Any:
@@ -133,11 +152,15 @@ def setting(
         check: Returns the value as it is kept; raises ConfigError or UnsupportedError.
         read: Returns the value that a text means, for types that a text does not say; raises
             ValueError.
+        spelled: Returns the text that a mapping or an object of a library means; raises ConfigError
+            or UnsupportedError.
+        mapping: A file may give a mapping, too.
         least: The smallest number that it, or any of its parts, may be.
         most: The largest; beyond it nothing fits a tensor, or ends in a lifetime.
     """
     told: dict[str, Any] = {"about": about, "metavar": metavar, "shown": shown}
-    told |= {"check": check, "read": read, "least": least, "most": most}
+    told |= {"check": check, "read": read, "spelled": spelled, "mapping": mapping}
+    told |= {"least": least, "most": most}
     return dataclasses.field(default=default, metadata={"setting": told})
 
 

@@ -164,12 +164,20 @@ class Dense:
         return self.decoder(self.count * (layer,), (self.rope,))
 
     def decoder(self, layers: Sequence[LayerSpec], rotary: Sequence[RopeSpec]) -> DecoderSpec:
-        """Return the decoder of these layers and rotary tables."""
+        """Return the decoder of these layers and those of the rotary tables that one turns by."""
         if table(self.config, "per_layer_config"):
             raise UnsupportedError(
                 "config.json gives single layers settings of their own (per_layer_config); the "
                 "layers of this family are all alike."
             )
+        turned = {layer.mixer.rope for layer in layers} - {None}
+        used = [index for index in range(len(rotary)) if index in turned]
+        layers = [
+            layer
+            if layer.mixer.rope is None
+            else replace(layer, mixer=replace(layer.mixer, rope=used.index(layer.mixer.rope)))
+            for layer in layers
+        ]
         return DecoderSpec(
             model_type=str(self.config["model_type"]),
             vocab_size=whole(self.config, "vocab_size"),
@@ -177,6 +185,6 @@ class Dense:
             max_position_embeddings=self.positions,
             layers=tuple(layers),
             norm=self.norm,
-            rotary=tuple(rotary),
+            rotary=tuple(rotary[index] for index in used),
             tie_word_embeddings=flag(self.config, "tie_word_embeddings"),
         )

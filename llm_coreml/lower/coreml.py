@@ -11,17 +11,22 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from executorch.exir import ExecutorchBackendConfig, ExecutorchProgramManager
-from executorch.exir._serialize._cord import FileBackedData
-from executorch.exir._serialize._serialize import serialize_for_executorch
+import torch
 
-from llm_coreml.artifact.description import Description
+from llm_coreml.artifact.description import (
+    MAIN_FUNCTION,
+    MAIN_METHOD,
+    START_POS,
+    TOKENS,
+    Description,
+)
 from llm_coreml.config import Job
 from llm_coreml.decoder import Decoder
-from llm_coreml.lower.method import edge_method, program_of
-from llm_coreml.lower.padded import method_around
+from llm_coreml.lower.method import CoreMLCall, edge_methods, write_methods
+from llm_coreml.lower.padded import Program, method_around
 from llm_coreml.lower.program import compile_specs, write_program
-from llm_coreml.lower.traced import trace_program
+from llm_coreml.lower.signature import Signature
+from llm_coreml.lower.traced import trace_method, trace_program
 
 # Share of a lowering's time, as measured on models of 4 and 16 layers.
 _TRACED = 0.4
@@ -54,10 +59,34 @@ def lower_coreml(
         blob = Path(folder, "blob")
         write_program(exported, specs, blob)
         del exported
-        program = program_of(description, decoder.spec.vocab_size)
-        method = method_around(program, description.context, lengths, description.every_row)
-        edge = edge_method(method, lengths[-1], description.constant_methods, specs)
-        _write(edge.to_executorch(), blob, path)
+        call = CoreMLCall(MAIN_FUNCTION, _signature(description, decoder.spec.vocab_size))
+        method = method_around(_calling(call), description.context, lengths, description.every_row)
+        traced = {MAIN_METHOD: trace_method(method, lengths[-1])}
+        edge = edge_methods(traced, {call.name: specs}, description.constant_methods)
+        write_methods(edge.to_executorch(), {call.name: blob}, path)
+
+
+def _signature(description: Description, vocab_size: int) -> Signature:
+    """Return what the program takes and gives, as `Decoder.forward` does."""
+    longest = description.seq_lengths[-1]
+    size = "P" if longest > 1 else 1
+    takes = [f"{TOKENS} int32 [1, {size}]", f"{START_POS} int32 [1]"]
+    if longest > 1:
+        takes.append("last_pos int32 [1]")
+    rows = size if description.every_row else 1
+    return Signature(tuple(takes), (f"logits float32 [1, {rows}, {vocab_size}]",))
+
+
+def _calling(call: CoreMLCall) -> Program:
+    """Return a call with positions that may be absent, and one output."""
+
+    def program(
+        tokens: torch.Tensor, start_pos: torch.Tensor, last_pos: torch.Tensor | None
+    ) -> torch.Tensor:
+        (logits,) = call(tokens, start_pos, *(() if last_pos is None else (last_pos,)))
+        return logits
+
+    return program
 
 
 @contextlib.contextmanager
@@ -70,14 +99,3 @@ def _uncollected() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-def _write(program: ExecutorchProgramManager, blob: Path, path: Path) -> None:
-    """Write the `.pte`, with the blob that lies in a file as its delegate."""
-    (delegate,) = program.executorch_program.backend_delegate_data
-    delegate.data = FileBackedData(str(blob))
-    content, _ = serialize_for_executorch(
-        program._emitter_output, ExecutorchBackendConfig(), program._data_serializer
-    )
-    with path.open("wb") as file:
-        content.write_to_file(file)

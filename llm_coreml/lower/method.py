@@ -1,19 +1,33 @@
-"""The method of an ExecuTorch program, in which one Core ML program is one op.
+"""The methods of an ExecuTorch program, in which a Core ML program is one op.
 
 So ExecuTorch, whose dialects and passes cost as much as a conversion, never sees what is inside,
 and the program's length is a symbol of its own: in the method it is an expression of the number of
 tokens (`padded.py`), of which Core ML's enumerated shapes cannot be told.
+
+    call = CoreMLCall("main", Signature(takes, gives))   # called in a module's forward
+    edge = edge_methods({"forward": traced}, {"main": specs}, constants)
+    write_methods(edge.to_executorch(), {"main": blob}, path)
+
+A method may call one such program or several, each with any inputs and outputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import partial
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, final
 
 import torch
 from executorch.backends.apple.coreml.compiler import CoreMLBackend
-from executorch.exir import EdgeCompileConfig, EdgeProgramManager, to_edge_transform_and_lower
+from executorch.exir import (
+    EdgeCompileConfig,
+    EdgeProgramManager,
+    ExecutorchBackendConfig,
+    ExecutorchProgramManager,
+    to_edge_transform_and_lower,
+)
+from executorch.exir._serialize._cord import FileBackedData
+from executorch.exir._serialize._serialize import serialize_for_executorch
 from executorch.exir.backend.backend_details import BackendDetails, PreprocessResult
 from executorch.exir.backend.compile_spec_schema import CompileSpec
 from executorch.exir.backend.partitioner import DelegationSpec, Partitioner, PartitionResult
@@ -21,93 +35,113 @@ from executorch.exir.dialects.edge._ops import EdgeOpOverload
 from executorch.exir.lowered_backend_module import LoweredBackendModule
 from torch.export import ExportedProgram
 
-from llm_coreml.artifact.description import Description
 from llm_coreml.artifact.method_plan import Constant
-from llm_coreml.lower.padded import Method, Program
-from llm_coreml.lower.traced import trace_method
+from llm_coreml.lower.signature import Signature
 
-_TAG = "core_ml"
+# Specifications of each Core ML program, by its name.
+Specs = Mapping[str, list[CompileSpec]]
 
 
 @torch.library.custom_op("llm_coreml::core_ml_program", mutates_args=())
 def core_ml_program(
-    tokens: torch.Tensor,
-    start_pos: torch.Tensor,
-    last_pos: torch.Tensor | None,
-    every_row: bool,
-    vocab_size: int,
-) -> torch.Tensor:
+    inputs: Sequence[torch.Tensor], name: str, signature: str
+) -> list[torch.Tensor]:
     """Stand for a Core ML program: nothing runs it but a device, and our reference runtime.
 
     Args:
-        tokens: int32 `[1, P]`.
-        start_pos: int32 `[1]`.
-        last_pos: int32 `[1]`, see `Decoder.forward`; None where P is always 1.
-        every_row: Whether it returns every row of a chunk, or the last.
-        vocab_size: Columns of the logits.
+        inputs: What the program takes, in order.
+        name: Which program.
+        signature: What it takes and gives, as `Signature.of` reads it.
 
     Returns:
-        float32 logits, `[1, P, vocab_size]` or `[1, 1, vocab_size]`.
+        What it gives, in order.
     """
     raise NotImplementedError("a Core ML program is not run by torch")
 
 
 @core_ml_program.register_fake
-def _(
-    tokens: torch.Tensor,
-    start_pos: torch.Tensor,
-    last_pos: torch.Tensor | None,
-    every_row: bool,
-    vocab_size: int,
-) -> torch.Tensor:
-    rows = tokens.shape[1] if every_row else 1
-    return torch.empty(1, rows, vocab_size, dtype=torch.float32)
+def _(inputs: Sequence[torch.Tensor], name: str, signature: str) -> list[torch.Tensor]:
+    return Signature.of(signature).results(inputs)
 
 
 _PROGRAM = core_ml_program._opoverload
 
 
-def program_of(description: Description, vocab_size: int) -> Program:
-    """Return what a method calls where the Core ML program is to run."""
-    return partial(core_ml_program, every_row=description.every_row, vocab_size=vocab_size)
-
-
-def edge_method(
-    method: Method, longest: int, constants: Mapping[str, Constant], specs: list[CompileSpec]
-) -> EdgeProgramManager:
-    """Return the method, with an empty delegate in the place of the Core ML program.
+@final
+class CoreMLCall:
+    """What a method calls where a Core ML program is to run.
 
     Args:
-        method: What to export, around `program_of`.
-        longest: The most tokens of a call.
+        name: Of the program, unique in the method.
+        signature: What it takes and gives.
+    """
+
+    def __init__(self, name: str, signature: Signature) -> None:
+        self.name = name
+        self.signature = signature
+
+    def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return what the program gives for `inputs`, as `signature` has both."""
+        return tuple(core_ml_program(list(inputs), self.name, str(self.signature)))
+
+
+def edge_methods(
+    methods: Mapping[str, ExportedProgram], specs: Specs, constants: Mapping[str, Constant]
+) -> EdgeProgramManager:
+    """Return the methods, with a delegate that holds its name in the place of each program.
+
+    Args:
+        methods: What is exported, around calls of `CoreMLCall`, by the methods' names.
+        specs: What the delegate of each Core ML program is told when it is loaded.
         constants: Constant methods, see `traced.constant_methods`.
-        specs: What the delegate is told when it is loaded.
     """
     edge = to_edge_transform_and_lower(
-        trace_method(method, longest),
+        dict(methods),
         partitioner=[_ProgramPartitioner(specs)],
         compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
         constant_methods=dict(constants),
     )
-    _name_backend(edge)
+    for name in methods:
+        _name_backend(edge, name)
     return edge
 
 
-class _ProgramPartitioner(Partitioner):  # type: ignore[misc]
-    """Delegates the op that stands for the Core ML program, and nothing else."""
+def write_methods(program: ExecutorchProgramManager, blobs: Mapping[str, Path], path: Path) -> None:
+    """Write the `.pte`.
 
-    def __init__(self, specs: list[CompileSpec]) -> None:
+    Args:
+        program: Of `edge_methods`.
+        blobs: The file that holds each Core ML program, by its name.
+        path: Where to write.
+    """
+    for delegate in program.executorch_program.backend_delegate_data:
+        delegate.data = FileBackedData(str(blobs[bytes(delegate.data).decode()]))
+    content, _ = serialize_for_executorch(
+        program._emitter_output, ExecutorchBackendConfig(), program._data_serializer
+    )
+    with path.open("wb") as file:
+        content.write_to_file(file)
+
+
+class _ProgramPartitioner(Partitioner):  # type: ignore[misc]
+    """Delegates the ops that stand for Core ML programs, each by itself, and nothing else."""
+
+    def __init__(self, specs: Specs) -> None:
         super().__init__()
-        self._delegation = DelegationSpec(_Prepared.__name__, specs)
+        self._delegations = {
+            name: DelegationSpec(_Prepared.__name__, own) for name, own in specs.items()
+        }
 
     def partition(self, exported_program: ExportedProgram) -> PartitionResult:
-        """Tag the op."""
+        """Tag the ops, and what takes their outputs apart."""
+        found = {}
         for node in exported_program.graph.nodes:
-            if isinstance(node.target, EdgeOpOverload) and node.target._op == _PROGRAM:
-                node.meta["delegation_tag"] = _TAG
-        return PartitionResult(
-            tagged_exported_program=exported_program, partition_tags={_TAG: self._delegation}
-        )
+            if _calls_program(node):
+                name = node.args[1]
+                found[name] = self._delegations[name]
+                for part in (node, *node.users):
+                    part.meta["delegation_tag"] = name
+        return PartitionResult(tagged_exported_program=exported_program, partition_tags=found)
 
 
 class _Prepared(BackendDetails):  # type: ignore[misc]
@@ -120,21 +154,31 @@ class _Prepared(BackendDetails):  # type: ignore[misc]
     def preprocess(
         edge_program: ExportedProgram, compile_specs: list[CompileSpec]
     ) -> PreprocessResult:
-        """Return an empty delegate.
+        """Return a delegate that holds the program's name.
 
         Raises:
-            AssertionError: the inputs are not in the order of the op's, by which Core ML has them.
+            AssertionError: inputs or outputs are not in the order of the op's, by which Core ML
+                has them.
         """
-        inputs = [node for node in edge_program.graph.nodes if node.op == "placeholder"]
-        (call,) = [node for node in edge_program.graph.nodes if node.op == "call_function"]
-        if inputs != call.all_input_nodes:
-            raise AssertionError(f"{call} is called with {call.all_input_nodes}, not {inputs}")
-        return PreprocessResult(processed_bytes=b"")
+        nodes = list(edge_program.graph.nodes)
+        inputs = [node for node in nodes if node.op == "placeholder"]
+        (call,) = [node for node in nodes if _calls_program(node)]
+        if inputs != call.args[0]:
+            raise AssertionError(f"{call} is called with {call.args[0]}, not {inputs}")
+        (given,) = nodes[-1].args
+        order = [node.args[1] for node in given]
+        if order != list(range(len(Signature.of(call.args[2]).gives))):
+            raise AssertionError(f"{call} gives its outputs in the order {order}")
+        return PreprocessResult(processed_bytes=call.args[1].encode())
 
 
-def _name_backend(edge: EdgeProgramManager) -> None:
-    """Give the delegate to the backend that devices have."""
-    module: Any = edge.exported_program().graph_module
+def _calls_program(node: torch.fx.Node) -> bool:
+    return isinstance(node.target, EdgeOpOverload) and node.target._op == _PROGRAM
+
+
+def _name_backend(edge: EdgeProgramManager, name: str) -> None:
+    """Give the delegates of a method to the backend that devices have."""
+    module: Any = edge.exported_program(name).graph_module
     for child in module.children():
         if isinstance(child, LoweredBackendModule):
             child._backend_id = CoreMLBackend.__name__

@@ -1,8 +1,8 @@
 """How an artifact is to read a text: calls of every length, from the first position to the last.
 
     plan = plan_passes((1, 8, 64, 512), context=1024)
-    plan.unrounded[0]   # 176 tokens (padded to 512), 64, 8, 1, 1, 1 from position 0
-    plan.unrounded[1]   # 1, 1, 1, 3 (padded to 8), 22 (padded to 64) up to position 1023; it again
+    plan.unrounded[0]   # 120 tokens (padded to 512), 64, 8, 1, 1, 1 from position 0
+    plan.unrounded[1]   # 1, 1, 1, 2 (padded to 8), 15 (padded to 64) up to position 1023; it again
     plan.declared       # the same without the 512
 
 A runner pads what is no length, and may do so where the pads lie beyond the context. So a call of
@@ -100,9 +100,9 @@ def plan_passes(lengths: Sequence[int], context: int) -> Plan:
 
 
 def padded_count(length: int, lengths: Sequence[int]) -> int:
-    """Return a number of tokens that is padded to `length`: a quarter of those that are."""
+    """Return a number of tokens that is padded to `length`: an eighth of those that are."""
     shorter = max((other for other in lengths if other < length), default=0)
-    return length - 3 * (length - shorter) // 4
+    return length - 7 * (length - shorter) // 8
 
 
 def one_after_the_other(start: int, counts: Sequence[int]) -> Pass:

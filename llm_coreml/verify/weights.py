@@ -13,13 +13,13 @@ by their hashes, which are taken a few rows at a time, where the rows are expand
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import torch
+import xxhash
 
 from llm_coreml.decoder import Decoder
 from llm_coreml.errors import VerificationError
@@ -51,7 +51,8 @@ class Digest:
     """The content of a tensor whose rows come one after the other."""
 
     def __init__(self) -> None:
-        self._hash = hashlib.sha256()
+        # Of 128 bits, quick: it guards against mistakes, not against people.
+        self._hash = xxhash.xxh3_128()
         self._neutral = {0.0, 1.0}
         self.rows = 0
 

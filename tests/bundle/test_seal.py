@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "generate": ("-p", "The", "--max-new-tokens", "1"),
     "inspect": ("--numerics", "--tokens", "2", "--against", "none"),
     "diff": ("--tokens", "2"),
+    "extract": ("--overwrite",),
     "eval": ("--artifact-only", "--tokens", "2"),
     "run": (),
     "show": (),
@@ -55,7 +56,8 @@ def change_tokenizer(folder: Path) -> None:
 def opened(command: str, bundle: Path, original: Path) -> tuple[str | Path, ...]:
     """Return the words of a command that reads `bundle`."""
     other = (original,) if command == "diff" else ()
-    return (command, bundle, *other, *COMMANDS[command])
+    place = ("-o", bundle.parent / "models") if command == "extract" else ()
+    return (command, bundle, *other, *place, *COMMANDS[command])
 
 
 Call = Callable[..., Run]

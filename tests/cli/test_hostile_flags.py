@@ -44,6 +44,7 @@ VALUES = (
 )
 REQUIRED = {
     "export": ("gone-model", "-o", "out"),
+    "extract": ("gone", "-o", "out"),
     "generate": ("gone", "-p", "The"),
     "diff": ("gone", "gone"),
     "inspect": ("gone", "--numerics"),

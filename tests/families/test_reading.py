@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from fnmatch import fnmatch
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +156,11 @@ SPELLINGS: dict[str, dict[str, Any]] = {
 def same_tables(spec: DecoderSpec, theirs: Any) -> None:
     """Hold the rotary table against theirs, where layers have one in common."""
     rotary = getattr(theirs.base_model, "rotary_emb", None)
-    if rotary is None or len(spec.rotary) != 1:
+    if (
+        rotary is None
+        or len(spec.rotary) != 1
+        or "layer_type" in signature(rotary.forward).parameters
+    ):
         return
     # As far as both go; what is dynamic may not have been asked for more before.
     positions = torch.arange(min(512, spec.max_position_embeddings)).unsqueeze(0)
@@ -343,3 +348,13 @@ def test_a_window_that_llama_does_not_have_is_told() -> None:
     (told,) = find_family({"model_type": "llama"}).notes({**SIZES, "sliding_window": 9})
     assert "sliding_window = 9, which transformers' Llama does not have" in told
     assert find_family({"model_type": "mistral"}).notes({**SIZES, "sliding_window": 9}) == []
+
+
+@pytest.mark.parametrize("family", TABLE)
+def test_no_table_of_angles_is_left_over(family: str, tmp_path: Path) -> None:
+    """One that no layer turns by would not be in the program, and its export would fail."""
+    for case in TABLE[family].cases.values():
+        config = write_config(tmp_path, family, case)
+        spec = find_family(config).spec(config)
+        turned = {layer.mixer.rope for layer in spec.layers} - {None}
+        assert turned == set(range(len(spec.rotary)))

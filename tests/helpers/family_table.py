@@ -213,6 +213,7 @@ TABLE: dict[str, Entry] = {
     "exaone4": Entry(
         {
             "whole": {"sliding_window": None, "layer_types": 2 * ["full_attention"]},
+            "unturned": {"sliding_window": 9, "layer_types": 2 * ["full_attention"]},
             "windows": {"sliding_window": 9, "sliding_window_pattern": 2, "head_dim": 24},
             "fourth": {"sliding_window": 12, "num_hidden_layers": 4, "tie_word_embeddings": True},
         },
@@ -285,6 +286,7 @@ TABLE: dict[str, Entry] = {
                 "tie_word_embeddings": True,
             },
             "sixth": {"num_hidden_layers": 6, "head_dim": 24, "final_logit_softcapping": 3.0},
+            "global": {"layer_types": 2 * ["full_attention"]},
         },
         sizes=_GEMMA,
         unread=_TABLES,

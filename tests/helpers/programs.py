@@ -264,6 +264,41 @@ def two_segments_pte(shared: Shared) -> Path:
     return shared.file("two_segments.pte", [], lambda path: _pair(path, inline=False, skip=skip))
 
 
+class Layer(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = torch.nn.Linear(8, 8)
+        self.outer = torch.nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.outer(torch.relu(self.inner(x)))
+
+
+@pytest.fixture(scope="session")
+def shared_pte(shared: Shared) -> Path:
+    """Two methods, of 1 row and of 4, whose Core ML model lies once in the file."""
+    from executorch.backends.apple.coreml.compiler import CoreMLBackend
+    from executorch.backends.apple.coreml.partition import CoreMLPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+
+    # That they share one is ExecuTorch's default.
+    specs = CoreMLBackend.generate_compile_specs(
+        minimum_deployment_target=ct.target.iOS18, compute_precision=ct.precision.FLOAT32
+    )
+    rows = {"decode": 1, "prefill": 4}
+
+    def write(path: Path) -> None:
+        layer = Layer().eval().requires_grad_(False)
+        edge = to_edge_transform_and_lower(
+            {name: torch.export.export(layer, (torch.zeros(n, 8),)) for name, n in rows.items()},
+            partitioner={name: [CoreMLPartitioner(compile_specs=specs)] for name in rows},
+        )
+        path.write_bytes(edge.to_executorch().buffer)
+
+    return shared.file("shared.pte", [], write)
+
+
 @pytest.fixture(scope="session")
 def xnnpack_pte(shared: Shared) -> Path:
     """A method lowered for another backend."""

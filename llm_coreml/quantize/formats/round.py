@@ -124,7 +124,8 @@ def _(scheme: Unquantized, weight: torch.Tensor) -> torch.Tensor:
 def _integers(
     weight: torch.Tensor, scheme: IntGroup | IntChannel, group_size: int, granularity: Any
 ) -> torch.Tensor:
-    if scheme.zero_point != "none" or scheme.bits < 8:
+    # torchao does not take a weight for a group.
+    if scheme.zero_point != "none" or scheme.bits < 8 or group_size == 1:
         pieces = _pieces(weight, _SEARCHED)
         found = (integers(piece, scheme.bits, group_size, scheme.zero_point) for piece in pieces)
         all_codes, scales, zeros = zip(*found, strict=True)

@@ -19,12 +19,13 @@ from llm_coreml.decoder import DecoderSpec, skeleton
 from llm_coreml.decoder.position_tables import position_tables
 from llm_coreml.errors import UnsupportedError
 from llm_coreml.quantize.formats.schemes import Scheme
+from llm_coreml.quantize.plan.flags import linear_scheme
 from llm_coreml.quantize.plan.plan import (
     QuantizationPlan,
     beside_blocks,
-    linear_scheme,
     make_plan,
     matrices,
+    schemes_by_pattern,
     use_of,
 )
 from llm_coreml.rules import refused
@@ -48,8 +49,9 @@ Options = Mapping[str, tuple[Scheme, ...]]
 def mixed_options(job: Job, spec: DecoderSpec) -> Options:
     """Return what each linear layer of the blocks may be stored as, by rising size.
 
-    These are the formats that the target is not known to refuse and that hold a matrix of the
-    layer's shape, with `--group-size` and `--codebook-rows` as given.
+    What a pattern of `--scheme` fits has one format, the pattern's. For the others these are the
+    formats that the target is not known to refuse and that hold a matrix of the layer's shape, with
+    `--group-size` and `--codebook-rows` as given.
     """
     schemes = []
     for name, bits in _MIXED:
@@ -58,8 +60,11 @@ def mixed_options(job: Job, spec: DecoderSpec) -> Options:
         plain = linear_scheme(replace(job, weights=replace(weights, codebook_scale=False)))
         if not refused(use_of(job, plain)):
             schemes.append(linear_scheme(replace(job, weights=weights)))
+    named = schemes_by_pattern(job, spec)
     return {
-        name: tuple(scheme for scheme in schemes if _holds(scheme, name, shape))
+        name: (named[name].scheme,)
+        if name in named
+        else tuple(scheme for scheme in schemes if _holds(scheme, name, shape))
         for name, shape in matrices(spec)
     }
 

@@ -16,19 +16,11 @@ from types import MappingProxyType
 from torch import nn
 
 from llm_coreml.config import Job
-from llm_coreml.config.values import DEFAULT_CODEBOOK_ROWS
+from llm_coreml.config.scheme_text import read_scheme
 from llm_coreml.decoder import DecoderSpec, skeleton
-from llm_coreml.errors import ConfigError, UnsupportedError, nearest
-from llm_coreml.quantize.formats.schemes import (
-    CODEBOOK_BITS,
-    SCHEMES,
-    Codebook,
-    IntChannel,
-    IntGroup,
-    Mxfp4,
-    Scheme,
-    Unquantized,
-)
+from llm_coreml.errors import ConfigError, UnsupportedError
+from llm_coreml.quantize.formats.schemes import Scheme, Unquantized
+from llm_coreml.quantize.plan.flags import Named, linear_scheme, named_schemes, table_scheme
 from llm_coreml.rules import Use, refused, remedy
 
 
@@ -43,7 +35,7 @@ class QuantizationPlan:
         tied: The head is the token table, stored once.
         untied_bytes: What storing a tied table twice costs, when the two schemes or rotations
             differ.
-        exceptions: Schemes of single projections, by module name: `layers.0.mlp.down_proj`.
+        exceptions: Schemes of single matrices, by module name: `layers.0.mlp.down_proj`.
     """
 
     linear: Scheme
@@ -94,49 +86,89 @@ def make_plan(
         UnsupportedError: Core ML, the target or a tensor's shape does not allow it.
     """
     shapes = dict(matrices(spec))
-    if chosen is None:
-        linear, exceptions = linear_scheme(job), {}
-    else:
-        linear = _prevalent(chosen, shapes)
-        exceptions = {name: chosen[name] for name in shapes if chosen[name] != linear}
-    tables = chosen or {}
-    embedding = tables.get("embed_tokens") or _table_scheme(job.weights.table, job, "--embedding")
-    lm_head = tables.get("lm_head") or _table_scheme(
-        job.weights.lm_head or job.weights.table, job, "--lm-head"
-    )
-    schemes = {linear, *exceptions.values()}
-    calibrated = job.calibration.calibrate is not None
-    if calibrated and any(isinstance(s, Unquantized) for s in schemes):
-        raise ConfigError(
-            "--calibrate chooses codes, and unquantized linear layers have none; drop it, or give "
-            "--bits 1 to 8."
-        )
-    for scheme in schemes:
-        if calibrated and not scheme.calibrated:
-            raise ConfigError(
-                f"--calibrate cannot choose the codes of '{scheme.label}'; drop it, or give "
-                "integers, or a codebook without --codebook-vector and --codebook-scale."
-            )
+    named = schemes_by_pattern(job, spec)
+    given = {**(chosen or {}), **{name: each.scheme for name, each in named.items()}}
+    plain = linear_scheme(job) if chosen is None else None
+    linears = {name: given[name] if plain is None else given.get(name, plain) for name in shapes}
+    linear = plain if plain is not None and not named else _prevalent(linears, shapes)
+    exceptions = {name: scheme for name, scheme in linears.items() if scheme != linear}
+    _check_calibration(job, {linear, *exceptions.values()})
+    embedding, lm_head, beside = _tables(job, spec, given, named)
     # Mixed formats are chosen for the target; what is wrong with them are flags of their own.
     planned = chosen is not None and not job.weights.mixed
-    for scheme in sorted(schemes, key=lambda scheme: scheme.label):
-        _check_target(job, "--plan" if planned else "--scheme", scheme)
-    _check_target(job, "--plan" if "embed_tokens" in tables else "--embedding", embedding)
-    _check_target(job, "--plan" if "lm_head" in tables else "--lm-head", lm_head)
-    for name, shape in shapes.items():
-        exceptions.get(name, linear).check(name, shape)
+    flags = {name: "--plan" if planned else "--scheme" for name in shapes}
+    flags |= {name: "--plan" if name in given else "--embedding" for name in beside}
+    flags["embed_tokens"] = "--plan" if "embed_tokens" in given else "--embedding"
+    flags["lm_head"] = "--plan" if "lm_head" in given else "--lm-head"
+    flags |= {name: each.flag for name, each in named.items()}
+    exceptions |= {name: scheme for name, scheme in beside.items() if scheme != embedding}
     table = (spec.vocab_size, spec.hidden_size)
-    embedding.check("the token table", table)
-    for name, shape in beside_blocks(spec):
-        embedding.check(name, shape)
-    lm_head.check("the output head", table)
     # A rotated head holds the gain of the last norm, which the table must not.
     same = embedding == lm_head and job.weights.rotate not in ("residual", "both")
     tied = spec.tie_word_embeddings and same
     cost = 0
     if spec.tie_word_embeddings and not tied:
         cost = round(lm_head.stored_bits(table) / 8)
-    return QuantizationPlan(linear, embedding, lm_head, tied, cost, MappingProxyType(exceptions))
+    plan = QuantizationPlan(linear, embedding, lm_head, tied, cost, MappingProxyType(exceptions))
+    _check_targets(job, plan, flags)
+    for name, shape in shapes.items():
+        plan.scheme_of(name).check(name, shape)
+    embedding.check("the token table", table)
+    for name, shape in beside_blocks(spec):
+        plan.scheme_of(name).check(name, shape)
+    lm_head.check("the output head", table)
+    return plan
+
+
+def schemes_by_pattern(job: Job, spec: DecoderSpec) -> dict[str, Named]:
+    """Return the schemes of matrices that patterns of `--scheme` fit, by the decoder's names.
+
+    Raises:
+        ConfigError: a pattern decides nothing, or a format is unknown.
+        UnsupportedError: Core ML does not have a format.
+    """
+    if not read_scheme(job.weights.scheme).patterns:
+        return {}
+    blocks, beside = dict(matrices(spec)), dict(beside_blocks(spec))
+    return named_schemes(job, ["embed_tokens", *beside, *blocks, "lm_head"])
+
+
+def _tables(
+    job: Job, spec: DecoderSpec, given: Mapping[str, Scheme], named: Mapping[str, Named]
+) -> tuple[Scheme, Scheme, dict[str, Scheme]]:
+    """Return the schemes of token table and head, and of what else is read before the blocks."""
+    usual = table_scheme(job.weights.table, job, "--embedding")
+    embedding = given.get("embed_tokens", usual)
+    head = job.weights.lm_head
+    lm_head = embedding if head is None else table_scheme(head, job, "--lm-head")
+    # A pattern means what it fits alone; else all of these are stored as the token table is.
+    others = usual if "embed_tokens" in named else embedding
+    beside = {name: given.get(name, others) for name, _ in beside_blocks(spec)}
+    return embedding, given.get("lm_head", lm_head), beside
+
+
+def _check_calibration(job: Job, schemes: set[Scheme]) -> None:
+    """Refuse schemes whose codes cannot be chosen for a text, if one is to be read."""
+    if job.calibration.calibrate is None:
+        return
+    if any(isinstance(scheme, Unquantized) for scheme in schemes):
+        raise ConfigError(
+            "--calibrate chooses codes, and unquantized linear layers have none; drop it, or give "
+            "--bits 1 to 8."
+        )
+    for scheme in schemes:
+        if not scheme.calibrated:
+            raise ConfigError(
+                f"--calibrate cannot choose the codes of '{scheme.label}'; drop it, or give "
+                "integers, or a codebook without --codebook-vector and --codebook-scale."
+            )
+
+
+def _check_targets(job: Job, plan: QuantizationPlan, flags: Mapping[str, str]) -> None:
+    """Hold every scheme against the target once, with what chose it."""
+    uses = dict.fromkeys((plan.scheme_of(name), flag) for name, flag in flags.items())
+    for scheme, flag in uses:
+        _check_target(job, flag, scheme)
 
 
 def _prevalent(chosen: Mapping[str, Scheme], shapes: Mapping[str, tuple[int, int]]) -> Scheme:
@@ -160,72 +192,3 @@ def _check_target(job: Job, flag: str, scheme: Scheme) -> None:
             f"{rule.refusal(use, job.minimum_os)}. Use {remedy(rule, [use])}, or --force to export "
             "it all the same."
         )
-
-
-def linear_scheme(job: Job) -> Scheme:
-    """Resolve `--bits`, `--scheme` and the target's default into one scheme."""
-    name, bits = job.weights.scheme, job.weights.bits
-    if isinstance(bits, float):
-        raise ValueError("mixed bits are no single scheme")
-    if name is None:
-        name = _scheme_for_bits(bits, job.target.default_scheme)
-    if name not in SCHEMES:
-        raise ConfigError(
-            f"There is no scheme '{name}'; the schemes are {', '.join(SCHEMES)}."
-            + nearest(name, SCHEMES)
-        )
-    return _build(name, bits, job, "--bits")
-
-
-def _scheme_for_bits(bits: int | None, default: str) -> str:
-    if bits is None or bits == 4:
-        return default
-    if bits == 8:
-        return "int8-channel"
-    return "none" if bits == 16 else "codebook"
-
-
-def _table_scheme(text: str, job: Job, flag: str) -> Scheme:
-    """Parse `--embedding` or `--lm-head`: a scheme name, for codebooks with `:bits`."""
-    name, _, suffix = text.partition(":")
-    if name not in SCHEMES or (suffix and not suffix.isdigit()):
-        raise ConfigError(
-            f"{flag} {text} is not known; give one of {', '.join(SCHEMES)}, codebooks as "
-            "codebook:4." + nearest(name, SCHEMES)
-        )
-    return _build(name, int(suffix) if suffix else None, job, flag)
-
-
-def _build(name: str, bits: int | None, job: Job, flag: str) -> Scheme:
-    weights, full = job.weights, job.precision.bits
-    if name == "codebook":
-        bits = 4 if bits is None else bits
-        if bits not in CODEBOOK_BITS:
-            raise UnsupportedError(
-                f"{flag} asks for a {bits} bit codebook; Core ML holds 1, 2, 3, 4, 6 and 8 bits."
-            )
-        rows = weights.codebook_rows
-        if rows is None and weights.codebook_columns is None:
-            rows = DEFAULT_CODEBOOK_ROWS
-        columns, vector = weights.codebook_columns, weights.codebook_vector
-        return Codebook(bits, rows, full, columns, vector, weights.codebook_scale)
-    schemes: dict[str, Scheme] = {
-        "int4-group": IntGroup(4, weights.group_size, full, weights.zero_point),
-        "int4-channel": IntChannel(4, full, weights.zero_point),
-        "int8-group": IntGroup(8, weights.group_size, full, weights.zero_point),
-        "int8-channel": IntChannel(8, full, weights.zero_point),
-        "int2-group": IntGroup(2, weights.group_size, full, weights.zero_point),
-        "int3-group": IntGroup(3, weights.group_size, full, weights.zero_point),
-        "int6-group": IntGroup(6, weights.group_size, full, weights.zero_point),
-        "mxfp4": Mxfp4(4, full),
-        "none": Unquantized(full),
-    }
-    scheme = schemes[name]
-    if bits is not None and bits != scheme.bits and name != "none":
-        raise UnsupportedError(
-            f"{flag} asks for {bits} bit {name}; Core ML holds integer weights of 4 and 8 bits "
-            f"only. Use --scheme codebook for 1, 2, 3, 4, 6 or 8 bits."
-        )
-    if name == "none" and bits not in (None, 16):
-        raise ConfigError(f"--scheme none keeps 16 bits, but --bits is {bits}; drop one of them.")
-    return scheme

@@ -21,7 +21,7 @@ from llm_coreml.decoder import DecoderSpec
 from llm_coreml.errors import ConfigError, LlmCoreMLError, nearest
 from llm_coreml.quantize.formats.scheme_json import scheme_from_json, scheme_json, shown
 from llm_coreml.quantize.formats.schemes import Scheme, TableGroup, Unquantized
-from llm_coreml.quantize.plan.plan import QuantizationPlan, matrices
+from llm_coreml.quantize.plan.plan import QuantizationPlan, beside_blocks, matrices
 
 # A matrix takes some 400 bytes; nobody's plan needs more.
 _LARGEST_FILE = 1 << 26
@@ -38,7 +38,9 @@ def plan_json(
         losses: Estimated KL divergence of matrices that were measured, in nats per token.
     """
     described = {}
-    for name, shape in _all_matrices(spec):
+    # What is stored as the token table is, is left out.
+    beside = [each for each in beside_blocks(spec) if each[0] in plan.exceptions]
+    for name, shape in [*_all_matrices(spec), *beside]:
         scheme = plan.scheme_of(name)
         described[name] = {
             "shape": list(shape),
@@ -95,7 +97,8 @@ def parse_plan(content: object, job: Job, spec: DecoderSpec) -> dict[str, Scheme
     Raises:
         ConfigError: it is none, or none for this model.
     """
-    expected = dict(_all_matrices(spec))
+    needed = dict(_all_matrices(spec))
+    expected = {**needed, **dict(beside_blocks(spec))}
     found = content.get("matrices") if isinstance(content, dict) else None
     if not isinstance(found, dict):
         raise ConfigError("there is no plan in it; give the manifest.json of an export.")
@@ -105,11 +108,15 @@ def parse_plan(content: object, job: Job, spec: DecoderSpec) -> dict[str, Scheme
                 f"the model has no matrix {shown(name)}; the plan is another model's."
                 + nearest(name, expected)
             )
-    absent = [name for name in expected if name not in found]
+    absent = [name for name in needed if name not in found]
     if absent:
         more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
         raise ConfigError(f"it lacks {absent[0]}{more}; give every matrix of the model a scheme.")
-    return {name: _entry(name, found[name], shape, job) for name, shape in expected.items()}
+    return {
+        name: _entry(name, found[name], shape, job)
+        for name, shape in expected.items()
+        if name in found
+    }
 
 
 def _entry(name: str, entry: object, shape: tuple[int, int], job: Job) -> Scheme:

@@ -2,6 +2,9 @@
 
     run_side_by_side(compiled, [values_of_first, values_of_second], on_rows)
 
+The rows of all calls are multiplied together, so that sums of fp32 are in another order than in a
+call by itself; but for that the results are its own.
+
 Each call goes on alone until it needs such a weight, and waits there for the others. A call that
 continues another's sequence shares its states: what it needs of them has been written by then,
 since a layer reads what that very layer wrote. So it is for programs that write states in place
@@ -54,15 +57,27 @@ def _multiply(step: Step, calls: Sequence[Values], on_rows: OnRows) -> None:
     weight, bias = given[0]["weight"], given[0].get("bias")
     if isinstance(bias, PackedWeight):
         bias = bias.expand()
-    # Whole results first: small tensors between large ones would leave gaps in the heap.
-    shapes = [(*each["x"].shape[:-1], weight.rows) for each in given]
-    results = [given[0]["x"].new_empty(shape) for shape in shapes]
+    apart = [_apart(each["x"]) for each in given]
+    counts = [len(rows) for rows in apart]
+    x = torch.cat(apart)
+    # The whole result first: small tensors between large ones would leave gaps in the heap.
+    product = x.new_empty(len(x), weight.rows)
     for start, stop, rows in weight.slices():
         on_rows(weight, rows)
-        part = None if bias is None else bias[start:stop]
-        for arguments, result in zip(given, results, strict=True):
-            result[..., start:stop] = F.linear(arguments["x"], rows, part)
-    for values, result in zip(calls, results, strict=True):
-        step.keep(values, result)
+        product[:, start:stop] = F.linear(x, rows, None if bias is None else bias[start:stop])
+    for values, each, part in zip(calls, given, product.split(counts), strict=True):
+        shape = each["x"].shape[:-1]
+        places = torch.arange(shape.numel(), device=part.device).clamp(max=len(part) - 1)
+        step.keep(values, part[places].reshape(*shape, weight.rows))
         for slot in step.frees:
             values[slot] = None
+
+
+def _apart(x: torch.Tensor) -> torch.Tensor:
+    """Return the rows of `x` `[..., in]` without those at the end that repeat the last.
+
+    Pads of a chunk are such: they are read as its last token, and their products are its own.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    differs = (rows[:-1] != rows[-1]).any(-1).nonzero()
+    return rows[: int(differs[-1]) + 2] if len(differs) else rows[:1]

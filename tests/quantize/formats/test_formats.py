@@ -33,7 +33,7 @@ from llm_coreml.quantize.formats.tensors import (
     lookup_tensor,
     mxfp4_tensor,
 )
-from llm_coreml.quantize.plan.plan import linear_scheme
+from llm_coreml.quantize.plan.flags import linear_scheme
 from llm_coreml.quantize.quantized import build_decoder
 from llm_coreml.reference.program import constants as packing
 from llm_coreml.reference.program.constants import PackedWeight

@@ -13,7 +13,7 @@ from llm_coreml.config.values import WHOLE_BITS, takes_bits
 from llm_coreml.errors import ConfigError, LlmCoreMLError, UnsupportedError
 from llm_coreml.quantize import SCHEMES, Scheme, make_plan
 from llm_coreml.quantize.formats.schemes import Codebook, IntChannel, IntGroup, Mxfp4, Unquantized
-from llm_coreml.quantize.plan.plan import linear_scheme
+from llm_coreml.quantize.plan.flags import linear_scheme
 from tiny import small_spec
 
 SPEC = small_spec(intermediate_size=96)
@@ -166,10 +166,8 @@ def test_manifests_that_record_the_usual_table_mean_it() -> None:
         (
             {"lm_head": "codebook:four"},
             ConfigError,
-            "--lm-head codebook:four is not known; give one of int4-group, int4-channel, "
-            "int8-group, int8-channel, codebook, int2-group, int3-group, int6-group, mxfp4, none, "
-            "codebooks as codebook:4. Did you mean "
-            "'codebook'?",
+            "--lm-head: 'codebook:four' holds 'four', which is no option of a format; they are "
+            "groupN, zero-int, zero-float, rowsN, columnsN, whole, vectorN and scaled.",
         ),
         (
             {"scheme": "int4-groups"},

@@ -12,9 +12,6 @@ import coremltools as ct
 import pytest
 import torch
 from executorch.backends.apple.coreml.compiler import CoreMLBackend
-from executorch.backends.apple.coreml.compiler.coreml_preprocess import (
-    MULTIMETHOD_WEIGHT_SHARING_STRATEGY,
-)
 from executorch.backends.apple.coreml.partition import CoreMLPartitioner
 from executorch.exir import ExecutorchBackendConfig, to_edge_transform_and_lower
 from executorch.exir.passes.init_mutable_pass import InitializedMutableBufferPass
@@ -28,17 +25,13 @@ from llm_coreml.reference import load, load_method, load_methods
 from llm_coreml.reference.method.kernels import IN_PLACE, KERNELS, OPERATORS
 from llm_coreml.reference.method.method import LoadedMethod
 from llm_coreml.reference.program.execution import Execution
+from programs import Layer
 
 
-def partitioner(*skip: str, sharing: bool = False, states: bool = True) -> CoreMLPartitioner:
+def partitioner(*skip: str, states: bool = True) -> CoreMLPartitioner:
     specs = CoreMLBackend.generate_compile_specs(
         minimum_deployment_target=ct.target.iOS18, compute_precision=ct.precision.FLOAT32
     )
-    if sharing:
-        strategy = MULTIMETHOD_WEIGHT_SHARING_STRATEGY.POSITIONAL
-        specs.append(
-            CoreMLBackend.generate_multimethod_weight_sharing_strategy_compile_spec(strategy)
-        )
     return CoreMLPartitioner(
         compile_specs=specs,
         skip_ops_for_coreml_delegation=list(skip),
@@ -77,30 +70,6 @@ def assert_as_executorch(
         for mine, other in zip(actual, expected, strict=True):
             torch.testing.assert_close(mine, other, rtol=rtol, atol=rtol, equal_nan=True)
     return ours
-
-
-class Layer(torch.nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.inner = torch.nn.Linear(8, 8)
-        self.outer = torch.nn.Linear(8, 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.outer(torch.relu(self.inner(x)))
-
-
-@pytest.fixture(scope="module")
-def shared_pte(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two methods whose Core ML model lies once in the file."""
-    layer = Layer()
-    edge = to_edge_transform_and_lower(
-        {"decode": export(layer, torch.zeros(1, 8)), "prefill": export(layer, torch.zeros(4, 8))},
-        partitioner={name: [partitioner(sharing=True)] for name in ("decode", "prefill")},
-    )
-    path = tmp_path_factory.mktemp("pte") / "shared.pte"
-    path.write_bytes(edge.to_executorch().buffer)
-    return path
 
 
 @pytest.mark.parametrize(("name", "rows"), [("decode", 1), ("prefill", 4)])
