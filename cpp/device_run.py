@@ -48,8 +48,8 @@ class DeviceRun:
         runs_agree: Every time gave the same tokens.
         load_seconds: Until the program was loaded; on Core ML it is compiled then.
         time_to_first_token_seconds: Median over the runs, from the prompt to its first token.
-        tokens_per_second: Median over the runs, of all tokens after that; None if there are none.
         peak_memory_bytes: Most memory of the process, mapped files included.
+        tokens_per_second: Median over the runs, of all tokens after that; None if there are none.
     """
 
     version: int
@@ -66,8 +66,8 @@ class DeviceRun:
     runs_agree: bool
     load_seconds: float
     time_to_first_token_seconds: float
-    tokens_per_second: float | None
     peak_memory_bytes: int
+    tokens_per_second: float | None = None
 
 
 def read_device_run(path: Path) -> DeviceRun:

@@ -152,7 +152,7 @@ def test_flags_that_are_named_are_there(page: Path) -> None:
     known = options()
     for line in page.read_text().splitlines():
         # Scripts and other programs have flags of their own.
-        if not re.search(r"\bpython |\bpip |\bmypy |\bgit |\bruff ", line):
+        if not re.search(r"\bpython |\bpip |\bmypy |\bgit |\bruff |\bcmake ", line):
             for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", line):
                 assert flag in known, f"{page.name} names {flag}"
 

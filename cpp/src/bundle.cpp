@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <fstream>
+#include <functional>
+#include <limits>
 #include <stdexcept>
 #include <string_view>
 #include <utility>
@@ -118,10 +120,11 @@ Bundle bundle_of(const fs::path& folder, const Fields& manifest) {
   } else {  // the first releases tell of one method alone
     bundle.methods.push_back(method_of(program.at("method").text(), program));
   }
-  const auto reads_one = [](const Method& method) { return std::ranges::count(method.lengths, 1); };
-  if (std::ranges::none_of(bundle.methods, reads_one)) {
-    throw std::runtime_error("$.program.methods has none that reads a single token");
+  const auto reads_none = [](const Method& method) { return method.lengths.empty(); };
+  if (bundle.methods.empty() || std::ranges::any_of(bundle.methods, reads_none)) {
+    throw std::runtime_error("$.program.methods has one that reads no tokens, or none");
   }
+  bundle.ranged = program.has("form") && program.at("form").text() == "range";
   if (bundle.backend != "coreml" && bundle.backend != "xnnpack") {
     throw std::runtime_error("$.target.backend is neither coreml nor xnnpack");
   }
@@ -134,14 +137,32 @@ Bundle bundle_of(const fs::path& folder, const Fields& manifest) {
 
 }  // namespace
 
-Bundle::Call Bundle::call_for(std::int64_t count) const {
-  Call best{nullptr, 0};
+std::vector<std::int64_t> Bundle::split(std::int64_t count) const {
+  std::vector<std::int64_t> lengths;
   for (const Method& method : methods) {
-    for (const std::int64_t length : method.lengths) {
-      if (length <= count && length > best.length) best = {&method, length};
+    lengths.insert(lengths.end(), method.lengths.begin(), method.lengths.end());
+  }
+  std::ranges::sort(lengths, std::greater{});
+  if (ranged) lengths.resize(1);
+  std::vector<std::int64_t> parts;
+  for (const std::int64_t length : lengths) {
+    for (; count >= length; count -= length) parts.push_back(length);
+  }
+  if (count > 0) parts.push_back(count);
+  return parts;
+}
+
+const Method& Bundle::method_for(std::int64_t length) const {
+  const Method* best = &methods.front();
+  std::int64_t least = std::numeric_limits<std::int64_t>::max();
+  for (const Method& method : methods) {
+    const auto own = std::ranges::lower_bound(method.lengths, length);
+    if (own != method.lengths.end() && *own < least) {
+      least = *own;
+      best = &method;
     }
   }
-  return best;
+  return *best;
 }
 
 Bundle open_bundle(const fs::path& folder) {

@@ -23,13 +23,14 @@ struct Bundle {
   std::int64_t context;  // positions that the program remembers
   std::int64_t vocabulary;
   std::vector<std::int64_t> stop;  // tokens that end a text
+  bool ranged = false;             // lengths between the first and the last are taken, too
 
-  // The largest length that is at most `count`, and the method that takes it.
-  struct Call {
-    const Method* method;
-    std::int64_t length;
-  };
-  Call call_for(std::int64_t count) const;
+  // How `count` tokens are fed: a sum of the lengths, the largest first, and what is left. Nothing
+  // is left where 1 is a length; else the program takes shorter calls, or pads them itself.
+  std::vector<std::int64_t> split(std::int64_t count) const;
+
+  // The method that takes `length` tokens with the fewest pads.
+  const Method& method_for(std::int64_t length) const;
 };
 
 // Reads the manifest in `folder`. Throws Failure where it is absent, damaged, or another program's.

@@ -5,6 +5,7 @@
 #include <executorch/runtime/platform/platform.h>
 
 #include <algorithm>
+#include <cstring>
 #include <string>
 #include <utility>
 
@@ -56,6 +57,11 @@ class Model::Engine {
     check_constant("get_vocab_size", {bundle.vocabulary});
     check_constant("get_eos_ids", bundle.stop);
     for (const Method& method : bundle.methods) check(module_.load_method(method.name), "loaded");
+    make_caches();
+  }
+
+  void clear_caches() {
+    for (Cache& cache : caches_) std::ranges::fill(cache.bytes, std::uint8_t{0});
   }
 
   // Returns all rows of logits of a call, float [1 or S, vocabulary].
@@ -65,9 +71,14 @@ class Model::Engine {
     const auto count = static_cast<executorch::aten::SizesType>(ids.size());
     const auto given = make_tensor_ptr({1, count}, std::move(ids));
     const auto start = make_tensor_ptr({1}, std::vector<std::int64_t>{position});
-    const auto result = module_.execute(method.name, {EValue(*given), EValue(*start)});
+    std::vector<EValue> inputs{EValue(*given), EValue(*start)};
+    for (const Cache& cache : caches_) inputs.emplace_back(*cache.tensor);
+    const auto result = module_.execute(method.name, inputs);
     check(result.error(), "run");
-    if (result->size() != 1 || !result->front().isTensor()) refuse(bundle_, "gives no logits.");
+    if (result->size() != 1 + caches_.size() || !result->front().isTensor()) {
+      refuse(bundle_, "gives no logits, or other caches than it takes; export it again.");
+    }
+    for (std::size_t at = 0; at < caches_.size(); ++at) pass_on((*result)[1 + at], caches_[at]);
     const auto& logits = result->front().toTensor();
     const auto rows = logits.numel() / bundle_.vocabulary;
     if (logits.scalar_type() != ScalarType::Float || logits.dim() != 3 ||
@@ -80,6 +91,40 @@ class Model::Engine {
  private:
   void check(Error error, const std::string& done) {
     if (error != Error::Ok) refuse(bundle_, done, error);
+  }
+
+  // What a program is given and gives back, where it has no states.
+  struct Cache {
+    std::vector<std::uint8_t> bytes;
+    executorch::extension::TensorPtr tensor;
+  };
+
+  // Makes a cache of zeros for every argument behind tokens and position, the same for all methods.
+  void make_caches() {
+    for (const Method& method : bundle_.methods) {
+      const auto meta = module_.method_meta(method.name);
+      check(meta.error(), "read");
+      if (&method != &bundle_.methods.front() && meta->num_inputs() != 2 + caches_.size()) {
+        refuse(bundle_, "has methods that take different caches; export it again.");
+      }
+      for (std::size_t at = 2 + caches_.size(); at < meta->num_inputs(); ++at) {
+        const auto told = meta->input_tensor_meta(at);
+        check(told.error(), "read");
+        const std::vector<executorch::aten::SizesType> sizes(told->sizes().begin(),
+                                                             told->sizes().end());
+        Cache& cache = caches_.emplace_back();
+        cache.bytes.resize(told->nbytes());
+        cache.tensor = make_tensor_ptr(sizes, cache.bytes.data(), told->scalar_type());
+      }
+    }
+  }
+
+  void pass_on(const EValue& given, Cache& cache) {
+    if (!given.isTensor() || given.toTensor().nbytes() != cache.bytes.size()) {
+      refuse(bundle_, "gives a cache of another size than it takes; export it again.");
+    }
+    // What a method gives may lie where the next one writes.
+    std::memcpy(cache.bytes.data(), given.toTensor().const_data_ptr(), cache.bytes.size());
   }
 
   // Holds what the manifest tells against what the program gives runners.
@@ -102,6 +147,7 @@ class Model::Engine {
 
   const Bundle& bundle_;
   Module module_;
+  std::vector<Cache> caches_;
 };
 
 Model::Model(const Bundle& bundle) : bundle_(bundle) {
@@ -111,19 +157,19 @@ Model::Model(const Bundle& bundle) : bundle_(bundle) {
 
 Model::~Model() = default;
 
-std::span<const float> Model::feed(std::span<const std::int64_t> tokens) {
-  std::span<const float> row;
-  while (!tokens.empty()) {
-    const auto [method, length] = bundle_.call_for(static_cast<std::int64_t>(tokens.size()));
-    row = step(tokens.first(static_cast<std::size_t>(length)), *method);
-    tokens = tokens.subspan(static_cast<std::size_t>(length));
-  }
-  return row;
+void Model::reset() {
+  engine_->clear_caches();
+  position_ = 0;
 }
 
-std::span<const float> Model::step(std::span<const std::int64_t> tokens, const Method& method) {
-  const std::span<const float> rows = engine_->call(method, tokens, position_);
-  position_ += static_cast<std::int64_t>(tokens.size());
+std::span<const float> Model::feed(std::span<const std::int64_t> tokens) {
+  std::span<const float> rows;
+  for (const std::int64_t length : bundle_.split(static_cast<std::int64_t>(tokens.size()))) {
+    const auto count = static_cast<std::size_t>(length);
+    rows = engine_->call(bundle_.method_for(length), tokens.first(count), position_);
+    tokens = tokens.subspan(count);
+    position_ += length;
+  }
   return rows.last(static_cast<std::size_t>(bundle_.vocabulary));
 }
 

@@ -17,11 +17,11 @@ class Model {
   explicit Model(const Bundle& bundle);
   ~Model();
 
-  // Begins a new sequence, by going back to position 0. The cache keeps what is there: a program
-  // masks every position at and behind the one it writes next, so that a token sees none of it
-  // before it is written over. Loading the methods again would give zeros, which nobody sees
-  // either, and costs seconds on a device.
-  void reset() { position_ = 0; }
+  // Begins a new sequence, by going back to position 0. States keep what is there: a program masks
+  // every position at and behind the one it writes next, so that a token sees none of it before it
+  // is written over. Loading the methods again would give zeros, which nobody sees either, and
+  // costs seconds on a device. Caches that are passed from call to call become zeros, as at first.
+  void reset();
 
   // Continues the sequence by `tokens`, as a sum of the program's lengths, the largest first, so
   // that nothing is padded. Returns the last row of logits, until the next call.
@@ -31,8 +31,6 @@ class Model {
 
  private:
   class Engine;
-
-  std::span<const float> step(std::span<const std::int64_t> tokens, const Method& method);
 
   const Bundle& bundle_;
   std::unique_ptr<Engine> engine_;

@@ -192,7 +192,6 @@ def of_zeros(folder: Path) -> None:
     path.write_bytes(bytes(path.stat().st_size))
 
 
-METHODS = {"forward": {"seq_lengths": [8]}}
 WRONG: dict[str, tuple[Callable[[Path], None], str]] = {
     "no manifest": (without("manifest.json"), "manifest.json' is no file"),
     "no program": (without("model.pte"), "model.pte' is not there"),
@@ -211,11 +210,10 @@ WRONG: dict[str, tuple[Callable[[Path], None], str]] = {
     "a list": (content(b"[]"), "$.program is missing"),
     "too large": (content(b" " * (1 << 22) + b"{}"), "is larger than any manifest"),
     "no lengths": (edited(methods__forward__seq_lengths=None), "seq_lengths is missing"),
-    "empty lengths": (edited(methods__forward__seq_lengths=[]), "none that reads a single token"),
-    "no single tokens": (edited(methods=METHODS), "none that reads a single token"),
+    "empty lengths": (edited(methods__forward__seq_lengths=[]), "one that reads no tokens"),
     "negative lengths": (edited(methods__forward__seq_lengths=[1, -8]), "no whole number from 1"),
     "words as lengths": (edited(methods__forward__seq_lengths="1, 8"), "is no list"),
-    "no methods": (edited(methods={}), "none that reads a single token"),
+    "no methods": (edited(methods={}), "one that reads no tokens, or none"),
     "another size": (edited(bytes=7), "the manifest tells of 7; export again"),
     "a float as size": (edited(bytes=7.5), "$.program.bytes is no whole number"),
     "no hash": (edited(sha256="x"), "$.program.sha256 is no SHA-256"),
