@@ -94,9 +94,7 @@ def evaluate(
     artifact = open_runner(opened, execution)
     tokenizer = opened.tokenizer if opened.tokenizer.is_file() else None
     name, windows = read_windows(text, tokenizer, artifact.context, tokens)
-    runners: dict[str, Runner] = {}
-    if not artifact_only:
-        runners.update(_originals(opened, model, progress))
+    runners = {} if artifact_only else _originals(opened, model, progress)
     runners["artifact"] = artifact
     progress.stage("score")
     qualities = measure_quality(runners, windows, progress.advance, metrics)
