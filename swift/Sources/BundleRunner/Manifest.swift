@@ -1,4 +1,5 @@
 // What a runner needs of a bundle's manifest.json.
+// Not yet run: no Apple device was at hand.
 
 import Foundation
 

@@ -4,8 +4,8 @@
 import ExecuTorch
 import Foundation
 
-/// A causal LM with a cache, fed in chunks. Of `TextRunner` it is the one for enumerated lengths:
-/// a chunk is never padded, so that a prompt takes as many calls as it has parts.
+/// A causal LM with a cache, fed in chunks of the program's enumerated lengths: nothing is padded,
+/// so that a prompt takes as many calls as it has parts.
 ///
 /// One sequence at a time, from one thread at a time.
 public final class ModuleRunner {
@@ -82,7 +82,7 @@ public final class ModuleRunner {
   private func step(_ tokens: [Int64]) throws -> [Float] {
     let chunk = Tensor<Int64>(tokens, shape: [1, tokens.count])
     let start = Tensor<Int64>([Int64(position)], shape: [1])
-    let outputs = try module.execute(manifest.method.name, [chunk, start])
+    let outputs: [Value] = try module.execute(manifest.method.name, [chunk, start])
     guard let first = outputs.first, let logits: Tensor<Float> = first.tensor() else {
       throw RunnerError.damaged("its output, which is no float32 tensor")
     }

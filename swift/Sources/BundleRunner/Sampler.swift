@@ -1,4 +1,5 @@
 // Choosing the next token from a row of logits.
+// Not yet run: no Apple device was at hand.
 
 import Foundation
 

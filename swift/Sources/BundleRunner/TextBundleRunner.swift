@@ -27,10 +27,11 @@ public final class TextBundleRunner {
     _ prompt: String, count: Int, temperature: Double = 0, beginningTokens: Int = 1,
     onText: @escaping (String) -> Void
   ) throws {
+    let context = manifest.context
     try runner.generate(
       prompt,
       Config {
-        $0.sequenceLength = manifest.context
+        $0.sequenceLength = context
         $0.maximumNewTokens = count
         $0.temperature = temperature
         $0.isEchoEnabled = false
