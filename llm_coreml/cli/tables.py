@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # they bring torch, which a list does not need
     from llm_coreml.eval.difference import Comparison
     from llm_coreml.eval.inspection import Inspection
     from llm_coreml.eval.metrics import Metric
-    from llm_coreml.eval.results import Evaluation, Quality
+    from llm_coreml.eval.results import DeviceFigures, Evaluation, Quality
     from llm_coreml.inspect.contents import Contents, DelegateContents
     from llm_coreml.inspect.extraction import Extraction
 
@@ -164,7 +164,26 @@ def evaluation_table(result: Evaluation) -> Group:
         size.add_row(f"  {name.split('/')[1]}" if "/" in name else name, f"{count:,}")
     size.add_row("bits per weight", f"{result.bits_per_weight:.2f}")
     text = f"{result.tokens:,} tokens of {result.text}, windows of up to {result.window}"
-    return Group(_line(text + _compared(metrics)), quality, latency, size)
+    devices = [devices_table(result.devices)] if result.devices else []
+    return Group(_line(text + _compared(metrics)), quality, latency, *devices, size)
+
+
+def devices_table(found: Sequence[DeviceFigures]) -> Table:
+    """Return what devices were found to do, as their runners told."""
+    table = _plain("device", "runtime", "load", "first token", "tokens/s", "peak memory", "read")
+    for device in found:
+        speed = device.tokens_per_second
+        agree = "" if device.runs_agree else "; its runs differ"
+        table.add_row(
+            device.name,
+            f"ExecuTorch {device.executorch} ({device.runner})",
+            f"{device.load_seconds:.2f} s",
+            f"{1e3 * device.time_to_first_token_seconds:.1f} ms",
+            "" if speed is None else f"{speed:.1f}",
+            f"{device.peak_memory_bytes / 1e6:,.0f} MB",
+            f"{device.prompt_tokens} + {device.new_tokens} tokens{agree}",
+        )
+    return table
 
 
 def inspection_table(found: Inspection) -> Group:
