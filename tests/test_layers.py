@@ -25,6 +25,7 @@ LAYERS = (
     (
         "drafts",
         "output",
+        "systems",
         "targets",
         "progress",
         "machine",
