@@ -30,6 +30,7 @@ LAYERS = (
     (
         "drafts",
         "output",
+        "systems",
         "targets",
         "progress",
         "machine",
