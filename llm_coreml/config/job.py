@@ -24,7 +24,8 @@ from llm_coreml.config.values import (
 )
 from llm_coreml.errors import ConfigError
 from llm_coreml.machine import machine_memory
-from llm_coreml.targets import BACKENDS, PRECISIONS, Precision, Target, get_target, opset_of
+from llm_coreml.systems import opset_of
+from llm_coreml.targets import BACKENDS, PRECISIONS, Precision, Target, get_target
 
 if TYPE_CHECKING:  # the decoder's package would bring torch
     from llm_coreml.decoder.spec import DecoderSpec, Extent
@@ -80,7 +81,7 @@ class Job:
         calibration: What the codes are chosen on.
         target: Compute unit.
         minimum_os: Oldest system that must run the artifact.
-        opset: coremltools' name of what that system brings, `iOS18` or `iOS26`.
+        opset: coremltools' name of what that system brings, `iOS16` to `iOS26`.
         precision: Of activations, scales, tables and what is not quantized.
         backend: `coreml`, or `xnnpack` for a twin that runs on Linux.
         attention: `fused` or `decomposed`, see `decoder.self_attention`.
@@ -88,6 +89,9 @@ class Job:
         cache: The KV cache is a `state`, or `inputs` and outputs of the method.
         functions: The length of each method by name, where there are several.
         shapes: Context and chunk lengths.
+        passes: What coremltools is to run, or to leave out, see `checked_passes`; None is as usual.
+        compile_specs: Further compile specs, each `key=value`.
+        model_type: `model`, or `compiled_model`.
         force: Take formats that the target is known to refuse.
     """
 
@@ -104,6 +108,9 @@ class Job:
     cache: Literal["state", "inputs"]
     functions: Mapping[str, int]
     shapes: Shapes
+    passes: tuple[str, ...] | None
+    compile_specs: tuple[str, ...]
+    model_type: Literal["model", "compiled_model"]
     force: bool
 
 
@@ -134,6 +141,9 @@ def resolve(config: ExportConfig, spec: DecoderSpec) -> Job:
         shapes=_fitting(
             resolve_shapes(config, spec.max_position_embeddings, spec.longest_context), spec
         ),
+        passes=config.passes,
+        compile_specs=config.compile_specs or (),
+        model_type=config.model_type,
         force=config.force,
     )
 

@@ -21,7 +21,10 @@ from torch.export import ExportedProgram
 import llm_coreml.lower.coreml_ops
 import llm_coreml.lower.weight_ops  # noqa: F401 - both register with coremltools
 from llm_coreml.artifact.description import MAIN_FUNCTION, TOKENS
+from llm_coreml.artifact.mapped import map_folder
+from llm_coreml.artifact.milproto import parse
 from llm_coreml.config import Job
+from llm_coreml.lower.advice import advised, check_systems
 from llm_coreml.lower.mil_passes import pass_names
 from llm_coreml.lower.package import write_blob
 from llm_coreml.quiet import no_bars
@@ -41,8 +44,10 @@ def compile_specs(exported: ExportedProgram, job: Job, lengths: Sequence[int]) -
         compute_unit=ct.ComputeUnit[job.target.compute_unit],
         minimum_deployment_target=getattr(ct.target, job.opset),
         compute_precision=_PRECISIONS[job.precision.name],
-        pass_names=pass_names(),
+        pass_names=pass_names(job.passes),
     )
+    further = (spec.partition("=") for spec in job.compile_specs)
+    specs += [CompileSpec(key, value.encode()) for key, _, value in further]
     if len(lengths) > 1:
         shapes = {TOKENS: [[1, length] for length in lengths]}
         specs.append(CoreMLBackend.generate_enumerated_shapes_compile_spec(exported, shapes))
@@ -56,6 +61,9 @@ def write_program(exported: ExportedProgram, specs: list[CompileSpec], blob: Pat
         exported: The traced decoder, without the mutations that torch leaves in a graph.
         specs: See `compile_specs`.
         blob: Where to write.
+
+    Raises:
+        UnsupportedError: the system that the program is for cannot have it.
     """
     model = _converted(exported, specs)
     spec = model.get_spec()
@@ -99,9 +107,15 @@ def write_functions(packages: Mapping[str, Path], blob: Path) -> str:
 
 
 def _converted(exported: ExportedProgram, specs: list[CompileSpec]) -> Any:
-    """Return the model, whose package lies in a folder of its own as long as it lives."""
-    with no_bars():
+    """Return the model, whose package lies in a folder of its own as long as it lives.
+
+    Raises:
+        UnsupportedError: the system that the program is for cannot have it.
+    """
+    target = CoreMLBackend.min_deployment_target_from_compile_specs(specs)
+    with no_bars(), advised(exported, target.name):
         model = CoreMLBackend._convert_to_mlmodel(exported, specs)
+    check_systems(parse(map_folder(Path(model.package_path)), ""), exported, target.name)
     # The MIL program, whose operations refer to each other, holds all weights.
     model._mil_program = None
     gc.collect()
