@@ -120,9 +120,10 @@ def resolve(config: ExportConfig, spec: DecoderSpec) -> Job:
     Raises:
         ConfigError: a context beyond the model's or beyond this machine's memory, a length beyond
             the context, or settings that contradict each other.
-        UnsupportedError: the target does not take what is asked for.
+        UnsupportedError: the target does not take what is asked for, or the system has no state.
     """
     target, backend = get_target(config.target), BACKENDS[config.backend]
+    cache = config.cache or ("inputs" if config.functions else "state")
     check_together(config, target)
     weights = config.section(WeightSettings)
     return Job(
@@ -136,7 +137,7 @@ def resolve(config: ExportConfig, spec: DecoderSpec) -> Job:
         backend=config.backend,
         attention=target.attention if backend.fused_attention else "decomposed",
         logits=config.logits,
-        cache=config.cache or ("inputs" if config.functions else "state"),
+        cache=cache,
         functions=functions_of(config.functions) if config.functions else {},
         shapes=_fitting(
             resolve_shapes(config, spec.max_position_embeddings, spec.longest_context), spec
