@@ -22,7 +22,8 @@ from llm_coreml.config.setting import settings_of
 from llm_coreml.config.values import checked_count
 from llm_coreml.errors import ConfigError, LlmCoreMLError, UnsupportedError
 from llm_coreml.rules import Use, refused
-from llm_coreml.targets import MINIMUM_OS, TARGETS, opset_of
+from llm_coreml.systems import MINIMUM_OS, opset_of
+from llm_coreml.targets import TARGETS
 from tiny import small_spec
 
 SPEC = small_spec(max_position_embeddings=100)
@@ -160,14 +161,22 @@ def test_whole_numbers_are_ints_however_they_were_written() -> None:
     assert ExportConfig(bits=3.5).bits == 3.5
 
 
-@pytest.mark.parametrize("system", ["iOS17", "iOS13", "macOS14"])
-def test_systems_before_states_are_refused(system: str) -> None:
+@pytest.mark.parametrize("system", ["iOS17", "iOS16", "macOS14", "visionOS1"])
+def test_systems_before_states_are_refused_for_a_cache_that_is_one(system: str) -> None:
+    config = ExportConfig(minimum_os=system)
+    with pytest.raises(UnsupportedError) as caught:
+        resolve(config, small_spec())
+    assert str(caught.value) == (
+        f"{system} is too old: Core ML keeps a KV cache as state from iOS18 and macOS15 on; use "
+        "--minimum-os iOS18."
+    )
+
+
+@pytest.mark.parametrize("system", ["iOS15", "iOS13", "macOS12", "watchOS8"])
+def test_systems_before_weights_of_8_bits_are_refused(system: str) -> None:
     with pytest.raises(UnsupportedError) as caught:
         ExportConfig(minimum_os=system)
-    assert str(caught.value) == (
-        f"{system} is too old: Core ML keeps a KV cache as state, and holds int4, grouped and "
-        "codebook weights, from iOS18 and macOS15 on; use --minimum-os iOS18."
-    )
+    assert str(caught.value).startswith(f"{system} is too old: Core ML takes fp16 inputs and")
 
 
 @pytest.mark.parametrize(("system", "opset"), MINIMUM_OS.items())
@@ -186,7 +195,7 @@ def test_targets_name_units_of_coremltools(target: Any) -> None:
 
     assert target.compute_unit in coremltools.ComputeUnit.__members__
     for opset in sorted(set(MINIMUM_OS.values())):
-        assert not refused(Use(target, opset, (target.default_scheme,), "iOS18"))
+        assert not refused(Use(target, opset, (target.default_scheme,), "iOS16"))
 
 
 @pytest.mark.parametrize(

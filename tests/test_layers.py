@@ -30,6 +30,7 @@ LAYERS = (
     (
         "drafts",
         "output",
+        "systems",
         "targets",
         "progress",
         "machine",
@@ -37,6 +38,7 @@ LAYERS = (
         "lfs",
         "quiet",
         "own_process",
+        "system",
         "tokenizer",
         "demo",
     ),

@@ -10,6 +10,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from llm_coreml.artifact.compatibility import MIXED_ADVICE
 from llm_coreml.bundle.card import rotated_spaces, tuned
 from llm_coreml.bundle.manifest import (
     Allocation,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:  # they bring torch, which a list does not need
     from llm_coreml.eval.results import DeviceFigures, Evaluation, Quality
     from llm_coreml.inspect.contents import Contents, DelegateContents
     from llm_coreml.inspect.extraction import Extraction
+    from llm_coreml.inspect.systems_of import PartSystems
 
 
 def export_table(manifest: Manifest, folder: str, peak: int) -> Group:
@@ -305,6 +307,24 @@ def contents_table(found: Contents) -> Group:
     return Group(*parts)
 
 
+def systems_table(parts: Sequence[PartSystems]) -> Group:
+    """Return which systems run each part of a program, and what asks for them."""
+    shown: list[Any] = []
+    for part in parts:
+        asked = part.asked
+        rows = {
+            "runs from": f"{asked.declared or 'a newer system'} on",
+            "model format": f"{asked.specification}, operations of {', '.join(asked.opsets)}",
+            "needs": f"{asked.needed or 'a newer system'}",
+        }
+        table = _plain("from", "what", "first")
+        for need in asked.needs:
+            table.add_row(need.system or "?", need.what, need.where)
+        mixed = [_line(f"No system compiles {each}. {MIXED_ADVICE}") for each in asked.mixed]
+        shown += [listing_table(part.part, rows), table, *mixed, Text("")]
+    return Group(*shown[:-1])
+
+
 def extraction_table(found: Extraction) -> Group:
     """Return which models were written, and what runs them."""
     table = _plain("model", "bytes", "run by", numeric=["bytes"])
@@ -326,7 +346,8 @@ def _delegate_rows(delegate: DelegateContents) -> dict[str, str]:
     model = delegate.model
     if model is None:
         return {}
-    rows: dict[str, str] = {}
+    used = f"what it uses begins with {model.needed or 'a newer one'}"
+    rows = {"runs from": f"{model.declared or 'a newer system'} on; {used}"}
     features = {"input": model.inputs, "output": model.outputs, "state": model.states}
     for kind, shapes in features.items():
         rows |= {f"{kind} {name}": shape for name, shape in shapes.items()}

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Literal
 from llm_coreml.config.export_config import ExportConfig
 from llm_coreml.config.sections import CalibrationSettings, WeightSettings
 from llm_coreml.config.values import CONTEXT_MULTIPLE, DEFAULT_CONTEXT, DEFAULT_SEQ_LENGTHS
-from llm_coreml.errors import ConfigError
+from llm_coreml.errors import ConfigError, UnsupportedError
 from llm_coreml.machine import machine_memory
-from llm_coreml.targets import BACKENDS, PRECISIONS, Precision, Target, get_target, opset_of
+from llm_coreml.systems import STATE_SYSTEM, older, opset_of
+from llm_coreml.targets import BACKENDS, PRECISIONS, Precision, Target, get_target
 
 if TYPE_CHECKING:  # the decoder's package would bring torch
     from llm_coreml.decoder.spec import DecoderSpec, Extent
@@ -68,12 +69,15 @@ class Job:
         calibration: What the codes are chosen on.
         target: Compute unit.
         minimum_os: Oldest system that must run the artifact.
-        opset: coremltools' name of what that system brings, `iOS18` or `iOS26`.
+        opset: coremltools' name of what that system brings, `iOS16` to `iOS26`.
         precision: Of activations, scales, tables and what is not quantized.
         backend: `coreml`, or `xnnpack` for a twin that runs on Linux.
         attention: `fused` or `decomposed`, see `decoder.self_attention`.
         logits: `last` row of each chunk, or `all` rows.
         shapes: Context and chunk lengths.
+        passes: What coremltools is to run, or to leave out, see `checked_passes`; None is as usual.
+        compile_specs: Further compile specs, each `key=value`.
+        model_type: `model`, or `compiled_model`.
         force: Take formats that the target is known to refuse.
     """
 
@@ -88,6 +92,9 @@ class Job:
     attention: Literal["fused", "decomposed"]
     logits: Literal["last", "all"]
     shapes: Shapes
+    passes: tuple[str, ...] | None
+    compile_specs: tuple[str, ...]
+    model_type: Literal["model", "compiled_model"]
     force: bool
 
 
@@ -97,8 +104,10 @@ def resolve(config: ExportConfig, spec: DecoderSpec) -> Job:
     Raises:
         ConfigError: a context beyond the model's or beyond this machine's memory, or a length
             beyond the context.
+        UnsupportedError: a system without state.
     """
     target, backend = get_target(config.target), BACKENDS[config.backend]
+    _check_state(config.minimum_os)
     weights = config.section(WeightSettings)
     return Job(
         config=config,
@@ -114,8 +123,20 @@ def resolve(config: ExportConfig, spec: DecoderSpec) -> Job:
         shapes=_fitting(
             resolve_shapes(config, spec.max_position_embeddings, spec.longest_context), spec
         ),
+        passes=config.passes,
+        compile_specs=config.compile_specs or (),
+        model_type=config.model_type,
         force=config.force,
     )
+
+
+def _check_state(minimum_os: str) -> None:
+    """Refuse a system that keeps nothing between calls. Raises UnsupportedError."""
+    if older(opset_of(minimum_os), STATE_SYSTEM):
+        raise UnsupportedError(
+            f"{minimum_os} is too old: Core ML keeps a KV cache as state from iOS18 and macOS15 "
+            "on; use --minimum-os iOS18."
+        )
 
 
 def resolve_shapes(

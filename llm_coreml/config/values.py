@@ -6,7 +6,8 @@ import re
 
 from llm_coreml.config.setting import brief
 from llm_coreml.errors import ConfigError
-from llm_coreml.targets import get_target, opset_of
+from llm_coreml.systems import opset_of
+from llm_coreml.targets import get_target
 
 WHOLE_BITS = (1, 2, 3, 4, 6, 8, 16)
 # State dimensions that are no multiple of 32 are refused by the Neural Engine compiler
@@ -50,6 +51,11 @@ def read_lengths(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise ValueError(f"'{text}' is no list of numbers such as 1,8,64.") from None
+
+
+def read_names(text: str) -> tuple[str, ...]:
+    """Return the names of a list such as `a,b`."""
+    return tuple(part.strip() for part in text.split(","))
 
 
 def checked_count(name: str, value: object, least: int = 1, most: int = MOST_POSITIONS) -> int:
@@ -119,6 +125,64 @@ def checked_lengths(lengths: tuple[int, ...]) -> tuple[int, ...]:
     if len(lengths) > 128:
         raise ConfigError(f"--seq-lengths holds {len(lengths)} lengths; Core ML allows 128.")
     return lengths
+
+
+def checked_passes(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return names of passes: all that are to run, or those to leave out, each with a hyphen.
+
+    Raises:
+        ConfigError: some of each, none, or one twice.
+    """
+    left_out = [name for name in names if name.startswith("-")]
+    if left_out and len(left_out) < len(names):
+        raise ConfigError(
+            f"--passes {brief(','.join(names))} names passes to run and passes to leave out; give "
+            "either all that are to run, or -NAME of those that are not."
+        )
+    if not names or not all(name.lstrip("-") for name in names):
+        raise ConfigError("--passes holds no name; give one such as common::fuse_gelu_exact.")
+    return names
+
+
+# What ExecuTorch's Core ML backend is told by settings of ours.
+_SPEC_FLAGS = {
+    "compute_units": "--target",
+    "min_deployment_target": "--minimum-os",
+    "model_compute_precision": "--compute-precision",
+    "model_type": "--model-type",
+    "pass_pipeline": "--passes",
+    "enumerated_shapes": "--seq-lengths",
+}
+_REQUANTIZER = "op_linear_quantizer_config"
+
+
+def checked_specs(specs: tuple[str, ...]) -> tuple[str, ...]:
+    """Return compile specs, each a key and a value.
+
+    Raises:
+        ConfigError: one has no key, a key is there twice, or another setting decides it.
+    """
+    keys: set[str] = set()
+    for spec in specs:
+        key, mark, _ = spec.partition("=")
+        if not mark or not re.fullmatch(r"\w+", key) or key in keys:
+            raise ConfigError(
+                f"--compile-specs holds {brief(spec)}; give KEY=VALUE, each key once, and its name "
+                "of letters, digits and underscores."
+            )
+        if key in _SPEC_FLAGS:
+            raise ConfigError(
+                f"--compile-specs {key} is decided by {_SPEC_FLAGS[key]}, which the graph, the "
+                "checks and the manifest follow; give that."
+            )
+        if key == _REQUANTIZER:
+            raise ConfigError(
+                f"--compile-specs {key} would quantize once more what is left in fp16 of the "
+                "converted program, after the model that the file is held against was made; "
+                "--scheme int8-channel, int4-channel or int4-group stores what it would, verified."
+            )
+        keys.add(key)
+    return specs
 
 
 def checked_target(name: str) -> str:

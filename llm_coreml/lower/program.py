@@ -20,7 +20,10 @@ from torch.export import ExportedProgram
 import llm_coreml.lower.coreml_ops
 import llm_coreml.lower.weight_ops  # noqa: F401 - both register with coremltools
 from llm_coreml.artifact.description import TOKENS
+from llm_coreml.artifact.mapped import map_folder
+from llm_coreml.artifact.milproto import parse
 from llm_coreml.config import Job
+from llm_coreml.lower.advice import advised, check_systems
 from llm_coreml.lower.mil_passes import pass_names
 from llm_coreml.lower.package import write_blob
 from llm_coreml.quiet import no_bars
@@ -40,8 +43,10 @@ def compile_specs(exported: ExportedProgram, job: Job, lengths: Sequence[int]) -
         compute_unit=ct.ComputeUnit[job.target.compute_unit],
         minimum_deployment_target=getattr(ct.target, job.opset),
         compute_precision=_PRECISIONS[job.precision.name],
-        pass_names=pass_names(),
+        pass_names=pass_names(job.passes),
     )
+    further = (spec.partition("=") for spec in job.compile_specs)
+    specs += [CompileSpec(key, value.encode()) for key, _, value in further]
     if len(lengths) > 1:
         shapes = {TOKENS: [[1, length] for length in lengths]}
         specs.append(CoreMLBackend.generate_enumerated_shapes_compile_spec(exported, shapes))
@@ -55,10 +60,15 @@ def write_program(exported: ExportedProgram, specs: list[CompileSpec], blob: Pat
         exported: The traced decoder, without the mutations that torch leaves in a graph.
         specs: See `compile_specs`.
         blob: Where to write.
+
+    Raises:
+        UnsupportedError: the system that the program is for cannot have it.
     """
-    with no_bars():
+    target = CoreMLBackend.min_deployment_target_from_compile_specs(specs)
+    with no_bars(), advised(exported, target.name):
         model = CoreMLBackend._convert_to_mlmodel(exported, specs)
     package = Path(model.package_path)
+    check_systems(parse(map_folder(package), ""), exported, target.name)
     spec = model.get_spec()
     names = asdict(CoreMLBackend.model_metadata_from_spec(spec, identifier=""))
     # The MIL program, whose operations refer to each other, holds all weights.

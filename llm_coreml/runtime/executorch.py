@@ -22,7 +22,7 @@ class ExecutorchRunner(Runner):
     Args:
         path: The `.pte`.
         description: What it offers.
-        apart: Nobody vouches for the file, so it is run in a process of its own: ExecuTorch and
+        apart: This process has not made the file, so it is run in one of its own: ExecuTorch and
             XNNPACK trust what stands in it.
 
     Raises:
