@@ -58,7 +58,7 @@ from llm_coreml.targets import BACKENDS
 from llm_coreml.tokenizer import Tokenizer
 from llm_coreml.tokenizer.chat_template import find_template
 from llm_coreml.verify.logits import verify, verify_conversion
-from llm_coreml.verify.passes import plan_passes
+from llm_coreml.verify.passes import plan_passes, sampled
 from llm_coreml.verify.reading import ReadText, read_text
 from llm_coreml.verify.verification import Verification
 
@@ -243,6 +243,8 @@ def _tell_of_the_context(run: _Run, model: Model, job: Job) -> None:
 
 def _tell_of_the_states(run: _Run, model: Model, job: Job) -> None:
     """Tell what is known not to work of such states on the target, before work is done."""
+    if job.cache != "state":
+        return
     shapes = [state.shape for state in state_specs(model.spec, job.shapes.extent)]
     for rule in broken_by_states(job.target, shapes) if BACKENDS[job.backend].has_targets else []:
         run.progress.note(
@@ -286,7 +288,9 @@ def _read(
 
 
 def _reading_of(quantized: Quantized, description: Description, draft: Path) -> ReadText:
-    plan = plan_passes(description.seq_lengths, description.context)
+    lengths = description.seq_lengths
+    lengths = sampled(lengths[0], lengths[-1]) if description.ranged else lengths
+    plan = plan_passes(lengths, description.context)
     text, tokens = _verification_text(draft, quantized.decoder, plan.tokens)
     on_reference = BACKENDS[description.backend].runtime == "reference"
     return read_text(

@@ -38,7 +38,7 @@ LAYERS = (
         "lfs",
         "quiet",
         "own_process",
-        "system",
+        "host",
         "tokenizer",
         "demo",
     ),

@@ -89,7 +89,7 @@ def _export_rows(manifest: Manifest, folder: str) -> dict[str, str]:
         "embedding, head": f"{stored.embedding.label}, {stored.lm_head.label}{tied}",
         "target": f"{target.backend}, {target.compute_unit}, {target.minimum_os}, "
         f"{target.compute_precision}",
-        "lengths, context": f"{', '.join(map(str, program.seq_lengths))}; {program.context}",
+        "lengths, context": f"{manifest.description.lengths}; {program.context}",
         **_conversion_row(checked.conversion),
         "verified by": f"{checked.runtime}: {checked.rows} rows, largest error "
         f"{checked.max_relative_error:.1e} (bound {checked.max_relative_error_bound:.0e}), "

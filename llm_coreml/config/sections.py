@@ -30,6 +30,7 @@ from llm_coreml.config.values import (
     MOST_STEPS,
     checked_bits,
     checked_context,
+    checked_functions,
     checked_lengths,
     checked_passes,
     checked_specs,
@@ -259,6 +260,11 @@ class ProgramSettings(Section):
     """
 
     logits: Literal["last", "all"] = setting("last", "Rows of logits that a call returns.")
+    cache: Literal["state", "inputs"] | None = setting(
+        None,
+        "Hold the KV cache as a state, or have it as inputs and outputs of each call.",
+        shown="state; inputs beside --functions",
+    )
     context: int | None = setting(
         None,
         "Positions of the KV cache.",
@@ -266,14 +272,20 @@ class ProgramSettings(Section):
         check=checked_context,
         most=MOST_POSITIONS,
     )
-    seq_lengths: tuple[int, ...] | None = setting(
+    seq_lengths: tuple[int, ...] | str | None = setting(
         None,
-        "Chunk lengths to accept.",
-        metavar="N,N,...",
+        "Chunk lengths to accept: some, one, or a range.",
+        metavar="N,N,...|1..N",
         shown=",".join(map(str, DEFAULT_SEQ_LENGTHS)),
         check=checked_lengths,
         read=read_lengths,
         most=MOST_POSITIONS,
+    )
+    functions: str | None = setting(
+        None,
+        "Methods that share the weights, of one length each: prefill:512,decode:1.",
+        metavar="NAME:N,NAME:N",
+        check=checked_functions,
     )
 
 
@@ -311,7 +323,7 @@ class TargetSettings(Section):
         check=checked_specs,
         read=read_names,
     )
-    force: bool = setting(False, "Export a scheme that the target is known to refuse.")
+    force: bool = setting(False, "Export what the target is known to refuse.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -22,6 +22,8 @@ DEFAULT_CODEBOOK_ROWS = 16
 DEFAULT_CONTEXT = 2048
 DEFAULT_TABLE = "int8-channel"
 DEFAULT_SEQ_LENGTHS = (1, 8, 64, 512)
+_RANGE = re.compile(r"[0-9]{1,10}\.\.[0-9]{1,10}")
+_FUNCTION = re.compile(r"[a-z][a-z0-9_]{0,30}:[1-9][0-9]{0,9}")
 _UNITS = {
     "": 1,
     **{letter: 1000 ** (power + 1) for power, letter in enumerate("kmgt")},
@@ -41,16 +43,26 @@ def read_bytes(text: str) -> int:
     return int(float(found[1]) * _UNITS[found[2] or ""])
 
 
-def read_lengths(text: str) -> tuple[int, ...]:
-    """Return the numbers of a list such as `1,8,64`.
+def read_lengths(text: str) -> tuple[int, ...] | str:
+    """Return the numbers of a list such as `1,8,64`, or the text of a range such as `1..512`.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is neither.
     """
+    if _RANGE.fullmatch(text.strip()):
+        return text.strip()
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise ValueError(f"'{text}' is no list of numbers such as 1,8,64.") from None
+        raise ValueError(
+            f"'{text}' is no list of numbers such as 1,8,64, and no range such as 1..512."
+        ) from None
+
+
+def range_of(text: str) -> tuple[int, int]:
+    """Return the first and the last number of a range that `read_lengths` gave."""
+    first, last = text.split("..")
+    return int(first), int(last)
 
 
 def read_names(text: str) -> tuple[str, ...]:
@@ -111,9 +123,22 @@ def checked_context(context: int) -> int:
     return context
 
 
-def checked_lengths(lengths: tuple[int, ...]) -> tuple[int, ...]:
-    """Return chunk lengths. Raises ConfigError unless they are different and 1 is among them."""
-    if 1 not in lengths:
+def checked_lengths(lengths: tuple[int, ...] | str) -> tuple[int, ...] | str:
+    """Return chunk lengths, or a range of them.
+
+    Raises:
+        ConfigError: a range that begins elsewhere than at 1 or ends there, several numbers that are
+            not different or lack 1, or a single one that is no length.
+    """
+    if isinstance(lengths, str):
+        first, last = range_of(lengths)
+        if first != 1 or not 1 < last <= MOST_POSITIONS:
+            raise ConfigError(
+                f"--seq-lengths {lengths} must be a range from 1, for single tokens, to more, such "
+                "as 1..512."
+            )
+        return f"{first}..{last}"
+    if 1 not in lengths and len(lengths) != 1:
         raise ConfigError(
             f"--seq-lengths {','.join(map(str, lengths))} lacks 1, without which no single token "
             "can be generated; add it."
@@ -183,6 +208,36 @@ def checked_specs(specs: tuple[str, ...]) -> tuple[str, ...]:
             )
         keys.add(key)
     return specs
+
+
+def functions_of(text: str) -> dict[str, int]:
+    """Return the length of each function that `checked_functions` has checked, by name."""
+    pairs = (part.split(":") for part in text.split(","))
+    return {name: int(length) for name, length in pairs}
+
+
+def checked_functions(text: str) -> str:
+    """Return functions as they are kept.
+
+    Raises:
+        ConfigError: they are no names with lengths, two have a name or a length, or none reads
+            single tokens.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(_FUNCTION.fullmatch(part) for part in parts):
+        raise ConfigError(
+            f"--functions {brief(text)} is no list of names and lengths such as "
+            "prefill:512,decode:1."
+        )
+    lengths = functions_of(",".join(parts))
+    if len(lengths) < len(parts) or len(set(lengths.values())) < len(parts):
+        raise ConfigError(f"--functions {text} must have different names and different lengths.")
+    if len(parts) < 2 or 1 not in lengths.values():
+        raise ConfigError(
+            f"--functions {text} must be several, one of them of length 1, without which no single "
+            "token can be generated: prefill:512,decode:1."
+        )
+    return ",".join(f"{name}:{length}" for name, length in lengths.items())
 
 
 def checked_target(name: str) -> str:
