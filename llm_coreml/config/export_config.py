@@ -52,10 +52,26 @@ class ExportConfig(
                 f"--size counts quantized weights, and --backend {self.backend} stores fp32; give "
                 "--bits."
             )
-        if self.pt2e != "none" and self.calibrate is not None:
+        self._check_pt2e()
+
+    def _check_pt2e(self) -> None:
+        """Refuse a text that is not read, the lack of one that is, and steps that follow codes."""
+        if self.pt2e == "weights" and self.calibrate is not None:
             raise ConfigError(
-                f"--pt2e {self.pt2e} reads no text, which --calibrate gives; drop one of them."
+                "--pt2e weights reads no text, which --calibrate gives; drop one of them."
             )
+        if self.pt2e == "static" and self.calibrate is None:
+            raise ConfigError(
+                "--pt2e static reads a text for the ranges of activations; give --calibrate "
+                "bundled, or a file."
+            )
+        if self.pt2e == "static" and BACKENDS[self.backend].stores_dense:
+            raise ConfigError(
+                f"--pt2e static rounds activations, which --backend {self.backend} keeps as fp32; "
+                "give --pt2e weights."
+            )
+        if self.pt2e == "static" and self.tune:
+            raise ConfigError("--tune changes what --pt2e static has measured; drop one of them.")
 
     def section(self, kind: type[S]) -> S:
         """Return the settings of one section."""

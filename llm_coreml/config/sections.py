@@ -42,7 +42,7 @@ from llm_coreml.targets import TARGETS
 # "gpu, ane, cpu or all"
 _UNITS = " or ".join(", ".join(TARGETS).rsplit(", ", 1))
 Rotate = Literal["none", "residual", "heads", "both"]
-PT2E = Literal["none", "weights"]
+PT2E = Literal["none", "weights", "static"]
 # What each of these decides of others, which cannot be given beside it.
 _DECIDED: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -163,7 +163,8 @@ class WeightSettings(Section):
         spelled=spelled_format,
     )
     pt2e: PT2E = setting(
-        "none", "int8 linear layers by ExecuTorch's CoreMLQuantizer, over the exported graph."
+        "none",
+        "int8 linear layers by ExecuTorch's CoreMLQuantizer; static: what they read and give, too.",
     )
     rotate: Rotate = setting(
         "none",

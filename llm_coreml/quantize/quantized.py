@@ -190,11 +190,14 @@ def build_decoder(
         fill(decoder, weights, plan, storage, on_progress, windows, cache)
         return decoder.eval()
     # Imported here: it brings coremltools.
-    from llm_coreml.quantize.pt2e import pt2e_weights
+    from llm_coreml.quantize.pt2e import pt2e_static, pt2e_weights
 
     tables = replace(plan, linear=Unquantized(job.precision.bits))
-    fill(decoder, weights, tables, storage, on_progress, windows, cache)
-    pt2e_weights(decoder.eval())
+    fill(decoder, weights, tables, storage, on_progress, None, cache)
+    if windows is None:
+        pt2e_weights(decoder.eval())
+    else:
+        pt2e_static(decoder.eval(), windows)
     return decoder
 
 
