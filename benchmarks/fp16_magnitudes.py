@@ -112,6 +112,9 @@ def scale(folder: Path, factor: float) -> None:
     normed = "layers.0.mlp_out_norm.weight"
     stored = made[normed if normed in made else "layers.0.mlp.down_proj.weight"]
     tensors = load_file(folder / "model.safetensors")
+    if normed in made and stored.values is not None:
+        # A norm hands on no more than the root of the width, and that of one channel alone.
+        tensors[made["layers.0.mlp.down_proj.weight"].names[0]][0] *= 1e3
     less = 1 if isinstance(stored.values, PlusOne) else 0
     for name in stored.names:
         values = (tensors[name].float() + less) * factor - less
