@@ -23,10 +23,12 @@ from llm_coreml.checkpoint import (
     open_checkpoint,
 )
 from llm_coreml.checkpoint.checkpoint import listing
+from llm_coreml.checkpoint.layouts import ordinary_name
 from llm_coreml.checkpoint.weights_view import FamilyWeights, Stored, Weights, expected_tensors
 from llm_coreml.decoder import DecoderSpec, skeleton
 from llm_coreml.errors import LlmCoreMLError, UnknownFamilyError
 from llm_coreml.families import Family, family_notes, find_family, offer, read_as
+from llm_coreml.families.family import Naming
 from llm_coreml.recipes import BUNDLED, BUNDLED_RECIPE, find_recipe
 
 _TABLE = "embed_tokens.weight"
@@ -112,7 +114,7 @@ def open_model(
     except UnknownFamilyError as error:
         raise UnknownFamilyError(f"{error} {_offer(source)}".strip()) from None
     config = read_as(checkpoint.config, family)
-    found = find_family(config)
+    found = _as_named(checkpoint, config)
     spec = _with_true_head(checkpoint, found, found.spec(config))
     stored, lone = _with_lone_head(checkpoint, found, spec)
     parameters = skeleton(spec).named_parameters()
@@ -149,6 +151,36 @@ def _check_complete(
             f"The family of '{spec.model_type}' does not say what the decoder's "
             f"{listing(forgotten, limit=3)} is made of."
         )
+
+
+def _as_named(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Family:
+    """Return the family of `config` with the names that the checkpoint has, if they are known.
+
+    Those of GPT-2 and BLOOM on the hub are of the model inside of transformers' causal LM.
+    """
+    family, present = find_family(config), {*checkpoint.names(), *checkpoint.tied()}
+    spec = family.spec(config)
+    namings = (family.stored, *family.other_names)
+    for naming in (*namings, *map(_of_the_inner_model, namings)):
+        if present.issuperset(name for made in naming(spec).values() for name in made.names):
+            return replace(family, stored=naming)
+    return family
+
+
+def _of_the_inner_model(naming: Naming) -> Naming:
+    """Return the names of tensors without what stands before all but those of the head."""
+
+    def named(spec: DecoderSpec) -> dict[str, Stored]:
+        found = naming(spec)
+        front = found["embed_tokens.weight"].names[0].partition(".")[0] + "."
+        return {
+            name: replace(
+                made, names=tuple(ordinary_name(each.removeprefix(front)) for each in made.names)
+            )
+            for name, made in found.items()
+        }
+
+    return named
 
 
 def _with_lone_head(

@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 
 from llm_coreml.errors import SystemUnfitError
-from llm_coreml.system import check_system
+from llm_coreml.host import check_host
 
 
 def run() -> None:
     """Run the command line as a process of its own, and exit with its code."""
     try:
-        check_system()
+        check_host()
     except SystemUnfitError as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

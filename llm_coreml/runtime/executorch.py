@@ -38,6 +38,7 @@ class ExecutorchRunner(Runner):
         self.label = "XNNPACK on CPU"
         self._description = description
         self.seq_lengths = description.seq_lengths
+        self.ranged = description.ranged
         self.every_row = description.every_row
         self.rewinds = description.rewinds
         self.context = self._constant("get_max_context_len")

@@ -99,8 +99,8 @@ def test_without_halving_nothing_is_written_and_the_way_out_is_told(tmp_path: Pa
     assert not (tmp_path / "out").exists()
 
 
-# The largest numbers of published streams, of gemma-3-1b-pt (arXiv 2503.22329) and Qwen3-1.7B (arXiv
-# 2605.15572), with the halvings that they need; another text makes more of them, or less.
+# The largest numbers of published streams, of gemma-3-1b-pt (arXiv 2503.22329) and Qwen3-1.7B
+# (arXiv 2605.15572), with the halvings that they need; another text makes more of them, or less.
 PUBLISHED = {
     "gemma3_text": ("post_feedforward_layernorm", 95_232.0, range(1, 4)),
     "qwen3": ("mlp.down_proj", 14_208.0, range(1)),

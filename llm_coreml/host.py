@@ -1,6 +1,6 @@
 """Which systems this package runs on, told before a module is missed.
 
-check_system()
+check_host()
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from llm_coreml.errors import SystemUnfitError
 _NEEDED = ("fcntl", "resource")
 
 
-def check_system() -> None:
+def check_host() -> None:
     """Refuse a system without what is needed of it.
 
     Raises:
