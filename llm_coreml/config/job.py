@@ -24,7 +24,7 @@ from llm_coreml.config.values import (
 )
 from llm_coreml.errors import ConfigError
 from llm_coreml.machine import machine_memory
-from llm_coreml.systems import opset_of
+from llm_coreml.systems import STATE_SYSTEM, older, opset_of
 from llm_coreml.targets import BACKENDS, PRECISIONS, Precision, Target, get_target
 
 if TYPE_CHECKING:  # the decoder's package would bring torch
@@ -125,6 +125,9 @@ def resolve(config: ExportConfig, spec: DecoderSpec) -> Job:
     target, backend = get_target(config.target), BACKENDS[config.backend]
     cache = config.cache or ("inputs" if config.functions else "state")
     check_together(config, target)
+    # The fused operation is as old as states; coremltools takes it apart for older systems, with
+    # a scale that fp16 does not hold.
+    fused = backend.fused_attention and not older(opset_of(config.minimum_os), STATE_SYSTEM)
     weights = config.section(WeightSettings)
     return Job(
         config=config,
@@ -135,7 +138,7 @@ def resolve(config: ExportConfig, spec: DecoderSpec) -> Job:
         opset=opset_of(config.minimum_os),
         precision=PRECISIONS[config.compute_precision],
         backend=config.backend,
-        attention=target.attention if backend.fused_attention else "decomposed",
+        attention=target.attention if fused else "decomposed",
         logits=config.logits,
         cache=cache,
         functions=functions_of(config.functions) if config.functions else {},

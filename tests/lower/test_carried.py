@@ -207,6 +207,12 @@ EXPORTED: dict[str, dict[str, Any]] = {
     "multifunction": {"functions": FUNCTIONS},
     "range": {"seq_lengths": "1..8", "cache": "inputs"},
     "static": {"seq_lengths": (8,)},
+    "enumerated": {
+        "seq_lengths": (1, 8),
+        "cache": "inputs",
+        "minimum_os": "iOS16",
+        "scheme": "int8-channel",
+    },
     "twin": {"seq_lengths": "1..8", "cache": "inputs", "backend": "xnnpack"},
 }
 
