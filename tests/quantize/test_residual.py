@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from family_table import TABLE, checkpoint
 from llm_coreml import export
@@ -96,3 +97,38 @@ def test_without_halving_nothing_is_written_and_the_way_out_is_told(tmp_path: Pa
     with pytest.raises(UnsupportedError, match=r"reaches .* with --residual-shift 0.*Give --resid"):
         export(folder, output=tmp_path / "out", config=config, cache=False)
     assert not (tmp_path / "out").exists()
+
+
+# The largest numbers of published streams, of gemma-3-1b-pt (arXiv 2503.22329) and Qwen3-1.7B
+# (arXiv 2605.15572), with the halvings that they need; another text makes more of them, or less.
+PUBLISHED = {
+    "gemma3_text": ("post_feedforward_layernorm", 95_232.0, range(1, 4)),
+    "qwen3": ("mlp.down_proj", 14_208.0, range(1)),
+}
+
+
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_streams_of_published_size_are_exported(family: str, tmp_path: Path) -> None:
+    module, largest, shifts = PUBLISHED[family]
+    folder = tmp_path / "model"
+    folder.mkdir()
+    checkpoint(folder, family, next(iter(TABLE[family].cases.values())))
+    tensors = load_file(folder / "model.safetensors")
+    written = tensors[f"model.layers.0.{module}.weight"]
+    less = 1 if family == "gemma3_text" else 0  # Gemma's gains are 1 + w
+
+    def scale(factor: float) -> float:
+        """Scale what the first layer adds, and return the largest number of the stream."""
+        written.copy_((written + less) * factor - less)
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        tokens, start = torch.tensor([tokens_for(97, 32)]), torch.tensor([0])
+        with torch.no_grad():
+            return float(decoder_of(folder, 0).hidden(tokens, start).abs().max())
+
+    found = scale(largest / scale(1e4))
+    assert found == pytest.approx(largest, rel=0.1)
+    bundle = export(folder, output=tmp_path / "out", config=SETTINGS, cache=False)
+    words = bundle.manifest.rebuild
+    shift = int(words[words.index("--residual-shift") + 1]) if "--residual-shift" in words else 0
+    assert shift in shifts
+    assert bundle.manifest.verification.passed
