@@ -1,11 +1,11 @@
-# Everything a fresh machine needs: make demo, make test, make test-all. Only sh, make and Python 3.10-3.13.
+# Everything a fresh machine needs: make demo, make demo-cpp, make test, make test-all. Only sh, make and Python 3.10-3.13.
 
 PYTHON ?= python3
 BIN := .venv/bin
 # Two workers; one that is done takes over tests of the other.
 PYTEST := $(BIN)/pytest -n 2 --dist worksteal
 
-.PHONY: install demo test test-all lint clean
+.PHONY: install demo demo-cpp test test-all lint clean
 
 install: .venv/installed
 
@@ -22,6 +22,11 @@ install: .venv/installed
 demo: install
 	$(BIN)/llm-coreml export llama --bits 4 --output out/demo --overwrite
 	$(BIN)/llm-coreml eval out/demo --tokens 4096
+
+# The bundled model's twin for XNNPACK, by the runner in C++, which is configured and built first.
+demo-cpp: install
+	$(BIN)/llm-coreml export llama --bits 4 --backend xnnpack --output out/twin --overwrite
+	$(BIN)/llm-coreml generate out/twin --runtime cpp --prompt "The with statement is used to" --max-new-tokens 24
 
 # Every feature once. What is left out are further cases of the same.
 test: install

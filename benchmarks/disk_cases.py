@@ -59,7 +59,9 @@ def export(*more: str, model: str = "MODEL") -> tuple[str, ...]:
     """Return the words of an export; `-o out` unless others are given."""
     output = () if "-o" in more else ("-o", "out")
     cached = () if "--cache" in more else ("--no-cache",)
-    return ("export", model, *output, *SHAPES, *cached, *more)
+    # A plan decides what the bits would.
+    shapes = SHAPES[:-2] if "--plan" in more else SHAPES
+    return ("export", model, *output, *shapes, *cached, *more)
 
 
 def reading(bundle: str) -> Iterator[tuple[str, tuple[str, ...]]]:

@@ -29,6 +29,7 @@ from llm_coreml.errors import (
     LlmCoreMLError,
     UnsupportedError,
 )
+from llm_coreml.eval.devices import devices_of
 from llm_coreml.eval.heldout import read_windows
 from llm_coreml.eval.latency import measure_latency
 from llm_coreml.eval.metrics import METRICS, Metric
@@ -93,9 +94,7 @@ def evaluate(
     artifact = open_runner(opened, execution)
     tokenizer = opened.tokenizer if opened.tokenizer.is_file() else None
     name, windows = read_windows(text, tokenizer, artifact.context, tokens)
-    runners: dict[str, Runner] = {}
-    if not artifact_only:
-        runners.update(_originals(opened, model, progress))
+    runners = {} if artifact_only else _originals(opened, model, progress)
     runners["artifact"] = artifact
     progress.stage("score")
     qualities = measure_quality(runners, windows, progress.advance, metrics)
@@ -112,6 +111,7 @@ def evaluate(
         program_sha256=file_sha256(opened.program),
         mode=execution.mode,
         device=execution.device,
+        devices=devices_of(opened),
     )
     write_json(opened.folder / RESULTS, result.to_json())
     return result

@@ -222,7 +222,7 @@ def _watch(
     with runner.program.observed(watch):
         for done, window in enumerate(windows):
             runner.reset()
-            for chunk in chunks(runner.seq_lengths, window):
+            for chunk in chunks(runner.seq_lengths, window, ranged=runner.ranged):
                 runner.step(chunk)
             on_progress((done + 1) / len(windows))
     return watch

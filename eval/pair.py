@@ -41,10 +41,12 @@ class PairRun:
     equal: bool
 
 
-def chunks(lengths: Sequence[int], window: Sequence[int]) -> list[list[int]]:
-    """Cut what a window gives to a model, all but its last token, into chunks of `lengths`."""
+def chunks(
+    lengths: Sequence[int], window: Sequence[int], *, ranged: bool = False
+) -> list[list[int]]:
+    """Cut what a window gives to a model, all but its last token; see `split_lengths`."""
     parts, start = [], 0
-    for length in split_lengths(len(window) - 1, lengths):
+    for length in split_lengths(len(window) - 1, lengths, ranged=ranged):
         parts.append(list(window[start : start + length]))
         start += length
     return parts
@@ -69,13 +71,14 @@ def read_in_pairs(
         ArtifactError: a program fails.
     """
     lengths = sorted(set(first.seq_lengths) & set(second.seq_lengths))
-    if 1 not in lengths:
+    if not lengths:
         raise ConfigError(
             f"The programs take the lengths {list(first.seq_lengths)} and "
-            f"{list(second.seq_lengths)}; both must take single tokens. Export again with "
+            f"{list(second.seq_lengths)}, of which none is the same. Export again with "
             "--seq-lengths that begin with 1."
         )
-    plan = [chunks(lengths, window) for window in windows]
+    ranged = first.ranged and second.ranged
+    plan = [chunks(lengths, window, ranged=ranged) for window in windows]
     traces = _trace(first, plan[0][0]), _trace(second, plan[0][0])
     pairs = align(*traces)
     parting = Parting(traces[0])

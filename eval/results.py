@@ -81,6 +81,39 @@ class Latency:
 
 
 @dataclass(frozen=True)
+class DeviceFigures:
+    """What one device was found to do with the program.
+
+    Attributes:
+        name: What its owner calls it.
+        runner: `cpp` or `swift`.
+        executorch: Version of the runtime.
+        system: Name, version and machine, as the system tells them.
+        prompt_tokens: How many tokens were read.
+        new_tokens: How many were made.
+        runs: How often it was done.
+        runs_agree: Every time gave the same tokens.
+        load_seconds: Until the program was loaded.
+        time_to_first_token_seconds: Median over the runs.
+        tokens_per_second: Median over the runs, of all tokens after the first.
+        peak_memory_bytes: Most memory of the process.
+    """
+
+    name: str
+    runner: str
+    executorch: str
+    system: str
+    prompt_tokens: int
+    new_tokens: int
+    runs: int
+    runs_agree: bool
+    load_seconds: float
+    time_to_first_token_seconds: float
+    tokens_per_second: float | None
+    peak_memory_bytes: int
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Everything that `evaluate` measures.
 
@@ -96,6 +129,7 @@ class Evaluation:
         program_sha256: The measured file.
         mode: Numerics of the reference runtime, see `reference.program.numerics`.
         device: Where it computed.
+        devices: Figures of devices, which were imported before.
     """
 
     text: str
@@ -109,6 +143,7 @@ class Evaluation:
     program_sha256: str
     mode: str = "declared"
     device: str = "cpu"
+    devices: tuple[DeviceFigures, ...] = ()
 
     @property
     def artifact(self) -> Quality:
@@ -137,4 +172,5 @@ class Evaluation:
             "program_sha256": self.program_sha256,
             "mode": self.mode,
             "device": self.device,
+            "devices": [asdict(device) for device in self.devices],
         }

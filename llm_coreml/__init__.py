@@ -55,6 +55,10 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'llm_coreml' has no attribute '{name}'")
+    if name != "LlmCoreMLError":  # which is what is raised
+        from llm_coreml.host import check_host
+
+        check_host()
     if name in _LIGHT:
         return getattr(importlib.import_module(_HOMES[name]), name)
     from llm_coreml.quiet import quiet

@@ -7,6 +7,8 @@
       OutputError             6   the output exists, cannot be written, or the disk is full
       ArtifactError           7   a .pte or bundle that is corrupt, hostile or not ours to run
       VerificationError       8   the artifact does not compute what the model computes
+      SystemUnfitError        9   the operating system lacks what this package needs of it
+      SystemUnfitError        9   the operating system lacks what this package needs of it
 
 A message is one sentence or two: the value, the rule it breaks, and what to do next.
 Ctrl-C exits with 130, SIGHUP with 129, SIGTERM with 143.
@@ -79,6 +81,12 @@ class VerificationError(LlmCoreMLError):
     def __init__(self, message: str, found: object = None) -> None:
         super().__init__(message)
         self.found = found
+
+
+class SystemUnfitError(LlmCoreMLError):
+    """The operating system lacks what this package needs of it."""
+
+    exit_code = 9
 
 
 def nearest(value: str, known: Iterable[str]) -> str:

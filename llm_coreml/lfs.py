@@ -36,6 +36,13 @@ def pointer_advice(path: Path) -> str | None:
 
 
 def require_fetched(path: Path) -> None:
-    """Raise CheckpointError where `path`, which may be absent, is a pointer."""
+    """Raise CheckpointError where `path`, which may be absent, is a pointer or unreadable."""
     if advice := pointer_advice(path):
         raise CheckpointError(advice)
+    try:
+        if path.is_file():
+            path.open("rb").close()
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {error.strerror}. Make it readable."
+        ) from None

@@ -7,7 +7,7 @@ model.weights.tensor("layers.0.mlp.up_proj.weight", torch.float16)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,15 @@ from llm_coreml.checkpoint import (
     open_checkpoint,
 )
 from llm_coreml.checkpoint.checkpoint import listing
-from llm_coreml.checkpoint.weights_view import FamilyWeights, Weights, expected_tensors
+from llm_coreml.checkpoint.layouts import ordinary_name
+from llm_coreml.checkpoint.weights_view import FamilyWeights, Stored, Weights, expected_tensors
 from llm_coreml.decoder import DecoderSpec, skeleton
 from llm_coreml.errors import LlmCoreMLError, UnknownFamilyError
 from llm_coreml.families import Family, family_notes, find_family, offer, read_as
+from llm_coreml.families.family import Naming
 from llm_coreml.recipes import BUNDLED, BUNDLED_RECIPE, find_recipe
+
+_TABLE = "embed_tokens.weight"
 
 
 @dataclass(frozen=True)
@@ -53,13 +57,14 @@ class Model:
     def expanded(self) -> Model:
         """Return the model with quantized matrices seen as values, which can be quantized again."""
         checkpoint = expanded(self.checkpoint)
-        weights = FamilyWeights(checkpoint, self.family.stored(self.spec))
+        stored, _ = _with_lone_head(checkpoint, self.family, self.spec)
+        weights = FamilyWeights(checkpoint, stored)
         return replace(self, checkpoint=checkpoint, weights=weights)
 
     def sha256(self) -> str:
         """Return the hash of the stored tensors that the decoder is made of."""
-        made = self.family.stored(self.spec).values()
-        return self.checkpoint.sha256({name for stored in made for name in stored.names})
+        stored, _ = _with_lone_head(self.checkpoint, self.family, self.spec)
+        return self.checkpoint.sha256({name for made in stored.values() for name in made.names})
 
 
 def open_model(
@@ -109,9 +114,9 @@ def open_model(
     except UnknownFamilyError as error:
         raise UnknownFamilyError(f"{error} {_offer(source)}".strip()) from None
     config = read_as(checkpoint.config, family)
-    found = find_family(config)
+    found = _as_named(checkpoint, config)
     spec = _with_true_head(checkpoint, found, found.spec(config))
-    stored = found.stored(spec)
+    stored, lone = _with_lone_head(checkpoint, found, spec)
     parameters = skeleton(spec).named_parameters()
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters}
     _check_complete(spec, stored.keys(), shapes.keys())
@@ -119,7 +124,7 @@ def open_model(
     bundled = recipe is not None and recipe.model == BUNDLED
     origin = Source("bundled", BUNDLED_RECIPE) if bundled else checkpoint.source
     read = family_notes(checkpoint.config, family)
-    notes = (*checkpoint.notes, *read, *beside, *found.notes(config))
+    notes = (*checkpoint.notes, *read, *lone, *beside, *found.notes(config))
     return Model(origin, checkpoint, found, spec, FamilyWeights(checkpoint, stored), notes)
 
 
@@ -146,6 +151,55 @@ def _check_complete(
             f"The family of '{spec.model_type}' does not say what the decoder's "
             f"{listing(forgotten, limit=3)} is made of."
         )
+
+
+def _as_named(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Family:
+    """Return the family of `config` with the names that the checkpoint has, if they are known.
+
+    Those of GPT-2 and BLOOM on the hub are of the model inside of transformers' causal LM.
+    """
+    family, present = find_family(config), {*checkpoint.names(), *checkpoint.tied()}
+    spec = family.spec(config)
+    namings = (family.stored, *family.other_names)
+    for naming in (*namings, *map(_of_the_inner_model, namings)):
+        if present.issuperset(name for made in naming(spec).values() for name in made.names):
+            return replace(family, stored=naming)
+    return family
+
+
+def _of_the_inner_model(naming: Naming) -> Naming:
+    """Return the names of tensors without what stands before all but those of the head."""
+
+    def named(spec: DecoderSpec) -> dict[str, Stored]:
+        found = naming(spec)
+        front = found["embed_tokens.weight"].names[0].partition(".")[0] + "."
+        return {
+            name: replace(
+                made, names=tuple(ordinary_name(each.removeprefix(front)) for each in made.names)
+            )
+            for name, made in found.items()
+        }
+
+    return named
+
+
+def _with_lone_head(
+    checkpoint: Checkpoint, family: Family, spec: DecoderSpec
+) -> tuple[Mapping[str, Stored], list[str]]:
+    """Return what parameters are made of, the table of the head where only that is stored of both.
+
+    Returns:
+        That, and what to tell of it.
+    """
+    stored = family.stored(spec)
+    if not spec.tie_word_embeddings:
+        return stored, []
+    head = family.stored(replace(spec, tie_word_embeddings=False))["lm_head.weight"]
+    (table,), (name,), present = stored[_TABLE].names, head.names, checkpoint.names()
+    if table in present or name not in present:
+        return stored, []
+    told = f"The token table, which is also the head, is read from '{name}'."
+    return {**stored, _TABLE: head}, [told]
 
 
 def _with_true_head(checkpoint: Checkpoint, family: Family, spec: DecoderSpec) -> DecoderSpec:

@@ -15,7 +15,6 @@ import contextlib
 import errno
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,8 +23,8 @@ from typing import Any
 from llm_coreml.drafts import draft_file, draft_folder, uninterrupted
 from llm_coreml.errors import OutputError
 
-# Less than this is a full disk to whoever writes weights.
-_FULL_DISK = 1 << 20
+# Where less than this can be written, it is no use to write weights.
+_LEAST = 1 << 20
 _PREVIOUS = "previous"
 
 
@@ -128,17 +127,22 @@ def _failed_write(error: Exception, output: Path) -> OutputError | None:
         return None
     # Libraries in C++, and shutil, report a full disk in words of their own.
     number = getattr(cause, "errno", None)
-    if number is None and _free(output.parent) < _FULL_DISK:
-        number = errno.ENOSPC
+    if number is None:
+        number = _refusal(next(each for each in output.parents if each.exists()))
     if number is not None:
         return output_error(output, OSError(number, str(cause)))
     return output_error(output, cause) if isinstance(cause, OSError) else None
 
 
-def _free(folder: Path) -> int:
-    """Return the bytes that are free where `folder` is, or would be."""
-    existing = next(each for each in (folder, *folder.parents) if each.exists())
-    return shutil.disk_usage(existing).free
+def _refusal(folder: Path) -> int | None:
+    """Return the system's number for why `folder` takes nothing more, None if it does."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(bytes(_LEAST))
+            probe.flush()
+    except OSError as error:
+        return error.errno
+    return None
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

@@ -31,7 +31,7 @@ from llm_coreml.bundle.folder import (
     open_bundle,
 )
 from llm_coreml.bundle.record import make_manifest
-from llm_coreml.bundle.seal import sealed
+from llm_coreml.bundle.seal import sealed, vouch_for
 from llm_coreml.config import ExportConfig, Job, resolve
 from llm_coreml.decoder import Decoder, DecoderSpec
 from llm_coreml.decoder.rope import table_notes
@@ -58,7 +58,7 @@ from llm_coreml.targets import BACKENDS
 from llm_coreml.tokenizer import Tokenizer
 from llm_coreml.tokenizer.chat_template import find_template
 from llm_coreml.verify.logits import verify, verify_conversion
-from llm_coreml.verify.passes import plan_passes
+from llm_coreml.verify.passes import plan_passes, sampled
 from llm_coreml.verify.reading import ReadText, read_text
 from llm_coreml.verify.verification import Verification
 
@@ -118,6 +118,7 @@ def export(
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     run = _Run((config or _settings(model)).under(changes), progress or Silent(), cache)
     check_output(Path(output), overwrite)
+    _check_lowering(run.config)
     if run.config.calibrate is not None:
         read_content(run.config.calibrate)  # what is wrong with it is told before work is done
     opened = run.open(model, tokenizer, revision, local_files_only)
@@ -127,6 +128,19 @@ def export(
         except VerificationError as error:
             raise keep_failed(draft, Path(output), error) from None
     return open_bundle(Path(output))
+
+
+def _check_lowering(config: ExportConfig) -> None:
+    """Refuse what coremltools or this machine does not have, before any work is done."""
+    if config.model_type == "compiled_model":
+        from llm_coreml.lower.compiled import check_compiler
+
+        check_compiler()
+    if config.passes is not None:
+        with quiet():
+            from llm_coreml.lower.mil_passes import pass_names
+
+        pass_names(config.passes)
 
 
 def _settings(model: str | Path | torch.nn.Module) -> ExportConfig:
@@ -203,10 +217,15 @@ def _write(run: _Run, model: Model, draft: Path, cache: WeightCache) -> None:
     free_memory()
     progress.stage("verify")
     verification = _verify(progress, form.description, quantized.decoder, reading, program)
+    if job.model_type == "compiled_model":
+        from llm_coreml.lower.compiled import compile_program
+
+        compile_program(program)
     manifest = make_manifest(quantized, form.description, program, verification)
     card = model_card(manifest, chat=find_template(draft) is not None)
     (draft / CARD).write_text(card, encoding="utf-8")
     write_json(draft / MANIFEST, sealed(manifest, draft).to_json())
+    vouch_for(manifest)
 
 
 def _tell_of_the_context(run: _Run, model: Model, job: Job) -> None:
@@ -224,6 +243,8 @@ def _tell_of_the_context(run: _Run, model: Model, job: Job) -> None:
 
 def _tell_of_the_states(run: _Run, model: Model, job: Job) -> None:
     """Tell what is known not to work of such states on the target, before work is done."""
+    if job.cache != "state":
+        return
     shapes = [state.shape for state in state_specs(model.spec, job.shapes.extent)]
     for rule in broken_by_states(job.target, shapes) if BACKENDS[job.backend].has_targets else []:
         run.progress.note(
@@ -267,7 +288,9 @@ def _read(
 
 
 def _reading_of(quantized: Quantized, description: Description, draft: Path) -> ReadText:
-    plan = plan_passes(description.seq_lengths, description.context)
+    lengths = description.seq_lengths
+    lengths = sampled(lengths[0], lengths[-1]) if description.ranged else lengths
+    plan = plan_passes(lengths, description.context)
     text, tokens = _verification_text(draft, quantized.decoder, plan.tokens)
     on_reference = BACKENDS[description.backend].runtime == "reference"
     return read_text(

@@ -28,7 +28,7 @@ class Use:
 
     Attributes:
         target: Where it is to run.
-        opset: What the oldest system brings, `iOS18` or `iOS26`.
+        opset: What the oldest system brings, `iOS16` to `iOS26`.
         traits: What a target may not take, see `Scheme.traits`; the format's name is the first.
         minimum_os: Oldest system whose Core ML runs the format.
         flag: What chooses the format: `--scheme`, `--embedding`, `--lm-head` or `--plan`; of a
@@ -91,6 +91,8 @@ def _on_the_neural_engine(trait: str) -> Callable[[Use], bool]:
     return lambda use: use.target.neural_engine and trait in use.traits
 
 
+# The first system with integers of 4 bits, and what those before it have.
+_INT4_SYSTEM, _BEFORE_INT4 = "iOS18", "int8-channel"
 TOO_OLD = Rule(
     "system-too-old",
     "error",
@@ -99,7 +101,7 @@ TOO_OLD = Rule(
     "int4-channel",
     # All have two digits, so that they stand in the order of the alphabet.
     lambda use: use.opset < use.minimum_os,
-    setting="--minimum-os iOS26",
+    setting="--minimum-os {needed}",
     told="{system} is too old for {format}, which Core ML runs from {needed} on",
 )
 RULES = (
@@ -194,15 +196,18 @@ def refused(use: Use) -> list[Rule]:
 
 def remedy(rule: Rule, uses: Iterable[Use]) -> str:
     """Return what mends uses that break a rule, as words of the command line."""
+    uses = list(uses)
+    settings = dict.fromkeys(rule.setting.format(needed=use.minimum_os) for use in uses)
     formats = dict.fromkeys(_other_format(rule, use) for use in uses)
-    return " or ".join([*([rule.setting] if rule.setting else []), " ".join(formats)])
+    return " or ".join([*filter(None, settings), " ".join(formats)])
 
 
 def _other_format(rule: Rule, use: Use) -> str:
+    instead = rule.instead if use.opset >= _INT4_SYSTEM else _BEFORE_INT4
     if use.flag == "--plan":
-        return f"a --plan with plain {rule.instead} instead"
+        return f"a --plan with plain {instead} instead"
     if use.flag.endswith("="):
-        return f"{use.flag}{rule.instead}"
+        return f"{use.flag}{instead}"
     # Of the format that would keep the rule, only an option breaks it.
-    same = use.traits[0] == rule.instead
-    return "--no-codebook-scale" if same else f"{use.flag} {rule.instead}"
+    same = use.traits[0] == instead
+    return "--no-codebook-scale" if same else f"{use.flag} {instead}"

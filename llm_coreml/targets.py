@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
-from llm_coreml.errors import ConfigError, UnsupportedError, nearest
+from llm_coreml.errors import ConfigError, nearest
 
 
 @dataclass(frozen=True)
@@ -129,23 +129,6 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
     }
 )
 
-# MLState and sub-byte weights both begin with iOS 18; older systems cannot hold the cache.
-MINIMUM_OS: Mapping[str, str] = MappingProxyType(
-    {
-        "iOS18": "iOS18",
-        "macOS15": "iOS18",
-        "watchOS11": "iOS18",
-        "tvOS18": "iOS18",
-        "visionOS2": "iOS18",
-        "iOS26": "iOS26",
-        "macOS26": "iOS26",
-        "watchOS26": "iOS26",
-        "tvOS26": "iOS26",
-        "visionOS26": "iOS26",
-    }
-)
-_TOO_OLD = tuple(f"iOS{n}" for n in range(13, 18)) + tuple(f"macOS{n}" for n in range(10, 15))
-
 
 def get_target(name: str) -> Target:
     """Return the target called `name`.
@@ -159,23 +142,3 @@ def get_target(name: str) -> Target:
             + nearest(name, TARGETS)
         )
     return TARGETS[name]
-
-
-def opset_of(minimum_os: str) -> str:
-    """Return coremltools' name of the opset that `minimum_os` brings, `iOS18` or `iOS26`.
-
-    Raises:
-        UnsupportedError: an OS that cannot hold the KV cache or 4-bit weights.
-        ConfigError: no such OS.
-    """
-    if minimum_os in MINIMUM_OS:
-        return MINIMUM_OS[minimum_os]
-    if minimum_os in _TOO_OLD:
-        raise UnsupportedError(
-            f"{minimum_os} is too old: Core ML keeps a KV cache as state, and holds int4, grouped "
-            "and codebook weights, from iOS18 and macOS15 on; use --minimum-os iOS18."
-        )
-    raise ConfigError(
-        f"There is no OS '{minimum_os}'; known are {', '.join(MINIMUM_OS)}."
-        + nearest(minimum_os, MINIMUM_OS)
-    )

@@ -22,7 +22,8 @@ from llm_coreml.config.setting import settings_of
 from llm_coreml.config.values import checked_count
 from llm_coreml.errors import ConfigError, LlmCoreMLError, UnsupportedError
 from llm_coreml.rules import Use, refused
-from llm_coreml.targets import MINIMUM_OS, TARGETS, opset_of
+from llm_coreml.systems import MINIMUM_OS, opset_of
+from llm_coreml.targets import TARGETS
 from tiny import small_spec
 
 SPEC = small_spec(max_position_embeddings=100)
@@ -96,7 +97,10 @@ def test_settings_that_break_a_rule(settings: dict[str, Any], message: str) -> N
         ({"context": float("inf")}, "context is inf; it must be a whole number or None."),
         ({"context": [32]}, "context is a list; it must be a whole number or None."),
         ({"seq_lengths": 5}, "seq_lengths is 5; it must be a list, each part a whole number or"),
-        ({"seq_lengths": "1,8"}, "seq_lengths is '1,8'; it must be a list, each part a whole"),
+        (
+            {"seq_lengths": "1;8"},
+            "seq_lengths is '1;8': '1;8' is no list of numbers such as 1,8,64",
+        ),
         ({"seq_lengths": (1, 8.5)}, "seq_lengths is (1, 8.5); it must be a list, each part a"),
         ({"group_size": None}, "group_size is None; it must be a whole number."),
         ({"target": None}, "target is None; it must be a text."),
@@ -160,14 +164,22 @@ def test_whole_numbers_are_ints_however_they_were_written() -> None:
     assert ExportConfig(bits=3.5).bits == 3.5
 
 
-@pytest.mark.parametrize("system", ["iOS17", "iOS13", "macOS14"])
-def test_systems_before_states_are_refused(system: str) -> None:
+@pytest.mark.parametrize("system", ["iOS17", "iOS16", "macOS14", "visionOS1"])
+def test_systems_before_states_are_refused_for_a_cache_that_is_one(system: str) -> None:
+    config = ExportConfig(minimum_os=system)
+    with pytest.raises(UnsupportedError) as caught:
+        resolve(config, small_spec())
+    assert str(caught.value) == (
+        f"{system} is too old: Core ML keeps a KV cache as state from iOS18 and macOS15 on; use "
+        "--minimum-os iOS18."
+    )
+
+
+@pytest.mark.parametrize("system", ["iOS15", "iOS13", "macOS12", "watchOS8"])
+def test_systems_before_weights_of_8_bits_are_refused(system: str) -> None:
     with pytest.raises(UnsupportedError) as caught:
         ExportConfig(minimum_os=system)
-    assert str(caught.value) == (
-        f"{system} is too old: Core ML keeps a KV cache as state, and holds int4, grouped and "
-        "codebook weights, from iOS18 and macOS15 on; use --minimum-os iOS18."
-    )
+    assert str(caught.value).startswith(f"{system} is too old: Core ML takes fp16 inputs and")
 
 
 @pytest.mark.parametrize(("system", "opset"), MINIMUM_OS.items())
@@ -186,7 +198,7 @@ def test_targets_name_units_of_coremltools(target: Any) -> None:
 
     assert target.compute_unit in coremltools.ComputeUnit.__members__
     for opset in sorted(set(MINIMUM_OS.values())):
-        assert not refused(Use(target, opset, (target.default_scheme,), "iOS18"))
+        assert not refused(Use(target, opset, (target.default_scheme,), "iOS16"))
 
 
 @pytest.mark.parametrize(
@@ -389,7 +401,7 @@ def test_an_unknown_setting_offers_the_nearest() -> None:
             {"program": {"seq_lengths": [1, "a"]}},
             "program.seq_lengths.1 is 'a'; it must be a whole",
         ),
-        ({"program": {"seq_lengths": "1;8"}}, "'1;8' is no list of numbers such as 1,8,64."),
+        ({"program": {"seq_lengths": "1;8"}}, "'1;8' is no list of numbers such as 1,8,64, and"),
         ({"weights": {"size": "big"}}, "'big' is no number of bytes such as 4GB or 512MiB."),
         ({"bits": [4]}, "weights.bits is a list; it must be a number or null."),
         ({"weights": 3}, "weights is 3; it must be a section of keys and values."),

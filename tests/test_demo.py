@@ -11,6 +11,7 @@ import pytest
 
 import llm_coreml
 from cases import cases
+from cpp_runner import built_once, made
 from llm_coreml import ExportConfig
 from llm_coreml.config import resolve
 from llm_coreml.eval.heldout import cut, read_text
@@ -104,3 +105,17 @@ def test_stock_runner_of_executorch_generates_the_same_text(
     assert text.strip()
     assert text == llm_coreml.load(twin).generate(PROMPT, NEW_TOKENS)
     assert text == llm_coreml.load(bundles("int4-group")).generate(PROMPT, NEW_TOKENS)
+
+
+def test_the_runner_in_cpp_generates_the_same_tokens(
+    bundles: Callable[[str], Path], shared: Shared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = built_once(shared, monkeypatch)
+    loaded = [llm_coreml.load(bundles(name)) for name in ("twin", "int4-group")]
+    # Chunks of every length of the program, and of single tokens.
+    prompt = loaded[0].encode(read_text(None)[1])[:600]
+    for tokens in (prompt, loaded[0].encode(PROMPT)):
+        ids = made(runner, bundles("twin"), tokens, "--max-new-tokens", NEW_TOKENS)["ids"]
+        assert len(ids) == NEW_TOKENS
+        for model in loaded:
+            assert ids == list(model.runner.generate(tokens, NEW_TOKENS)), model.runner.label

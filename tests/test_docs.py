@@ -49,7 +49,7 @@ def tree() -> Iterator[tuple[str, str]]:
 def modules() -> set[str]:
     """Return every module and folder of the package; a folder's line stands for `__init__`."""
     found = set()
-    for top in ("llm_coreml", "eval", "recipes"):
+    for top in ("llm_coreml", "cpp", "eval", "recipes"):
         for path in (ROOT / top).rglob("*.py"):
             name = str(path.relative_to(ROOT))
             found.add(name.removesuffix("__init__.py"))
@@ -152,12 +152,12 @@ def test_flags_that_are_named_are_there(page: Path) -> None:
     known = options()
     for line in page.read_text().splitlines():
         # Scripts and other programs have flags of their own.
-        if not re.search(r"\bpython |\bpip |\bmypy |\bgit |\bruff ", line):
+        if not re.search(r"\bpython |\bpip |\bmypy |\bgit |\bruff |\bcmake ", line):
             for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", line):
                 assert flag in known, f"{page.name} names {flag}"
 
 
-PARTS = ("llm_coreml", "eval", "recipes")
+PARTS = ("llm_coreml", "cpp", "eval", "recipes")
 SCRIPTS = ("scripts", "benchmarks", "tests")
 # `config.json` is a file of a model, `program.fbs` one of a library.
 FILES = {"bin", "fbs", "json", "safetensors"}

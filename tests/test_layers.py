@@ -16,7 +16,12 @@ else:
     import tomli as tomllib  # type: ignore[import-not-found]
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = {"llm_coreml": ROOT / "llm_coreml", "eval": ROOT / "eval", "recipes": ROOT / "recipes"}
+FOLDERS = {
+    "llm_coreml": ROOT / "llm_coreml",
+    "cpp": ROOT / "cpp",
+    "eval": ROOT / "eval",
+    "recipes": ROOT / "recipes",
+}
 
 # Lowest first; a module imports from its own line and the lines above it.
 LAYERS = (
@@ -25,6 +30,7 @@ LAYERS = (
     (
         "drafts",
         "output",
+        "systems",
         "targets",
         "progress",
         "machine",
@@ -32,6 +38,7 @@ LAYERS = (
         "lfs",
         "quiet",
         "own_process",
+        "host",
         "tokenizer",
         "demo",
     ),
@@ -49,6 +56,7 @@ LAYERS = (
     ("lower",),
     ("verify",),
     ("bundle",),
+    ("cpp",),
     ("inspect",),
     ("pipeline",),
     ("eval",),

@@ -51,6 +51,18 @@ def test_formats_of_later_systems_are_refused_on_every_target() -> None:
     assert broken_by(IntGroup(4), "gpu", OLD) == []
 
 
+def test_formats_that_older_systems_have_are_named_with_their_flag() -> None:
+    target = TARGETS["gpu"]
+    for scheme, needed in ((IntGroup(4), "iOS18"), (Codebook(4, rows=16), "iOS18")):
+        for opset in ("iOS16", "iOS17"):
+            use = Use(target, opset, scheme.traits, scheme.minimum_os, "--embedding")
+            assert broken(use) == [TOO_OLD]
+            told = f"--minimum-os {needed} or --embedding int8-channel"
+            assert remedy(TOO_OLD, [use]) == told
+    for scheme in (IntChannel(8), Codebook(4, rows=None), Codebook(6, rows=None)):
+        assert broken(Use(target, "iOS16", scheme.traits, scheme.minimum_os)) == []
+
+
 def test_every_rule_has_a_name_a_reason_and_a_public_source() -> None:
     assert len({rule.id for rule in (*RULES, *STATE_RULES)}) == len(RULES) + len(STATE_RULES)
     for each in STATE_RULES:

@@ -9,7 +9,7 @@ and verification read it instead of knowing how one kind of program looks.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,9 +22,14 @@ MAIN_METHOD = "forward"
 MAIN_FUNCTION = "main"
 # The constant method of ours that tells how far a sequence can go back, see `Description.rewinds`.
 REWINDS = "get_max_rewind_len"
+# The form whose methods take every length from the first that is told to the last.
+RANGE = "range"
 # What a language model's method takes, in order: S tokens, and how many came before them.
 TOKENS, START_POS = "tokens", "start_pos"
 INPUTS = (f"{TOKENS} int64 [1, S]", f"{START_POS} int64 [1]")
+
+# How a Core ML program calls a cache that it is given: this and the cache's name.
+PAST = "past_"
 
 
 def _as_stored(value: Constant) -> Constant:
@@ -36,15 +41,25 @@ def _told(value: Constant) -> str:
     return "absent" if value is None else str(value)
 
 
+def _shapes(texts: Iterable[str]) -> list[tuple[int, ...]]:
+    """Return the sizes in texts such as `float16 [2, 8]`, where there are any."""
+    sizes = (text.partition("[")[2] for text in texts)
+    shapes = (tuple(map(int, re.findall(r"\d+", size))) for size in sizes)
+    return [shape for shape in shapes if shape]
+
+
 @dataclass(frozen=True)
 class MethodForm:
     """A method that reads tokens.
 
     Attributes:
         inputs: Name, element type and shape of each argument, in order: `tokens int64 [1, S]`.
+            Those behind `start_pos` are caches, all zero at first; what becomes of them is given
+            behind the logits, in the same order, and belongs into the next call.
         output: Element type and shape of its logits: `float32 [1, 1, 32000]`.
         seq_lengths: The lengths S that a call takes as they are, ascending. Others, up to the
-            longest, are padded where the constant method `enable_dynamic_shape` says so.
+            longest, are padded where the constant method `enable_dynamic_shape` says so; in a
+            program of the form `RANGE` they are taken as they are, too.
         functions: The Core ML function of each partition, in the order in which they run; none in
             a method of another runtime.
 
@@ -58,6 +73,11 @@ class MethodForm:
     functions: tuple[str, ...]
 
     @property
+    def caches(self) -> dict[str, str]:
+        """Element type and shape of the caches that it takes and gives, by name."""
+        return dict(text.split(" ", 1) for text in self.inputs[len(INPUTS) :])
+
+    @property
     def partitions(self) -> int:
         """How many parts Core ML runs, one after the other."""
         return len(self.functions)
@@ -68,14 +88,15 @@ class Description:
     """A program of a language model.
 
     Attributes:
-        form: The kind of lowering, for people: `enumerated`, `static`, `twin`; `unknown` where a
-            file does not tell.
+        form: The kind of lowering: `enumerated`, `range`, `static`, `twin`; `unknown` where a file
+            does not tell.
         backend: What it is lowered for, a name in `targets.BACKENDS`.
         methods: The methods that read tokens, by name.
         every_row: A call gives a row of logits for each of its tokens, not for the last alone.
         states: Element type and shape of what it remembers, by name.
         context: Positions that it remembers.
         constant_methods: What ExecuTorch's LLM runners ask of it, by the method's name.
+        why: What the form is for, and what was asked for; empty where nothing tells.
     """
 
     form: str
@@ -85,11 +106,23 @@ class Description:
     states: Mapping[str, str]
     context: int
     constant_methods: Mapping[str, Constant]
+    why: str = ""
 
     @property
     def seq_lengths(self) -> tuple[int, ...]:
         """Every length that a call may have, ascending."""
         return tuple(sorted({n for form in self.methods.values() for n in form.seq_lengths}))
+
+    @property
+    def ranged(self) -> bool:
+        """Whether lengths between the first and the last need no pads."""
+        return self.form == RANGE
+
+    @property
+    def lengths(self) -> str:
+        """Every length that a call may have, in words."""
+        told = list(map(str, self.seq_lengths))
+        return f"{told[0]} to {told[-1]}" if self.ranged else ", ".join(told)
 
     @property
     def stop_tokens(self) -> tuple[int, ...]:
@@ -110,9 +143,17 @@ class Description:
     @property
     def state_shapes(self) -> list[tuple[int, ...]]:
         """The sizes of what it remembers, which has one size at least."""
-        texts = (text.partition("[")[2] for text in self.states.values())
-        shapes = (tuple(map(int, re.findall(r"\d+", text))) for text in texts)
-        return [shape for shape in shapes if shape]
+        return _shapes(self.states.values())
+
+    @property
+    def cache_shapes(self) -> list[tuple[int, ...]]:
+        """The sizes of what is handed from call to call."""
+        return _shapes(self.caches.values())
+
+    @property
+    def caches(self) -> dict[str, str]:
+        """Element type and shape of what its methods take and give of the tokens before."""
+        return self.methods[self.main].caches
 
     @property
     def main(self) -> str:
@@ -123,8 +164,13 @@ class Description:
         """Refuse several methods that remember, to be called in turns for one sequence.
 
         Raises:
-            ArtifactError: as said.
+            ArtifactError: as said, or they do not take the same caches.
         """
+        if any(form.caches != self.caches for form in self.methods.values()):
+            raise ArtifactError(
+                f"The program's methods {', '.join(self.methods)} take different caches, so that "
+                "no sequence can pass from one to the other; export again."
+            )
         if len(self.methods) > 1 and self.states:
             raise ArtifactError(
                 f"The program's methods {', '.join(self.methods)} have states, which are each "
@@ -152,6 +198,13 @@ class Description:
                 )
 
     def method_for(self, length: int) -> str:
-        """Return the method that reads `length` tokens; the first, which refuses, if none does."""
-        fitting = (name for name, form in self.methods.items() if length in form.seq_lengths)
-        return next(fitting, next(iter(self.methods)))
+        """Return the method that reads `length` tokens with the fewest pads.
+
+        It is the first one, which refuses, if none does.
+        """
+        fitting = {
+            name: min(own for own in form.seq_lengths if own >= length)
+            for name, form in self.methods.items()
+            if form.seq_lengths[-1] >= length
+        }
+        return min(fitting, key=fitting.__getitem__, default=next(iter(self.methods)))

@@ -28,7 +28,8 @@ from llm_coreml.errors import ArtifactError, nearest
 BACKEND = "CoreMLBackend"
 # What a delegate's folder holds, one of the two.
 MODEL, COMPILED_MODEL = "model.mlpackage", "model.mlmodelc"
-_REFERENCE_MARK = b"CMJR"
+# Begins the data of a delegate whose model lies elsewhere in the file.
+REFERENCE_MARK = b"CMJR"
 _COMPILED = "holds a model compiled for a device; export it uncompiled to run it here."
 
 
@@ -142,7 +143,7 @@ class Packages:
         if delegate.backend != BACKEND:
             raise ArtifactError(f"{where} is lowered for {delegate.backend}, not for Core ML.")
         data, function = delegate.data, ""
-        if bytes(data[:4]) == _REFERENCE_MARK:
+        if bytes(data[:4]) == REFERENCE_MARK:
             data, function = self._referred(data, where)
         if id(data) not in self._folders:
             self._folders[id(data)] = data, _folder(data, where)

@@ -28,7 +28,7 @@ def open_runner(bundle: Bundle, execution: Execution = DECLARED) -> Runner:
                 f"'{bundle.folder}' is lowered for {description.backend}, whose runtime has no "
                 "choice of mode or device; leave both out, or export with --backend coreml."
             )
-        # The runtime trusts what it reads, which is only what was written if somebody has looked.
-        return ExecutorchRunner(bundle.program, description, apart=not bundle.checked)
+        # The runtime trusts what it reads, and a checksum anybody can count.
+        return ExecutorchRunner(bundle.program, description, apart=not bundle.own)
     # A manifest that may be another's does not say what the program is like.
     return ReferenceRunner(bundle.program, execution, description if bundle.checked else None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
 from pathlib import PurePath
 
 from llm_coreml.artifact.description import Description
@@ -37,7 +36,6 @@ def model_card(manifest: Manifest, chat: bool) -> str:
     shown = PurePath(source.name).name if source.kind == "folder" else source.name
     name = printable(shown)
     base = f"base_model: {name}\n" if source.kind == "hub" else ""
-    lengths = ", ".join(map(str, program.seq_lengths))
     described = manifest.description
     inputs = ", ".join(described.methods[described.main].inputs)
     return f"""---
@@ -63,9 +61,9 @@ head {stored.lm_head.label}{" (tied)" if stored.tied else ""}; \
 {_choice(stored)} |
 | precision | {target.compute_precision} |
 | method | `{described.main}({inputs})`, {program.output} |
-| lengths S | {lengths} |
+| lengths S | {described.lengths} |
 | prompts | {_feeding(described)} |
-| context | {program.context} positions; {_remembered(described.states)} |
+| context | {program.context} positions; {_remembered(described)} |
 {_doubts(manifest)}\
 {_CHAT if chat else ""}\
 
@@ -89,18 +87,26 @@ def _feeding(described: Description) -> str:
     constants = described.constant_methods
     if constants["enable_dynamic_shape"] is not True:
         return "fed token by token, by every runner"
-    padded = ", which the method pads to the next length" if described.backend == "coreml" else ""
-    return (
+    told = (
         f"ExecuTorch's LLM runner feeds up to {constants['get_max_seq_len']} tokens in a call, of "
-        f"any number{padded}; llm-coreml feeds a sum of the lengths, which needs no pads"
+        "any number"
     )
+    if described.ranged:
+        return f"{told}, and so does llm-coreml; nothing is padded"
+    padded = ", which the method pads to the next length" if described.backend == "coreml" else ""
+    if 1 not in described.seq_lengths:
+        return f"{told}{padded}; so does llm-coreml"
+    return f"{told}{padded}; llm-coreml feeds a sum of the lengths, which needs no pads"
 
 
-def _remembered(states: Mapping[str, str]) -> str:
-    if not states:
+def _remembered(described: Description) -> str:
+    held = described.states or described.caches
+    if not held:
         return "nothing is remembered between calls"
-    told = ", ".join(f"`{name}` {text}" for name, text in states.items())
-    return f"states inside the program: {told}"
+    told = ", ".join(f"`{name}` {text}" for name, text in held.items())
+    if described.states:
+        return f"states inside the program: {told}"
+    return f"caches that each call takes, zeros at first, and gives back behind the logits: {told}"
 
 
 def _doubts(manifest: Manifest) -> str:

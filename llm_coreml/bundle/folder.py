@@ -19,7 +19,7 @@ from pathlib import Path
 
 from llm_coreml.bundle.manifest import Manifest
 from llm_coreml.bundle.manifest_file import read_manifest
-from llm_coreml.bundle.seal import check_seal, file_sha256
+from llm_coreml.bundle.seal import check_seal, file_sha256, is_vouched_for
 from llm_coreml.drafts import remove_dead
 from llm_coreml.errors import ArtifactError, OutputError
 from llm_coreml.output import check_name, folder_beside, output_error
@@ -54,6 +54,11 @@ class Bundle:
             f"{self.folder}: {manifest.source.name} for {manifest.target.backend}, "
             f"{manifest.quantization.linear.label}, {manifest.program.bytes:,} bytes"
         )
+
+    @property
+    def own(self) -> bool:
+        """Whether this very process has made the program, which has not changed since."""
+        return self.checked and is_vouched_for(self.manifest)
 
     @property
     def program(self) -> Path:

@@ -254,6 +254,7 @@ class Program:
         form: The kind of lowering.
         every_row: A call gives a row of logits for each of its tokens.
         methods: All methods that read tokens.
+        why: What the form is for, and what was asked for.
     """
 
     file: str
@@ -269,6 +270,7 @@ class Program:
     form: str | None = field(default=None, metadata=LEFT_OUT)
     every_row: bool | None = field(default=None, metadata=LEFT_OUT)
     methods: Mapping[str, MethodForm] | None = field(default=None, metadata=LEFT_OUT)
+    why: str | None = field(default=None, metadata=LEFT_OUT)
 
 
 @dataclass(frozen=True)
@@ -371,6 +373,7 @@ class Manifest:
             states=program.states,
             context=program.context,
             constant_methods=program.constant_methods,
+            why=program.why or "",
         )
 
 

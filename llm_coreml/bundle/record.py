@@ -113,6 +113,7 @@ def _program(description: Description, path: Path) -> Program:
         form=description.form,
         every_row=description.every_row,
         methods=description.methods,
+        why=description.why,
     )
 
 

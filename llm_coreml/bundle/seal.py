@@ -6,7 +6,11 @@ A manifest lists every other file by size and SHA-256, and carries a checksum of
     check_seal(manifest, folder)             # raises if a byte has changed
 
 That tells damage and edits from what an export wrote. It is no signature: who changes a file and
-counts again is believed, so that readers of files trust none of them either.
+counts again is believed. So readers of files trust none of them, and a runtime that must trust its
+program is given one in this process only if this process has written it:
+
+    vouch_for(manifest)                      # by an export, of its program
+    is_vouched_for(manifest)
 """
 
 from __future__ import annotations
@@ -30,6 +34,18 @@ REMEDY = "Export again, or open it all the same with --unchecked (in Python, che
 # not known by its time.
 _SETTLED_NS = 1_000_000_000
 _PIECE = 1 << 20
+# Programs that this process has written, by their SHA-256.
+_OWN: set[str] = set()
+
+
+def vouch_for(manifest: Manifest) -> None:
+    """Remember that this process has made the program of `manifest`, and verified it."""
+    _OWN.add(manifest.program.sha256)
+
+
+def is_vouched_for(manifest: Manifest) -> bool:
+    """Say whether this process has made the program of `manifest`; its file is not asked."""
+    return manifest.program.sha256 in _OWN
 
 
 def sealed(manifest: Manifest, folder: Path) -> Manifest:

@@ -37,6 +37,7 @@ from llm_coreml.checkpoint.files import (
 from llm_coreml.checkpoint.layouts import HEAD_WEIGHT, TABLE_WEIGHT, ordinary_names
 from llm_coreml.checkpoint.over_files import CheckpointOver
 from llm_coreml.checkpoint.packed import find_formats
+from llm_coreml.checkpoint.wrappers import is_tied
 from llm_coreml.errors import CheckpointError, UnsupportedError
 
 _KINDS = "lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector"
@@ -143,7 +144,7 @@ def with_adapter(folder: Path, files: FileCheckpoint) -> Checkpoint:
         )
     if (folder / ADAPTER).is_file():
         apart = read_header(folder / ADAPTER)
-        layout = ordinary_names(apart, tied=False, among_others=files.among_others)
+        layout = ordinary_names(apart, among_others=files.among_others)
         parts = {name: apart[stored] for name, stored in layout.names.items()}
         if layout.beside:
             told = f"{len(layout.beside)} tensors of the adapter are left out: they change"
@@ -179,10 +180,10 @@ def _merge(
 ) -> MergedCheckpoint:
     """Return weights with the tensors `parts` of an adapter merged into them."""
     entries, by_module = dict(files.entries), _by_module(path, parts)
-    tied = files.config.get("tie_word_embeddings") is True and HEAD_WEIGHT not in entries
     modules = {name.rpartition(".")[0] for name in (TABLE_WEIGHT, HEAD_WEIGHT)}
     held = {module for name in parts for module in modules if name.startswith(f"{module}.")}
-    if tied and held and TABLE_WEIGHT in entries:
+    alone = TABLE_WEIGHT in entries and HEAD_WEIGHT not in entries
+    if held and alone and is_tied(files.config):
         # The adapter changes one of both; the other stays what the two of them were.
         entries[HEAD_WEIGHT] = entries[TABLE_WEIGHT]
     for name, entry in parts.items():

@@ -13,8 +13,10 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, final
 
@@ -26,7 +28,7 @@ from llm_coreml.checkpoint.conversions import SAVE, conversion_of, folder_conver
 from llm_coreml.checkpoint.layouts import ordinary_names
 from llm_coreml.checkpoint.links import refuse_foreign_link
 from llm_coreml.checkpoint.packed import names_quantization
-from llm_coreml.checkpoint.wrappers import text_part
+from llm_coreml.checkpoint.wrappers import is_tied, text_part
 from llm_coreml.errors import (
     CheckpointError,
     LlmCoreMLError,
@@ -230,8 +232,8 @@ def open_folder(folder: Path, source: Source) -> FileCheckpoint:
                 "Download the index and the shards again, from one revision."
             )
         entries = {name: headers[file][name] for name, file in weight_map.items()}
-    tied, among_others = part.config.get("tie_word_embeddings") is True, part.whole is not None
-    layout = ordinary_names(entries, tied, among_others)
+    among_others = part.whole is not None
+    layout = ordinary_names(entries, partial(is_tied, part.config), among_others)
     beside = part.left_out({name: entries[name].size for name in layout.beside})
     return FileCheckpoint(
         config=part.config,
@@ -253,6 +255,8 @@ def read_config(folder: Path) -> dict[str, Any]:
             adapter.
     """
     path = folder / CONFIG
+    if folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK):
+        raise CheckpointError(f"{folder} cannot be read: Permission denied. Make it readable.")
     if not path.is_file():
         _refuse_adapter(folder)
         raise CheckpointError(

@@ -23,7 +23,12 @@ from typing import Any, Literal, final
 Rows = Literal["own", "pairs", "heads", "groups"]
 
 _LAYER = re.compile(r"blk\.(\d+)\.(\w+)")
-_TOP = {"token_embd": "embed_tokens", "position_embd": "embed_positions", "output_norm": "norm"}
+_TOP = {
+    "token_embd": "embed_tokens",
+    "token_embd_norm": "embed_norm",
+    "position_embd": "embed_positions",
+    "output_norm": "norm",
+}
 _NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -81,6 +86,20 @@ _BIGCODE_SIZES = {
     "num_attention_heads": "n_head",
     "intermediate_size": "n_inner",
     "max_position_embeddings": "n_positions",
+}
+# Its matrices are the other way round in files of transformers, which tells the two apart.
+_GPT2 = {
+    **_BIGCODE,
+    "attn_qkv": "attn.c_attn.T",
+    "attn_output": "attn.c_proj.T",
+    "ffn_up": "mlp.c_fc.T",
+    "ffn_down": "mlp.c_proj.T",
+}
+_BLOOM_SIZES = {
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "intermediate_size": "n_inner",
+    "max_position_embeddings": "seq_length",
 }
 _RMS = {"attention.layer_norm_rms_epsilon": "rms_norm_eps"}
 _WINDOW = {"attention.sliding_window": "sliding_window"}
@@ -178,6 +197,23 @@ _BIASES = (None, None, "use_bias")
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
     {
         "arcee": Architecture("arcee", rows="pairs"),
+        "bloom": Architecture(
+            "bloom",
+            names={**_FALCON, "token_embd_norm": "word_embeddings_layernorm"},
+            front="transformer.",
+            layer="h.",
+            eps=_eps("layer_norm_epsilon"),
+            rows="heads",
+            biases=(None, None, None),
+            sizes=_BLOOM_SIZES,
+            rotary=False,
+        ),
+        "chatglm": Architecture(
+            "glm",
+            names={"ffn_up": "mlp.gate_up_proj"},
+            share="partial_rotary_factor",
+            wide_up=True,
+        ),
         "cohere2": Architecture(
             "cohere2",
             eps=_eps("layer_norm_eps"),
@@ -213,6 +249,17 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
             },
             share="partial_rotary_factor",
             wide_up=True,
+        ),
+        "gpt2": Architecture(
+            "gpt2",
+            names=_GPT2,
+            front="transformer.",
+            layer="h.",
+            eps=_eps("layer_norm_epsilon"),
+            fixed={"activation_function": "gelu_new"},
+            biases=(None, None, None),
+            sizes=_BIGCODE_SIZES,
+            rotary=False,
         ),
         "gptneox": Architecture(
             "gpt_neox",

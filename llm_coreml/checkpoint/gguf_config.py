@@ -32,7 +32,6 @@ _OPTIONAL = {
 _EXPERTS = {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"}
 # Where the name of an architecture that is not read is not that of transformers.
 _MODEL_TYPES = {
-    "chatglm": "glm",
     "deepseek2": "deepseek_v2",
     "gemma3n": "gemma3n_text",
     "gemma4": "gemma4_text",
@@ -273,6 +272,8 @@ def _of_its_own(
     if kind in ("gemma2", "gemma3_text"):
         by_stream = (kind, layers) in _BY_STREAM
         return {"query_pre_attn_scalar": _width(config) if by_stream else config["head_dim"]}
+    if kind == "glm" and "head_dim" not in config:
+        return {"head_dim": _width(config)}
     if kind == "cohere":
         return {"use_qk_norm": "blk.0.attn_q_norm.weight" in shapes}
     if kind == "falcon":

@@ -17,6 +17,7 @@ import numpy as np
 from llm_coreml.checkpoint.checkpoint import listing
 from llm_coreml.checkpoint.gguf_header import MAGIC, Header, Octets, read_header
 from llm_coreml.errors import CheckpointError, UnsupportedError
+from llm_coreml.lfs import require_fetched
 
 SUFFIX = ".gguf"
 
@@ -137,6 +138,7 @@ def _part_paths(path: Path) -> list[Path]:
 
 
 def _open(path: Path) -> GGUFFile:
+    require_fetched(path)
     try:
         # Copied where written to, which nobody does: torch warns of memory that it may not write.
         octets = np.memmap(path, np.uint8, mode="c")

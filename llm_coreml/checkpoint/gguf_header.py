@@ -18,7 +18,6 @@ from typing import Any, final
 import numpy as np
 
 from llm_coreml.errors import CheckpointError
-from llm_coreml.lfs import require_fetched
 
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -70,9 +69,8 @@ def read_header(path: Path, octets: Octets) -> Header:
     """Read the header of the file that `octets` maps.
 
     Raises:
-        CheckpointError: it is no GGUF file of a known version, is damaged, or was not fetched.
+        CheckpointError: it is no GGUF file of a known version, or is damaged.
     """
-    require_fetched(path)
     reader = _Reader(octets)
     try:
         if bytes(octets[:4]) != MAGIC:

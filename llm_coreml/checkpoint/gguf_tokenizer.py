@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_coreml.errors import CheckpointError
+from llm_coreml.tokenizer.failures import raised_as
 
 _GPT2 = (r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",)
 _DIGITS = (r"\p{N}", *_GPT2)
@@ -97,20 +98,21 @@ def write_tokenizer(path: Path, metadata: Mapping[str, Any], folder: Path) -> No
             f"{path} has a tokenizer that splits a text as '{name}' does, which is not known "
             f"here. {_ADVICE}."
         )
-    try:
+    failed = raised_as(
+        lambda error: CheckpointError(
+            f"The tokenizer in {path} cannot be converted: {type(error).__name__}: {error}. "
+            f"{_ADVICE}."
+        )
+    )
+    with failed:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(
             str(path.parent), gguf_file=path.name, local_files_only=True
         )
         backend = tokenizer.backend_tokenizer
-    except Exception as error:  # whatever the libraries below raise
-        raise CheckpointError(
-            f"The tokenizer in {path} cannot be converted: {type(error).__name__}: {error}. "
-            f"{_ADVICE}."
-        ) from None
-    if kind == "gpt2":
-        backend.pre_tokenizer = _splitter(_SPLITS[name])
-    elif kind == "llama":
-        _set_spaces(backend, metadata.get("tokenizer.ggml.add_space_prefix", True) is True)
+        if kind == "gpt2":
+            backend.pre_tokenizer = _splitter(_SPLITS[name])
+        elif kind == "llama":
+            _set_spaces(backend, metadata.get("tokenizer.ggml.add_space_prefix", True) is True)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(str(folder))
 

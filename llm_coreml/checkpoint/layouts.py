@@ -1,6 +1,6 @@
 """The ordinary names of tensors that a checkpoint stores under others.
 
-    layout = ordinary_names(["_orig_mod.model.norm.weight", "_orig_mod.lm_head.weight"], tied=False)
+    layout = ordinary_names(["_orig_mod.model.norm.weight", "_orig_mod.lm_head.weight"])
     layout.names     # {'model.norm.weight': '_orig_mod.model.norm.weight', ...}
     layout.notes     # what was read otherwise than it stands there
 
@@ -11,7 +11,7 @@ head lacks `model.`. Whatever cannot be told with certainty keeps the name that 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import final
 
@@ -60,12 +60,15 @@ class Layout:
     beside: tuple[str, ...] = ()
 
 
-def ordinary_names(stored: Collection[str], tied: bool, among_others: bool = False) -> Layout:
+def ordinary_names(
+    stored: Collection[str], tied: Callable[[], bool] | None = None, among_others: bool = False
+) -> Layout:
     """Find the ordinary name of each tensor.
 
     Args:
         stored: The names in the files.
-        tied: The configuration says that the head is the token table.
+        tied: Says whether the configuration has the head as the token table; asked where only one
+            of both is stored. None where it has not.
         among_others: The text model is a part of a model of several modalities.
     """
     beside = tuple(sorted(name for name in stored if among_others and not _is_text(name)))
@@ -90,7 +93,8 @@ def ordinary_names(stored: Collection[str], tied: bool, among_others: bool = Fal
         notes.append(f"Names of tensors are read without {listing(told)}.")
     if bare:
         notes.append(f"Names of tensors are read with '{_MODEL}.', as of a model without its head.")
-    if tied and HEAD_WEIGHT in names and TABLE_WEIGHT not in names:
+    alone = within_model and HEAD_WEIGHT in names and TABLE_WEIGHT not in names
+    if alone and tied is not None and tied():
         names[TABLE_WEIGHT] = names.pop(HEAD_WEIGHT)
         notes.append(f"The token table, which is also the head, is read from '{HEAD_WEIGHT}'.")
     return Layout(names, tuple(notes), beside)

@@ -117,7 +117,7 @@ def open_live(model: torch.nn.Module, tokenizer: Any) -> LiveCheckpoint:
     check_config(settings, f"the config of {kind}")
     generation, part = getattr(model, "generation_config", None), text_part(settings)
     state = model.state_dict()
-    layout = ordinary_names(state, tied=False, among_others=part.whole is not None)
+    layout = ordinary_names(state, among_others=part.whole is not None)
     beside = part.left_out({name: state[name].nbytes for name in layout.beside})
     tensors, aliases = _untie({name: state[stored] for name, stored in layout.names.items()})
     return LiveCheckpoint(

@@ -5,6 +5,7 @@ save_live_tokenizer(tokenizers.Tokenizer.from_file("tokenizer.json"), Path("out"
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 from llm_coreml.checkpoint.checkpoint import TOKENIZER_FILES
 from llm_coreml.checkpoint.links import refuse_foreign_link
 from llm_coreml.errors import CheckpointError, ConfigError
+from llm_coreml.tokenizer.failures import raised_as
 
 if TYPE_CHECKING:
     import tokenizers
@@ -51,20 +53,27 @@ def save_live_tokenizer(given: Any, folder: Path) -> None:
             refuse_foreign_link(path)
             shutil.copyfile(path, folder / path.name)
     elif _is_native(given):
-        given.save(str(folder / _NAME))
+        with _saving(given):
+            text = given.to_str(pretty=True)
+        (folder / _NAME).write_text(text, encoding="utf-8")
     elif _is_transformers(given):
         # It may write files of other names as well, its own code among them.
         with tempfile.TemporaryDirectory(prefix="llm-coreml-") as draft:
-            try:
+            with _saving(given):
                 given.save_pretrained(draft)
-            except (ValueError, TypeError, NotImplementedError) as error:
-                raise CheckpointError(
-                    f"The {type(given).__name__} cannot be saved: {error}. Give the folder of its "
-                    "files instead."
-                ) from None
             for name in TOKENIZER_FILES:
                 if (Path(draft) / name).is_file():
                     shutil.copyfile(Path(draft) / name, folder / name)
+
+
+def _saving(given: Any) -> contextlib.AbstractContextManager[None]:
+    return raised_as(
+        lambda error: CheckpointError(
+            f"The {type(given).__name__} cannot be saved: {error}. Give the folder of its files "
+            "instead."
+        ),
+        but=(OSError,),
+    )
 
 
 def _files(path: Path) -> list[Path]:

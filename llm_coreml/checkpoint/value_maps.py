@@ -9,6 +9,7 @@
     Softplus()                         # a positive number, trained as the logarithm of one
     PlusOne()                          # a norm that is trained as the difference from one
     Stacked(8)                         # experts that are stored one by one
+    Waves(1026, 64, period=31, first=2)      # positions that no file holds
 
 Each says what it is made of, so that shapes are checked before data is read.
 """
@@ -308,3 +309,36 @@ class Stacked(ValueMap):
     def values(self, stored: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return all of them, the first axis counting."""
         return torch.stack(list(stored))
+
+
+@final
+@dataclass(frozen=True)
+class Waves(ValueMap):
+    """Positions as sines and cosines, made of nothing that is stored (arXiv 1706.03762).
+
+    The first half of a row are sines of its position times `10000 ** (-n / period)`, n counting
+    from 0, the second half cosines. An odd width ends in a zero.
+
+    Attributes:
+        rows: How many there are.
+        width: Of one.
+        period: See above.
+        first: The position of the first row.
+    """
+
+    rows: int
+    width: int
+    period: int
+    first: int = 0
+
+    def sources(self, shape: Shape) -> tuple[Shape, ...]:
+        """Return nothing."""
+        return ()
+
+    def values(self, stored: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return the table."""
+        counts = torch.arange(self.width // 2, dtype=torch.float64)
+        positions = torch.arange(self.first, self.first + self.rows, dtype=torch.float64)
+        angles = positions.outer(10000.0 ** (-counts / self.period))
+        rest = torch.zeros(self.rows, self.width % 2)
+        return torch.cat((angles.sin(), angles.cos(), rest), dim=1).to(torch.float32)

@@ -35,7 +35,7 @@ class Stored:
     """What one parameter of the decoder is made of.
 
     Attributes:
-        names: The checkpoint's tensors, in the order that `values` takes them.
+        names: The checkpoint's tensors, in the order that `values` takes them; there may be none.
         values: How they become the parameter; None takes the only one as it is.
     """
 
@@ -104,12 +104,15 @@ class FamilyWeights(Weights):
         return frozenset(self._stored)
 
     def dtype(self, name: str) -> torch.dtype:
-        """Return the type of the first tensor that `name` is made of."""
-        return self._checkpoint.dtype(self._stored[name].names[0])
+        """Return the type of the first tensor that `name` is made of; fp32 if it is of none."""
+        names = self._stored[name].names
+        return self._checkpoint.dtype(names[0]) if names else torch.float32
 
     def described(self, name: str) -> str:
         """Return the stored tensors of `name` with the file of the first."""
         names = self._stored[name].names
+        if not names:
+            return f"'{name}', which is computed"
         shown = listing([f"'{stored}'" for stored in names], limit=3)
         return f"{shown} in {self._checkpoint.where(names[0])}"
 
@@ -148,7 +151,7 @@ class FamilyWeights(Weights):
     def packed(self, name: str) -> Packed | None:
         """Return codes and levels of `name`, None where it is not quantized."""
         stored = self._stored[name]
-        packed = self._checkpoint.packed(stored.names[0])
+        packed = self._checkpoint.packed(stored.names[0]) if stored.names else None
         if packed is None or stored.values is None:
             return packed
         return stored.values.packed(packed)

@@ -94,6 +94,17 @@ def text_part(config: dict[str, Any]) -> TextPart:
     return TextPart(found if tied is None else {**found, _TIED: tied}, kind)
 
 
+def is_tied(config: Mapping[str, Any]) -> bool:
+    """Say whether a text model's head is its token table, by its configuration.
+
+    Where that says nothing, as many published ones do, transformers' default of its type holds.
+    """
+    tied = config.get(_TIED)
+    if tied is None:
+        tied = getattr(_default(str(config.get("model_type"))), _TIED, None)
+    return tied is True
+
+
 def _refuse_others(kind: str) -> None:
     """Raise UnsupportedError for a model that is no text model with something before it."""
     from transformers.models.auto import modeling_auto as auto

@@ -19,7 +19,7 @@ from llm_coreml.errors import ConfigError
 from llm_coreml.printable import harmless
 from llm_coreml.runtime.sampling import GREEDY, Sampling
 
-_TOKENS = 64
+TOKENS = 64
 _HELP = "/reset forgets the conversation; /exit or Ctrl-D ends it, Ctrl-C an answer."
 
 
@@ -44,13 +44,13 @@ def continue_text(
     """Show the text that continues `prompt`; arguments as `Conversation`."""
     stream = model.stream(
         prompt,
-        _TOKENS if asked.max_new_tokens is None else asked.max_new_tokens,
+        TOKENS if asked.max_new_tokens is None else asked.max_new_tokens,
         sampling=asked.sampling,
         stop=asked.stop,
     )
-    text = _tell(model, screen, stream, form)
+    text = tell(screen, stream, form, model.runner.context)
     if form == "json":
-        print_json(screen.result.file, {"prompt": prompt, **_facts(stream, text)})
+        print_json(screen.result.file, {"prompt": prompt, **facts(stream, text)})
 
 
 class Conversation:
@@ -123,9 +123,9 @@ class Conversation:
         stream = self._model.stream_chat(
             messages, asked.max_new_tokens, sampling=asked.sampling, stop=asked.stop
         )
-        text = _tell(self._model, self._screen, stream, self._form, typed)
+        text = tell(self._screen, stream, self._form, self._model.runner.context, typed)
         self._messages = [*messages, {"role": "assistant", "content": text}]
-        self._turns.append(_facts(stream, text))
+        self._turns.append(facts(stream, text))
 
 
 def _lines() -> Iterator[str]:
@@ -150,7 +150,8 @@ def _read_line(number: int) -> str | None:
         ) from None
 
 
-def _facts(stream: TextStream, text: str) -> dict[str, Any]:
+def facts(stream: TextStream, text: str) -> dict[str, Any]:
+    """Return what is told of a text that was made, for machines."""
     return {
         "text": text,
         "finish": stream.finish,
@@ -159,10 +160,8 @@ def _facts(stream: TextStream, text: str) -> dict[str, Any]:
     }
 
 
-def _tell(
-    model: LanguageModel, screen: Screen, stream: TextStream, form: str, typed: bool = False
-) -> str:
-    """Show a text as it is made, say if the context ended it, and return it.
+def tell(screen: Screen, stream: TextStream, form: str, context: int, typed: bool = False) -> str:
+    """Show a text as it is made, say if the context of so many positions ended it, and return it.
 
     Where somebody types, Ctrl-C ends the text and not the program.
     """
@@ -181,7 +180,7 @@ def _tell(
         _show(screen.result.file, "\n")
     if stream.finish == "context":
         screen.progress.note(
-            f"Stopped: all {model.runner.context} positions of the context are used. Export with "
+            f"Stopped: all {context} positions of the context are used. Export with "
             "a larger --context for longer texts."
         )
     return "".join(parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -16,6 +17,9 @@ from llm_coreml.cli.options import (
     VERBOSE,
 )
 
+if TYPE_CHECKING:  # rich, which --help does without
+    from llm_coreml.cli.terminal import Screen
+
 
 @click.command("eval")
 @click.argument("bundle", type=PATH)
@@ -23,6 +27,13 @@ from llm_coreml.cli.options import (
 @TEXT
 @click.option("--tokens", type=int, default=2048, show_default=True, help="Most tokens to score.")
 @click.option("--artifact-only", is_flag=True, help="Do not load the original.")
+@click.option(
+    "--import",
+    "device_run",
+    type=PATH,
+    help="Measure nothing: put what a runner printed on a device into the results.",
+)
+@click.option("--device-name", help="With --import: what to call the device.")
 @MODE
 @DEVICE
 @UNCHECKED
@@ -34,6 +45,8 @@ def eval_command(
     text: Path | None,
     tokens: int,
     artifact_only: bool,
+    device_run: Path | None,
+    device_name: str | None,
     mode: str,
     device: str,
     unchecked: bool,
@@ -44,10 +57,19 @@ def eval_command(
 
     Perplexity, divergence from the original, time of a call, bytes of every part. Runs the program
     inside the .pte on this machine and writes results.json into the folder.
+
+    \b
+    llm-coreml eval out
+    llm-coreml eval out --import device.json --device-name "iPhone 16 Pro"
     """
     from llm_coreml.cli.terminal import terminal
 
+    if (device_run is None) != (device_name is None):
+        raise click.UsageError("--import and --device-name belong together; give both or none.")
     with terminal(verbose) as screen:
+        if device_run is not None and device_name is not None:
+            _import(screen, bundle, device_run, device_name, not unchecked, form)
+            return
         from llm_coreml.cli.tables import evaluation_table
         from llm_coreml.eval.evaluate import evaluate
         from llm_coreml.reference.program.execution import Execution
@@ -63,3 +85,12 @@ def eval_command(
             progress=screen.progress,
         )
         screen.show(form, result.to_json(), lambda: evaluation_table(result))
+
+
+def _import(screen: Screen, bundle: Path, run: Path, device: str, checked: bool, form: str) -> None:
+    """Put a device's figures into a bundle's results, and show those of all devices."""
+    from llm_coreml.cli.tables import devices_table
+    from llm_coreml.eval.devices import import_device_run
+
+    results, devices = import_device_run(bundle, run, device, checked)
+    screen.show(form, results, lambda: devices_table(devices))

@@ -38,6 +38,18 @@ from llm_coreml.cli.options import (
     "--seed", type=int, default=0, show_default=True, help="The same one draws the same text."
 )
 @click.option("--stop", multiple=True, help="Text that ends the output; may be given repeatedly.")
+@click.option(
+    "--runtime",
+    type=click.Choice(["python", "cpp"]),
+    default="python",
+    show_default=True,
+    help="cpp: a runner in C++ on ExecuTorch, built when first used. On Linux it runs twins.",
+)
+@click.option(
+    "--record",
+    type=PATH,
+    help="With --runtime cpp: measure it and write a file that eval takes as --import.",
+)
 @MODE
 @DEVICE
 @UNCHECKED
@@ -53,6 +65,8 @@ def generate_command(
     top_p: float,
     seed: int,
     stop: tuple[str, ...],
+    runtime: str,
+    record: Path | None,
     mode: str,
     device: str,
     unchecked: bool,
@@ -66,6 +80,7 @@ def generate_command(
     \b
     llm-coreml generate out --prompt "The capital of France"
     llm-coreml generate out --chat                    what is typed, turn by turn
+    llm-coreml generate twin --prompt "..." --runtime cpp
     """
     from llm_coreml.cli.terminal import terminal
 
@@ -73,15 +88,23 @@ def generate_command(
         raise click.UsageError("Give --prompt a text to continue, or --chat.")
     if system is not None and not chat:
         raise click.UsageError("--system belongs to --chat; a text to continue has no such part.")
+    if runtime == "cpp" and chat:
+        raise click.UsageError("--chat keeps a cache from turn to turn; leave out --runtime cpp.")
+    if record is not None and runtime != "cpp":
+        raise click.UsageError("--record keeps what the C++ runner measured; give --runtime cpp.")
     with terminal(verbose) as screen:
         from llm_coreml.bundle.language_model import load
         from llm_coreml.cli.conversation import Asked, Conversation, continue_text
+        from llm_coreml.cli.cpp_generation import continue_by_cpp
         from llm_coreml.reference.program.execution import Execution
         from llm_coreml.runtime.sampling import Sampling
 
-        model = load(bundle, Execution(mode, device), not unchecked)
+        execution, checked = Execution(mode, device), not unchecked
         asked = Asked(max_new_tokens, Sampling(temperature, top_p, seed), stop)
         if chat:
+            model = load(bundle, execution, checked)
             Conversation(model, screen, asked, form, system).run(prompt)
+        elif prompt is not None and runtime == "cpp":
+            continue_by_cpp(bundle, execution, checked, screen, asked, form, prompt, record)
         elif prompt is not None:
-            continue_text(model, screen, asked, form, prompt)
+            continue_text(load(bundle, execution, checked), screen, asked, form, prompt)

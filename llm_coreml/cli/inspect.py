@@ -1,4 +1,4 @@
-"""`llm-coreml inspect`: watch a program's values."""
+"""`llm-coreml inspect`: watch a program's values, or tell which systems run it."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from llm_coreml.cli.options import (
 
 @click.command("inspect")
 @click.argument("artifact", metavar="BUNDLE_OR_PTE", type=PATH)
+@click.option("--compatibility", is_flag=True, help="Tell which systems run it, and why.")
+@click.option("--minimum-os", help="With --compatibility: refuse what this system does not run.")
 @click.option("--numerics", is_flag=True, help="Run the program and watch its values.")
 @TEXT
 @IDS
@@ -40,6 +42,8 @@ from llm_coreml.cli.options import (
 @VERBOSE
 def inspect_command(
     artifact: Path,
+    compatibility: bool,
+    minimum_os: str | None,
     numerics: bool,
     text: Path | None,
     ids: Path | None,
@@ -52,16 +56,24 @@ def inspect_command(
     form: str,
     verbose: bool,
 ) -> None:
-    """Watch a program's values while it reads text.
+    """Watch a program's values while it reads text, or tell which systems run it.
 
     \b
     --numerics tells
       where inf and NaN begin,
       which values come closest to fp16's largest number,
       how the error of rounding to fp16 grows from layer to layer.
+    --compatibility tells, also of a .mlpackage,
+      which system a program is written for, and the oldest that has all that it uses,
+      which operations and types ask for that.
     """
-    if not numerics:
-        raise click.UsageError("Say what to inspect; so far there is --numerics.")
+    if numerics == compatibility:
+        raise click.UsageError("Say what to inspect: --numerics or --compatibility.")
+    if minimum_os is not None and not compatibility:
+        raise click.UsageError("--minimum-os belongs to --compatibility.")
+    if compatibility:
+        _tell_of_systems(artifact, minimum_os, not unchecked, form, verbose)
+        return
     from llm_coreml.cli.terminal import terminal
 
     with terminal(verbose) as screen:
@@ -81,3 +93,19 @@ def inspect_command(
             progress=screen.progress,
         )
         screen.show(form, found.to_json(), lambda: inspection_table(found))
+
+
+def _tell_of_systems(
+    artifact: Path, minimum_os: str | None, checked: bool, form: str, verbose: bool
+) -> None:
+    from llm_coreml.cli.terminal import terminal
+
+    with terminal(verbose) as screen:
+        from llm_coreml.cli.tables import systems_table
+        from llm_coreml.inspect.systems_of import check_system, systems_json, systems_of
+
+        if minimum_os is None:
+            found = systems_of(artifact, checked)
+        else:
+            found = check_system(artifact, minimum_os, checked)
+        screen.show(form, systems_json(found), lambda: systems_table(found))

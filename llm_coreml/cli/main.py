@@ -13,6 +13,8 @@ import contextlib
 import io
 import sys
 import traceback
+from collections.abc import Iterator
+from typing import Any
 
 import click
 
@@ -35,12 +37,35 @@ def _plain_names(name: str) -> str:
     return name.replace("_", "-")  # click has taken the leading hyphens off
 
 
+class _Verbs(click.Group):
+    """Verbs that hand an interruption on; click would print first, and wait for a reader."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse what stands before the verb, and print help."""
+        with _handed_on():
+            return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Call the verb."""
+        with _handed_on():
+            return super().invoke(ctx)
+
+
+@contextlib.contextmanager
+def _handed_on() -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, KeyboardInterrupt) as error:
+        raise click.Abort from error
+
+
 @click.group(
+    cls=_Verbs,
     context_settings={
         "help_option_names": ["-h", "--help"],
         "token_normalize_func": _plain_names,
         "max_content_width": 100,
-    }
+    },
 )
 @click.version_option(package_name="llm-coreml")
 def cli() -> None:
@@ -48,7 +73,7 @@ def cli() -> None:
 
     \b
     Exit codes: 0 done, 1 other error, 2 usage, 4 checkpoint, 5 unsupported, 6 output,
-    7 artifact, 8 verification, 130 interrupted (129 by SIGHUP, 143 by SIGTERM).
+    7 artifact, 8 verification, 9 system, 130 interrupted (129 by SIGHUP, 143 by SIGTERM).
     """
     check_folder()
 
@@ -88,9 +113,13 @@ def _tell(error: BaseException) -> int:
     interrupted = isinstance(error, (click.Abort, KeyboardInterrupt))
     # Libraries make errors of their own of what interrupts them.
     if interrupted or INTERRUPTION.number is not None:
-        code = INTERRUPTION.code
+        code, done = INTERRUPTION.code, INTERRUPTION.over
         INTERRUPTION.finish()
-        _print("Interrupted; nothing was written.")
+        _print(
+            "\nInterrupted while the result was printed."
+            if done
+            else "\nInterrupted; nothing was written."
+        )
         return code
     INTERRUPTION.finish()
     if isinstance(error, click.ClickException):
@@ -108,7 +137,7 @@ def _tell(error: BaseException) -> int:
 
 def _print(text: str) -> None:
     """Print to stderr, if there is anybody to read it."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, KeyboardInterrupt), INTERRUPTION.telling():
         click.echo(text, err=True)
 
 

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
@@ -28,6 +28,8 @@ _TEMPORARY = "llm-coreml-process-"
 
 # Who presses Ctrl-C again within these seconds does not stop the cleaning up.
 _PATIENCE = 3.0
+# A reader who is only slow gets these seconds to take what is printed.
+_LEFT_TO_READ = 1.0
 # Threads of OpenMP that wait sleep, or beside other work they take the time of those they wait for.
 # Read by GNU's and by LLVM's library when torch loads it; what a user has set wins.
 _WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
@@ -40,22 +42,31 @@ class Interruption:
     Attributes:
         number: The first signal that said so.
         when: Time of the last that was heeded, of `time.monotonic`.
-        over: What was asked for is done, or has failed; there is nothing left to interrupt.
+        over: What was asked for is done, or has failed; nothing is left but to tell of it.
+        late: The first signal that does not interrupt any more.
+        unread: Nobody reads what was to be told; what is still buffered must not be waited for.
     """
 
     number: int | None = None
     when: float = 0.0
     over: bool = False
+    late: int | None = None
+    unread: bool = False
+    _telling: bool = field(default=False, repr=False)
 
     @property
     def code(self) -> int:
         """The exit code, as shells count: 128 and the signal's number."""
-        return 128 + (self.number or signal.SIGINT)
+        return 128 + (self.number or self.late or signal.SIGINT)
 
     def heed(self, number: int, _: FrameType | None) -> None:
-        """End the work, as Ctrl-C does."""
+        """End the work, as Ctrl-C does; if it is done, end what prints of it and cannot."""
         now = time.monotonic()
-        if self.over or (self.number is not None and now - self.when < _PATIENCE):
+        if self.over:
+            self.late = self.late or number
+            self._bound()
+            return
+        if self.number is not None and now - self.when < _PATIENCE:
             return
         self.number, self.when = self.number or number, now
         raise KeyboardInterrupt
@@ -73,8 +84,39 @@ class Interruption:
         return True
 
     def finish(self) -> None:
-        """From now on, let nothing interrupt: only printing is left."""
+        """From now on, let nothing interrupt but what prints, in `telling`."""
+        self.late = self.late or self.number
         self.number, self.over = None, True
+
+    @contextlib.contextmanager
+    def telling(self) -> Iterator[None]:
+        """Print inside the block, which ends soon after a signal even if nobody reads.
+
+        Raises:
+            KeyboardInterrupt: a signal came, now or before, and nobody reads.
+        """
+        self._telling = True
+        self._bound()
+        try:
+            yield
+        finally:
+            self._telling = False
+            if self._told:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+
+    @property
+    def _told(self) -> bool:
+        return self.number is not None or self.late is not None
+
+    def _bound(self) -> None:
+        if self._telling and self._told:
+            signal.setitimer(signal.ITIMER_REAL, _LEFT_TO_READ)
+
+    def give_up(self, _: int, __: FrameType | None) -> None:
+        """End what prints."""
+        if self._telling:
+            self.unread = True
+            raise KeyboardInterrupt
 
 
 INTERRUPTION = Interruption()
@@ -89,10 +131,17 @@ def begin() -> None:
         # `nohup`, and shells for what runs in the background, have some ignored.
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, INTERRUPTION.heed)
+    signal.signal(signal.SIGALRM, INTERRUPTION.give_up)
 
 
 def end() -> None:
     """Let nothing disturb the interpreter while it takes itself down."""
+    INTERRUPTION.over = True
+    with contextlib.suppress(KeyboardInterrupt, OSError), INTERRUPTION.telling():
+        sys.stdout.flush()
+        sys.stderr.flush()
+    if INTERRUPTION.unread:
+        os._exit(INTERRUPTION.code)
     for number in ENDING:
         signal.signal(number, signal.SIG_IGN)
     # What interrupts `exec(text)`, which makes every dataclass, Python remembers as if nobody had

@@ -42,6 +42,8 @@ _LABELS = {
     "time": "timing calls",
     "watch": "watching every operation",
     "compare": "comparing every operation",
+    "build": "building the C++ runner",
+    "run": "running the program on ExecuTorch",
 }
 # Seconds between two signs of life in a log.
 _PAUSE = 30.0

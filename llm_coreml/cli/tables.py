@@ -10,6 +10,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from llm_coreml.artifact.compatibility import MIXED_ADVICE
 from llm_coreml.bundle.card import rotated_spaces, tuned
 from llm_coreml.bundle.manifest import (
     Allocation,
@@ -27,9 +28,10 @@ if TYPE_CHECKING:  # they bring torch, which a list does not need
     from llm_coreml.eval.difference import Comparison
     from llm_coreml.eval.inspection import Inspection
     from llm_coreml.eval.metrics import Metric
-    from llm_coreml.eval.results import Evaluation, Quality
+    from llm_coreml.eval.results import DeviceFigures, Evaluation, Quality
     from llm_coreml.inspect.contents import Contents, DelegateContents
     from llm_coreml.inspect.extraction import Extraction
+    from llm_coreml.inspect.systems_of import PartSystems
 
 
 def export_table(manifest: Manifest, folder: str, peak: int) -> Group:
@@ -87,7 +89,7 @@ def _export_rows(manifest: Manifest, folder: str) -> dict[str, str]:
         "embedding, head": f"{stored.embedding.label}, {stored.lm_head.label}{tied}",
         "target": f"{target.backend}, {target.compute_unit}, {target.minimum_os}, "
         f"{target.compute_precision}",
-        "lengths, context": f"{', '.join(map(str, program.seq_lengths))}; {program.context}",
+        "lengths, context": f"{manifest.description.lengths}; {program.context}",
         **_conversion_row(checked.conversion),
         "verified by": f"{checked.runtime}: {checked.rows} rows, largest error "
         f"{checked.max_relative_error:.1e} (bound {checked.max_relative_error_bound:.0e}), "
@@ -164,7 +166,26 @@ def evaluation_table(result: Evaluation) -> Group:
         size.add_row(f"  {name.split('/')[1]}" if "/" in name else name, f"{count:,}")
     size.add_row("bits per weight", f"{result.bits_per_weight:.2f}")
     text = f"{result.tokens:,} tokens of {result.text}, windows of up to {result.window}"
-    return Group(_line(text + _compared(metrics)), quality, latency, size)
+    devices = [devices_table(result.devices)] if result.devices else []
+    return Group(_line(text + _compared(metrics)), quality, latency, *devices, size)
+
+
+def devices_table(found: Sequence[DeviceFigures]) -> Table:
+    """Return what devices were found to do, as their runners told."""
+    table = _plain("device", "runtime", "load", "first token", "tokens/s", "peak memory", "read")
+    for device in found:
+        speed = device.tokens_per_second
+        agree = "" if device.runs_agree else "; its runs differ"
+        table.add_row(
+            device.name,
+            f"ExecuTorch {device.executorch} ({device.runner})",
+            f"{device.load_seconds:.2f} s",
+            f"{1e3 * device.time_to_first_token_seconds:.1f} ms",
+            "" if speed is None else f"{speed:.1f}",
+            f"{device.peak_memory_bytes / 1e6:,.0f} MB",
+            f"{device.prompt_tokens} + {device.new_tokens} tokens{agree}",
+        )
+    return table
 
 
 def inspection_table(found: Inspection) -> Group:
@@ -286,6 +307,24 @@ def contents_table(found: Contents) -> Group:
     return Group(*parts)
 
 
+def systems_table(parts: Sequence[PartSystems]) -> Group:
+    """Return which systems run each part of a program, and what asks for them."""
+    shown: list[Any] = []
+    for part in parts:
+        asked = part.asked
+        rows = {
+            "runs from": f"{asked.declared or 'a newer system'} on",
+            "model format": f"{asked.specification}, operations of {', '.join(asked.opsets)}",
+            "needs": f"{asked.needed or 'a newer system'}",
+        }
+        table = _plain("from", "what", "first")
+        for need in asked.needs:
+            table.add_row(need.system or "?", need.what, need.where)
+        mixed = [_line(f"No system compiles {each}. {MIXED_ADVICE}") for each in asked.mixed]
+        shown += [listing_table(part.part, rows), table, *mixed, Text("")]
+    return Group(*shown[:-1])
+
+
 def extraction_table(found: Extraction) -> Group:
     """Return which models were written, and what runs them."""
     table = _plain("model", "bytes", "run by", numeric=["bytes"])
@@ -307,7 +346,8 @@ def _delegate_rows(delegate: DelegateContents) -> dict[str, str]:
     model = delegate.model
     if model is None:
         return {}
-    rows: dict[str, str] = {}
+    used = f"what it uses begins with {model.needed or 'a newer one'}"
+    rows = {"runs from": f"{model.declared or 'a newer system'} on; {used}"}
     features = {"input": model.inputs, "output": model.outputs, "state": model.states}
     for kind, shapes in features.items():
         rows |= {f"{kind} {name}": shape for name, shape in shapes.items()}

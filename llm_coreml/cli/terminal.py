@@ -52,11 +52,13 @@ class Screen:
             table: Makes the one for people.
         """
         INTERRUPTION.finish()
-        self.progress.close()
-        if form == "json":
-            print_json(self.result.file, value)
-        else:
-            self.result.print(table())
+        shown = None if form == "json" else table()
+        with INTERRUPTION.telling():
+            self.progress.close()
+            if shown is None:
+                print_json(self.result.file, value)
+            else:
+                self.result.print(shown)
 
 
 class _Results(io.TextIOWrapper):
@@ -64,12 +66,23 @@ class _Results(io.TextIOWrapper):
 
     def write(self, text: str) -> int:
         """Write, and say in a sentence why it cannot be done."""
-        try:
+        with _told():
             return super().write(text)
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            raise OutputError(f"The result cannot be printed: {error.strerror}.") from None
+
+    def flush(self) -> None:
+        """Flush, and say in a sentence why it cannot be done."""
+        with _told():
+            super().flush()
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputError(f"The result cannot be printed: {error.strerror}.") from None
 
 
 class _Notices(io.TextIOWrapper):
@@ -115,16 +128,32 @@ def terminal(verbose: bool) -> Iterator[Screen]:
             yield screen
         finished = True
     finally:
-        with uninterrupted():
-            screen.progress.close(finished)
-            sys.stdout.flush()
-            _flush_notices()
-            for copy, descriptor in zip(saved, (1, 2), strict=True):
-                os.dup2(copy, descriptor)
-                os.close(copy)
-            for file in (out, err):
-                with contextlib.suppress(OSError, OutputError):
-                    file.close()
+        try:
+            with INTERRUPTION.telling():
+                screen.progress.close(finished)
+                for file in () if INTERRUPTION.unread else (err, out):
+                    with contextlib.suppress(OSError, OutputError):
+                        file.flush()
+        finally:
+            with uninterrupted():
+                sys.stdout.flush()
+                _flush_notices()
+                for copy, descriptor in zip(saved, (1, 2), strict=True):
+                    os.dup2(copy, descriptor)
+                    os.close(copy)
+                for file in (out, err):
+                    _close(file)
+
+
+def _close(file: io.TextIOWrapper) -> None:
+    """Close a stream; what it holds for a reader who does not read would be waited for."""
+    if INTERRUPTION.unread:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, file.fileno())
+        os.close(nowhere)
+        return
+    with contextlib.suppress(OSError, OutputError):
+        file.close()
 
 
 def _flush_notices() -> None:

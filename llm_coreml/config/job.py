@@ -7,16 +7,25 @@ job.weights.group_size                  # a section, where there is nothing left
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
+from llm_coreml.config.contradictions import check_together
 from llm_coreml.config.export_config import ExportConfig
 from llm_coreml.config.sections import CalibrationSettings, WeightSettings
-from llm_coreml.config.values import CONTEXT_MULTIPLE, DEFAULT_CONTEXT, DEFAULT_SEQ_LENGTHS
-from llm_coreml.errors import ConfigError
+from llm_coreml.config.values import (
+    CONTEXT_MULTIPLE,
+    DEFAULT_CONTEXT,
+    DEFAULT_SEQ_LENGTHS,
+    functions_of,
+    range_of,
+)
+from llm_coreml.errors import ConfigError, UnsupportedError
 from llm_coreml.machine import machine_memory
-from llm_coreml.targets import BACKENDS, PRECISIONS, Precision, Target, get_target, opset_of
+from llm_coreml.systems import STATE_SYSTEM, older, opset_of
+from llm_coreml.targets import BACKENDS, PRECISIONS, Precision, Target, get_target
 
 if TYPE_CHECKING:  # the decoder's package would bring torch
     from llm_coreml.decoder.spec import DecoderSpec, Extent
@@ -28,11 +37,13 @@ class Shapes:
 
     Attributes:
         context: Positions of the KV cache.
-        seq_lengths: Accepted chunk lengths, ascending, beginning with 1.
+        seq_lengths: Accepted chunk lengths, ascending, beginning with 1 if there are several.
+        ranged: Those between the first and the last are accepted, too.
     """
 
     context: int
     seq_lengths: tuple[int, ...]
+    ranged: bool = False
 
     @property
     def longest(self) -> int:
@@ -46,7 +57,9 @@ class Shapes:
         A call of S tokens is padded to the next length, and its last token may be the last of the
         context. Rounded up as contexts are.
         """
-        gaps = (after - before for before, after in pairwise(self.seq_lengths))
+        if self.ranged:
+            return 0
+        gaps = (after - before for before, after in pairwise((0, *self.seq_lengths)))
         pads = max(gaps, default=1) - 1
         return -(-pads // CONTEXT_MULTIPLE) * CONTEXT_MULTIPLE
 
@@ -68,12 +81,17 @@ class Job:
         calibration: What the codes are chosen on.
         target: Compute unit.
         minimum_os: Oldest system that must run the artifact.
-        opset: coremltools' name of what that system brings, `iOS18` or `iOS26`.
+        opset: coremltools' name of what that system brings, `iOS16` to `iOS26`.
         precision: Of activations, scales, tables and what is not quantized.
         backend: `coreml`, or `xnnpack` for a twin that runs on Linux.
         attention: `fused` or `decomposed`, see `decoder.self_attention`.
         logits: `last` row of each chunk, or `all` rows.
+        cache: The KV cache is a `state`, or `inputs` and outputs of the method.
+        functions: The length of each method by name, where there are several.
         shapes: Context and chunk lengths.
+        passes: What coremltools is to run, or to leave out, see `checked_passes`; None is as usual.
+        compile_specs: Further compile specs, each `key=value`.
+        model_type: `model`, or `compiled_model`.
         force: Take formats that the target is known to refuse.
     """
 
@@ -87,7 +105,12 @@ class Job:
     backend: Literal["coreml", "xnnpack"]
     attention: Literal["fused", "decomposed"]
     logits: Literal["last", "all"]
+    cache: Literal["state", "inputs"]
+    functions: Mapping[str, int]
     shapes: Shapes
+    passes: tuple[str, ...] | None
+    compile_specs: tuple[str, ...]
+    model_type: Literal["model", "compiled_model"]
     force: bool
 
 
@@ -95,10 +118,15 @@ def resolve(config: ExportConfig, spec: DecoderSpec) -> Job:
     """Decide what settings mean for a model, and check them against it.
 
     Raises:
-        ConfigError: a context beyond the model's or beyond this machine's memory, or a length
-            beyond the context.
+        ConfigError: a context beyond the model's or beyond this machine's memory, a length beyond
+            the context, or settings that contradict each other.
+        UnsupportedError: the target does not take what is asked for, or the system has no state.
     """
     target, backend = get_target(config.target), BACKENDS[config.backend]
+    cache = config.cache or ("inputs" if config.functions else "state")
+    check_together(config, target)
+    if cache == "state":
+        _check_state(config.minimum_os)
     weights = config.section(WeightSettings)
     return Job(
         config=config,
@@ -111,11 +139,25 @@ def resolve(config: ExportConfig, spec: DecoderSpec) -> Job:
         backend=config.backend,
         attention=target.attention if backend.fused_attention else "decomposed",
         logits=config.logits,
+        cache=cache,
+        functions=functions_of(config.functions) if config.functions else {},
         shapes=_fitting(
             resolve_shapes(config, spec.max_position_embeddings, spec.longest_context), spec
         ),
+        passes=config.passes,
+        compile_specs=config.compile_specs or (),
+        model_type=config.model_type,
         force=config.force,
     )
+
+
+def _check_state(minimum_os: str) -> None:
+    """Refuse a system that keeps nothing between calls. Raises UnsupportedError."""
+    if older(opset_of(minimum_os), STATE_SYSTEM):
+        raise UnsupportedError(
+            f"{minimum_os} is too old: Core ML keeps a KV cache as state from iOS18 and macOS15 "
+            "on; use --minimum-os iOS18, or --cache inputs."
+        )
 
 
 def resolve_shapes(
@@ -144,15 +186,19 @@ def resolve_shapes(
             f"The model has {max_position_embeddings} positions; the KV cache needs "
             f"{CONTEXT_MULTIPLE} at least."
         )
-    if config.seq_lengths is None:
+    if config.seq_lengths is None and config.functions is None:
         return Shapes(context, tuple(n for n in DEFAULT_SEQ_LENGTHS if n <= context))
-    for length in config.seq_lengths:
+    asked, flag = config.seq_lengths, "--seq-lengths"
+    lengths = range_of(asked) if isinstance(asked, str) else asked or ()
+    if config.functions:
+        lengths, flag = tuple(functions_of(config.functions).values()), "--functions"
+    for length in lengths:
         if length > context:
             raise ConfigError(
-                f"--seq-lengths holds {length}, which is longer than the context of {context}; "
+                f"{flag} holds {length}, which is longer than the context of {context}; "
                 "drop it or raise --context."
             )
-    return Shapes(context, tuple(sorted(config.seq_lengths)))
+    return Shapes(context, tuple(sorted(lengths)), isinstance(asked, str))
 
 
 def _fitting(shapes: Shapes, spec: DecoderSpec) -> Shapes:

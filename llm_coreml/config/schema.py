@@ -45,7 +45,8 @@ def _schema(setting: Setting) -> dict[str, Any]:
     default = list(setting.default) if isinstance(setting.default, tuple) else setting.default
     described: dict[str, Any] = {"description": setting.about, "default": default}
     if setting.choices:
-        return {**described, "enum": list(setting.choices)}
+        absent = [None] if setting.optional else []
+        return {**described, "enum": [*setting.choices, *absent]}
     types = ["array" if setting.many else _TYPES[setting.kind]]
     if setting.many:
         described["items"] = {"type": _TYPES[setting.kind]}
@@ -76,7 +77,7 @@ def complaint(values: object, schema: dict[str, Any]) -> str | None:
         return f"{where or 'The file'} lacks the key '{absent}'."
     told = f"{where or 'The file'} is {brief(found.instance)}; it must be "
     if found.validator == "enum":
-        return told + " or ".join(found.validator_value) + "."
+        return told + " or ".join(each for each in found.validator_value if each) + "."
     if found.validator == "type":
         types = found.validator_value
         kinds = [types] if isinstance(types, str) else types

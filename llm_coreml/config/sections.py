@@ -30,11 +30,15 @@ from llm_coreml.config.values import (
     MOST_STEPS,
     checked_bits,
     checked_context,
+    checked_functions,
     checked_lengths,
+    checked_passes,
+    checked_specs,
     checked_system,
     checked_target,
     read_bytes,
     read_lengths,
+    read_names,
 )
 from llm_coreml.errors import ConfigError
 from llm_coreml.targets import TARGETS
@@ -43,6 +47,8 @@ from llm_coreml.targets import TARGETS
 _UNITS = " or ".join(", ".join(TARGETS).rsplit(", ", 1))
 Rotate = Literal["none", "residual", "heads", "both"]
 PT2E = Literal["none", "weights", "static"]
+# What has no meaning for other backends.
+_CORE_ML = frozenset({"model_type", "passes", "compile_specs"})
 # What each of these decides of others, which cannot be given beside it.
 _DECIDED: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -260,6 +266,11 @@ class ProgramSettings(Section):
     """
 
     logits: Literal["last", "all"] = setting("last", "Rows of logits that a call returns.")
+    cache: Literal["state", "inputs"] | None = setting(
+        None,
+        "Hold the KV cache as a state, or have it as inputs and outputs of each call.",
+        shown="state; inputs beside --functions",
+    )
     context: int | None = setting(
         None,
         "Positions of the KV cache.",
@@ -267,14 +278,20 @@ class ProgramSettings(Section):
         check=checked_context,
         most=MOST_POSITIONS,
     )
-    seq_lengths: tuple[int, ...] | None = setting(
+    seq_lengths: tuple[int, ...] | str | None = setting(
         None,
-        "Chunk lengths to accept.",
-        metavar="N,N,...",
+        "Chunk lengths to accept: some, one, or a range.",
+        metavar="N,N,...|1..N",
         shown=",".join(map(str, DEFAULT_SEQ_LENGTHS)),
         check=checked_lengths,
         read=read_lengths,
         most=MOST_POSITIONS,
+    )
+    functions: str | None = setting(
+        None,
+        "Methods that share the weights, of one length each: prefill:512,decode:1.",
+        metavar="NAME:N,NAME:N",
+        check=checked_functions,
     )
 
 
@@ -283,7 +300,7 @@ class TargetSettings(Section):
     """What the program is to run on.
 
     Raises:
-        ConfigError: there is no such target or system.
+        ConfigError: there is no such target or system, or settings contradict each other.
         UnsupportedError: the system is too old.
     """
 
@@ -293,7 +310,36 @@ class TargetSettings(Section):
     backend: Literal["coreml", "xnnpack"] = setting(
         "coreml", "xnnpack makes a twin that ExecuTorch's stock runner runs on Linux."
     )
-    force: bool = setting(False, "Export a scheme that the target is known to refuse.")
+    model_type: Literal["model", "compiled_model"] = setting(
+        "model", "compiled_model is compiled for devices here, which needs macOS."
+    )
+    passes: tuple[str, ...] | None = setting(
+        None,
+        "coremltools' passes to run instead of the usual; -NAME leaves one of these out.",
+        metavar="NAME,NAME,...",
+        shown="its own pipeline, with ours",
+        check=checked_passes,
+        read=read_names,
+    )
+    compile_specs: tuple[str, ...] | None = setting(
+        None,
+        "Further compile specs for ExecuTorch's Core ML backend, as they are.",
+        metavar="KEY=VALUE,...",
+        shown="those of the other settings",
+        check=checked_specs,
+        read=read_names,
+    )
+    force: bool = setting(False, "Export what the target is known to refuse.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for each in settings_of(TargetSettings):
+            value = getattr(self, each.name)
+            if each.name in _CORE_ML and value != each.default and self.backend != "coreml":
+                raise ConfigError(
+                    f"{each.flag} is about Core ML, and --backend {self.backend} makes no Core ML "
+                    "model; drop one of them."
+                )
 
 
 SECTIONS: Mapping[str, type[Section]] = MappingProxyType(

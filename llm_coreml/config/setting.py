@@ -31,6 +31,7 @@ class Setting:
         kind: Type of the value, or of its elements.
         optional: It may be None, which leaves the choice to others.
         many: The value is a tuple.
+        texts: It may be a text too, which `read` reads: as a tuple, or as a text that is kept.
         choices: All values that there are; empty where any of `kind` will do.
         default: Value that nobody asked for.
         about: One sentence.
@@ -49,6 +50,7 @@ class Setting:
     kind: type
     optional: bool
     many: bool
+    texts: bool
     choices: tuple[str, ...]
     default: Any
     about: str
@@ -72,7 +74,8 @@ class Setting:
             return []
         if self.kind is bool:
             return [self.flag]
-        return [self.flag, ",".join(map(str, value)) if self.many else str(value)]
+        listed = self.many and not isinstance(value, str)
+        return [self.flag, ",".join(map(str, value)) if listed else str(value)]
 
     def parsed(self, value: Any) -> Any:
         """Return the value that a recipe or a manifest means. Raises ValueError if it has none."""
@@ -102,11 +105,20 @@ class Setting:
         if self.choices and value not in self.choices:
             allowed = " or ".join(self.choices)
             raise ConfigError(f"{self.name} is '{value}'; it must be {allowed}.")
-        value = self._of_kind(value)
+        if self.texts and isinstance(value, str):
+            value = self._read(value)
+        value = value if self.texts and isinstance(value, str) else self._of_kind(value)
         if isinstance(value, str) and "\0" in value:
             raise ConfigError(f"{self.flag} is {brief(value)}; no name holds a NUL character.")
         self._check_range(value)
         return value if self.check is None else self.check(value)
+
+    def _read(self, text: str) -> Any:
+        """Return what a text means."""
+        try:
+            return self.parsed(text)
+        except ValueError as error:
+            raise ConfigError(f"{self.name} is {brief(text)}: {error}") from None
 
     def _of_kind(self, value: Any) -> Any:
         """Return `value` as its kind has it: a tuple where it is many, 8.0 as 8."""
@@ -120,7 +132,8 @@ class Setting:
         return tuple(parts) if self.many else parts[0]
 
     def _check_range(self, value: Any) -> None:
-        for part in value if self.many else [value]:
+        parts = value if isinstance(value, tuple) else [value]
+        for part in [] if isinstance(value, str) else parts:
             if self.least is not None and part < self.least:
                 raise ConfigError(
                     f"{self.flag} is {brief(part)}; it must be at least {self.least}."
@@ -204,9 +217,11 @@ def settings_of(section: Any) -> tuple[Setting, ...]:
 def _described(field: dataclasses.Field[Any], hint: Any) -> Setting:
     """Return a setting: what its annotation says of it, and what `setting` was told."""
     optional = type(None) in get_args(hint)
-    (plain,) = [part for part in get_args(hint) if part is not type(None)] if optional else [hint]
+    kinds = [part for part in get_args(hint) if part is not type(None)] if optional else [hint]
+    plain, *rest = kinds
     many = get_origin(plain) is tuple
     choices = get_args(plain) if get_origin(plain) is Literal else ()
     kind = str if choices else get_args(plain)[0] if many else plain
     told = field.metadata["setting"]
-    return Setting(field.name, kind, optional, many, choices, field.default, **told)
+    texts = rest == [str]
+    return Setting(field.name, kind, optional, many, texts, choices, field.default, **told)

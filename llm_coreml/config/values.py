@@ -6,7 +6,8 @@ import re
 
 from llm_coreml.config.setting import brief
 from llm_coreml.errors import ConfigError
-from llm_coreml.targets import get_target, opset_of
+from llm_coreml.systems import opset_of
+from llm_coreml.targets import get_target
 
 WHOLE_BITS = (1, 2, 3, 4, 6, 8, 16)
 # State dimensions that are no multiple of 32 are refused by the Neural Engine compiler
@@ -21,6 +22,8 @@ DEFAULT_CODEBOOK_ROWS = 16
 DEFAULT_CONTEXT = 2048
 DEFAULT_TABLE = "int8-channel"
 DEFAULT_SEQ_LENGTHS = (1, 8, 64, 512)
+_RANGE = re.compile(r"[0-9]{1,10}\.\.[0-9]{1,10}")
+_FUNCTION = re.compile(r"[a-z][a-z0-9_]{0,30}:[1-9][0-9]{0,9}")
 _UNITS = {
     "": 1,
     **{letter: 1000 ** (power + 1) for power, letter in enumerate("kmgt")},
@@ -40,16 +43,31 @@ def read_bytes(text: str) -> int:
     return int(float(found[1]) * _UNITS[found[2] or ""])
 
 
-def read_lengths(text: str) -> tuple[int, ...]:
-    """Return the numbers of a list such as `1,8,64`.
+def read_lengths(text: str) -> tuple[int, ...] | str:
+    """Return the numbers of a list such as `1,8,64`, or the text of a range such as `1..512`.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is neither.
     """
+    if _RANGE.fullmatch(text.strip()):
+        return text.strip()
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise ValueError(f"'{text}' is no list of numbers such as 1,8,64.") from None
+        raise ValueError(
+            f"'{text}' is no list of numbers such as 1,8,64, and no range such as 1..512."
+        ) from None
+
+
+def range_of(text: str) -> tuple[int, int]:
+    """Return the first and the last number of a range that `read_lengths` gave."""
+    first, last = text.split("..")
+    return int(first), int(last)
+
+
+def read_names(text: str) -> tuple[str, ...]:
+    """Return the names of a list such as `a,b`."""
+    return tuple(part.strip() for part in text.split(","))
 
 
 def checked_count(name: str, value: object, least: int = 1, most: int = MOST_POSITIONS) -> int:
@@ -105,9 +123,22 @@ def checked_context(context: int) -> int:
     return context
 
 
-def checked_lengths(lengths: tuple[int, ...]) -> tuple[int, ...]:
-    """Return chunk lengths. Raises ConfigError unless they are different and 1 is among them."""
-    if 1 not in lengths:
+def checked_lengths(lengths: tuple[int, ...] | str) -> tuple[int, ...] | str:
+    """Return chunk lengths, or a range of them.
+
+    Raises:
+        ConfigError: a range that begins elsewhere than at 1 or ends there, several numbers that are
+            not different or lack 1, or a single one that is no length.
+    """
+    if isinstance(lengths, str):
+        first, last = range_of(lengths)
+        if first != 1 or not 1 < last <= MOST_POSITIONS:
+            raise ConfigError(
+                f"--seq-lengths {lengths} must be a range from 1, for single tokens, to more, such "
+                "as 1..512."
+            )
+        return f"{first}..{last}"
+    if 1 not in lengths and len(lengths) != 1:
         raise ConfigError(
             f"--seq-lengths {','.join(map(str, lengths))} lacks 1, without which no single token "
             "can be generated; add it."
@@ -119,6 +150,94 @@ def checked_lengths(lengths: tuple[int, ...]) -> tuple[int, ...]:
     if len(lengths) > 128:
         raise ConfigError(f"--seq-lengths holds {len(lengths)} lengths; Core ML allows 128.")
     return lengths
+
+
+def checked_passes(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return names of passes: all that are to run, or those to leave out, each with a hyphen.
+
+    Raises:
+        ConfigError: some of each, none, or one twice.
+    """
+    left_out = [name for name in names if name.startswith("-")]
+    if left_out and len(left_out) < len(names):
+        raise ConfigError(
+            f"--passes {brief(','.join(names))} names passes to run and passes to leave out; give "
+            "either all that are to run, or -NAME of those that are not."
+        )
+    if not names or not all(name.lstrip("-") for name in names):
+        raise ConfigError("--passes holds no name; give one such as common::fuse_gelu_exact.")
+    return names
+
+
+# What ExecuTorch's Core ML backend is told by settings of ours.
+_SPEC_FLAGS = {
+    "compute_units": "--target",
+    "min_deployment_target": "--minimum-os",
+    "model_compute_precision": "--compute-precision",
+    "model_type": "--model-type",
+    "pass_pipeline": "--passes",
+    "enumerated_shapes": "--seq-lengths",
+}
+_REQUANTIZER = "op_linear_quantizer_config"
+
+
+def checked_specs(specs: tuple[str, ...]) -> tuple[str, ...]:
+    """Return compile specs, each a key and a value.
+
+    Raises:
+        ConfigError: one has no key, a key is there twice, or another setting decides it.
+    """
+    keys: set[str] = set()
+    for spec in specs:
+        key, mark, _ = spec.partition("=")
+        if not mark or not re.fullmatch(r"\w+", key) or key in keys:
+            raise ConfigError(
+                f"--compile-specs holds {brief(spec)}; give KEY=VALUE, each key once, and its name "
+                "of letters, digits and underscores."
+            )
+        if key in _SPEC_FLAGS:
+            raise ConfigError(
+                f"--compile-specs {key} is decided by {_SPEC_FLAGS[key]}, which the graph, the "
+                "checks and the manifest follow; give that."
+            )
+        if key == _REQUANTIZER:
+            raise ConfigError(
+                f"--compile-specs {key} would quantize once more what is left in fp16 of the "
+                "converted program, after the model that the file is held against was made; "
+                "--scheme int8-channel, int4-channel or int4-group stores what it would, verified."
+            )
+        keys.add(key)
+    return specs
+
+
+def functions_of(text: str) -> dict[str, int]:
+    """Return the length of each function that `checked_functions` has checked, by name."""
+    pairs = (part.split(":") for part in text.split(","))
+    return {name: int(length) for name, length in pairs}
+
+
+def checked_functions(text: str) -> str:
+    """Return functions as they are kept.
+
+    Raises:
+        ConfigError: they are no names with lengths, two have a name or a length, or none reads
+            single tokens.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(_FUNCTION.fullmatch(part) for part in parts):
+        raise ConfigError(
+            f"--functions {brief(text)} is no list of names and lengths such as "
+            "prefill:512,decode:1."
+        )
+    lengths = functions_of(",".join(parts))
+    if len(lengths) < len(parts) or len(set(lengths.values())) < len(parts):
+        raise ConfigError(f"--functions {text} must have different names and different lengths.")
+    if len(parts) < 2 or 1 not in lengths.values():
+        raise ConfigError(
+            f"--functions {text} must be several, one of them of length 1, without which no single "
+            "token can be generated: prefill:512,decode:1."
+        )
+    return ",".join(f"{name}:{length}" for name, length in lengths.items())
 
 
 def checked_target(name: str) -> str:

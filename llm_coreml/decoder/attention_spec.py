@@ -138,6 +138,7 @@ class AttentionSpec:
         head_dim: Width of one head.
         norm: Of what enters; None reads the residual stream as it is.
         out_norm: Of what is added to the residual stream.
+        inner_norm: Of what all heads give, which the output projection reads.
         rope: Which of the decoder's rotary tables turns queries and keys; None turns neither.
         window: How many positions are seen, each token's own the last; None sees all before it.
         scale: What scores are multiplied by; None is `1 / sqrt(head_dim)`.
@@ -153,6 +154,7 @@ class AttentionSpec:
             stands for no value.
         gate: What is attended to is multiplied by the sigmoid of a matrix's products, one for each
             `head` or one for each `number`.
+        clip: How far products of queries, keys and values are let from zero.
         qkv_bias: Queries, keys and values have biases.
         out_bias: The output projection has one.
 
@@ -165,6 +167,7 @@ class AttentionSpec:
     head_dim: int
     norm: NormSpec | None = NormSpec()
     out_norm: NormSpec | None = None
+    inner_norm: NormSpec | None = None
     rope: int | None = 0
     window: int | None = None
     scale: float | None = None
@@ -177,6 +180,7 @@ class AttentionSpec:
     alibi: tuple[float, ...] = ()
     sinks: bool = False
     gate: Literal["head", "number"] | None = None
+    clip: float | None = None
     qkv_bias: bool = False
     out_bias: bool = False
 
@@ -209,8 +213,13 @@ class AttentionSpec:
 
     @property
     def value_widths(self) -> tuple[int, ...]:
-        """Widths of the heads whose values may be rotated: one, or none behind a gate."""
-        return () if self.gate == "number" else (self.head_dim,)
+        """Widths of the heads whose values may be rotated: one, or none."""
+        return () if self.changes_numbers else (self.head_dim,)
+
+    @property
+    def changes_numbers(self) -> bool:
+        """Whether values are gated, clipped or multiplied number by number, on their way."""
+        return self.gate == "number" or self.clip is not None or self.inner_norm is not None
 
     def check_rotary(self, tables: Sequence[RopeSpec]) -> None:
         """Refuse a rotary table that does not fit. Raises CheckpointError."""

@@ -148,6 +148,42 @@ class _Open(CacheView):
 
 
 @final
+class _Lent(CacheView):
+    """A cache that a pass is given, and gives back; nothing is kept.
+
+    Each layer has rows of its own, so that a write is one op on these alone.
+    """
+
+    def __init__(self, cache: Cache, start: Start, buffers: Sequence[torch.Tensor]) -> None:
+        self._rows = [[buffer[at : at + 1] for at in range(len(buffer))] for buffer in buffers]
+        self._cache = cache
+        self._start = start
+
+    @property
+    def buffers(self) -> list[torch.Tensor]:
+        """What the buffers have become."""
+        return [torch.cat(rows) for rows in self._rows]
+
+    def update(
+        self, layer: int, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store and return, see `CacheView`."""
+        for rows, entries in zip(self._rows, self._cache.packed(keys, values), strict=True):
+            rows[layer] = self._cache.written(rows[layer], entries, 0, self._start)
+        return self.shared(layer, keys, values)
+
+    def shared(
+        self, layer: int, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what lies there, see `CacheView`."""
+        read = self._cache.read
+        found = [rows[layer] for rows in self._rows]
+        return self._cache.parted(
+            [own if own.shape[2] == read else own[:, :, :read] for own in found]
+        )
+
+
+@final
 class _Handed(CacheView):
     """No cache: what is attended to is what was just computed."""
 
@@ -233,6 +269,15 @@ class Cache(State):
         if torch.compiler.is_exporting():
             for buffer, written in zip(self.buffers(), view.buffers, strict=True):
                 buffer.copy_(written)
+
+    def lend(self, start: Start, buffers: Sequence[torch.Tensor]) -> CacheView:
+        """Return the view of a pass that is given the buffers, see `State.lend`."""
+        return _Lent(self, start, buffers)
+
+    def returned(self, view: View) -> Sequence[torch.Tensor]:
+        """Return what the buffers have become."""
+        assert isinstance(view, _Lent)
+        return view.buffers
 
     def window(self) -> CacheView:
         """Return a view that hands keys and values on, and holds nothing."""

@@ -9,7 +9,7 @@ The same module runs eagerly (the judge of every artifact) and is exported for C
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -164,6 +164,42 @@ class Decoder(nn.Module):
         x = self.blocks(self.embed(tokens, start_pos, last_pos), start_pos, last_pos)
         return self.head(x[:, -1:] if self.logits == "last" else x)
 
+    def carrying(
+        self,
+        tokens: torch.Tensor,
+        start_pos: torch.Tensor,
+        last_pos: torch.Tensor | None,
+        caches: Sequence[torch.Tensor],
+    ) -> tuple[torch.Tensor, ...]:
+        """Do what `forward` does with states that are given and returned, and keep nothing.
+
+        Args:
+            tokens: See `forward`.
+            start_pos: See `forward`.
+            last_pos: See `forward`.
+            caches: Every buffer of `states`, in their order, of any float type; not changed.
+
+        Returns:
+            The logits, and what each of `caches` has become.
+        """
+        given = iter(caches)
+        lent = {
+            name: [next(given).to(torch.float32) for _ in state.buffers()]
+            for name, state in self.states.items()
+        }
+        x = self.embed(tokens, start_pos, last_pos)
+        chunk = self.chunk(x.shape[1], start_pos, last_pos, lent)
+        x = self._through(x, chunk)
+        logits = self.head(x[:, -1:] if self.logits == "last" else x)
+        returned = [
+            buffer
+            for name, state in self.states.items()
+            for buffer in state.returned(chunk.views[name])
+        ]
+        return logits, *(
+            buffer.to(cache.dtype) for buffer, cache in zip(returned, caches, strict=True)
+        )
+
     def hidden(self, tokens: torch.Tensor, start_pos: torch.Tensor) -> torch.Tensor:
         """Do what `forward` does up to the head, for every row: float32 `[1, S, hidden]`."""
         return self.blocks(self.embed(tokens, start_pos), start_pos)
@@ -209,17 +245,26 @@ class Decoder(nn.Module):
                 [self.blocks(part, start_pos + n * longest, last_pos) for n, part in parts], 1
             )
         chunk = self.chunk(x.shape[1], start_pos, last_pos)
-        carried = self.block(0).entering.taken_apart(x)
-        for index in range(len(self.layers)):
-            carried = run(self.block(index).through(carried, chunk))
+        x = self._through(x, chunk)
         for name, state in self.states.items():
             state.close(chunk.views[name])
-        return carried.stream
+        return x
 
     def chunk(
-        self, length: int, start_pos: torch.Tensor, last_pos: torch.Tensor | None = None
+        self,
+        length: int,
+        start_pos: torch.Tensor,
+        last_pos: torch.Tensor | None = None,
+        lent: Mapping[str, Sequence[torch.Tensor]] | None = None,
     ) -> Chunk:
-        """Return what every block is told of `length` tokens from `start_pos` int `[1]` on."""
+        """Return what every block is told of `length` tokens from `start_pos` int `[1]` on.
+
+        Args:
+            length: How many tokens there are.
+            start_pos: Position of the first.
+            last_pos: See `forward`.
+            lent: Buffers of the states by name, to be used in their place, see `State.lend`.
+        """
         start_pos = start_pos.to(torch.int32)
         rows = self._positions(length, start_pos, last_pos)
         places: dict[int | None, torch.Tensor] = {None: start_pos}
@@ -231,7 +276,12 @@ class Decoder(nn.Module):
                 self.positions[:ring], places[ring], start_pos, length, self.extent
             )
         starts = {ring: Start(place, length) for ring, place in places.items()}
-        views = {name: state.open(starts[state.ring]) for name, state in self.states.items()}
+        views = {
+            name: state.open(starts[state.ring])
+            if lent is None
+            else state.lend(starts[state.ring], lent[name])
+            for name, state in self.states.items()
+        }
         return self._chunk(rows, columns, views)
 
     def window(self, length: int) -> Chunk:
@@ -264,6 +314,13 @@ class Decoder(nn.Module):
         """Forget the sequence."""
         for state in self.states.values():
             state.reset()
+
+    def _through(self, x: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+        """Take `x`, as `embed` gives it, through all blocks: `[1, S, hidden]`."""
+        carried = self.block(0).entering.taken_apart(x)
+        for index in range(len(self.layers)):
+            carried = run(self.block(index).through(carried, chunk))
+        return carried.stream
 
     def _capped(self, products: torch.Tensor) -> torch.Tensor:
         multiplier = self.logits_multiplier

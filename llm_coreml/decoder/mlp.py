@@ -12,6 +12,7 @@ from torch import nn
 
 from llm_coreml.decoder.eight_bit import EightBit
 from llm_coreml.decoder.matrices import Linear
+from llm_coreml.decoder.norm import norm_of
 from llm_coreml.decoder.spec import Activation, MLPSpec
 from llm_coreml.decoder.wiring import Halt, Matrix, Steps, Wiring
 
@@ -99,6 +100,8 @@ class MLP(nn.Module):
         self.down_proj = Linear(inner, hidden_size, bias=spec.bias)
         if spec.activation in _WITH_NUMBERS:
             self.act_fn = _WITH_NUMBERS[spec.activation]()
+        if spec.inner_norm is not None:
+            self.inner_norm = norm_of(spec.inner_norm, inner)
 
     @property
     def wiring(self) -> Wiring:
@@ -106,7 +109,8 @@ class MLP(nn.Module):
         names = ("gate_proj", "up_proj") if self.spec.gated else ("up_proj",)
         projections = tuple(Matrix(name, reads="residual") for name in names)
         inner = ("act_fn",) if self.spec.activation == "xielu" else ()
-        return Wiring((projections, (Matrix("down_proj", writes="residual"),)), inner)
+        last = () if self.spec.inner_norm is None else ("inner_norm",)
+        return Wiring((projections, (Matrix("down_proj", writes="residual"),)), (*inner, *last))
 
     def steps(self, inputs: Halt) -> Steps:
         """Map `inputs` `[1, S, hidden]` to the same shape."""
@@ -114,7 +118,12 @@ class MLP(nn.Module):
         return self.down_proj(self.down_proj.arrange(inner))  # type: ignore[no-any-return]
 
     def _inner(self, x: torch.Tensor) -> torch.Tensor:
-        """Return `act(gate(x)) * up(x)`, `[1, S, intermediate]`."""
+        """Return what the last matrix reads, `[1, S, intermediate]`."""
+        inner = self._activated(x)
+        return inner if self.spec.inner_norm is None else self.inner_norm(inner)
+
+    def _activated(self, x: torch.Tensor) -> torch.Tensor:
+        """Return `act(gate(x)) * up(x)`, or `act(up(x))` without a gate."""
         activation = ACTIVATIONS.get(self.spec.activation)
         if activation is None:
             activation = self.act_fn

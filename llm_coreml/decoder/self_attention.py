@@ -67,6 +67,8 @@ class Attention(nn.Module):
         if spec.shares is None and not spec.keys_are_values:
             self.v_proj = Linear(hidden_size, kv_size, bias=spec.qkv_bias)
         self.o_proj = Linear(query_size, hidden_size, bias=spec.out_bias)
+        if spec.inner_norm is not None:
+            self.inner_norm = norm_of(spec.inner_norm, query_size)
         if spec.gate is not None:
             gates = query_size if spec.gate == "number" else spec.num_attention_heads
             self.gate_proj = Linear(hidden_size, gates, bias=False)
@@ -83,9 +85,9 @@ class Attention(nn.Module):
     def wiring(self) -> Wiring:
         """What each matrix reads and writes."""
         spec = self.spec
-        # Numbers that are gated one by one have no other space: a rotation would mix them. Nor have
-        # keys that are values.
-        apart = spec.gate == "number" or spec.keys_are_values
+        # Numbers that are changed one by one have no other space: a rotation would mix them. Nor
+        # have keys that are values.
+        apart = spec.changes_numbers or spec.keys_are_values
         space: Space | None = None if apart else "heads"
         projections = [Matrix("q_proj", reads="residual")]
         if spec.shares is None:
@@ -98,7 +100,8 @@ class Attention(nn.Module):
         normed = ("q_norm", "k_norm") if spec.shares is None else ("q_norm",)
         inner = () if spec.qk_norm is None else normed
         own = ("",) if spec.sinks else ()
-        return Wiring((tuple(projections), (output,)), (*inner, *own))
+        last = () if spec.inner_norm is None else ("inner_norm",)
+        return Wiring((tuple(projections), (output,)), (*inner, *last, *own))
 
     def steps(self, inputs: Halt, chunk: Chunk, heads: dict[int, Entries]) -> Steps:
         """Attend from `inputs` `[1, S, hidden]` to all that each token sees, up to itself.
@@ -120,13 +123,14 @@ class Attention(nn.Module):
         keys, values = self._attended(x, chunk, heads)
         attended = self._attend(queries, keys, values, chunk)
         attended = attended.reshape(1, spec.num_attention_heads, -1, spec.head_dim)
-        joined = self._gated(_heads_first(attended), x)
-        return joined.reshape(1, -1, spec.num_attention_heads * spec.head_dim)
+        gated = self._gated(_heads_first(attended), x)
+        joined = gated.reshape(1, -1, spec.num_attention_heads * spec.head_dim)
+        return joined if spec.inner_norm is None else self.inner_norm(joined)
 
     def _queries(self, x: torch.Tensor, chunk: Chunk) -> torch.Tensor:
         """Return queries as they meet keys, `[1, heads, S, head_dim]`."""
         norm = None if self.spec.qk_norm is None else self.q_norm
-        queries = self._placed(self.q_proj(x), norm, chunk)
+        queries = self._placed(self._clipped(self.q_proj(x)), norm, chunk)
         growth = chunk.growth(self.spec)
         if growth is not None:
             queries = queries * growth
@@ -159,7 +163,9 @@ class Attention(nn.Module):
     def _values(self, x: torch.Tensor) -> torch.Tensor:
         """Return new values `[1, kv_heads, S, head_dim]`."""
         products = self.k_proj(x) if self.spec.keys_are_values else self.v_proj(x)
-        values = products.view(1, -1, self.spec.num_key_value_heads, self.spec.head_dim)
+        values = self._clipped(products).view(
+            1, -1, self.spec.num_key_value_heads, self.spec.head_dim
+        )
         if self.spec.value_norm is not None:
             values = self.v_norm(values)
         return _heads_first(values)
@@ -167,7 +173,12 @@ class Attention(nn.Module):
     def _keys(self, x: torch.Tensor, chunk: Chunk) -> torch.Tensor:
         """Return keys as they are remembered, `[1, kv_heads, S, head_dim]`."""
         norm = None if self.spec.qk_norm is None else self.k_norm
-        return _heads_first(self._placed(self.k_proj(x), norm, chunk))
+        return _heads_first(self._placed(self._clipped(self.k_proj(x)), norm, chunk))
+
+    def _clipped(self, products: torch.Tensor) -> torch.Tensor:
+        """Return products of queries, keys or values as far from zero as they may be."""
+        clip = self.spec.clip
+        return products if clip is None else products.clamp(-clip, clip)
 
     def _placed(self, x: torch.Tensor, norm: RMSNorm | None, chunk: Chunk) -> torch.Tensor:
         """Return `x` `[1, S, heads * head_dim]` normed and rotated, `[1, S, heads, head_dim]`."""

@@ -35,6 +35,7 @@ class MLPSpec:
         intermediate_size: Width between the two.
         norm: Of what enters; None reads the residual stream as it is.
         out_norm: Of what is added to the residual stream.
+        inner_norm: Of what the last matrix reads.
         activation: `silu`, `gelu` (by the error function), `gelu_tanh` (by its tanh formula),
             `quick_gelu` (`x * sigmoid(1.702 x)`), `relu`, `relu2` (its square) or `xielu`
             (arXiv 2411.13010), which has two parameters of its own.
@@ -48,6 +49,7 @@ class MLPSpec:
     intermediate_size: int
     norm: NormSpec | None = NormSpec()
     out_norm: NormSpec | None = None
+    inner_norm: NormSpec | None = None
     activation: Activation = "silu"
     gated: bool = True
     bias: bool = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -49,6 +50,14 @@ class State(nn.Module, ABC):
     @abstractmethod
     def close(self, view: View) -> None:
         """Keep what a pass wrote to the view that `open` gave."""
+
+    @abstractmethod
+    def lend(self, start: Start, buffers: Sequence[torch.Tensor]) -> View:
+        """Return the view of a pass that is given the buffers, and keeps nothing itself."""
+
+    @abstractmethod
+    def returned(self, view: View) -> Sequence[torch.Tensor]:
+        """Return what the buffers have become in a pass over what `lend` gave."""
 
     @abstractmethod
     def window(self) -> View:

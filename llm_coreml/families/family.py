@@ -9,6 +9,9 @@ from typing import Any
 from llm_coreml.checkpoint.weights_view import Stored
 from llm_coreml.decoder.spec import DecoderSpec
 
+# Says of each parameter of a decoder which tensors it is made of.
+Naming = Callable[[DecoderSpec], dict[str, Stored]]
+
 
 @dataclass(frozen=True)
 class Family:
@@ -21,9 +24,12 @@ class Family:
             is made of.
         notes: Says in sentences what a `config.json` holds that is read otherwise than it looks.
         ignored: Glob patterns of checkpoint tensors that carry nothing the decoder needs.
+        other_names: The same as `stored`, under other names that the tensors have: those that
+            transformers gives them in memory, where they are not those of files.
     """
 
     spec: Callable[[Mapping[str, Any]], DecoderSpec]
-    stored: Callable[[DecoderSpec], dict[str, Stored]]
+    stored: Naming
     notes: Callable[[Mapping[str, Any]], list[str]]
     ignored: tuple[str, ...] = ()
+    other_names: tuple[Naming, ...] = ()

@@ -6,9 +6,16 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from llm_coreml.checkpoint.value_maps import Then, ValueMap
 from llm_coreml.decoder.spec import DecoderSpec, LayerSpec
 from llm_coreml.families import llama
-from llm_coreml.families.arrangements import FUSED_GATE, gate_up, interleaved
+from llm_coreml.families.arrangements import (
+    FUSED_GATE,
+    FUSED_QKV,
+    gate_up,
+    interleaved,
+    qkv_rows,
+)
 from llm_coreml.families.dense import Dense
 from llm_coreml.families.family import Family
 from llm_coreml.families.fields import flag
@@ -32,6 +39,18 @@ NAMES = Names(
 )
 
 
+def _of_one(spec: DecoderSpec, layer: LayerSpec) -> dict[str, ValueMap]:
+    turned, rows = interleaved(spec, layer), qkv_rows(layer)
+    parts = {
+        name: Then(part, turned[name]) if name in turned else part for name, part in rows.items()
+    }
+    return {**parts, **gate_up(layer)}
+
+
+# As the code that came before transformers' own has queries, keys and values.
+_ONE = Names(modules={**FUSED_GATE, **FUSED_QKV}, values=_of_one)
+
+
 def spec(config: Mapping[str, Any]) -> DecoderSpec:
     """Read a GLM `config.json`.
 
@@ -45,4 +64,10 @@ def spec(config: Mapping[str, Any]) -> DecoderSpec:
     return read.decoder(read.count * (LayerSpec(attention, read.mlp),), (rope,))
 
 
-FAMILY = Family(spec, lambda spec: stored(spec, NAMES), rope_notes, ignored=llama.FAMILY.ignored)
+FAMILY = Family(
+    spec,
+    lambda spec: stored(spec, NAMES),
+    rope_notes,
+    ignored=llama.FAMILY.ignored,
+    other_names=(lambda spec: stored(spec, _ONE),),
+)

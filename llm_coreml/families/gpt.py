@@ -10,9 +10,11 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from llm_coreml.checkpoint.value_maps import Waves
+from llm_coreml.decoder.spec import DecoderSpec
 from llm_coreml.errors import UnsupportedError
-from llm_coreml.families.dense import Keys
-from llm_coreml.families.fields import flag
+from llm_coreml.families.dense import Dense, Keys
+from llm_coreml.families.fields import flag, whole
 
 # transformers' own defaults where config.json is silent.
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
@@ -50,6 +52,8 @@ MODULES: Mapping[str, str] = MappingProxyType(
         "mlp.down_proj": "mlp.c_proj",
     }
 )
+# Far beyond those published, and no large table.
+_COMPUTED = 2**16
 # Old checkpoints store masks; a tied head may be written out beside its table.
 IGNORED = ("*.attn.bias", "*.attn.masked_bias", "lm_head.weight")
 
@@ -66,3 +70,13 @@ def check_alone(config: Mapping[str, Any]) -> None:
 def no_notes(config: Mapping[str, Any]) -> list[str]:
     """Return nothing: without rotary embedding there is no second spelling."""
     return []
+
+
+def computed_positions(read: Dense) -> int:
+    """Return how many positions have a row, where no file bounds their table."""
+    return whole(read.config, read.keys.positions, most=_COMPUTED)
+
+
+def waves(spec: DecoderSpec, period: int, first: int = 0) -> Waves:
+    """Return the table of positions of a decoder that has one and stores none, see `Waves`."""
+    return Waves(spec.learned_positions or 1, spec.hidden_size, max(1, period), first)

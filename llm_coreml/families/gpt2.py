@@ -9,6 +9,7 @@ from typing import Any
 
 from llm_coreml.checkpoint.value_maps import Columns, Rows, Transposed, ValueMap
 from llm_coreml.decoder.spec import DecoderSpec, LayerSpec
+from llm_coreml.families.arrangements import qkv_rows
 from llm_coreml.families.dense import LAYER_NORM, Dense
 from llm_coreml.families.family import Family
 from llm_coreml.families.fields import flag
@@ -26,6 +27,14 @@ def _values(spec: DecoderSpec, layer: LayerSpec) -> dict[str, ValueMap]:
 
 
 _NAMES = Names("transformer.", "h", modules=dict(MODULES), values=_values)
+# What llama.cpp's files are read as: each matrix the other way round.
+_MATRICES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+_TURNED = Names(
+    "transformer.",
+    "h",
+    modules={n: f"{their}.T" if their in _MATRICES else their for n, their in MODULES.items()},
+    values=lambda spec, layer: qkv_rows(layer),
+)
 
 
 def spec(config: Mapping[str, Any]) -> DecoderSpec:
@@ -53,4 +62,5 @@ FAMILY = Family(
     lambda spec: stored(spec, _NAMES),
     no_notes,
     ignored=IGNORED,
+    other_names=(lambda spec: stored(spec, _TURNED),),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from llm_coreml.decoder.spec import DecoderSpec, LayerSpec
@@ -26,7 +27,7 @@ _DEFAULTS = {
     "attention_bias": True,
     "use_parallel_residual": True,
 }
-_NAMES = Names(
+NAMES = Names(
     trunk="gpt_neox.",
     head="embed_out",
     modules={
@@ -58,8 +59,9 @@ def spec(config: Mapping[str, Any]) -> DecoderSpec:
 
 FAMILY = Family(
     spec,
-    lambda spec: stored(spec, _NAMES),
+    lambda spec: stored(spec, NAMES),
     rope_notes,
     # Old checkpoints store masks and frequencies.
     ignored=("*.rotary_emb.inv_freq", "*.attention.bias", "*.attention.masked_bias"),
+    other_names=(lambda spec: stored(spec, replace(NAMES, head="lm_head")),),
 )

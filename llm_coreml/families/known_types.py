@@ -95,7 +95,6 @@ _OTHER = {
     "a decoder of four residual streams, whose activations are made sparse": "gemma3n_text",
     "a model whose layers are run several times": "dory hrm_text",
     "a model of bytes in patches of any length": "blt",
-    "a decoder whose matrices round what they multiply": "bitnet",
     "a decoder with attention of its own (differences of two)": "diffllama",
     "a decoder with attention of its own (masks that are learned)": "doge",
     "a decoder with attention of its own (hashes)": "reformer",
@@ -105,10 +104,7 @@ _OTHER = {
 _DENSE = {
     "a Llama under another name, for --family llama": "internlm3 iquestcoder",
     "a GPT-2 under another name, for --family gpt2": "gpt-sw3",
-    "a dense decoder": (
-        "apertus1p5_text cohere_compass_text ctrl cwm exaone gpt_neox_japanese hyperclovax jais2 "
-        "ministral modernbert-decoder openai-gpt xglm"
-    ),
+    "a dense decoder": ("apertus1p5_text cohere_compass_text modernbert-decoder openai-gpt"),
 }
 _KINDS: tuple[tuple[Outlook, Mapping[str, str]], ...] = (
     ("planned", _PLANNED),

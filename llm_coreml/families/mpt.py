@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 from llm_coreml.decoder.spec import DecoderSpec, LayerSpec, NormSpec
-from llm_coreml.errors import UnsupportedError
 from llm_coreml.families.alibi import ordered_slopes
 from llm_coreml.families.arrangements import qkv_rows
 from llm_coreml.families.dense import Dense, Keys
@@ -45,20 +44,17 @@ def spec(config: Mapping[str, Any]) -> DecoderSpec:
 
     Raises:
         CheckpointError: see `llama.spec`.
-        UnsupportedError: see `llama.spec`; also for clipped queries, keys and values.
+        UnsupportedError: see `llama.spec`.
     """
     read = Dense({**_DEFAULTS, **config}, _KEYS, NormSpec(kind="layer"))
     options = table(config, "attn_config")
-    if options.get("clip_qkv"):
-        raise UnsupportedError(
-            f"config.json clips queries, keys and values (clip_qkv = {shown(options['clip_qkv'])}),"
-            " which the decoder does not compute."
-        )
+    # A zero clips nothing.
+    clip = number(options, "clip_qkv") if options.get("clip_qkv") else None
     scale = None
     if options.get("softmax_scale") is not None:
         scale = number(options, "softmax_scale")
     slopes = ordered_slopes(read.heads)
-    attention = replace(read.attention, rope=None, alibi=slopes, scale=scale)
+    attention = replace(read.attention, rope=None, alibi=slopes, scale=scale, clip=clip)
     mlp = replace(read.plain_mlp, bias=False)
     return read.decoder(read.count * (LayerSpec(attention, mlp),), ())
 

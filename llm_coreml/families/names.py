@@ -38,11 +38,12 @@ class Names:
         trunk: What stands before every name but those of the head.
         layers: The list of layers.
         head: The head.
-        modules: Modules with other names than the decoder's; those of a layer as the layer has
-            them. A `*` counts the modules that one is stacked of.
+        modules: Modules, or single parameters, with other names than the decoder's; those of a
+            layer as the layer has them. A `*` counts the modules that one is stacked of.
         gains: How gains of norms are stored; None as they are.
         values: How other parameters of a layer are stored, by name or by module.
         first_position: How many rows a table of learned positions has before the first.
+        positions: What a table of positions is computed as, where none is stored.
     """
 
     trunk: str = "model."
@@ -52,6 +53,7 @@ class Names:
     gains: ValueMap | None = None
     values: Callable[[DecoderSpec, LayerSpec], Arrangement] = _as_they_are
     first_position: int = 0
+    positions: ValueMap | None = None
 
 
 _LLAMA = Names()
@@ -75,7 +77,10 @@ def stored(spec: DecoderSpec, names: Names = _LLAMA) -> dict[str, Stored]:
         for kind, _ in module.named_parameters(recurse=False):
             if spec.tie_word_embeddings and (path, kind) == ("lm_head", "weight"):
                 continue
-            place, inner, theirs = _named(path, names)
+            if isinstance(module, PositionTable) and names.positions is not None:
+                found[f"{path}.{kind}"] = Stored((), names.positions)
+                continue
+            place, inner, theirs = _named(path, kind, names)
             arrangement = _PLAIN if place is None else arrangements[place]
             values = arrangement.get(f"{inner}.{kind}", arrangement.get(inner))
             if values is None and kind == "weight" and isinstance(module, RMSNorm):
@@ -84,18 +89,20 @@ def stored(spec: DecoderSpec, names: Names = _LLAMA) -> dict[str, Stored]:
                 count = names.first_position + module.weight.shape[0]
                 values = Rows(names.first_position, count, of=count)
             places = range(values.count) if isinstance(values, Stacked) else range(1)
-            each = tuple(f"{theirs}.{kind}".replace("*", str(index)) for index in places)
+            each = tuple(theirs.replace("*", str(index)) for index in places)
             found[f"{path}.{kind}"] = Stored(each, values)
     return found
 
 
-def _named(path: str, names: Names) -> tuple[int | None, str, str]:
-    """Return a module's layer, its name within that, and what checkpoints call it."""
+def _named(path: str, kind: str, names: Names) -> tuple[int | None, str, str]:
+    """Return a parameter's layer, its module within that, and what checkpoints call it."""
     if path == "lm_head":
-        return None, path, names.head
+        return None, path, f"{names.head}.{kind}"
     if not path.startswith("layers."):
-        return None, path, names.trunk + names.modules.get(path, path)
+        return None, path, f"{names.trunk}{names.modules.get(path, path)}.{kind}"
     _, index, *rest = path.split(".", 2)
     inner = "".join(rest)  # nothing, of what a layer holds itself
-    theirs = ".".join((index, names.modules.get(inner, inner))).rstrip(".")
+    module = ".".join((index, names.modules.get(inner, inner))).rstrip(".")
+    alone = names.modules.get(f"{inner}.{kind}")
+    theirs = f"{module}.{kind}" if alone is None else f"{index}.{alone}"
     return int(index), inner, f"{names.trunk}{names.layers}.{theirs}"

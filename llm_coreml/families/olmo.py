@@ -7,11 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 from llm_coreml.decoder.spec import DecoderSpec, LayerSpec, NormSpec
-from llm_coreml.errors import UnsupportedError
 from llm_coreml.families import llama
 from llm_coreml.families.dense import Dense
 from llm_coreml.families.family import Family
-from llm_coreml.families.fields import shown
+from llm_coreml.families.fields import number
 from llm_coreml.families.names import stored
 from llm_coreml.families.rotary import rope_notes
 
@@ -28,13 +27,9 @@ def spec(config: Mapping[str, Any]) -> DecoderSpec:
         CheckpointError: see `llama.spec`.
         UnsupportedError: see `llama.spec`.
     """
-    if config.get("clip_qkv") is not None:
-        raise UnsupportedError(
-            f"config.json gives clip_qkv = {shown(config['clip_qkv'])}; queries, keys and values "
-            "are not clipped here. Give a model without it."
-        )
     read = Dense({**_DEFAULTS, **config})
-    attention = replace(read.biased_attention, norm=_NORM)
+    clip = None if config.get("clip_qkv") is None else number(config, "clip_qkv")
+    attention = replace(read.biased_attention, norm=_NORM, clip=clip)
     layer = LayerSpec(attention, replace(read.mlp, norm=_NORM))
     return replace(read.alike(layer), norm=_NORM)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_coreml.artifact import pte
+from llm_coreml.artifact.compatibility import compatibility
 from llm_coreml.artifact.method_plan import Constant, Delegate
 from llm_coreml.artifact.mil import Feature
 from llm_coreml.artifact.packages import BACKEND, Packages
@@ -28,6 +29,8 @@ class ModelContents:
         files: Bytes of the files of its package, by path.
         function: The function that runs.
         specification_version: Core ML's version of the model.
+        declared: The oldest systems that read the model, `iOS18`; "" if it is newer than is known.
+        needed: The oldest systems that have all that it uses.
         inputs: Element type and shapes, by name.
         outputs: The same of what it gives.
         states: The same of what it remembers.
@@ -37,6 +40,8 @@ class ModelContents:
     files: Mapping[str, int]
     function: str
     specification_version: int
+    declared: str
+    needed: str
     inputs: Mapping[str, str]
     outputs: Mapping[str, str]
     states: Mapping[str, str]
@@ -50,7 +55,7 @@ class DelegateContents:
     Attributes:
         backend: The backend's name.
         bytes: What it is given.
-        model: What that is; None for another backend than Core ML.
+        model: What that is; None for another backend than Core ML, or if it is compiled.
     """
 
     backend: str
@@ -140,18 +145,22 @@ def _rules(manifest: Manifest) -> dict[str, BrokenRule]:
 
 
 def _delegate(delegate: Delegate, packages: Packages) -> DelegateContents:
-    model = None if delegate.backend != BACKEND else _model(delegate, packages)
+    readable = delegate.backend == BACKEND and not packages.find(delegate).folder.compiled
+    model = _model(delegate, packages) if readable else None
     return DelegateContents(delegate.backend, len(delegate.data), model)
 
 
 def _model(delegate: Delegate, packages: Packages) -> ModelContents:
     lowered = packages.open(delegate)
     model = lowered.package.model
+    asked = compatibility(model)
     function, interface = model.functions[lowered.function], model.interfaces[lowered.function]
     return ModelContents(
         files={name: len(content) for name, content in lowered.package.files.items()},
         function=lowered.function,
         specification_version=model.specification_version,
+        declared=asked.declared,
+        needed=asked.needed,
         inputs=_shapes(interface.inputs),
         outputs=_shapes(interface.outputs),
         states=_shapes(interface.states),

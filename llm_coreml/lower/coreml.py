@@ -25,7 +25,7 @@ from llm_coreml.decoder import Decoder
 from llm_coreml.lower.method import CoreMLCall, edge_methods, write_methods
 from llm_coreml.lower.padded import Program, method_around
 from llm_coreml.lower.program import compile_specs, write_program
-from llm_coreml.lower.signature import Signature
+from llm_coreml.lower.signature import Signature, empty
 from llm_coreml.lower.traced import trace_method, trace_program
 
 # Share of a lowering's time, as measured on models of 4 and 16 layers.
@@ -51,46 +51,56 @@ def lower_coreml(
         on_progress: Called with the share of the usual time that is over, 0 to 1.
     """
     lengths = description.seq_lengths
-    with _uncollected(), tempfile.TemporaryDirectory(prefix="llm-coreml-") as folder:
+    with uncollected(), tempfile.TemporaryDirectory(prefix="llm-coreml-") as folder:
         # coremltools wants the writes of the states among the results.
-        exported = trace_program(decoder, lengths).run_decompositions({})
+        caches = empty(description.caches)
+        exported = trace_program(decoder, lengths, description.ranged, caches)
+        exported = exported.run_decompositions({})
         on_progress(_TRACED)
-        specs = compile_specs(exported, job, lengths)
+        specs = compile_specs(exported, job, () if description.ranged else lengths)
         blob = Path(folder, "blob")
         write_program(exported, specs, blob)
         del exported
-        call = CoreMLCall(MAIN_FUNCTION, _signature(description, decoder.spec.vocab_size))
-        method = method_around(_calling(call), description.context, lengths, description.every_row)
-        traced = {MAIN_METHOD: trace_method(method, lengths[-1])}
+        call = CoreMLCall(MAIN_FUNCTION, signature_of(description, MAIN_METHOD))
+        padding = None if description.ranged else lengths
+        method = method_around(calling(call), description.context, padding, description.every_row)
+        traced = {MAIN_METHOD: trace_method(method, lengths[-1], list(caches.values()))}
         edge = edge_methods(traced, {call.name: specs}, description.constant_methods)
         write_methods(edge.to_executorch(), {call.name: blob}, path)
 
 
-def _signature(description: Description, vocab_size: int) -> Signature:
-    """Return what the program takes and gives, as `Decoder.forward` does."""
-    longest = description.seq_lengths[-1]
+def signature_of(description: Description, method: str) -> Signature:
+    """Return what the program in a method takes and gives, as `Decoder.forward` does."""
+    longest, vocab_size = (
+        description.methods[method].seq_lengths[-1],
+        description.constant_methods["get_vocab_size"],
+    )
     size = "P" if longest > 1 else 1
-    takes = [f"{TOKENS} int32 [1, {size}]", f"{START_POS} int32 [1]"]
-    if longest > 1:
-        takes.append("last_pos int32 [1]")
+    caches = tuple(f"{name} {text}" for name, text in description.caches.items())
+    last = ("last_pos int32 [1]",) if longest > 1 else ()
+    takes = (f"{TOKENS} int32 [1, {size}]", *caches, f"{START_POS} int32 [1]", *last)
     rows = size if description.every_row else 1
-    return Signature(tuple(takes), (f"logits float32 [1, {rows}, {vocab_size}]",))
+    return Signature(takes, (f"logits float32 [1, {rows}, {vocab_size}]", *caches))
 
 
-def _calling(call: CoreMLCall) -> Program:
-    """Return a call with positions that may be absent, and one output."""
+def calling(call: CoreMLCall) -> Program:
+    """Return a call with positions that may be absent; see `padded.Program`."""
 
     def program(
-        tokens: torch.Tensor, start_pos: torch.Tensor, last_pos: torch.Tensor | None
-    ) -> torch.Tensor:
-        (logits,) = call(tokens, start_pos, *(() if last_pos is None else (last_pos,)))
-        return logits
+        tokens: torch.Tensor,
+        start_pos: torch.Tensor,
+        last_pos: torch.Tensor | None,
+        *caches: torch.Tensor,
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        last = () if last_pos is None else (last_pos,)
+        given = call(tokens, *caches, start_pos, *last)
+        return given if caches else given[0]
 
     return program
 
 
 @contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
+def uncollected() -> Iterator[None]:
     """Collect no garbage but when asked: graphs live long, and going through them takes time."""
     enabled = gc.isenabled()
     gc.disable()

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 from coremltools.converters.mil import Builder as mb
+from coremltools.converters.mil._deployment_compatibility import AvailableTarget
+from coremltools.converters.mil.frontend._utils import is_current_opset_version_compatible_with
 from coremltools.converters.mil.frontend.torch.ops import _get_inputs
 from coremltools.converters.mil.frontend.torch.torch_op_registry import register_torch_op
 from coremltools.converters.mil.mil import types
@@ -24,17 +26,17 @@ def _names(write: CustomOpDef) -> list[str]:
 
 @register_torch_op(torch_alias=_names(caches.kv_write), override=True)  # type: ignore[untyped-decorator]
 def kv_write(context: Any, node: Any) -> None:
-    """Lower a cache write to `slice_update` on the state's value and a state write right after.
+    """Lower a cache write to `slice_update` on the cache's value, and a state write right after.
+
+    A cache that is an input of the program is no state.
 
     coremltools itself would chain all updates and write the state once at the end, which leaves
     no update next to its state for the compiler to do in place.
     """
     cache, update, layer, start = _get_inputs(context, node, expected=4)
-    state = context.name_to_source_state[node.inputs[0]]
+    state = context.name_to_source_state.get(node.inputs[0])
     length = mb.slice_by_index(x=mb.shape(x=update), begin=[2], end=[3])
-    written = _written(state, cache, update, int(layer.val), start, length)
-    context.name_to_source_state[node.name] = state
-    context.add(mb.cast(x=written, dtype="fp32", name=node.name))
+    _add(context, node, state, _written(state, cache, update, int(layer.val), start, length))
 
 
 @register_torch_op(torch_alias=_names(caches.ring_write), override=True)  # type: ignore[untyped-decorator]
@@ -48,13 +50,14 @@ def ring_write(context: Any, node: Any) -> None:
     is what lies there already, and the last is the update: so it comes last.
     """
     cache, update, layer, place, count = _get_inputs(context, node, expected=5)
-    state = context.name_to_source_state[node.inputs[0]]
+    state = context.name_to_source_state.get(node.inputs[0])
     (_, heads, size, width), row = cache.shape, int(layer.val)
     length = mb.reshape(x=count, shape=[1])
+    if not _updates_slices():
+        _add(context, node, state, _scattered(cache, update, place, length, size))
+        return
     if length.val is not None and length.val[0] == 1:
-        written = _written(state, cache, update, row, place, length)
-        context.name_to_source_state[node.name] = state
-        context.add(mb.cast(x=written, dtype="fp32", name=node.name))
+        _add(context, node, state, _written(state, cache, update, row, place, length))
         return
     zero = np.array([0], dtype=np.int32)
     past = mb.sub(x=mb.add(x=place, y=length), y=np.array([size], dtype=np.int32))
@@ -73,18 +76,47 @@ def ring_write(context: Any, node: Any) -> None:
     at_first = _written(state, cache, first, row, zero, length)
     cache = mb.cast(x=at_first, dtype="fp32")
     at_last = _written(state, cache, last, row, mb.sub(x=place, y=wrapped), length)
-    context.name_to_source_state[node.name] = state
-    context.add(mb.cast(x=at_last, dtype="fp32", name=node.name))
+    _add(context, node, state, at_last)
+
+
+def _add(context: Any, node: Any, state: Any, written: Any) -> None:
+    """Make of what a cache holds the result of the op, and of the op's result that cache."""
+    if state is not None:
+        context.name_to_source_state[node.name] = state
+    context.add(mb.cast(x=written, dtype="fp32", name=node.name))
 
 
 def _written(state: Any, cache: Any, update: Any, row: int, place: Any, length: Any) -> Any:
-    """Write `update` to a row of a state's value, then the state, and return what that holds."""
+    """Write `update` to a row of a cache's value, then its state, and return what that holds."""
+    if not _updates_slices():
+        return _scattered(cache, update, place, length)
     _, heads, _, width = cache.shape
     begin = _corner(row, 0, place, 0)
     end = _corner(row + 1, heads, mb.add(x=place, y=length), width)
     updated = mb.slice_update(x=cache, update=update, begin=begin, end=end)
+    if state is None:
+        return updated
     narrowed = mb.cast(x=updated, dtype=types.builtin_to_string(state.dtype))
     return mb.coreml_update_state(state=state, value=narrowed)
+
+
+def _updates_slices() -> bool:
+    """Return whether the oldest system has `slice_update`; states are as old."""
+    compatible: bool = is_current_opset_version_compatible_with(AvailableTarget.iOS18)
+    return compatible
+
+
+def _scattered(cache: Any, update: Any, place: Any, length: Any, ring: int | None = None) -> Any:
+    """Return a cache of one layer with `update` from `place` on, past a ring's end at its start.
+
+    Older systems have no states, and a cache that is given has one layer.
+    """
+    first = mb.squeeze(x=place, axes=[0])
+    count = mb.squeeze(x=length, axes=[0])
+    places = mb.range_1d(start=first, end=mb.add(x=first, y=count), step=np.int32(1))
+    if ring is not None:
+        places = mb.mod(x=places, y=np.int32(ring))
+    return mb.scatter(data=cache, indices=places, updates=update, axis=2, mode="update")
 
 
 def _corner(first: int, heads: int, position: Any, width: int) -> Any:

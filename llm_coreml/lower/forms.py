@@ -20,6 +20,7 @@ from llm_coreml.artifact.description import (
     INPUTS,
     MAIN_FUNCTION,
     MAIN_METHOD,
+    RANGE,
     Description,
     MethodForm,
 )
@@ -42,6 +43,7 @@ class Lowering(ABC):
     """
 
     name: ClassVar[str]
+    why: ClassVar[str]
     backend: ClassVar[str]
     functions: ClassVar[tuple[str, ...]]
     state_dtype: ClassVar[str]
@@ -61,19 +63,33 @@ class Lowering(ABC):
         spec: DecoderSpec,
         constants: dict[str, Constant],
     ) -> Description:
-        """Return what a program with one method offers."""
+        """Return what a program offers: one method, or those that were asked for."""
         every_row = job.logits == "all"
         output = f"float32 [1, {'S' if every_row else 1}, {spec.vocab_size}]"
-        form = MethodForm(INPUTS, output, job.shapes.seq_lengths, cls.functions)
+        given = job.cache == "inputs"
+        caches = _caches(spec, job.shapes, cls.input_dtype(job)) if given else {}
+        inputs = (*INPUTS, *(f"{name} {text}" for name, text in caches.items()))
+        methods = {
+            name: MethodForm(inputs, output, (length,), (name,))
+            for name, length in job.functions.items()
+        }
+        only = MethodForm(inputs, output, job.shapes.seq_lengths, cls.functions)
+        cache = "is handed from call to call" if given else "is the program's state"
         return Description(
             form=cls.name,
+            why=f"{cls.why}; the cache {cache}",
             backend=cls.backend,
-            methods={MAIN_METHOD: form},
+            methods=methods or {MAIN_METHOD: only},
             every_row=every_row,
-            states=_states(spec, job.shapes, cls.state_dtype),
+            states={} if given else _caches(spec, job.shapes, cls.state_dtype),
             context=job.shapes.context,
             constant_methods=constants,
         )
+
+    @classmethod
+    def input_dtype(cls, job: Job) -> str:
+        """Return the element type of caches that are inputs: a state's, but fp32 beside fp32."""
+        return "float32" if job.precision.name == "fp32" else cls.state_dtype
 
     @abstractmethod
     def write(self, decoder: Decoder, path: Path, on_progress: OnProgress = lambda _: None) -> None:
@@ -95,6 +111,7 @@ class Enumerated(Lowering):
     """Core ML, whose tokens have one of several lengths, all of them told beforehand."""
 
     name = "enumerated"
+    why = "several lengths, of which Core ML is told beforehand: every compute unit takes these"
     backend = "coreml"
     functions = (MAIN_FUNCTION,)
     state_dtype = "float16"
@@ -102,7 +119,56 @@ class Enumerated(Lowering):
     @classmethod
     def fits(cls, job: Job) -> bool:
         """Return whether it is Core ML with several lengths."""
-        return job.backend == cls.backend and len(job.shapes.seq_lengths) > 1
+        shapes = job.shapes
+        several = len(shapes.seq_lengths) > 1 and not shapes.ranged and not job.functions
+        return job.backend == cls.backend and several
+
+    def write(self, decoder: Decoder, path: Path, on_progress: OnProgress = lambda _: None) -> None:
+        """Write the program, see `Lowering.write`."""
+        from llm_coreml.lower.coreml import lower_coreml
+
+        lower_coreml(decoder, self.job, self.description, path, on_progress)
+
+
+@final
+class Multifunction(Lowering):
+    """Core ML, a method and a function for each length, which share the weights.
+
+    Their caches are inputs and outputs: a state would be each method's own.
+    """
+
+    name = "multifunction"
+    why = "methods of one length each that share the weights, as --functions asks"
+    backend = "coreml"
+    functions = ()
+    state_dtype = "float16"
+
+    @classmethod
+    def fits(cls, job: Job) -> bool:
+        """Return whether it is Core ML with several methods."""
+        return job.backend == cls.backend and bool(job.functions)
+
+    def write(self, decoder: Decoder, path: Path, on_progress: OnProgress = lambda _: None) -> None:
+        """Write the program, see `Lowering.write`."""
+        from llm_coreml.lower.multifunction import lower_functions
+
+        lower_functions(decoder, self.job, self.description, path, on_progress)
+
+
+@final
+class Ranged(Lowering):
+    """Core ML, whose tokens have any length up to the longest; nothing is padded."""
+
+    name = RANGE
+    why = "any length up to the longest, as --seq-lengths asks; no Neural Engine takes it"
+    backend = "coreml"
+    functions = (MAIN_FUNCTION,)
+    state_dtype = "float16"
+
+    @classmethod
+    def fits(cls, job: Job) -> bool:
+        """Return whether it is Core ML with a range of lengths."""
+        return job.backend == cls.backend and job.shapes.ranged
 
     def write(self, decoder: Decoder, path: Path, on_progress: OnProgress = lambda _: None) -> None:
         """Write the program, see `Lowering.write`."""
@@ -113,9 +179,10 @@ class Enumerated(Lowering):
 
 @final
 class Static(Lowering):
-    """Core ML, whose tokens have one length."""
+    """Core ML, whose tokens have one length, to which the method pads."""
 
     name = "static"
+    why = "one length, as --seq-lengths asks"
     backend = "coreml"
     functions = (MAIN_FUNCTION,)
     state_dtype = "float16"
@@ -137,6 +204,7 @@ class Twin(Lowering):
     """XNNPACK, which ExecuTorch's own runner runs on Linux; its weights are fp32."""
 
     name = "twin"
+    why = "every length, in fp32, for ExecuTorch on Linux, as --backend xnnpack asks"
     backend = "xnnpack"
     functions = ()
     state_dtype = "float32"
@@ -150,12 +218,13 @@ class Twin(Lowering):
         """Write the program, see `Lowering.write`; it takes little time, and is not told of."""
         from llm_coreml.lower.xnnpack import lower_xnnpack
 
+        described = self.description
         lower_xnnpack(
-            decoder, self.description.seq_lengths, self.description.constant_methods, path
+            decoder, described.seq_lengths, described.constant_methods, described.caches, path
         )
 
 
-FORMS: tuple[type[Lowering], ...] = (Enumerated, Static, Twin)
+FORMS: tuple[type[Lowering], ...] = (Enumerated, Ranged, Static, Multifunction, Twin)
 
 
 def form_for(
@@ -177,6 +246,6 @@ def form_for(
     return kind(job, kind.describe(job, spec, constants))
 
 
-def _states(spec: DecoderSpec, shapes: Shapes, dtype: str) -> dict[str, str]:
+def _caches(spec: DecoderSpec, shapes: Shapes, dtype: str) -> dict[str, str]:
     states = state_specs(spec, shapes.extent)
     return {state.name: f"{dtype} {list(state.shape)}" for state in states}

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, final
 
 import torch
@@ -27,6 +28,7 @@ from executorch.exir import (
     to_edge_transform_and_lower,
 )
 from executorch.exir._serialize._cord import FileBackedData
+from executorch.exir._serialize._named_data_store import NamedDataStore
 from executorch.exir._serialize._serialize import serialize_for_executorch
 from executorch.exir.backend.backend_details import BackendDetails, PreprocessResult
 from executorch.exir.backend.compile_spec_schema import CompileSpec
@@ -106,18 +108,32 @@ def edge_methods(
     return edge
 
 
-def write_methods(program: ExecutorchProgramManager, blobs: Mapping[str, Path], path: Path) -> None:
+def write_methods(
+    program: ExecutorchProgramManager,
+    blobs: Mapping[str, Path | bytes],
+    path: Path,
+    shared: Mapping[str, Path] = MappingProxyType({}),
+) -> None:
     """Write the `.pte`.
 
     Args:
         program: Of `edge_methods`.
-        blobs: The file that holds each Core ML program, by its name.
+        blobs: What each Core ML program's delegate is given, by the program's name: bytes, or the
+            file that holds them.
         path: Where to write.
+        shared: Files that blobs refer to by these names.
     """
     for delegate in program.executorch_program.backend_delegate_data:
-        delegate.data = FileBackedData(str(blobs[bytes(delegate.data).decode()]))
+        blob = blobs[bytes(delegate.data).decode()]
+        delegate.data = blob if isinstance(blob, bytes) else FileBackedData(str(blob))
+    store = NamedDataStore()
+    for name, stored in shared.items():
+        store.add_named_data(name, FileBackedData(str(stored)))
     content, _ = serialize_for_executorch(
-        program._emitter_output, ExecutorchBackendConfig(), program._data_serializer
+        program._emitter_output,
+        ExecutorchBackendConfig(),
+        program._data_serializer,
+        store.get_named_data_store_output() if shared else None,
     )
     with path.open("wb") as file:
         content.write_to_file(file)

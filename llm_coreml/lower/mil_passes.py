@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import coremltools as ct
@@ -11,7 +12,9 @@ from coremltools.converters.mil.mil.passes.defs.cleanup.const_deduplication impo
     const_deduplication,
 )
 from coremltools.converters.mil.mil.passes.graph_pass import AbstractGraphPass
-from coremltools.converters.mil.mil.passes.pass_registry import register_pass
+from coremltools.converters.mil.mil.passes.pass_registry import PASS_REGISTRY, register_pass
+
+from llm_coreml.errors import ConfigError, nearest
 
 
 @register_pass(namespace="llm_coreml")
@@ -135,8 +138,26 @@ _OMITTED = "common::canonicalize_quantized_lut_pattern"
 _REPLACED = {"common::const_deduplication": "llm_coreml::share_equal_constants"}
 
 
-def pass_names() -> list[str]:
-    """Return coremltools' default pipeline, all but one pass, with ours in it and around it."""
+def pass_names(chosen: Sequence[str] | None = None) -> list[str]:
+    """Return what coremltools is to run.
+
+    Args:
+        chosen: All passes, or each that is left out of the usual ones, with a hyphen before its
+            name; None is coremltools' default pipeline, all but one pass, with ours in it and
+            around it.
+
+    Raises:
+        ConfigError: there is no such pass, or the usual ones do not have it.
+    """
     default = ct.PassPipeline.DEFAULT.passes
     names = [_REPLACED.get(name, name) for name in default if name != _OMITTED]
-    return ["llm_coreml::join_slices", *names, "llm_coreml::drop_repeated_state_writes"]
+    usual = ["llm_coreml::join_slices", *names, "llm_coreml::drop_repeated_state_writes"]
+    if chosen is None:
+        return usual
+    left_out = {name[1:] for name in chosen if name.startswith("-")}
+    known = usual if left_out else PASS_REGISTRY.passes
+    for name in left_out or chosen:
+        if name not in known:
+            told = "the usual passes do not hold" if left_out else "coremltools has no pass"
+            raise ConfigError(f"--passes: {told} '{name}'.{nearest(name, known)}")
+    return [name for name in usual if name not in left_out] if left_out else list(chosen)

@@ -24,7 +24,7 @@ _DROPPED = ("executorch_debug_handle_mapping.json",)
 _VOLATILE_METADATA = "com.github.apple.coremltools.conversion_date"
 
 
-def write_blob(package: Path, model: Any, names: dict[str, Any], file: BinaryIO) -> None:
+def write_blob(package: Path, model: Any, names: dict[str, Any], file: BinaryIO) -> str:
     """Write the delegate blob of a Core ML package.
 
     Args:
@@ -32,6 +32,9 @@ def write_blob(package: Path, model: Any, names: dict[str, Any], file: BinaryIO)
         model: Its model, of which the package holds an earlier form; it is edited.
         names: What `metadata.json` says of inputs and outputs.
         file: Where to write.
+
+    Returns:
+        What it is identified by on a device.
     """
     files: dict[str, bytes | memoryview] = {
         f"{_PACKAGE}/{path}": data
@@ -44,10 +47,10 @@ def write_blob(package: Path, model: Any, names: dict[str, Any], file: BinaryIO)
     for path in sorted(files):
         if path.endswith((".mlmodel", ".bin")):
             digest.update(files[path])
-    files["metadata.json"] = _json(
-        {**names, "identifier": f"executorch_{_uuid(digest.hexdigest())}"}
-    )
+    identifier = f"executorch_{_uuid(digest.hexdigest())}"
+    files["metadata.json"] = _json({**names, "identifier": identifier})
     file.writelines(pieces(files))
+    return identifier
 
 
 def _canonical_model(model: Any) -> bytes:

@@ -18,8 +18,33 @@ from typing import Any
 import torch
 from torch import nn
 
+from llm_coreml.decoder import Decoder
+
 # `Decoder.forward`, or what stands for it: tokens, start_pos and last_pos, all int32 -> logits.
-Program = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+# `Carrying`: the same, and every cache -> a tuple of logits and every cache.
+Program = Callable[..., Any]
+
+
+class Carrying(nn.Module):
+    """A decoder that is given its caches, and gives them back, as a program.
+
+    Args:
+        decoder: Its own states are left as they are.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        start_pos: torch.Tensor,
+        last_pos: torch.Tensor | None,
+        *caches: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        """Return logits and caches, see `Decoder.carrying`."""
+        return self.decoder.carrying(tokens, start_pos, last_pos, caches)
 
 
 class OneToken(nn.Module):
@@ -37,9 +62,13 @@ class OneToken(nn.Module):
         self.program = program
         self.register_buffer("positions", torch.arange(context, dtype=torch.int32))
 
-    def forward(self, tokens: torch.Tensor, start_pos: torch.Tensor) -> torch.Tensor:
-        """Return the logits of `tokens` int64 `[1, 1]` at `start_pos` int64 `[1]`."""
-        return self.program(tokens.to(torch.int32), position(self.positions, start_pos), None)
+    def forward(self, tokens: torch.Tensor, start_pos: torch.Tensor, *caches: torch.Tensor) -> Any:
+        """Return the logits of `tokens` int64 `[1, 1]` at `start_pos` int64 `[1]`.
+
+        With caches, a tuple of the logits and of what becomes of each cache.
+        """
+        first = position(self.positions, start_pos)
+        return self.program(tokens.to(torch.int32), first, None, *caches)
 
 
 class Padded(nn.Module):
@@ -63,18 +92,24 @@ class Padded(nn.Module):
         self.every_row = every_row
         self.register_buffer("positions", torch.arange(context, dtype=torch.int32))
 
-    def forward(self, tokens: torch.Tensor, start_pos: torch.Tensor) -> torch.Tensor:
-        """Return the logits of `tokens` int64 `[1, S]` that begin at `start_pos` int64 `[1]`."""
+    def forward(self, tokens: torch.Tensor, start_pos: torch.Tensor, *caches: torch.Tensor) -> Any:
+        """Return the logits of `tokens` int64 `[1, S]` that begin at `start_pos` int64 `[1]`.
+
+        With caches, a tuple of the logits and of what becomes of each cache.
+        """
         count = tokens.shape[1]
         first = position(self.positions, start_pos)
         last = position(self.positions, start_pos + (count - 1))
         if self.lengths is None:
-            return self.program(tokens.to(torch.int32), first, last)
+            return self.program(tokens.to(torch.int32), first, last, *caches)
         rows = torch.arange(padded_length(count, self.lengths)).clamp(max=count - 1)
         padded = tokens.index_select(1, rows).to(torch.int32)
-        logits = self.program(padded, first, last)
-        # No slice: torch does not know that there are at least so many.
-        return logits.index_select(1, torch.arange(count)) if self.every_row else logits
+        given = self.program(padded, first, last, *caches)
+        logits, rest = (given[0], given[1:]) if caches else (given, ())
+        if self.every_row:
+            # No slice: torch does not know that there are at least so many.
+            logits = logits.index_select(1, torch.arange(count))
+        return (logits, *rest) if caches else logits
 
 
 Method = OneToken | Padded

@@ -8,9 +8,10 @@ is written.
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import coremltools as ct
 from executorch.backends.apple.coreml.compiler import CoreMLBackend
@@ -19,8 +20,11 @@ from torch.export import ExportedProgram
 
 import llm_coreml.lower.coreml_ops
 import llm_coreml.lower.weight_ops  # noqa: F401 - both register with coremltools
-from llm_coreml.artifact.description import TOKENS
+from llm_coreml.artifact.description import MAIN_FUNCTION, TOKENS
+from llm_coreml.artifact.mapped import map_folder
+from llm_coreml.artifact.milproto import parse
 from llm_coreml.config import Job
+from llm_coreml.lower.advice import advised, check_systems
 from llm_coreml.lower.mil_passes import pass_names
 from llm_coreml.lower.package import write_blob
 from llm_coreml.quiet import no_bars
@@ -40,8 +44,10 @@ def compile_specs(exported: ExportedProgram, job: Job, lengths: Sequence[int]) -
         compute_unit=ct.ComputeUnit[job.target.compute_unit],
         minimum_deployment_target=getattr(ct.target, job.opset),
         compute_precision=_PRECISIONS[job.precision.name],
-        pass_names=pass_names(),
+        pass_names=pass_names(job.passes),
     )
+    further = (spec.partition("=") for spec in job.compile_specs)
+    specs += [CompileSpec(key, value.encode()) for key, _, value in further]
     if len(lengths) > 1:
         shapes = {TOKENS: [[1, length] for length in lengths]}
         specs.append(CoreMLBackend.generate_enumerated_shapes_compile_spec(exported, shapes))
@@ -55,14 +61,62 @@ def write_program(exported: ExportedProgram, specs: list[CompileSpec], blob: Pat
         exported: The traced decoder, without the mutations that torch leaves in a graph.
         specs: See `compile_specs`.
         blob: Where to write.
+
+    Raises:
+        UnsupportedError: the system that the program is for cannot have it.
     """
-    with no_bars():
-        model = CoreMLBackend._convert_to_mlmodel(exported, specs)
-    package = Path(model.package_path)
+    model = _converted(exported, specs)
     spec = model.get_spec()
     names = asdict(CoreMLBackend.model_metadata_from_spec(spec, identifier=""))
+    with blob.open("wb") as file:
+        write_blob(Path(model.package_path), spec, names, file)
+
+
+def save_package(exported: ExportedProgram, specs: list[CompileSpec], package: Path) -> None:
+    """Convert, and write the `.mlpackage`, to be a function of a model; see `write_program`."""
+    _converted(exported, specs).save(str(package))
+
+
+def write_functions(packages: Mapping[str, Path], blob: Path) -> str:
+    """Write the blob of one model with a function for each package; equal weights exist once.
+
+    Args:
+        packages: Of one function each, by the name that it is to have.
+        blob: Where to write.
+
+    Returns:
+        Under which name the methods refer to it.
+    """
+    functions = ct.utils.MultiFunctionDescriptor()
+    for name, package in packages.items():
+        functions.add_function(str(package), MAIN_FUNCTION, name)
+    functions.default_function_name = next(iter(packages))
+    joined = blob.with_suffix(".mlpackage")
+    with no_bars():
+        ct.utils.save_multifunction(functions, str(joined))
+    spec = ct.models.MLModel(str(joined), skip_model_load=True).get_spec()
+    methods = {
+        function.name: {
+            "inputNames": [port.name for port in function.input],
+            "outputNames": [port.name for port in function.output],
+        }
+        for function in spec.description.functions
+    }
+    with blob.open("wb") as file:
+        return f"coreml_{write_blob(joined, spec, {'methods': methods}, file)}"
+
+
+def _converted(exported: ExportedProgram, specs: list[CompileSpec]) -> Any:
+    """Return the model, whose package lies in a folder of its own as long as it lives.
+
+    Raises:
+        UnsupportedError: the system that the program is for cannot have it.
+    """
+    target = CoreMLBackend.min_deployment_target_from_compile_specs(specs)
+    with no_bars(), advised(exported, target.name):
+        model = CoreMLBackend._convert_to_mlmodel(exported, specs)
+    check_systems(parse(map_folder(Path(model.package_path)), ""), exported, target.name)
     # The MIL program, whose operations refer to each other, holds all weights.
     model._mil_program = None
     gc.collect()
-    with blob.open("wb") as file:
-        write_blob(package, spec, names, file)
+    return model

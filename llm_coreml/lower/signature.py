@@ -12,7 +12,7 @@ A size is a number, or the name of one that an input has.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +61,15 @@ class Port:
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         return f"{self.name} {dtype} [{', '.join(map(str, self.sizes))}]"
+
+
+def empty(texts: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    """Return zeros by name, of the types and sizes that texts such as `float16 [2, 8]` say."""
+    ports = [Port.of(f"{name} {text}") for name, text in texts.items()]
+    return {
+        port.name: torch.zeros([int(size) for size in port.sizes], dtype=port.dtype)
+        for port in ports
+    }
 
 
 @dataclass(frozen=True)

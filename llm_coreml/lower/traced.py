@@ -7,12 +7,15 @@ methods = constant_methods(spec, shapes, bos_id=1, eos_ids=(2,))
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
+from torch.utils._pytree import tree_map
+from torch.utils._sympy.value_ranges import ValueRanges
 
 from llm_coreml.artifact.description import REWINDS
 from llm_coreml.artifact.method_plan import Constant
@@ -21,7 +24,32 @@ from llm_coreml.decoder import Decoder, DecoderSpec
 from llm_coreml.lower.padded import Method, Padded
 
 
-def trace_program(decoder: Decoder, lengths: Sequence[int]) -> ExportedProgram:
+class _Past(nn.Module):
+    """A decoder that is given its caches; the program calls them `PAST` and their names.
+
+    torch makes these names of the argument's and of the keys.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        past: Mapping[str, torch.Tensor],
+        start_pos: torch.Tensor,
+        last_pos: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, ...]:
+        return self.decoder.carrying(tokens, start_pos, last_pos, list(past.values()))
+
+
+def trace_program(
+    decoder: Decoder,
+    lengths: Sequence[int],
+    ranged: bool = False,
+    caches: Mapping[str, torch.Tensor] = MappingProxyType({}),
+) -> ExportedProgram:
     """Export `forward(tokens int32 [1, P], start_pos int32 [1], last_pos int32 [1])`.
 
     torch never lets a symbol be 1 here, so its range begins at 2; nothing in the graph depends on
@@ -29,32 +57,54 @@ def trace_program(decoder: Decoder, lengths: Sequence[int]) -> ExportedProgram:
 
     Args:
         decoder: What to export.
-        lengths: What P may be, ascending: 1 alone, then without `last_pos`, or else any up to the
-            context.
+        lengths: What P may be, ascending: 1 alone, then without `last_pos`, one more, or else any
+            up to the context.
+        ranged: P may be anything up to the last of them, and the program says so.
+        caches: What the program takes behind the tokens, and gives behind the logits, by name;
+            none if its caches are states.
     """
     longest = lengths[-1]
-    tokens = torch.zeros(1, max(2, longest // 2) if longest > 1 else 1, dtype=torch.int32)
-    symbols = {1: Dim.AUTO(min=1, max=decoder.context)} if longest > 1 else None
+    module = _Past(decoder) if caches else decoder
     positions = [torch.zeros(1, dtype=torch.int32) for _ in range(2 if longest > 1 else 1)]
-    return _export(decoder, (tokens, *positions), symbols)
+    rest = (*([dict(caches)] if caches else []), *positions)
+    fixed = tree_map(lambda _: None, rest)
+    if len(lengths) == 1:
+        tokens = torch.zeros(1, longest, dtype=torch.int32)
+        return _export(module, (tokens, *rest), (None, *fixed))
+    tokens = torch.zeros(1, max(2, longest // 2), dtype=torch.int32)
+    symbols = {1: Dim.AUTO(min=1, max=longest if ranged else decoder.context)}
+    exported = _export(module, (tokens, *rest), (symbols, *fixed))
+    if ranged:
+        # Core ML is told what the graph takes, not what torch could prove of it.
+        for symbol in exported.range_constraints:
+            exported.range_constraints[symbol] = ValueRanges(1, longest)
+    return exported
 
 
-def trace_method(method: Method, longest: int) -> ExportedProgram:
-    """Export `forward(tokens int64 [1, S], start_pos int64 [1])` for S from 1 to `longest`."""
+def trace_method(
+    method: Method, longest: int, caches: Sequence[torch.Tensor] = ()
+) -> ExportedProgram:
+    """Export `forward(tokens int64 [1, S], start_pos int64 [1], *caches)`.
+
+    Args:
+        method: What is called.
+        longest: S is 1 to this.
+        caches: Of the types and sizes of those that it takes.
+    """
     tokens = torch.zeros(1, longest, dtype=torch.int64)
     symbols = {1: Dim("S", min=1, max=longest)} if longest > 1 else None
     if isinstance(method, Padded) and method.lengths is None:
         # What is inside is traced with it, see `trace_program`.
         symbols = {1: Dim.AUTO(min=1, max=longest)}
-    return _export(method, (tokens, torch.zeros(1, dtype=torch.int64)), symbols)
+    # What `forward` takes as one is told as one.
+    fixed = [None, tuple(None for _ in caches)] if caches else [None]
+    given = (tokens, torch.zeros(1, dtype=torch.int64), *caches)
+    return _export(method, given, (symbols, *fixed))
 
 
-def _export(
-    module: nn.Module, inputs: tuple[torch.Tensor, ...], symbols: dict[int, Any] | None
-) -> ExportedProgram:
-    dynamic = (symbols, *[None] * (len(inputs) - 1))
+def _export(module: nn.Module, inputs: tuple[Any, ...], shapes: tuple[Any, ...]) -> ExportedProgram:
     with torch.no_grad():
-        return torch.export.export(module.eval(), inputs, dynamic_shapes=dynamic, strict=False)
+        return torch.export.export(module.eval(), inputs, dynamic_shapes=shapes, strict=False)
 
 
 def constant_methods(
@@ -68,7 +118,7 @@ def constant_methods(
         "get_n_layers": len(spec.layers),
         "use_kv_cache": True,
         "use_sdpa_with_kv_cache": False,
-        "enable_dynamic_shape": len(shapes.seq_lengths) > 1,
+        "enable_dynamic_shape": shapes.longest > 1,
     }
     rewinds = spec.rewinds(shapes.extent)
     if rewinds is not None:

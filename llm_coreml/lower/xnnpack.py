@@ -26,7 +26,8 @@ from llm_coreml.artifact.method_plan import Constant
 from llm_coreml.decoder import Decoder
 from llm_coreml.decoder.caches import kv_write, ring_places, ring_write
 from llm_coreml.decoder.states import state_specs
-from llm_coreml.lower.padded import method_around
+from llm_coreml.lower.padded import Carrying, method_around
+from llm_coreml.lower.signature import empty
 from llm_coreml.lower.traced import trace_method
 
 
@@ -70,7 +71,11 @@ def _dequantize(decoder: Decoder) -> None:
 
 
 def lower_xnnpack(
-    decoder: Decoder, lengths: Sequence[int], constants: Mapping[str, Constant], path: Path
+    decoder: Decoder,
+    lengths: Sequence[int],
+    constants: Mapping[str, Constant],
+    caches: Mapping[str, str],
+    path: Path,
 ) -> None:
     """Write the twin's program to `path`. `decoder` is left with dequantized weights.
 
@@ -78,13 +83,15 @@ def lower_xnnpack(
         decoder: Quantized decoder.
         lengths: What a call may have, ascending.
         constants: Constant methods, see `traced.constant_methods`.
+        caches: Element type and shape of those that are inputs and outputs, by name.
         path: Where to write the `.pte`.
     """
     _dequantize(decoder)
     longest = lengths[-1]
     padding = lengths if longest == 1 else None  # XNNPACK takes every length
-    method = method_around(decoder, decoder.context, padding, decoder.logits == "all")
-    traced = trace_method(method, longest)
+    program = Carrying(decoder) if caches else decoder
+    method = method_around(program, decoder.context, padding, decoder.logits == "all")
+    traced = trace_method(method, longest, list(empty(caches).values()))
     writes = {state.write for state in decoder.states.values()}
     exported = traced.run_decompositions({write._opoverload: WRITES[write] for write in writes})
     edge = to_edge_transform_and_lower(
@@ -96,6 +103,6 @@ def lower_xnnpack(
     # Without this the cache begins with whatever is in memory, and a masked NaN is still a NaN.
     states = state_specs(decoder.spec, decoder.extent)
     zeros = InitializedMutableBufferPass([state.name for state in states])
-    program = edge.to_executorch(ExecutorchBackendConfig(passes=[zeros]))
+    lowered = edge.to_executorch(ExecutorchBackendConfig(passes=[] if caches else [zeros]))
     with path.open("wb") as file:
-        program.write_to_file(file)
+        lowered.write_to_file(file)

@@ -22,7 +22,7 @@ class ExecutorchRunner(Runner):
     Args:
         path: The `.pte`.
         description: What it offers.
-        apart: Nobody vouches for the file, so it is run in a process of its own: ExecuTorch and
+        apart: This process has not made the file, so it is run in one of its own: ExecuTorch and
             XNNPACK trust what stands in it.
 
     Raises:
@@ -38,6 +38,7 @@ class ExecutorchRunner(Runner):
         self.label = "XNNPACK on CPU"
         self._description = description
         self.seq_lengths = description.seq_lengths
+        self.ranged = description.ranged
         self.every_row = description.every_row
         self.rewinds = description.rewinds
         self.context = self._constant("get_max_context_len")

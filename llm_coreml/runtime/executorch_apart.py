@@ -50,7 +50,7 @@ class Apart(Engine):
     def __init__(self, path: Path, description: Description) -> None:
         self._path = path
         self._bytes = path.stat().st_size
-        numbers = sum(map(math.prod, description.state_shapes))
+        numbers = sum(map(math.prod, [*description.state_shapes, *description.cache_shapes]))
         memory = _MEMORY + 4 * (self._bytes + 4 * numbers)
         command = python_command(__name__, "serve", str(path), memory, *description.methods)
         try:

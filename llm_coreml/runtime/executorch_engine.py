@@ -51,6 +51,8 @@ class Here(Engine):
         self._runtime = Runtime.get()
         self._path, self._names = path, methods
         self._methods: dict[str, Any] = {}
+        # What the methods take behind tokens and position, and give behind logits.
+        self._caches: list[torch.Tensor] = []
 
     def load(self) -> None:
         """Load the program's methods."""
@@ -62,14 +64,22 @@ class Here(Engine):
         missing = [name for name, method in self._methods.items() if method is None]
         if missing:
             raise ArtifactError(f"'{self._path}' has no method '{missing[0]}'; export again.")
+        with self._told():
+            self._caches = _empty_caches(program.metadata(self._names[0]))
 
     def run(
         self, method: str, tokens: torch.Tensor, start_pos: torch.Tensor, shape: Sequence[int]
     ) -> torch.Tensor:
         """Call a method."""
         with self._told():
-            results = self._methods[method].execute([tokens, start_pos])
+            results = self._methods[method].execute([tokens, start_pos, *self._caches])
         logits = results[0] if results else None
+        if len(results) != 1 + len(self._caches):
+            raise ArtifactError(
+                f"'{self._path}' takes {len(self._caches)} caches and gives {len(results) - 1}; "
+                "export again."
+            )
+        self._caches = [cache.clone() for cache in results[1:]]
         if not isinstance(logits, torch.Tensor) or logits.dtype != torch.float32:
             raise ArtifactError(f"'{self._path}' gives no float32 logits; export again.")
         if list(logits.shape) != list(shape):
@@ -88,3 +98,20 @@ class Here(Engine):
                 f"ExecuTorch cannot run '{self._path}': {reason(error)}. Export it again, or copy "
                 "it again if it was transferred."
             ) from None
+
+
+# ExecuTorch's numbers of the element types that caches have.
+_DTYPES = {5: torch.float16, 6: torch.float32}
+
+
+def _empty_caches(method: Any) -> list[torch.Tensor]:
+    """Return zeros for every argument of a method behind tokens and position.
+
+    Raises:
+        ValueError: one is no float tensor.
+    """
+    told = [method.input_tensor_meta(at) for at in range(2, method.num_inputs())]
+    other = {each.dtype() for each in told} - _DTYPES.keys()
+    if other:
+        raise ValueError(f"a cache has the element type {min(other)}")
+    return [torch.zeros(tuple(each.sizes()), dtype=_DTYPES[each.dtype()]) for each in told]

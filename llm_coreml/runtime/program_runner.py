@@ -19,7 +19,7 @@ def program_runner(path: Path, description: Description, execution: Execution) -
     """Return the runner for the program at `path`.
 
     Args:
-        path: The `.pte`.
+        path: The `.pte`, which this process has written: ExecuTorch runs it here, and trusts it.
         description: What it offers, and to which runtime.
         execution: Numerics, device and memory; XNNPACK has no choice of them.
 

@@ -13,14 +13,23 @@ from typing import final
 
 import torch
 
-from llm_coreml.artifact.description import INPUTS, MAIN_METHOD, Description, MethodForm
+from llm_coreml.artifact.description import (
+    INPUTS,
+    MAIN_METHOD,
+    PAST,
+    RANGE,
+    Description,
+    MethodForm,
+)
 from llm_coreml.errors import ArtifactError
 from llm_coreml.reference.load import load_methods
+from llm_coreml.reference.method.memory import dtype_of
 from llm_coreml.reference.method.method import LoadedMethod
 from llm_coreml.reference.program.constants import PackedWeight
 from llm_coreml.reference.program.coreml_program import INTERFACE_TYPES, CoreMLProgram
 from llm_coreml.reference.program.execution import Execution
 from llm_coreml.reference.program.side_by_side import OnRows
+from llm_coreml.runtime.carried_caches import carried
 from llm_coreml.runtime.runner import Runner
 
 # What a device is meant to compute, on any machine.
@@ -111,10 +120,13 @@ class ReferenceRunner(Runner):
         self.description = description
         self.programs = tuple(item for method in self._methods.values() for item in method.programs)
         self.seq_lengths = description.seq_lengths
+        self.ranged = description.ranged
         self.every_row = description.every_row
         self.context = description.context
         self.rewinds = description.rewinds
         self.vocab_size = self._methods[description.main].outputs[0].shape[2]
+        self._caches: dict[str, torch.Tensor] = {}
+        self._clear()
 
     @property
     def program(self) -> CoreMLProgram:
@@ -151,7 +163,7 @@ class ReferenceRunner(Runner):
             ArtifactError: the program contradicts itself.
         """
         main = self._methods[self.description.main]
-        if len(self._methods) > 1 or not main.halts:
+        if len(self._methods) > 1 or not main.halts or self._caches:
             return [text.read_by(self) for text in sequences]
         calls = [list(text.calls()) for text in sequences]
         given = [[main.inputs_of(*call) for call in text] for text in calls]
@@ -167,32 +179,55 @@ class ReferenceRunner(Runner):
 
     def _forward(self, tokens: torch.Tensor, start_pos: torch.Tensor) -> torch.Tensor:
         method = self._methods[self.description.method_for(tokens.shape[1])]
-        return method(tokens, start_pos).cpu()
+        logits, *caches = method.run(tokens, start_pos, *self._caches.values())
+        self._caches = dict(zip(self._caches, caches, strict=True))
+        return logits.cpu()
 
     def _clear(self) -> None:
         for method in self._methods.values():
             method.reset()
+        # As the method declares them, which may be wider where nothing is rounded.
+        specs = self._methods[self.description.main].inputs[len(INPUTS) :]
+        self._caches = {
+            name: torch.zeros(spec.shape, dtype=dtype_of(spec))
+            for name, spec in zip(self.description.caches, specs, strict=True)
+        }
 
     def _restore(self, states: Mapping[str, torch.Tensor]) -> None:
         self._clear()
+        if self._caches:
+            self._caches = carried(self._caches, states)
+            return
         for program in self.programs:
             if program.states:
                 program.remember(states)
 
 
 def _check_signature(method: LoadedMethod, path: Path) -> None:
-    """Refuse a method that does not take tokens and a position, and give logits."""
+    """Refuse a method that does not take tokens and a position, and give logits.
+
+    Behind those it may take and give caches.
+    """
     signature = [(spec.dtype, len(spec.shape)) for spec in method.inputs]
-    if signature != [("int64", 2), ("int64", 1)]:
+    if signature[:2] != [("int64", 2), ("int64", 1)]:
         raise ArtifactError(
             f"Method '{method.name}' of '{path}' takes {signature}; a language model takes tokens "
             "int64 [1, S] and start_pos int64 [1]."
         )
     given = [len(spec.shape) for spec in method.outputs]
-    if given != [3]:
+    if given[:1] != [3]:
         raise ArtifactError(
             f"Method '{method.name}' of '{path}' gives outputs of {given} axes; a language model "
             "gives logits [1, S, V] for tokens [1, S]."
+        )
+    taken, returned = (
+        [(spec.dtype, spec.shape) for spec in specs]
+        for specs in (method.inputs[2:], method.outputs[1:])
+    )
+    if taken != returned:
+        raise ArtifactError(
+            f"Method '{method.name}' of '{path}' takes caches {taken} and gives {returned}; what "
+            "it gives belongs into its next call."
         )
 
 
@@ -207,9 +242,10 @@ def _describe(method: LoadedMethod, path: Path) -> Description:
     lengths = _lengths(method, path)
     _, rows, width = method.outputs[0].shape
     output = f"{method.outputs[0].dtype} [1, {'S' if rows != 1 else 1}, {width}]"
-    form = MethodForm(INPUTS, output, lengths, (program.function_name,))
+    form = MethodForm((*INPUTS, *_caches(method)), output, lengths, (program.function_name,))
+    static = "enumerated" if len(lengths) > 1 else "static"
     return Description(
-        form="enumerated" if len(lengths) > 1 else "static",
+        form=RANGE if _ranged(method) else static,
         backend="coreml",
         methods={method.name: form},
         every_row=rows != 1,
@@ -232,12 +268,17 @@ def _check_description(
         compared: dict[str, tuple[object, object]] = {
             "functions": (form.functions, tuple(item.function_name for item in method.programs)),
             "lengths": (form.seq_lengths, _lengths(method, path) if single else form.seq_lengths),
+            "a range": (description.ranged, _ranged(method) if single else description.ranged),
             "row for each token": (every_row, method.outputs[0].shape[1] != 1),
             "context": (
                 description.context,
                 _constant(method.constants, "get_max_context_len", path),
             ),
             "states": (dict(description.states), _states(method)),
+            "caches": (
+                list(form.caches.values()),
+                [text.partition(" ")[2] for text in _caches(method)],
+            ),
         }
         for what, (told, found) in compared.items():
             if told != found:
@@ -246,6 +287,21 @@ def _check_description(
                     f"{found}, not {told}). Export again."
                 )
     description.check_constants(methods[description.main].constants, path)
+
+
+def _caches(method: LoadedMethod) -> list[str]:
+    """Return name, element type and shape of the caches that a method takes, in order."""
+    names = [
+        feature.name.removeprefix(PAST)
+        for program in method.programs
+        for feature in program.inputs
+        if feature.name.startswith(PAST)
+    ]
+    specs = method.declared[len(INPUTS) :]
+    names = names if len(names) == len(specs) else [f"cache_{at}" for at in range(len(specs))]
+    return [
+        f"{name} {spec.dtype} {list(spec.shape)}" for name, spec in zip(names, specs, strict=True)
+    ]
 
 
 def _states(method: LoadedMethod) -> dict[str, str]:
@@ -262,14 +318,27 @@ def _states(method: LoadedMethod) -> dict[str, str]:
 def _lengths(method: LoadedMethod, path: Path) -> tuple[int, ...]:
     """Return the lengths that the only program of a method accepts, ascending."""
     (program,) = method.programs
-    tokens = [feature for feature in program.inputs if len(feature.shape) == 2]
+    tokens = [
+        feature
+        for feature in program.inputs
+        if len(feature.shape) == 2 and not feature.name.startswith(PAST)
+    ]
     if len(tokens) != 1:
         raise ArtifactError(
             f"Method '{method.name}' of '{path}' has {len(tokens)} inputs of two axes; a language "
             "model takes tokens [1, S]."
         )
+    if tokens[0].ranges and not tokens[0].enumerated:
+        first, last = tokens[0].ranges[1]
+        return first, first if last is None else last
     shapes = tokens[0].enumerated or (tokens[0].shape,)
     return tuple(sorted(shape[1] for shape in shapes))
+
+
+def _ranged(method: LoadedMethod) -> bool:
+    """Return whether a method's only program accepts every length of a range."""
+    (program,) = method.programs
+    return any(feature.ranges and not feature.enumerated for feature in program.inputs)
 
 
 def execution_suffix(execution: Execution) -> str:

@@ -5,7 +5,8 @@
     for token in runner.generate([1, 42, 7], max_new_tokens=20): ...
 
 A prompt is fed as a sum of the program's lengths, largest first (77 = 64 + 8 + 5 x 1): nothing is
-padded, so the last row of each chunk is always a real token's.
+padded, so the last row of each chunk is always a real token's. A program that takes every length is
+fed the rest of a prompt at once, and so is one whose only length is longer: its method pads.
 """
 
 from __future__ import annotations
@@ -26,13 +27,19 @@ from llm_coreml.runtime.sampling import Sampler
 Finish = Literal["stop", "length", "context"]
 
 
-def split_lengths(count: int, lengths: Sequence[int]) -> list[int]:
-    """Write `count` as a sum of `lengths`, largest first; `lengths` holds 1."""
+def split_lengths(count: int, lengths: Sequence[int], *, ranged: bool = False) -> list[int]:
+    """Write `count` as a sum of `lengths`, largest first, and of what is left.
+
+    Args:
+        count: Tokens.
+        lengths: What a call takes.
+        ranged: Those between the first and the last are taken, too.
+    """
     parts: list[int] = []
-    for length in sorted(lengths, reverse=True):
+    for length in [max(lengths)] if ranged else sorted(lengths, reverse=True):
         parts += [length] * (count // length)
         count %= length
-    return parts
+    return [*parts, count] if count else parts
 
 
 class Runner(ABC):
@@ -40,7 +47,9 @@ class Runner(ABC):
 
     Attributes:
         context: Positions that the cache holds.
-        seq_lengths: Chunk lengths that one call accepts.
+        seq_lengths: Chunk lengths that one call accepts, ascending. If 1 is not among them, shorter
+            chunks are accepted, too.
+        ranged: Those between the first and the last are accepted, too.
         vocab_size: Width of the logits.
         every_row: A call returns a row for every token, not only for the last.
         label: What produced the numbers, for tables: `reference runtime`, `eager`...
@@ -54,6 +63,7 @@ class Runner(ABC):
     every_row: bool
     label: str
     rewinds: int | None = None
+    ranged: bool = False
 
     def __init__(self) -> None:
         self.position = 0
@@ -179,7 +189,7 @@ class Runner(ABC):
             raise ConfigError("There are no tokens to feed; give at least one.")
         self._check_room(len(tokens))
         row, start = torch.empty(0), 0
-        for length in split_lengths(len(tokens), self.seq_lengths):
+        for length in split_lengths(len(tokens), self.seq_lengths, ranged=self.ranged):
             row = self.step(tokens[start : start + length])[-1]
             start += length
         return row
@@ -201,7 +211,8 @@ class Runner(ABC):
         self._check_room(len(tokens))
         lengths = self.seq_lengths if self.every_row else (1,)
         rows, start = [], 0
-        for length in split_lengths(len(tokens), lengths):
+        ranged = self.ranged and self.every_row
+        for length in split_lengths(len(tokens), lengths, ranged=ranged):
             rows.append(self.step(tokens[start : start + length]))
             start += length
         return torch.cat(rows) if rows else torch.empty(0, self.vocab_size)

@@ -6,12 +6,14 @@ beginning = beginning_of(source)                 # (1,)
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_coreml.tokenizer.battery import TEXTS
+from llm_coreml.tokenizer.failures import raised_as
 from llm_coreml.tokenizer.text_tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -25,6 +27,10 @@ _PROBE = "Hello, world!"
 
 class SourceError(Exception):
     """The source itself fails on a text; the message says how."""
+
+
+def _asked() -> contextlib.AbstractContextManager[None]:
+    return raised_as(lambda error: SourceError(str(error)))
 
 
 @dataclass(frozen=True)
@@ -67,10 +73,11 @@ def load_source(folder: Path) -> PreTrainedTokenizerBase | None:
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
     try:
-        loaded = AutoTokenizer.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=False
-        )
-    except Exception:  # whatever the tokenizer's own library raises
+        with _asked():
+            loaded = AutoTokenizer.from_pretrained(
+                str(folder), local_files_only=True, trust_remote_code=False
+            )
+    except SourceError:
         return None
     return loaded if isinstance(loaded, PreTrainedTokenizerBase) else None
 
@@ -84,8 +91,9 @@ def compare(found: Tokenizer, wanted: PreTrainedTokenizerBase) -> Difference | N
     Raises:
         SourceError: the source fails, as transformers may where its settings are odd.
     """
-    added = [str(token) for token in wanted.added_tokens_decoder.values() if token.special]
-    names = list(dict.fromkeys([*map(str, wanted.all_special_tokens), *added]))[:_SPECIALS]
+    with _asked():
+        added = [str(token) for token in wanted.added_tokens_decoder.values() if token.special]
+        names = list(dict.fromkeys([*map(str, wanted.all_special_tokens), *added]))[:_SPECIALS]
     # A name that is no text, with half of a surrogate pair, is nowhere read.
     names = [name for name in names if name.encode(errors="ignore").decode() == name]
     texts = [*TEXTS, *names, *(f"a{name} b" for name in names)]
@@ -108,21 +116,17 @@ def beginning_of(wanted: PreTrainedTokenizerBase) -> tuple[int, ...] | None:
 
 
 def _read(wanted: PreTrainedTokenizerBase, text: str, special: bool) -> list[int]:
-    try:
+    with _asked():
         found: Sequence[int] = wanted.encode(text, add_special_tokens=special, verbose=False)
-    except Exception as error:  # whatever the source's own library raises
-        raise SourceError(str(error)) from None
-    return list(found)
+        return list(found)
 
 
 def _differing(
     found: Tokenizer, wanted: PreTrainedTokenizerBase, text: str
 ) -> tuple[str, list[int] | str, list[int] | str] | None:
     ours, theirs = found.encode(text), _read(wanted, text, special=False)
-    try:
+    with _asked():
         written = {special: _written(wanted, ours, special) for special in (False, True)}
-    except Exception as error:  # whatever the source's own library raises
-        raise SourceError(str(error)) from None
     if ours != theirs:
         return text, ours, theirs
     for special, expected in written.items():

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_coreml.errors import CheckpointError
+from llm_coreml.tokenizer.failures import raised_as
 
 if TYPE_CHECKING:
     import tokenizers
@@ -49,21 +50,24 @@ def convert(folder: Path, path: Path, config: Mapping[str, Any]) -> str | None:
 
     Raises:
         CheckpointError: it cannot.
+        OSError: the file cannot be written.
     """
     from transformers import AutoTokenizer
 
-    try:
+    failed = raised_as(
+        lambda error: CheckpointError(
+            f"The tokenizer in '{folder}' cannot be turned into a tokenizer.json: {error}. Save it "
+            "with AutoTokenizer.from_pretrained(...).save_pretrained(...)."
+        )
+    )
+    with failed:
         tokenizer = AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
         )
         backend = tokenizer.backend_tokenizer
         note = _add_specials(backend, config) if _is_tiktoken(folder / _TIKTOKEN) else None
-        backend.save(str(path))
-    except Exception as error:  # whatever the tokenizer's own library raises
-        raise CheckpointError(
-            f"The tokenizer in '{folder}' cannot be turned into a tokenizer.json: {error}. Save it "
-            "with AutoTokenizer.from_pretrained(...).save_pretrained(...)."
-        ) from None
+        text = backend.to_str(pretty=True)
+    path.write_text(text, encoding="utf-8")
     return note
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
 from llm_coreml.errors import CheckpointError, ConfigError
+from llm_coreml.tokenizer.failures import raised_as
 from llm_coreml.tokenizer.trial import try_apart
 
 # One of these is read by any tokenizer, if only as an unknown word.
@@ -41,7 +42,8 @@ class Tokenizer:
 
         try_apart(path)
         with _native(f"'{path}' is no tokenizer", "Save it again."):
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            # Its own way to open a file takes only names that are text.
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(path.read_bytes())
         # Left over from training, each would change what is read without a word.
         model = self._tokenizer.model
         dropout = isinstance(model, tokenizers.models.BPE) and model.dropout is not None
@@ -82,8 +84,12 @@ class Tokenizer:
         return 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
     def save(self, path: Path) -> None:
-        """Write the tokenizer, without what is left out here, for other runners to read."""
-        self._tokenizer.save(str(path))
+        """Write the tokenizer, without what is left out here, for other runners to read.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        path.write_text(self._tokenizer.to_str(pretty=True), encoding="utf-8")
 
     def encode(self, text: str) -> list[int]:
         """Return the tokens of `text`, without any that begin or end a text.
@@ -135,15 +141,9 @@ class Tokenizer:
         return number
 
 
-@contextlib.contextmanager
-def _native(failure: str, advice: str) -> Iterator[None]:
-    """Turn what the library raises, bare Exceptions and panics, into a CheckpointError."""
-    try:
-        yield
-    except (OverflowError, TypeError, MemoryError):
-        raise
-    except BaseException as error:
-        # A panic is no Exception, and its type is in no module that could be imported.
-        if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
-            raise
-        raise CheckpointError(f"{failure}: {error}. {advice}") from None
+def _native(failure: str, advice: str) -> contextlib.AbstractContextManager[None]:
+    """Turn what the library raises into a CheckpointError, but for wrong arguments."""
+    return raised_as(
+        lambda error: CheckpointError(f"{failure}: {error}. {advice}"),
+        but=(OverflowError, TypeError, MemoryError),
+    )

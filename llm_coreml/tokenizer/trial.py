@@ -61,7 +61,7 @@ def work(request: dict[str, Any]) -> dict[str, str | None]:
     import tokenizers
 
     try:
-        tokenizer = tokenizers.Tokenizer.from_file(request["path"])
+        tokenizer = tokenizers.Tokenizer.from_buffer(Path(request["path"]).read_bytes())
     except BaseException as error:  # a panic is no Exception
         return {"damaged": str(error), "problem": None}
     tokenizer.no_truncation()

@@ -24,6 +24,8 @@ from itertools import accumulate
 _DECODED = 2
 # Longer calls are made once, without rounding, from the beginning, and padded.
 _LONG = 128
+# From one length of a range that is read to the next.
+_STEP = 8
 # So much of a text is read before it may be said to be one.
 _NATURAL = 256
 
@@ -88,15 +90,23 @@ def plan_passes(lengths: Sequence[int], context: int) -> Plan:
     """Plan passes that read every length, in two orders, and the first and the last position.
 
     Args:
-        lengths: Chunks that the artifact accepts, 1 among them.
+        lengths: Chunks that the artifact accepts; or one, to which it pads.
         context: Positions of its cache.
     """
-    usual = [length for length in lengths if length <= _LONG]
+    usual = [length for length in lengths if length <= _LONG] or [min(lengths)]
     last = _up_to_the_end(usual, context)
     unrounded = (*_from_the_beginning(lengths, context), last)
     declared = (*_from_the_beginning(usual, context), last)
     longest = max(part.count for part in unrounded)
     return Plan(unrounded, declared, min(context, max(longest, _NATURAL)))
+
+
+def sampled(first: int, last: int) -> tuple[int, ...]:
+    """Return some lengths of a range, both ends among them, each a few times the one before."""
+    found = [first]
+    while found[-1] * _STEP < last:
+        found.append(found[-1] * _STEP)
+    return (*found, last)
 
 
 def padded_count(length: int, lengths: Sequence[int]) -> int:

@@ -7,6 +7,7 @@ from programs import (
     portable_pte,
     sample_pte,
     segmented_pte,
+    shared_pte,
     two_segments_pte,
     xnnpack_pte,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "portable_pte",
     "sample_pte",
     "segmented_pte",
+    "shared_pte",
     "two_segments_pte",
     "xnnpack_pte",
 ]

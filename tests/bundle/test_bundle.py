@@ -497,15 +497,18 @@ def test_a_full_disk_is_told_and_left_as_it_was(way: str, disk: str, tmp_path: P
 
 
 def test_a_library_that_fails_on_a_full_disk_is_told_so(tmp_path: Path) -> None:
-    """torch reports a full disk as a RuntimeError; new_bundle then looks at the disk itself."""
+    """torch reports a full disk as a RuntimeError; new_bundle then tries to write itself."""
     with small_disk(tmp_path / "disk") as cap:
-        done = fill("torch", tmp_path / "disk" / "out", cap)
-        if cap:  # no disk is full here, so torch's own error must come through
-            assert done.returncode == 1 and "RuntimeError" in done.stderr
-        else:
-            assert done.returncode == OutputError.exit_code, done.stderr
-            assert "is full" in done.stdout
+        done = fill("torch", tmp_path / "disk" / "out", min(cap, 1 << 19))
+        assert done.returncode == OutputError.exit_code, done.stderr
+        assert "is full" in done.stdout
         assert entries(tmp_path / "disk") == []
+
+
+def test_a_library_that_fails_where_there_is_space_fails_with_its_own_words(tmp_path: Path) -> None:
+    done = fill("torch", tmp_path / "out", 1 << 20)
+    assert done.returncode == 1 and "RuntimeError" in done.stderr
+    assert entries(tmp_path) == []
 
 
 @pytest.mark.parametrize(

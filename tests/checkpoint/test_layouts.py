@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -117,6 +118,42 @@ def test_tied_weights_may_be_kept_as_the_head(tmp_path: Path) -> None:
         open_model(configure(folder, tie_word_embeddings=False))
 
 
+def _gemma(**sizes: Any) -> Any:
+    from transformers import GemmaConfig, GemmaForCausalLM
+
+    return GemmaForCausalLM(
+        GemmaConfig(
+            **sizes, head_dim=8, num_key_value_heads=2, intermediate_size=64, pad_token_id=None
+        )
+    )
+
+
+def _gpt2(hidden_size: int, num_hidden_layers: int, num_attention_heads: int, **sizes: Any) -> Any:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    heads, layers = num_attention_heads, num_hidden_layers
+    return GPT2LMHeadModel(GPT2Config(n_embd=hidden_size, n_head=heads, n_layer=layers, **sizes))
+
+
+@pytest.mark.parametrize(("make", "table"), [(_gemma, TABLE), (_gpt2, "transformer.wte.weight")])
+def test_a_head_alone_is_the_table_where_its_family_ties_by_default(
+    make: Callable[..., Any], table: str, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    reference = make(**sizes, bos_token_id=0, eos_token_id=1).eval()
+    folder = edit(save(reference, tmp_path / "m"), renamed(f"^{re.escape(table)}$", HEAD))
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("tie_word_embeddings", None)  # as in published files
+    (folder / "config.json").write_text(json.dumps(config))
+    tokens = tokens_for(97, 20)
+    theirs = type(reference).from_pretrained(folder).eval()
+    wanted = expected_logits(reference, tokens)
+    assert (expected_logits(theirs, tokens) - wanted).abs().max() < 1e-4
+    assert (logits_of(folder, tokens) - wanted).abs().max() < 1e-4
+    assert f"is read from '{HEAD}'" in " ".join(open_model(folder).notes)
+
+
 def test_a_compiled_live_model_is_read(tmp_path: Path) -> None:
     reference = llama()
     compiled = torch.compile(reference)
@@ -140,7 +177,7 @@ def test_quantized_matrices_are_found_under_other_names(tmp_path: Path) -> None:
 
 def test_names_that_would_fall_together_stay_apart() -> None:
     names = ["model.norm.weight", "module.model.norm.weight", "layers.0.a.weight", "_orig_mod"]
-    layout = ordinary_names(names, tied=False)
+    layout = ordinary_names(names)
     assert layout.names == {name: name for name in names} and layout.notes == ()
 
 
@@ -359,3 +396,36 @@ def test_pointers_in_the_place_of_shards_their_index_and_a_gguf(tmp_path: Path) 
     (folder / "m.gguf").write_text(POINTER)
     with pytest.raises(CheckpointError, match=r"m\.gguf is a Git-LFS pointer"):
         open_model(folder / "m.gguf")
+
+
+# Files that nobody may read
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "m.gguf"])
+def test_a_file_that_may_not_be_read_is_no_damaged_one(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save(llama(), tmp_path / "m")
+    (folder / name).touch()
+    opened = Path.open
+
+    # Root may read everything, so the system's answer is given here.
+    def refuse(path: Path, *words: Any, **settings: Any) -> Any:
+        if path.name == name:
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *words, **settings)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(
+        CheckpointError, match=rf"{name} cannot be read: Permission denied\. Make it readable\.$"
+    ):
+        open_model(folder / name if name.endswith(".gguf") else folder)
+
+
+def test_a_folder_that_may_not_be_read_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save(llama(), tmp_path / "m")
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != folder)
+    with pytest.raises(CheckpointError, match=r"/m cannot be read: Permission denied\. Make it"):
+        open_model(folder)

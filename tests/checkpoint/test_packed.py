@@ -21,7 +21,7 @@ from llm_coreml.quantize.formats.schemes import IntChannel, Unquantized
 from llm_coreml.quantize.plan.choose import plan_for
 from llm_coreml.quantize.plan.imported import import_report
 from llm_coreml.quantize.quantized import Quantized, build_decoder, quantize
-from packers import awq, checkpoint, compressed, gptq, hqq, mlx, mxfp4, nf4
+from packers import awq, bitnet, checkpoint, compressed, gptq, hqq, mlx, mxfp4, nf4
 
 CONFIG = ExportConfig(context=32)
 UP = "model.layers.0.mlp.up_proj"
@@ -34,6 +34,8 @@ COMPRESSED = {
         "config_groups": {"group_0": {"weights": WEIGHTS}},
     }
 }
+BITNET = {"quantization_config": {"quant_method": "bitnet"}}
+TERNARY = {"quantization_config": {"quant_method": "bitnet", "linear_class": "autobitlinear"}}
 HQQ = {"quantization_config": {"quant_method": "hqq"}}
 NF4 = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
 SETTINGS = "quant_state.bitsandbytes__nf4"
@@ -158,6 +160,15 @@ BAD: list[tuple[dict[str, Any], Any, Change, type[LlmCoreMLError], str]] = [
         lambda tensors: tensors.update({f"{UP}.weight_g_idx": torch.arange(64).flip(0) // 16}),
         UnsupportedError,
         r"up_proj has its inputs in another order than gate_proj",
+    ),
+    (TERNARY, bitnet(False), put("weight", entry(255)), CheckpointError, r"weight has a code of 3"),
+    (BITNET, bitnet(True), put("weight_scale", entry(0)), CheckpointError, r"weight_scale is 0"),
+    (
+        {"quantization_config": {"quant_method": "bitnet", "quantization_mode": "online"}},
+        bitnet(True),
+        lambda _: None,
+        UnsupportedError,
+        r"rounds each time \(quantization_mode 'online'\)",
     ),
     (HQQ, hqq(4, 32, (8, 8)), put("axis", entry(0)), UnsupportedError, r"groups along axis 0"),
     (HQQ, hqq(4, 32, (8, 8)), put("nbits", entry(3)), UnsupportedError, r"codes of 3 bits"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from llm_coreml.checkpoint.value_maps import (
     Then,
     Transposed,
     ValueMap,
+    Waves,
 )
 from llm_coreml.checkpoint.weights_view import FamilyWeights, Stored, expected_tensors
 from llm_coreml.config import ExportConfig, resolve
@@ -242,3 +244,19 @@ def test_what_an_arrangement_makes_too_large_is_refused(tmp_path: Path) -> None:
     assert float(weights.tensor("norm.weight", torch.float32)[3]) == 65520.5
     with pytest.raises(CheckpointError, match="beyond the largest float16"):
         weights.tensor("norm.weight", torch.float16)
+
+
+def test_positions_that_no_file_holds(tmp_path: Path) -> None:
+    view = FamilyWeights(
+        open_checkpoint(save(llama(), tmp_path)),
+        {"p": Stored((), Waves(5, 7, period=2, first=3)), "q": Stored((), Waves(5, 7, period=3))},
+    )
+    found = view.tensor("p", torch.float32)
+    expected = [
+        [*(wave(at / slower) for wave in (math.sin, math.cos) for slower in (1, 100, 1e4)), 0.0]
+        for at in range(3, 8)
+    ]
+    assert (found - torch.tensor(expected)).abs().max() < 1e-6
+    assert view.dtype("p") == torch.float32 and view.packed("p") is None and not view.forms()
+    assert view.sha256(["p"]) != view.sha256(["q"])
+    assert expected_tensors({"p": Stored((), Waves(5, 7, 2))}, {"p": (5, 7)}) == {}

@@ -12,6 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     CLIPVisionConfig,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
+    Gemma4Config,
+    Gemma4ForConditionalGeneration,
+    Gemma4TextConfig,
+    Gemma4VisionConfig,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
     LlamaConfig,
@@ -21,6 +28,7 @@ from transformers import (
     Mistral3ForConditionalGeneration,
     MistralConfig,
     PixtralVisionConfig,
+    SiglipVisionConfig,
 )
 
 from gguf_files import tiny, write
@@ -35,6 +43,7 @@ from tiny import BASE, expected_logits, randomize, save, tokens_for
 
 CONTEXT = 64
 TEXT = {**BASE, "num_hidden_layers": 2, "head_dim": 16, "pad_token_id": 0}
+_TURNS = ["sliding_attention", "sliding_attention", "full_attention"]
 SIGHT = {
     "hidden_size": 16,
     "intermediate_size": 24,
@@ -76,7 +85,46 @@ def idefics3(tied: bool = False) -> Any:
     return randomize(Idefics3ForConditionalGeneration(config))
 
 
+def gemma3(tied: bool = False) -> Any:
+    text = {**TEXT, "tie_word_embeddings": tied, "sliding_window": 9, "num_hidden_layers": 3}
+    config = Gemma3Config(
+        text_config=Gemma3TextConfig(**text, layer_types=_TURNS),
+        vision_config=SiglipVisionConfig(**SIGHT),
+        mm_tokens_per_image=4,
+        image_token_id=96,
+        tie_word_embeddings=tied,
+    )
+    return randomize(Gemma3ForConditionalGeneration(config))
+
+
+def gemma4(tied: bool = False) -> Any:
+    text = {
+        **TEXT,
+        "tie_word_embeddings": tied,
+        "sliding_window": 9,
+        "num_hidden_layers": 3,
+        "global_head_dim": 32,
+    }
+    config = Gemma4Config(
+        text_config=Gemma4TextConfig(
+            **text,
+            layer_types=_TURNS,
+            hidden_size_per_layer_input=16,
+            vocab_size_per_layer_input=97,
+        ),
+        vision_config=Gemma4VisionConfig(
+            **{**SIGHT, "num_key_value_heads": 2, "head_dim": 8}, position_embedding_size=16
+        ),
+        audio_config=None,
+        image_token_id=96,
+        tie_word_embeddings=tied,
+    )
+    return randomize(Gemma4ForConditionalGeneration(config))
+
+
 WHOLE: dict[str, Callable[[bool], Any]] = {
+    "gemma3": gemma3,
+    "gemma4": gemma4,
     "llava": llava,
     "mistral3": mistral3,
     "idefics3": idefics3,
@@ -98,7 +146,7 @@ def assert_same(source: Any, reference: Any) -> tuple[str, ...]:
 @pytest.mark.parametrize("kind", WHOLE)
 def test_the_text_model_is_read_and_the_rest_is_told(kind: str, tied: bool, tmp_path: Path) -> None:
     reference = WHOLE[kind](tied)
-    seen = {name: w.nbytes for name, w in reference.state_dict().items() if "vision" in name}
+    seen = {name: w.nbytes for name, w in reference.state_dict().items() if ".vision_" in name}
     for source in (save(reference, tmp_path), reference):
         (note,) = (note for note in assert_same(source, reference) if "modalities" in note)
         assert note.startswith(f"'{kind}' is a model of several modalities")
@@ -122,7 +170,7 @@ def test_every_spelling_of_names(front: str, tmp_path: Path) -> None:
 
 def test_names_that_only_look_like_the_text_model() -> None:
     names = ["vision_tower.layers.0.norm.weight", "audio_tower.norm.weight", "projector.weight"]
-    layout = ordinary_names([*names, "model.language_model.norm.weight"], False, among_others=True)
+    layout = ordinary_names([*names, "model.language_model.norm.weight"], among_others=True)
     assert layout.beside == tuple(sorted(names))
     assert layout.names == {"model.norm.weight": "model.language_model.norm.weight"}
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import json
 import os
 import re
 import shutil
@@ -10,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -309,6 +312,27 @@ main.main()
     assert run("| true").err == run("").err
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_text_that_is_shown_as_it_comes_and_cannot_be_shown() -> None:
+    script = """
+from llm_coreml.cli import main, process, terminal
+import click
+
+@click.command("try")
+def command():
+    with terminal.terminal(verbose=False) as screen:
+        screen.result.file.write("text")
+        screen.result.file.flush()
+
+process.begin()
+main.cli.add_command(command)
+main.main()
+"""
+    words = ("sh", "-c", '"$@" > /dev/full', "sh", sys.executable, "-c", script, "try")
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 6 and "The result cannot be printed: No space left" in done.stderr
+
+
 def test_output_of_a_closed_stream_is_no_file_of_ours(tmp_path: Path) -> None:
     """A file that gets the number of stdout would get all that is printed there."""
     script = """
@@ -325,3 +349,96 @@ with open(sys.argv[1], "w") as file:
     words = ("sh", "-c", '"$@" >&- 2>&-', "sh", sys.executable, "-c", script, str(path))
     assert subprocess.run(words).returncode == 0
     assert path.read_text() == "mine"
+
+
+BLOCKED = """
+from pathlib import Path
+from llm_coreml.cli import main, process
+process.begin()
+from llm_coreml.cli import terminal
+import click
+
+@click.command("{what}")
+def command():
+    with terminal.terminal(verbose=False) as screen:
+        Path("{begun}").touch()
+        if "{what}" == "notes":
+            screen.progress.stage("open")
+        elif "{what}" == "stream":
+            while True:
+                screen.result.file.write("text")
+                screen.result.file.flush()
+        screen.show("json", {{"a": "b" * 10**6}}, lambda: "a")
+
+main.cli.add_command(command)
+if "{what}" == "--help":
+    Path("{begun}").touch()
+try:
+    main.main()
+finally:
+    process.end()
+"""
+
+
+def full_pipe() -> tuple[int, int]:
+    """A pipe into which nothing more goes until somebody reads."""
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(write, b"x")
+    os.set_blocking(write, True)
+    return read, write
+
+
+@pytest.mark.parametrize(
+    ("what", "number"),
+    [
+        ("result", signal.SIGTERM),
+        ("result", signal.SIGINT),
+        ("stream", signal.SIGTERM),
+        ("notes", signal.SIGTERM),
+        ("--help", signal.SIGTERM),
+    ],
+)
+def test_a_signal_ends_what_nobody_reads(what: str, number: signal.Signals, tmp_path: Path) -> None:
+    read, write = full_pipe()
+    temporary, begun = tmp_path / "temporary", tmp_path / "begun"
+    temporary.mkdir()
+    started = subprocess.Popen(
+        [sys.executable, "-c", BLOCKED.format(what=what, begun=begun), what],
+        stdout=write,
+        stderr=write,
+        env={**os.environ, "TMPDIR": str(temporary)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not begun.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.5)
+        assert started.poll() is None
+        started.send_signal(number)
+        assert started.wait(timeout=30) == 128 + number
+        assert files_of(temporary) == set()
+    finally:
+        started.kill()
+        os.close(read)
+        os.close(write)
+
+
+def test_a_slow_reader_gets_all_that_is_done(tmp_path: Path) -> None:
+    begun = tmp_path / "begun"
+    started = subprocess.Popen(
+        [sys.executable, "-c", BLOCKED.format(what="result", begun=begun), "result"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    while not begun.exists():
+        time.sleep(0.01)
+    time.sleep(0.5)
+    started.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    out, err = started.communicate(timeout=30)
+    assert (started.returncode, err) == (0, b"")
+    assert json.loads(out) == {"a": "b" * 10**6}

@@ -236,7 +236,7 @@ def test_the_table_tells_where_overflow_begins() -> None:
 @pytest.mark.parametrize(
     ("words", "code", "told"),
     [
-        ((), 2, "Say what to inspect; so far there is --numerics."),
+        ((), 2, "Say what to inspect: --numerics or --compatibility."),
         (("--numerics", "--tokens", "0"), 2, "--tokens is 0; it must be a whole number from 1"),
         (("--numerics", "--top", "-1"), 2, "--top is -1; it must be a whole number from 0"),
         (

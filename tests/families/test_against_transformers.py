@@ -5,14 +5,16 @@ Both sides run fp32 on random weights whose logits reach several units; the boun
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from family_table import CASES, TABLE, checkpoint
+from family_table import CASES, TABLE, checkpoint, their_model, write_config
 from llm_coreml.config import ExportConfig, resolve
 from llm_coreml.decoder import Decoder
 from llm_coreml.families import known_model_types
@@ -128,9 +130,32 @@ def test_build_decoder_unquantized_in_fp32(tmp_path: Path) -> None:
     assert error < BOUND
 
 
-def test_a_live_model_needs_no_folder() -> None:
-    reference = llama(tie_word_embeddings=True)
+@pytest.mark.parametrize("family", TABLE)
+def test_a_live_model_needs_no_folder(family: str, tmp_path: Path) -> None:
+    write_config(tmp_path, family, next(iter(TABLE[family].cases.values())))
+    reference = their_model(tmp_path)
     tokens = tokens_for(97, CONTEXT)
     decoder = build(open_model(reference), "fused", "all")
     error = (run(decoder, tokens, [CONTEXT]) - expected_logits(reference, tokens)).abs().max()
     assert error < BOUND
+
+
+@pytest.mark.parametrize("family", TABLE)
+def test_a_checkpoint_of_the_inner_model_alone_is_read(family: str, tmp_path: Path) -> None:
+    """As the first GPT-2 and BLOOM were saved: no name says that it is inside of a causal LM."""
+    source, bare = tmp_path / "whole", tmp_path / "inner"
+    for folder in (source, bare):
+        folder.mkdir()
+    checkpoint(source, family, next(iter(TABLE[family].cases.values())))
+    whole = open_model(source)
+    tensors = load_file(source / "model.safetensors")
+    (table,) = whole.family.stored(whole.spec)["embed_tokens.weight"].names
+    front = table.partition(".")[0] + "."
+    renamed = {name.removeprefix(front): tensor for name, tensor in tensors.items()}
+    shutil.copy(source / "config.json", bare)
+    save_file(renamed, bare / "model.safetensors", {"format": "pt"})
+    read = open_model(bare)
+    assert read.spec == whole.spec
+    for name in whole.weights.names():
+        found, wanted = (each.weights.tensor(name, torch.float32) for each in (read, whole))
+        assert torch.equal(found, wanted), name

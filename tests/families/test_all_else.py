@@ -30,6 +30,7 @@ from llm_coreml.pipeline import export
 from llm_coreml.progress import Silent
 from llm_coreml.quantize.quantized import Quantized, build_original, quantize
 from llm_coreml.recipes import bundled_model
+from llm_coreml.reference.program.execution import Execution
 from tiny import expected_logits, tokens_for
 
 VOCABULARY = json.loads((bundled_model() / "config.json").read_text())["vocab_size"]
@@ -37,6 +38,7 @@ TOKENIZER = bundled_model() / "tokenizer.json"
 CONTEXT = 32
 USUAL: dict[str, Any] = {"context": CONTEXT, "seq_lengths": (1, 8), "group_size": 16}
 TEXT: dict[str, Any] = {"calibrate": "bundled", "calibration_tokens": 128}
+UNROUNDED = Execution(mode="fp32")
 FAMILIES = cases(known_model_types(), [name for name in known_model_types() if name != "llama"])
 # Each part of a spec in one of them: two exports of every family would take half an hour.
 _PARTS = [
@@ -46,6 +48,7 @@ _PARTS = [
     "gemma3_text",
     "gemma4_text",
     "gpt2",
+    "granite_swa",
     "ministral3",
     "nanochat",
     "olmo2",
@@ -150,8 +153,9 @@ def test_diff_inspect_and_the_twin(family: str, tmp_path: Path) -> None:
     twin = ExportConfig(bits=4, backend="xnnpack", **USUAL)
     other = export(source, output=tmp_path / "twin", config=twin, cache=False)
     tokens = tokens_for(VOCABULARY, 12)
-    one, two = load(first.folder).logits(tokens), load(other.folder).logits(tokens)
-    assert (one - two).abs().max() < 0.02 * two.abs().max(), "the twin holds the same weights"
+    # Without rounding: random layers of some families magnify that of fp16 beyond any bound.
+    one, two = load(first.folder, UNROUNDED).logits(tokens), load(other.folder).logits(tokens)
+    assert (one - two).abs().max() < 1e-4 * two.abs().max(), "the twin holds the same weights"
     assert diff(first.folder, first.folder, tokens=16).equal
     found = inspect_numerics(first.folder, tokens=16)
     assert found.operations and not found.overflows

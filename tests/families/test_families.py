@@ -9,13 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from family_table import their_model
 from llm_coreml.decoder import skeleton
 from llm_coreml.decoder.spec import AttentionSpec, LayerSpec, MLPSpec, NormSpec, RopeSpec
 from llm_coreml.errors import CheckpointError, UnsupportedError
 from llm_coreml.families import find_family, known_model_types
 from llm_coreml.model import open_model
-from tiny import llama, save
+from llm_coreml.quantize.quantized import build_original
+from llm_coreml.runtime.eager import EagerRunner
+from tiny import expected_logits, llama, save, tokens_for
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -261,3 +266,49 @@ def test_the_trained_length_beside_the_sizes_wins() -> None:
     spec = spec_of(rope_scaling=scaling, original_max_position_embeddings=8192)
     assert spec.rotary[0].original_max_position_embeddings == 8192
     assert spec_of(rope_scaling=scaling).rotary[0].original_max_position_embeddings == 4096
+
+
+@pytest.mark.parametrize(
+    ("config", "error", "part"),
+    [
+        ({"model_type": "xglm", "pad_token_id": 5}, UnsupportedError, "pad_token_id = 5"),
+        ({"model_type": "xglm", "add_cross_attention": True}, UnsupportedError, "an encoder"),
+        (
+            {"model_type": "xglm", "max_position_embeddings": 10**9},
+            CheckpointError,
+            "max_position_embeddings = 1000000000; it must be a whole number from 1 to 65536",
+        ),
+        ({"model_type": "ctrl", "n_positions": 10**9}, CheckpointError, "from 1 to 65536"),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else None,
+)
+def test_computed_positions_are_bounded(
+    config: dict[str, Any], error: type[Exception], part: str
+) -> None:
+    with pytest.raises(error) as caught:
+        find_family(config).spec(config)
+    assert part in str(caught.value)
+
+
+def test_what_bitnet_rounds_is_told() -> None:
+    family = find_family({"model_type": "bitnet"})
+    (told,) = family.notes({"quantization_config": {"quant_method": "bitnet"}})
+    assert "rounds what each matrix multiplies to 8 bits" in told
+    assert family.notes({"quantization_config": {"quant_method": "gptq"}}) == []
+
+
+def test_matrices_of_an_older_glm_are_found_in_one(tmp_path: Path) -> None:
+    config = {**LLAMA, "model_type": "glm", "head_dim": 16, "pad_token_id": 0}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    theirs = their_model(tmp_path)
+    whole = theirs.state_dict()
+    kinds = ("weight", "bias")
+    for place, kind in ((p, k) for p in range(config["num_hidden_layers"]) for k in kinds):
+        front = f"model.layers.{place}.self_attn"
+        parts = [whole.pop(f"{front}.{part}_proj.{kind}") for part in "qkv"]
+        whole[f"{front}.qkv_proj.{kind}"] = torch.cat(parts)
+    save_file(whole, tmp_path / "model.safetensors", {"format": "pt"})
+    tokens = tokens_for(97, 24)
+    decoder = build_original(open_model(tmp_path), 24)
+    found = EagerRunner(decoder, "eager").logits(tokens)
+    assert (found - expected_logits(theirs, tokens)).abs().max() < 1e-4

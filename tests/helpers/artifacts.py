@@ -17,7 +17,7 @@ from llm_coreml.artifact.inmemoryfs import unpack
 from llm_coreml.artifact.method_plan import Method
 from llm_coreml.artifact.mil import Constant, Function, Operation, TensorType
 from llm_coreml.artifact.milproto import parse
-from llm_coreml.config import ExportConfig, Shapes, resolve
+from llm_coreml.config import ExportConfig, Job, Shapes, resolve
 from llm_coreml.decoder import Decoder, DecoderSpec
 from llm_coreml.model import open_model
 from llm_coreml.quantize import QuantizationPlan, make_plan
@@ -70,7 +70,12 @@ class Artifact:
     path: Path
     decoder: Decoder
     plan: QuantizationPlan
-    shapes: Shapes
+    job: Job
+
+    @property
+    def shapes(self) -> Shapes:
+        """Context and lengths."""
+        return self.job.shapes
 
     def runner(self) -> ReferenceRunner:
         return ReferenceRunner(self.path)
@@ -115,7 +120,7 @@ def lower(source: Any, config: ExportConfig, place: Path | Shared) -> Artifact:
         place = place.file("model.pte", (source, config), write)
     else:
         write(place)
-    return Artifact(place, decoder, plan, job.shapes)
+    return Artifact(place, decoder, plan, job)
 
 
 def method(path: Path) -> Method:

@@ -149,6 +149,14 @@ TABLE: dict[str, Entry] = {
         },
         spelled=False,
     ),
+    "bitnet": Entry(
+        {
+            "gqa": {},
+            "bias": {"attention_bias": True, "num_key_value_heads": 4, "rms_norm_eps": 1e-3},
+            "tied": {"tie_word_embeddings": True, "rope_parameters": LLAMA3},
+        },
+        unread=_OWN_HEADS,
+    ),
     "bloom": Entry(
         {
             "eight": {"n_head": 8},
@@ -197,6 +205,33 @@ TABLE: dict[str, Entry] = {
         {**_PADDED, "tie_word_embeddings": True, "logit_scale": 0.5, "sliding_window": 9},
         unread=frozenset({"null head_dim"}),
     ),
+    "ctrl": Entry(
+        {
+            "waves": {},
+            "untied": {"tie_word_embeddings": False, "layer_norm_epsilon": 1e-3},
+            "eight-heads": {"n_head": 8, "dff": 128, "n_layer": 3},
+        },
+        {"vocab_size": 97, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128, "dff": 80},
+        spelled=False,
+    ),
+    "cwm": Entry(
+        {
+            "fourth": {"num_hidden_layers": 5, "rms_norm_eps": 1e-6},
+            "in-turn": {
+                "layer_types": ["sliding_attention", "full_attention"],
+                "sliding_window": 12,
+                "mlp_bias": True,
+                "head_dim": 24,
+            },
+            "beyond": {
+                "rope_parameters": LINEAR,
+                "max_position_embeddings": SHORT,
+                "tie_word_embeddings": True,
+            },
+        },
+        {**SIZES, "head_dim": 16, "sliding_window": 9},
+        unread=_NO_HEADS,
+    ),
     "ernie4_5": Entry(
         {
             "wide-heads": {},
@@ -209,6 +244,18 @@ TABLE: dict[str, Entry] = {
             },
         },
         unread=_LISTS,
+    ),
+    "exaone": Entry(
+        {
+            "gqa": {"rope_parameters": LLAMA3},
+            "own-names": {
+                **{"num_hidden_layers": ABSENT, "num_layers": 3},
+                **{"rms_norm_eps": ABSENT, "layer_norm_epsilon": 1e-3},
+                "activation_function": "gelu_new",
+                "tie_word_embeddings": True,
+            },
+            "biases": {"attention_bias": True, "mlp_bias": True, "head_dim": 24},
+        },
     ),
     "exaone4": Entry(
         {
@@ -362,6 +409,15 @@ TABLE: dict[str, Entry] = {
         {**SIZES, "layer_norm_eps": 1e-3},
         spelled=False,
     ),
+    "gpt_neox_japanese": Entry(
+        {
+            "one-bias": {},
+            "quarter": {"rotary_pct": 0.25, "num_hidden_layers": 3, "tie_word_embeddings": True},
+            "wide-mlp": {"intermediate_multiple_size": 2, "rotary_emb_base": 500.0},
+        },
+        {**SIZES, "layer_norm_eps": 1e-3},
+        spelled=False,
+    ),
     "gptj": Entry(
         {
             "neighbours": {},
@@ -431,6 +487,21 @@ TABLE: dict[str, Entry] = {
         unread=frozenset({"null head_dim"}),
         needed={"head_dim": 128},
     ),
+    "hyperclovax": Entry(
+        {
+            "both-sides": {"embedding_multiplier": 3.0, "residual_multiplier": 0.6},
+            "one-side": {"use_post_norm": False, "attention_multiplier": 0.4},
+            "scaled": {"logits_scaling": 0.25, "tie_word_embeddings": True, "head_dim": 24},
+        },
+        unread=_OWN_HEADS,
+    ),
+    "jais2": Entry(
+        {
+            "biased": {},
+            "gqa": {"attention_bias": False, "mlp_bias": False, "num_key_value_heads": 1},
+            "tied": {"tie_word_embeddings": True, "layer_norm_eps": 1e-3, "head_dim": 24},
+        },
+    ),
     "llama": Entry(
         {
             "gqa-4-2": {},
@@ -449,6 +520,21 @@ TABLE: dict[str, Entry] = {
             "rope-dynamic": {"rope_parameters": DYNAMIC},
             "rope-llama3": {"rope_parameters": LLAMA3},
         }
+    ),
+    "ministral": Entry(
+        {
+            "wide-window": {"sliding_window": 100},
+            "window": {"sliding_window": 9, "head_dim": 24},
+            "windows-in-turn": {
+                "sliding_window": 12,
+                "layer_types": ["full_attention", "sliding_attention"],
+                "tie_word_embeddings": True,
+            },
+        },
+        # transformers runs none without both.
+        {**SIZES, "head_dim": 16, "sliding_window": 9},
+        unread=frozenset({"null head_dim"}),
+        needed={"head_dim": 128},
     ),
     "ministral3": Entry(
         {
@@ -521,6 +607,7 @@ TABLE: dict[str, Entry] = {
             "four": {},
             "six": {"n_heads": 6, "d_model": 96, "tie_word_embeddings": False},
             "scaled": {"attn_config": {"softmax_scale": 0.4}, "n_heads": 8},
+            "clipped": {"attn_config": {"clip_qkv": 0.5}},
         },
         {"vocab_size": 97, "d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 128},
         spelled=False,
@@ -548,6 +635,7 @@ TABLE: dict[str, Entry] = {
             "no-gain": {},
             "bias": {"attention_bias": True, "num_key_value_heads": 4},
             "tied": {"tie_word_embeddings": True, "num_attention_heads": 8},
+            "clipped": {"clip_qkv": 0.5},
         },
         unread=_OWN_HEADS,
     ),
@@ -712,6 +800,18 @@ TABLE: dict[str, Entry] = {
         },
         sizes=_GEMMA,
         unread=frozenset({"null head_dim"}),
+    ),
+    "xglm": Entry(
+        {
+            "waves": {},
+            "unscaled": {"scale_embedding": False, "num_layers": 3},
+            "untied": {"tie_word_embeddings": False, "activation_function": "relu"},
+        },
+        {
+            **{"vocab_size": 97, "d_model": 64, "ffn_dim": 80, "num_layers": 2},
+            **{"attention_heads": 4, "max_position_embeddings": 128},
+        },
+        spelled=False,
     ),
 }
 CASES = [(family, name) for family, entry in TABLE.items() for name in entry.cases]

@@ -57,10 +57,18 @@ def _by_groups(name: str, values: Array, config: Any) -> Array:
     return np.concatenate([part.reshape(-1, *rest) for part in parts])
 
 
+_TURNED = ("c_attn", "c_proj", "c_fc")
+
+
+def _transposed(name: str, values: Array, config: Any) -> Array:
+    return values.T if name.endswith(tuple(f"{part}.weight" for part in _TURNED)) else values
+
+
 _VALUES: dict[str, Callable[[str, Array, Any], Array]] = {
     **dict.fromkeys(("arcee", "granite", "llama", "mistral3", "olmo", "smollm3"), _llama),
     **dict.fromkeys(("gemma", "gemma2", "gemma3", "nemotron"), _plus_one),
-    "gptneox": _head_by_head,
+    **dict.fromkeys(("bloom", "gptneox"), _head_by_head),
+    "gpt2": _transposed,
     "falcon": _by_groups,
 }
 
@@ -155,6 +163,7 @@ def _hunyuan(writer: Writer, config: Any) -> None:
 
 _METADATA: dict[str, Callable[[Writer, Any], None]] = {
     "arcee": _whole,
+    "chatglm": _share,
     "cohere2": _cohere,
     "command-r": _cohere,
     "exaone4": _pattern,
@@ -178,7 +187,12 @@ _METADATA: dict[str, Callable[[Writer, Any], None]] = {
 }
 _EPSILONS = ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")
 # Classes that write no width of a head, as `head_dim` is no setting of theirs.
-_NO_HEAD = ("falcon", "starcoder", "gptneox", "granite", "olmo", "phi2", "stablelm", "starcoder2")
+_NO_HEAD = (
+    *("bloom", "chatglm", "falcon", "gpt2", "gptneox", "granite", "olmo", "phi2", "stablelm"),
+    *("starcoder", "starcoder2"),
+)
+# Whose feed-forward layers are four times as wide as the residual stream, or told otherwise.
+_NO_INNER = ("bloom", "falcon", "gpt2", "starcoder")
 
 
 def key_heads(architecture: str, config: Any) -> int:
@@ -195,12 +209,13 @@ def key_heads(architecture: str, config: Any) -> int:
 def describe(writer: Writer, architecture: str, config: Any) -> None:
     """Write the metadata of a model."""
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
+    length = getattr(config, "max_position_embeddings", None)
+    writer.add_context_length(length or getattr(config, "seq_length", config.hidden_size))
     writer.add_embedding_length(config.hidden_size)
-    inner = None if architecture in ("falcon", "starcoder") else config.intermediate_size
+    inner = None if architecture in _NO_INNER else config.intermediate_size
     writer.add_feed_forward_length(inner or 4 * config.hidden_size)
     writer.add_head_count(config.num_attention_heads)
-    if architecture != "gptneox":
+    if architecture not in ("gpt2", "gptneox"):
         writer.add_head_count_kv(key_heads(architecture, config))
     if getattr(config, "rms_norm_eps", None) is not None:
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
@@ -267,11 +282,14 @@ def _tensors(
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and model.config.tie_word_embeddings:
             continue
-        stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        plain = name.removeprefix("transformer.") if architecture == "bloom" else name
+        stored = names.get_name(plain, try_suffixes=(".weight", ".bias"))
         assert stored is not None, f"llama.cpp has no name for {name}"
         if architecture == "gptneox":  # as checkpoints call it, which transformers renames
             name = name.replace("lm_head", "embed_out")
         values = np.ascontiguousarray(change(name, tensor.numpy(), model.config))
+        if architecture == "gpt2" and any(f".{part}." in name for part in _TURNED):
+            name, tensor = ".T.".join(name.rsplit(".", 1)), torch.from_numpy(values)
         if values.ndim == 1 or values.shape[1] % size or kind == Kind.F32:
             writer.add_tensor(stored, values)
             yield name, tensor
@@ -280,3 +298,11 @@ def _tensors(
         # A row is rounded by itself, wherever it stands.
         rounded = quants.dequantize(quants.quantize(tensor.numpy(), kind), kind)
         yield name, torch.from_numpy(rounded)
+
+
+def as_theirs(meant: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return what `convert` gave as `transformers` itself has it: its GPT-2 the other way round."""
+    return {
+        name.replace(".T.", "."): tensor.T if name.endswith(".T.weight") else tensor
+        for name, tensor in meant.items()
+    }

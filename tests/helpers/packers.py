@@ -219,6 +219,22 @@ def hqq(bits: int, group: int, zeros: tuple[float, float], whole: bool = False) 
     return pack
 
 
+def bitnet(divides: bool) -> Packer:
+    """Return a packer of BitNet's ternary matrices, whose codes a scale divides or multiplies."""
+
+    def pack(rng: np.random.Generator, rows: int, columns: int) -> tuple[Tensors, Array]:
+        from transformers.integrations.bitnet import pack_weights
+
+        codes = rng.integers(-1, 2, (rows, columns))
+        low, high = (4, 16) if divides else (0.1, 0.4)
+        scale = half(rng.uniform(low, high, 1).astype(np.float16))
+        factor = 1 / scale.item() if divides else scale.item()
+        packed = pack_weights(torch.from_numpy(codes).clone())
+        return {"weight": packed, "weight_scale": scale}, codes * factor
+
+    return pack
+
+
 def mxfp4(mlx: bool) -> Packer:
     """Return a packer of OCP's MXFP4 as MLX or as compressed-tensors lays it out."""
 

@@ -9,7 +9,7 @@ import pytest
 
 from llm_coreml.bundle.manifest import Target
 from llm_coreml.config import ExportConfig, resolve
-from llm_coreml.lower.forms import FORMS, Enumerated, Lowering, Static, Twin, form_for
+from llm_coreml.lower.forms import FORMS, Enumerated, Lowering, Ranged, Static, Twin, form_for
 from llm_coreml.model import open_model
 from llm_coreml.quantize import make_plan
 from llm_coreml.quantize.quantized import build_decoder
@@ -22,6 +22,8 @@ CASES: dict[str, tuple[dict[str, Any], type[Lowering]]] = {
     "several lengths": ({"seq_lengths": (1, 8)}, Enumerated),
     "one length": ({"seq_lengths": (1,)}, Static),
     "every row": ({"seq_lengths": (1, 8), "logits": "all"}, Enumerated),
+    "one length that is padded to": ({"seq_lengths": (8,)}, Static),
+    "a range": ({"seq_lengths": "1..8"}, Ranged),
     "every row of one": ({"seq_lengths": (1,), "logits": "all"}, Static),
     "twin": ({"seq_lengths": (1, 8), "backend": "xnnpack"}, Twin),
     "twin of one length": ({"seq_lengths": (1,), "backend": "xnnpack"}, Twin),
@@ -39,7 +41,9 @@ def test_a_form_is_what_it_says(name: str, tmp_path: Path) -> None:
     assert type(form) is kind
     described = form.description
     assert (described.form, described.backend) == (kind.name, config.backend)
-    assert described.seq_lengths == settings["seq_lengths"] and described.context == 32
+    lengths = settings["seq_lengths"]
+    assert described.lengths == ("1 to 8" if lengths == "1..8" else ", ".join(map(str, lengths)))
+    assert described.context == 32
     assert described.every_row == (settings.get("logits") == "all")
     assert described.stop_tokens == (2,)
     form.write(decoder, tmp_path / "model.pte")
@@ -56,8 +60,8 @@ def test_every_backend_is_one_of_the_settings_and_has_a_form() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("lengths", [(1,), (1, 8)])
-def test_settings_ask_for_one_form(backend: Any, lengths: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("lengths", [(1,), (8,), (1, 8), "1..8"])
+def test_settings_ask_for_one_form(backend: Any, lengths: tuple[int, ...] | str) -> None:
     config = ExportConfig(context=32, seq_lengths=lengths, backend=backend)
     job = resolve(config, small_spec())
     assert sum(form.fits(job) for form in FORMS) == 1

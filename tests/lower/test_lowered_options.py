@@ -114,7 +114,10 @@ NORMS = replace(
             replace(HEADS, norm=NormSpec(gain=False), rope=None, qk_norm=QKNormSpec(gain=False)),
             replace(MLP, activation="xielu", gated=False),
         ),
-        LayerSpec(HEADS, replace(MLP, activation="relu")),
+        LayerSpec(
+            replace(HEADS, inner_norm=NORM, clip=0.5),
+            replace(MLP, activation="relu", inner_norm=NORM),
+        ),
     ),
     norm=CENTRED,
     head_bias=True,

@@ -118,8 +118,8 @@ def test_a_recipe_that_is_wrong_is_refused_in_a_sentence(
 
 
 def test_a_system_that_is_too_old_is_unsupported_in_a_recipe_too(tmp_path: Path) -> None:
-    path = written(tmp_path, {"model": "a/b", "target": {"minimum_os": "iOS17"}})
-    with pytest.raises(UnsupportedError, match=r"Recipe '.*mine\.yaml': iOS17 is too old"):
+    path = written(tmp_path, {"model": "a/b", "target": {"minimum_os": "iOS15"}})
+    with pytest.raises(UnsupportedError, match=r"Recipe '.*mine\.yaml': iOS15 is too old"):
         load_recipe(path)
 
 

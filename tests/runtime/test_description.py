@@ -29,7 +29,7 @@ def test_a_bare_file_tells_what_its_manifest_tells(bundle: Path) -> None:
     assert found.states == told.states
     # A list of one is a number to a file.
     assert found.constant_methods == {**told.constant_methods, "get_eos_ids": 1}
-    assert replace(found, constant_methods=told.constant_methods) == told
+    assert replace(found, constant_methods=told.constant_methods, why=told.why) == told
     assert told.main == told.method_for(8) == "forward" and told.form == "enumerated"
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import resource
+import shutil
 import signal
 import sys
 from dataclasses import replace
@@ -14,8 +17,9 @@ import torch
 
 from llm_coreml.artifact.description import Description
 from llm_coreml.artifact.pte import read_delegates
+from llm_coreml.bundle import seal
 from llm_coreml.bundle.bundle_runner import open_runner
-from llm_coreml.bundle.folder import open_bundle
+from llm_coreml.bundle.folder import Bundle, open_bundle
 from llm_coreml.config import ExportConfig
 from llm_coreml.errors import ArtifactError
 from llm_coreml.pipeline import export
@@ -104,8 +108,34 @@ def test_memory_is_bounded(twin: Path, told: Description) -> None:
     assert resource.prlimit(process.pid, resource.RLIMIT_CORE)[0] == 0
 
 
-def test_who_has_looked_runs_it_here(twin: Path) -> None:
-    opened = open_bundle(twin)
-    looked, another = open_runner(opened), open_runner(replace(opened, checked=False))
-    assert isinstance(looked, ExecutorchRunner) and isinstance(looked._engine, Here)
-    assert isinstance(another, ExecutorchRunner) and isinstance(another._engine, Apart)
+def engines(opened: Bundle) -> tuple[type, type]:
+    """What runs a bundle, and what runs it unchecked."""
+    runners = open_runner(opened), open_runner(replace(opened, checked=False))
+    kinds = [type(each._engine) for each in runners if isinstance(each, ExecutorchRunner)]
+    return kinds[0], kinds[1]
+
+
+def test_only_who_has_made_it_runs_it_here(
+    twin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(seal, "_OWN", set())
+    assert engines(open_bundle(twin)) == (Apart, Apart), "made by who knows whom"
+    model = llama(vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=1)
+    config = ExportConfig(bits=16, context=32, seq_lengths=(1, 8), backend="xnnpack")
+    made = export(model, output=tmp_path / "made", config=config, cache=False)
+    assert engines(made) == (Here, Apart)
+    assert engines(open_bundle(twin)) == (Apart, Apart)
+
+
+def test_a_crash_under_checksums_that_were_counted_again(twin: Path, tmp_path: Path) -> None:
+    forged = Path(shutil.copytree(twin, tmp_path / "forged"))
+    program = forged / "model.pte"
+    program.write_bytes(broken_inside(program.read_bytes(), twin / "model.pte"))
+    recorded = json.loads((forged / "manifest.json").read_text())
+    recorded["program"]["sha256"] = hashlib.sha256(program.read_bytes()).hexdigest()
+    recorded["checksum"] = seal.checksum(recorded)
+    (forged / "manifest.json").write_text(json.dumps(recorded))
+    opened = open_bundle(forged)
+    assert opened.checked and not opened.own
+    with pytest.raises(ArtifactError, match=r"damaged inside: .* it crashed with signal \d+\."):
+        open_runner(opened)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -178,3 +180,10 @@ def test_special_ids(
 def test_special_ids_are_tokens(value: object) -> None:
     with pytest.raises(CheckpointError, match=r"eos_token_id is .*; it must be a token"):
         special_ids({"eos_token_id": value}, {})
+
+
+def test_a_folder_whose_name_is_no_text(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    shutil.copytree(bundled_model(), folder)
+    plain = Tokenizer(bundled_model() / "tokenizer.json")
+    assert Tokenizer(folder / "tokenizer.json").prompt(TEXT) == plain.prompt(TEXT)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from llm_coreml.checkpoint.packed.awq_format import AWQ
+from llm_coreml.checkpoint.packed.bitnet_format import BitNet
 from llm_coreml.checkpoint.packed.bitsandbytes_format import BitsAndBytes, BitsAndBytes8
 from llm_coreml.checkpoint.packed.blocks import BLOCKS
 from llm_coreml.checkpoint.packed.compressed_format import PackedWords, PlainBytes
@@ -136,6 +137,18 @@ def _compressed(settings: Mapping[str, Any], where: str) -> Formats:
     return (*fp8, *words, *([COMPRESSED_MXFP4] if mxfp4 else []))
 
 
+def _bitnet(settings: Mapping[str, Any], where: str) -> Formats:
+    if settings.get("quantization_mode", "offline") != "offline":
+        raise UnsupportedError(
+            f"{where} has BitNet weights that its code rounds each time (quantization_mode "
+            f"{settings['quantization_mode']!r}). Give the checkpoint whose weights are rounded "
+            "(offline), as microsoft/bitnet-b1.58-2B-4T has them."
+        )
+    if settings.get("use_rms_norm"):
+        raise _refusal(where, "BitNet weights with a norm of their own (use_rms_norm)")
+    return (BitNet(divides=settings.get("linear_class", "bitlinear") == "bitlinear"),)
+
+
 def _bitsandbytes(settings: Mapping[str, Any], where: str) -> Formats:
     return BitsAndBytes("nf4"), BitsAndBytes("fp4"), BitsAndBytes8()
 
@@ -215,6 +228,7 @@ _READERS: dict[str, Callable[[Mapping[str, Any], str], Formats]] = {
     "gptq": _gptq,
     "auto-round": _auto_round,
     "awq": _awq,
+    "bitnet": _bitnet,
     "bitsandbytes": _bitsandbytes,
     "compressed-tensors": _compressed,
     "fbgemm_fp8": _fp8,

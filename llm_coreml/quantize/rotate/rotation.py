@@ -40,7 +40,7 @@ def rotations(kind: Rotate, spec: DecoderSpec) -> dict[Space, Rotation]:
 
     Raises:
         UnsupportedError: the heads of some layers are wider than those of others, or their numbers
-            are gated one by one; or a norm does not commute with a rotation.
+            are changed one by one; or a norm does not commute with a rotation.
     """
     found: dict[Space, Rotation] = {}
     if kind in ("residual", "both"):
@@ -54,8 +54,8 @@ def rotations(kind: Rotate, spec: DecoderSpec) -> dict[Space, Rotation]:
         widths = sorted({width for layer in spec.layers for width in layer.mixer.value_widths})
         if not widths:
             raise UnsupportedError(
-                f"--rotate {kind} cannot rotate the values of this model, whose numbers are gated "
-                "one by one; leave --rotate out, or give --rotate residual."
+                f"--rotate {kind} cannot rotate the values of this model, whose numbers are "
+                "changed one by one; leave --rotate out, or give --rotate residual."
             )
         if len(widths) > 1:
             raise UnsupportedError(

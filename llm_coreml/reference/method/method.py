@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import NoReturn
 
 import torch
@@ -23,7 +24,7 @@ from llm_coreml.errors import ArtifactError
 from llm_coreml.reference.method.kernels import convert, kernel, present
 from llm_coreml.reference.method.memory import MethodMemory, Values, dtype_of
 from llm_coreml.reference.program.constants import ConstantPool
-from llm_coreml.reference.program.coreml_program import INTERFACE_TYPES, CoreMLProgram
+from llm_coreml.reference.program.coreml_program import CoreMLProgram
 
 # A step returns the number of the next one if it is not the one that follows.
 Step = Callable[[Values], int | None]
@@ -40,7 +41,8 @@ class LoadedMethod:
 
     Attributes:
         name: the method's name.
-        inputs: dtype and shape of each argument.
+        inputs: dtype and shape of each argument; fp32 for fp16 where nothing is rounded.
+        declared: the same as the file has them.
         outputs: dtype and shape of each result.
         programs: the Core ML programs, by delegate.
         constants: what the file's constant methods give, such as `get_max_seq_len`.
@@ -55,6 +57,8 @@ class LoadedMethod:
         *,
         compiled: bool = False,
     ) -> None:
+        self.declared = tuple(_tensor_spec(method, number) for number in method.inputs)
+        method = method if pool.numerics.halves else _unrounded(method)
         self.name = method.name
         self.constants = constants
         self.inputs = tuple(_tensor_spec(method, number) for number in method.inputs)
@@ -202,7 +206,7 @@ class LoadedMethod:
         results = dict(zip(lowered.outputs, args[len(lowered.inputs) :], strict=True))
         expected = {name: _tensor_spec(self._method, number) for name, number in results.items()}
 
-        wanted = {feature.name: INTERFACE_TYPES[feature.dtype] for feature in program.inputs}
+        wanted = {feature.name: program.taken(feature) for feature in program.inputs}
 
         # ExecuTorch's delegate converts between the plan's types and the program's as it copies
         # values in and out, and gives a tensor without dimensions one.
@@ -240,6 +244,21 @@ class LoadedMethod:
                 f"The metadata of a delegate of method '{self.name}' names inputs or outputs that "
                 "its program does not have."
             )
+
+
+def _unrounded(method: Method) -> Method:
+    """Return the method with fp32 for the fp16 of its arguments and results.
+
+    Where nothing is rounded, what goes from call to call is not either.
+    """
+    borders = {*method.inputs, *method.outputs}
+    values = tuple(
+        replace(value, dtype="float32", place=None, nbytes=2 * (value.nbytes or 0))
+        if number in borders and isinstance(value, TensorSpec) and value.dtype == "float16"
+        else value
+        for number, value in enumerate(method.values)
+    )
+    return replace(method, values=values)
 
 
 def _move(source: int, destination: int) -> Step:

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from llm_coreml.artifact.compatibility import MIXED_ADVICE
 from llm_coreml.errors import ArtifactError
 
 Tensor = torch.Tensor
@@ -130,9 +131,9 @@ def same(*names: str) -> Rule:
     def rule(dtypes: Mapping[str, str], constants: Mapping[str, Any]) -> str:
         found = {dtypes[name] for name in names if name in dtypes}
         if len(found) != 1:
-            raise ArtifactError(
-                f"mixes the element types {', '.join(sorted(found))}, which must be one"
-            )
+            told = f"mixes the element types {', '.join(sorted(found))}, which must be one"
+            known = found == {"fp16", "fp32"}
+            raise ArtifactError(f"{told}. {MIXED_ADVICE.rstrip('.')}" if known else told)
         return found.pop()
 
     return rule

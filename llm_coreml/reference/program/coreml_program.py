@@ -105,8 +105,8 @@ class CoreMLProgram:
         """Run the function once.
 
         Args:
-            inputs: one tensor per declared input, of the declared type (fp16, fp32, int32 or int8)
-                and of an allowed shape.
+            inputs: one tensor per declared input, of the type that `taken` says and of an allowed
+                shape.
             **named: inputs given by name, instead or in addition.
 
         Returns:
@@ -300,6 +300,12 @@ class CoreMLProgram:
             )
         return self._state_values[name].clone()
 
+    def taken(self, feature: Feature) -> torch.dtype:
+        """Return the element type of an input: the declared one, fp32 for fp16 without rounding."""
+        if feature.dtype == "fp16":
+            return self._pool.numerics.held("fp16")
+        return INTERFACE_TYPES[feature.dtype]
+
     def _check_inputs(self, inputs: Mapping[str, torch.Tensor]) -> None:
         for name in inputs:
             if name not in self._input_names:
@@ -309,7 +315,7 @@ class CoreMLProgram:
         for feature in self.inputs:
             if feature.name not in inputs:
                 raise ArtifactError(f"The input '{feature.name}' is missing.")
-            _check_input(feature, inputs[feature.name])
+            _check_input(feature, inputs[feature.name], self.taken(feature))
         self._check_choice(inputs)
 
     def _check_choice(self, inputs: Mapping[str, torch.Tensor]) -> None:
@@ -365,9 +371,8 @@ def _agrees(feature: Feature, declared: TensorType) -> bool:
     )
 
 
-def _check_input(feature: Feature, value: torch.Tensor) -> None:
+def _check_input(feature: Feature, value: torch.Tensor, wanted: torch.dtype) -> None:
     name, shape = feature.name, tuple(value.shape)
-    wanted = INTERFACE_TYPES[feature.dtype]
     if value.dtype != wanted:
         raise ArtifactError(f"The input '{name}' is {value.dtype}; the model takes {wanted}.")
     if feature.enumerated:

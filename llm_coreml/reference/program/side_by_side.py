@@ -65,7 +65,7 @@ def _multiply(step: Step, calls: Sequence[Values], on_rows: OnRows) -> None:
     for start, stop, rows in weight.slices():
         on_rows(weight, rows)
         product[:, start:stop] = F.linear(x, rows, None if bias is None else bias[start:stop])
-    for values, each, part in zip(calls, given, product.split(counts), strict=True):
+    for values, each, part in zip(calls, given, torch.split(product, counts), strict=True):
         shape = each["x"].shape[:-1]
         places = torch.arange(shape.numel(), device=part.device).clamp(max=len(part) - 1)
         step.keep(values, part[places].reshape(*shape, weight.rows))

@@ -30,6 +30,7 @@ from packers import (
     Packer,
     affine,
     awq,
+    bitnet,
     checkpoint,
     compressed,
     dealt,
@@ -101,6 +102,10 @@ EXACT: dict[str, tuple[dict[str, Any], tuple[Packer, ...]]] = {
         (mlx(6, 32, whole=True),),
     ),
     "hqq": (HQQ, (hqq(4, 32, (4, 12)), hqq(8, 16, (100, 156)))),
+    "bitnet": (
+        with_method("bitnet", linear_class="autobitlinear", quantization_mode="offline"),
+        (bitnet(divides=False),),
+    ),
     "mlx-mxfp4": ({"quantization": {**MLX["quantization"], "mode": "mxfp4"}}, (mxfp4(True),)),
     "compressed-mxfp4": (MXFP4, (mxfp4(False),)),
 }
@@ -108,6 +113,8 @@ INEXACT: dict[str, tuple[dict[str, Any], tuple[Packer, ...], float]] = {
     "mlx": (MLX, (mlx(4, 32, whole=False),), 0.005),
     "mlx-8-bit": ({"quantization": {"group_size": 16, "bits": 8}}, (mlx(8, 16, False),), 0.05),
     "hqq": (HQQ, (hqq(4, 32, (0, 16)),), 0.002),
+    # One over a scale is no fp16 number.
+    "bitnet": (with_method("bitnet"), (bitnet(divides=True),), 0.0005),
 }
 
 
@@ -186,8 +193,9 @@ def test_the_largest_error_is_told_and_needs_leave(label: str, tmp_path: Path) -
         decoder_values(folder)
     held = decoder_values(folder, replace(CONFIG, allow_inexact=True))
     bits, group = (8, 16) if "8-bit" in label else (4, 32)
+    count = 2 if label == "bitnet" else 2**bits - 1
     errors = {
-        name: float((abs(held[name] - values) / steps(values, group)).max()) * (2**bits - 1)
+        name: float((abs(held[name] - values) / steps(values, group)).max()) * count
         for name, values in meant.items()
     }
     worst = max(errors, key=lambda name: errors[name])

@@ -1,0 +1,89 @@
+"""`docs/targets.md` says which forms of a program each target takes, and is made from the code.
+
+python tests/lower/test_targets_table.py      # writes the table anew
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llm_coreml.config import ExportConfig, resolve
+from llm_coreml.errors import LlmCoreMLError
+from llm_coreml.lower.forms import FORMS
+from llm_coreml.targets import BACKENDS, TARGETS
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "targets.md"
+BEGIN, END = "<!-- the table: made by tests/lower/test_targets_table.py -->\n", "<!-- end -->\n"
+LENGTHS: dict[str, dict[str, Any]] = {
+    "several, `1,8,64,512`": {"seq_lengths": (1, 8, 64, 512)},
+    "a range, `1..512`": {"seq_lengths": "1..512"},
+    "one, `1`": {"seq_lengths": (1,)},
+    "one, `64`": {"seq_lengths": (64,)},
+    "`--functions prefill:512,decode:1`": {"functions": "prefill:512,decode:1"},
+}
+CACHES = ("state", "inputs")
+
+
+def table() -> tuple[list[str], list[str]]:
+    """Return the lines of the table, and those of the reasons that it refers to."""
+    from tiny import small_spec
+
+    spec = small_spec(max_position_embeddings=512)
+    columns = [f"`--target {name}`" for name in TARGETS]
+    columns += [f"`--backend {name}`" for name, each in BACKENDS.items() if not each.has_targets]
+    reasons: list[str] = []
+    lines = [
+        "| lengths | cache | " + " | ".join(columns) + " |",
+        "|---" * (len(columns) + 2) + "|",
+    ]
+    for lengths, settings in LENGTHS.items():
+        for cache in CACHES:
+            cells = []
+            for chosen in _columns():
+                config = ExportConfig(context=512, cache=cache, **settings, **chosen)
+                try:
+                    job = resolve(config, spec)
+                    (form,) = [form for form in FORMS if form.fits(job)]
+                    cells.append(form.name)
+                except LlmCoreMLError as error:
+                    told = str(error)
+                    if told not in reasons:
+                        reasons.append(told)
+                    cells.append(f"refused ({reasons.index(told) + 1})")
+            lines.append(f"| {lengths} | {cache} | " + " | ".join(cells) + " |")
+    return lines, [f"{number}. {told}" for number, told in enumerate(reasons, 1)]
+
+
+def _columns() -> Iterator[dict[str, Any]]:
+    for name in TARGETS:
+        yield {"target": name}
+    for name, each in BACKENDS.items():
+        if not each.has_targets:
+            yield {"backend": name}
+
+
+def text() -> str:
+    """Return what stands between the marks."""
+    lines, reasons = table()
+    return "\n".join(["", *lines, "", *reasons, "", ""])
+
+
+def test_the_document_has_the_table_of_today() -> None:
+    written = DOCUMENT.read_text(encoding="utf-8")
+    assert written.partition(BEGIN)[2].partition(END)[0] == text()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_is_in_the_table(form: Any) -> None:
+    assert any(f"| {form.name} |" in line for line in table()[0])
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
+    before, _, rest = DOCUMENT.read_text(encoding="utf-8").partition(BEGIN)
+    DOCUMENT.write_text(before + BEGIN + text() + END + rest.partition(END)[2], encoding="utf-8")
