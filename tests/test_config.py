@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -170,9 +170,12 @@ def test_systems_before_states_are_refused_for_a_cache_that_is_one(system: str) 
     with pytest.raises(UnsupportedError) as caught:
         resolve(config, small_spec())
     assert str(caught.value) == (
-        f"{system} is too old: Core ML keeps a KV cache as state from iOS18 and macOS15 on; use "
-        "--minimum-os iOS18."
+        f"{system} is too old: Core ML keeps a KV cache as state from iOS18 and macOS15 on; give "
+        "--cache inputs, or use --minimum-os iOS18."
     )
+    assert resolve(replace(config, cache="inputs"), small_spec()).opset < "iOS18"
+    with pytest.raises(UnsupportedError, match="too old: Core ML has models of several functions"):
+        resolve(replace(config, functions="prefill:8,decode:1"), small_spec())
 
 
 @pytest.mark.parametrize("system", ["iOS15", "iOS13", "macOS12", "watchOS8"])

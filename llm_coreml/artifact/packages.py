@@ -28,7 +28,7 @@ from llm_coreml.errors import ArtifactError, nearest
 BACKEND = "CoreMLBackend"
 # What a delegate's folder holds, one of the two.
 MODEL, COMPILED_MODEL = "model.mlpackage", "model.mlmodelc"
-# Begins the data of a delegate whose model lies elsewhere in the file.
+# What a delegate's data begins with that lies elsewhere in the file.
 REFERENCE_MARK = b"CMJR"
 _COMPILED = "holds a model compiled for a device; export it uncompiled to run it here."
 

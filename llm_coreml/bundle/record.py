@@ -81,7 +81,7 @@ def make_manifest(
             untied_bytes=plan.untied_bytes,
             bits_per_weight=32.0 if dequantized else bits_per_weight(plan, model.spec),
             rotation=_rotation(job, model.spec),
-            calibration=_calibration(quantized.calibration, quantized.tuning),
+            calibration=_calibration(job, quantized.calibration, quantized.tuning),
             allocation=None if measured is None else _allocation(measured),
             plan=read_record(Plan, plan_json(plan, model.spec, losses)),
             imported=_import(report),
@@ -226,11 +226,14 @@ def _rotation(job: Job, spec: DecoderSpec) -> Rotations | None:
     return Rotations(found.get("residual"), found.get("heads"), SEED) if found else None
 
 
-def _calibration(text: CalibrationText | None, tuning: Tuning | None) -> Calibration | None:
+def _calibration(
+    job: Job, text: CalibrationText | None, tuning: Tuning | None
+) -> Calibration | None:
     if text is None:
         return None
     described = None if tuning is None else Tuned(tuning.steps, tuning.before, tuning.after)
-    return Calibration("GPTQ", text.name, text.tokens, len(text.windows), text.sha256, described)
+    method = "GPTQ" if job.weights.pt2e == "none" else "ranges"
+    return Calibration(method, text.name, text.tokens, len(text.windows), text.sha256, described)
 
 
 def _allocation(measured: Measured) -> Allocation:

@@ -89,7 +89,7 @@ def eval_command(
 
 def _import(screen: Screen, bundle: Path, run: Path, device: str, checked: bool, form: str) -> None:
     """Put a device's figures into a bundle's results, and show those of all devices."""
-    from llm_coreml.cli.tables import devices_table
+    from llm_coreml.cli.cells import devices_table
     from llm_coreml.eval.devices import import_device_run
 
     results, devices = import_device_run(bundle, run, device, checked)

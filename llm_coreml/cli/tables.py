@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
@@ -21,14 +21,14 @@ from llm_coreml.bundle.manifest import (
     Quantization,
     Rotations,
 )
-from llm_coreml.printable import CELL, printable
+from llm_coreml.cli.cells import devices_table, line, plain
 from llm_coreml.verify.verification import Conversion, PlainFp16
 
 if TYPE_CHECKING:  # they bring torch, which a list does not need
     from llm_coreml.eval.difference import Comparison
     from llm_coreml.eval.inspection import Inspection
     from llm_coreml.eval.metrics import Metric
-    from llm_coreml.eval.results import DeviceFigures, Evaluation, Quality
+    from llm_coreml.eval.results import Evaluation, Quality
     from llm_coreml.inspect.contents import Contents, DelegateContents
     from llm_coreml.inspect.extraction import Extraction
     from llm_coreml.inspect.systems_of import PartSystems
@@ -36,7 +36,7 @@ if TYPE_CHECKING:  # they bring torch, which a list does not need
 
 def export_table(manifest: Manifest, folder: str, peak: int) -> Group:
     """Return what an export made, in a few rows, and the bytes of memory that it took."""
-    table = _plain("", "")
+    table = plain("", "")
     for name, value in _export_rows(manifest, folder).items():
         table.add_row(name, value)
     table.add_row("peak memory", f"{peak / 1e6:,.0f} MB resident, mapped files included")
@@ -56,7 +56,7 @@ def _mixed_formats(stored: Quantization) -> list[Any]:
     losses = {block: _loss(matrices) for block, matrices in blocks.items()}
     estimated = None not in losses.values()
     columns = [*kinds, "bytes", *(["KL"] if estimated else [])]
-    table = _plain("bits per weight", *columns, numeric=columns)
+    table = plain("bits per weight", *columns, numeric=columns)
     for block, matrices in sorted(blocks.items()):
         cells = [
             f"{matrices[kind].bits_per_weight:.2f}" if kind in matrices else "" for kind in kinds
@@ -155,37 +155,19 @@ def evaluation_table(result: Evaluation) -> Group:
     quality = _figures("model", "runtime", metrics=metrics)
     for row in result.qualities:
         quality.add_row(row.name, row.runtime, *_shown(row))
-    latency = _plain("call", "runtime", "median", "tokens/s")
+    latency = plain("call", "runtime", "median", "tokens/s")
     for timed in result.latencies:
         name = "decode, 1 token" if timed.tokens == 1 else f"prefill, {timed.tokens} tokens"
         latency.add_row(
             name, timed.runtime, f"{1e3 * timed.seconds:.1f} ms", f"{timed.tokens_per_second:.0f}"
         )
-    size = _plain("part", "bytes")
+    size = plain("part", "bytes")
     for name, count in result.bytes.items():
         size.add_row(f"  {name.split('/')[1]}" if "/" in name else name, f"{count:,}")
     size.add_row("bits per weight", f"{result.bits_per_weight:.2f}")
     text = f"{result.tokens:,} tokens of {result.text}, windows of up to {result.window}"
     devices = [devices_table(result.devices)] if result.devices else []
-    return Group(_line(text + _compared(metrics)), quality, latency, *devices, size)
-
-
-def devices_table(found: Sequence[DeviceFigures]) -> Table:
-    """Return what devices were found to do, as their runners told."""
-    table = _plain("device", "runtime", "load", "first token", "tokens/s", "peak memory", "read")
-    for device in found:
-        speed = device.tokens_per_second
-        agree = "" if device.runs_agree else "; its runs differ"
-        table.add_row(
-            device.name,
-            f"ExecuTorch {device.executorch} ({device.runner})",
-            f"{device.load_seconds:.2f} s",
-            f"{1e3 * device.time_to_first_token_seconds:.1f} ms",
-            "" if speed is None else f"{speed:.1f}",
-            f"{device.peak_memory_bytes / 1e6:,.0f} MB",
-            f"{device.prompt_tokens} + {device.new_tokens} tokens{agree}",
-        )
-    return table
+    return Group(line(text + _compared(metrics)), quality, latency, *devices, size)
 
 
 def inspection_table(found: Inspection) -> Group:
@@ -194,12 +176,10 @@ def inspection_table(found: Inspection) -> Group:
     from llm_coreml.reference.observe.watch import FP16_MAX
 
     parts: list[Any] = [
-        _line(
-            f"{found.tokens:,} tokens of {found.text}; {found.operations:,} floating-point values"
-        )
+        line(f"{found.tokens:,} tokens of {found.text}; {found.operations:,} floating-point values")
     ]
     if found.overflows:
-        table = _plain(
+        table = plain(
             "begins",
             f"in {found.against}" if found.against else "",
             "after attention",
@@ -213,7 +193,7 @@ def inspection_table(found: Inspection) -> Group:
     else:
         parts.append(Text("no value is inf or NaN beyond what masks bring in"))
     if found.nearest:
-        table = _plain("largest", "headroom", "after attention", "fp16 value")
+        table = plain("largest", "headroom", "after attention", "fp16 value")
         for item in found.nearest:
             room = f"{FP16_MAX / item.largest:,.1f}x" if item.largest else ""
             name = f"{item.name} ({item.type})"
@@ -228,18 +208,18 @@ def comparison_table(found: Comparison) -> Group:
     """Return what `diff` found."""
     parts: list[Any] = []
     for letter, path in zip("AB", found.programs, strict=True):
-        parts.append(_line(f"{letter}  {path}"))
+        parts.append(line(f"{letter}  {path}"))
     read = f"{found.tokens:,} tokens of {found.text}"
     if found.equal:
         parts.append(
-            _line(f"no difference: {found.paired:,} operations gave equal values on {read}")
+            line(f"no difference: {found.paired:,} operations gave equal values on {read}")
         )
         return Group(*parts)
-    parts.append(_line(f"{read}; {found.paired:,} operations in common"))
+    parts.append(line(f"{read}; {found.paired:,} operations in common"))
     for letter, alone in zip("AB", found.alone, strict=True):
         if alone:
             counts = ", ".join(f"{count} {name}" for name, count in alone.items())
-            parts.append(_line(f"only in {letter}: {counts}"))
+            parts.append(line(f"only in {letter}: {counts}"))
     parts += [Text(""), *_errors(found, "A and B part"), Text("")]
     first, second = found.qualities
     table = _figures("model", metrics=first.metrics)
@@ -255,24 +235,24 @@ def _errors(found: Inspection | Comparison, what: str) -> list[Any]:
     else:
         where = f"{found.first.name} ({found.first.type}, after attention {found.first.layer})"
         sentence = f"{what} by more than {found.threshold:g} first at {where}"
-    table = _plain("error", "after attention", "largest in the layer at")
+    table = plain("error", "after attention", "largest in the layer at")
     for item in found.layers:
         error = "inf or NaN" if item.error is None else f"{item.error:.2e}"
         table.add_row(error, str(item.layer), f"{item.name} ({item.type})")
-    return [_line(sentence), table]
+    return [line(sentence), table]
 
 
 def interface_table(path: str, interface: dict[str, dict[str, str]]) -> Group:
     """Return what a program takes and gives, and how to run it."""
     parts = [listing_table(kind, ports) for kind, ports in interface.items() if ports]
     return Group(
-        *parts, _line(f"Give the inputs by these names: llm-coreml run {path} --inputs FILE.npz")
+        *parts, line(f"Give the inputs by these names: llm-coreml run {path} --inputs FILE.npz")
     )
 
 
 def outputs_table(results: dict[str, Any]) -> Group:
     """Return what each output of a run is like."""
-    table = _plain("output", "type", "shape", "lowest", "highest")
+    table = plain("output", "type", "shape", "lowest", "highest")
     for name, found in results.items():
         limits = [found["lowest"], found["highest"]]
         told = ["inf or NaN" if limit is None else f"{limit:.6g}" for limit in limits]
@@ -317,17 +297,17 @@ def systems_table(parts: Sequence[PartSystems]) -> Group:
             "model format": f"{asked.specification}, operations of {', '.join(asked.opsets)}",
             "needs": f"{asked.needed or 'a newer system'}",
         }
-        table = _plain("from", "what", "first")
+        table = plain("from", "what", "first")
         for need in asked.needs:
             table.add_row(need.system or "?", need.what, need.where)
-        mixed = [_line(f"No system compiles {each}. {MIXED_ADVICE}") for each in asked.mixed]
+        mixed = [line(f"No system compiles {each}. {MIXED_ADVICE}") for each in asked.mixed]
         shown += [listing_table(part.part, rows), table, *mixed, Text("")]
     return Group(*shown[:-1])
 
 
 def extraction_table(found: Extraction) -> Group:
     """Return which models were written, and what runs them."""
-    table = _plain("model", "bytes", "run by", numeric=["bytes"])
+    table = plain("model", "bytes", "run by", numeric=["bytes"])
     for model in found.models:
         calls = (
             f"{use.method}, partition {use.partition}: {use.function or 'its default function'}"
@@ -362,7 +342,7 @@ def _delegate_rows(delegate: DelegateContents) -> dict[str, str]:
 
 def listing_table(title: str, rows: dict[str, str]) -> Table:
     """Return names and what they mean."""
-    table = _plain(title, "")
+    table = plain(title, "")
     for name, meaning in rows.items():
         table.add_row(name, meaning)
     return table
@@ -377,7 +357,7 @@ def lists_table(lists: Mapping[str, dict[str, str]]) -> Group:
 def _figures(*columns: str, metrics: Sequence[Metric]) -> Table:
     """Return an empty table with a column for each metric after those given."""
     labels = [metric.label for metric in metrics]
-    return _plain(*columns, *labels, numeric=labels)
+    return plain(*columns, *labels, numeric=labels)
 
 
 def _shown(quality: Quality) -> list[str]:
@@ -391,26 +371,3 @@ def _compared(metrics: Sequence[Metric]) -> str:
         return ""
     listed = " and ".join([", ".join(nouns[:-1]), nouns[-1]] if nouns[1:] else nouns)
     return f"; {listed} against the original"
-
-
-class _Cells(Table):
-    """A table whose cells may hold names from any file."""
-
-    def add_row(self, *cells: Any, **settings: Any) -> None:
-        """Add a row of texts."""
-        super().add_row(*(printable(cell, CELL) for cell in cells), **settings)
-
-
-def _line(text: str) -> Text:
-    """Return a line that may hold names from any file."""
-    return Text(printable(text, CELL))
-
-
-def _plain(*columns: str, numeric: Collection[str] = ()) -> Table:
-    table = _Cells(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=any(columns))
-    numbers = {"median", "tokens/s", "bytes", "KL", *numeric}
-    for number, column in enumerate(columns):
-        right = number > 0 and column in numbers
-        title = printable(column)
-        table.add_column(title, justify="right" if right else "left", overflow="fold")
-    return table

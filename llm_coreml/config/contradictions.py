@@ -12,7 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from llm_coreml.config.export_config import ExportConfig
-from llm_coreml.errors import ConfigError, UnsupportedError
+from llm_coreml.errors import ConfigError, LlmCoreMLError, UnsupportedError
+from llm_coreml.systems import STATE_SYSTEM, older, opset_of
 from llm_coreml.targets import Target
 
 
@@ -24,12 +25,18 @@ class Contradiction:
         holds: Whether settings and target are so.
         told: What is said of them: the reason, and what to do. A field of the config may stand in
             it in braces.
-        forced: `--force` passes over it: what is known against it is a report on a device.
+        error: What is raised.
+        forced: `--force` passes over it: it works, elsewhere than was asked for.
     """
 
     holds: Callable[[ExportConfig, Target], bool]
     told: str
+    error: type[LlmCoreMLError] = ConfigError
     forced: bool = False
+
+
+def _too_old(config: ExportConfig) -> bool:
+    return older(opset_of(config.minimum_os), STATE_SYSTEM) and config.backend == "coreml"
 
 
 def _ranged(config: ExportConfig) -> bool:
@@ -37,6 +44,19 @@ def _ranged(config: ExportConfig) -> bool:
 
 
 CONTRADICTIONS = (
+    Contradiction(
+        lambda config, target: _too_old(config) and config.functions is not None,
+        "{minimum_os} is too old: Core ML has models of several functions, which --functions "
+        "{functions} makes, from iOS18 and macOS15 on; drop --functions, or use --minimum-os "
+        "iOS18.",
+        error=UnsupportedError,
+    ),
+    Contradiction(
+        lambda config, target: _too_old(config) and config.cache != "inputs",
+        "{minimum_os} is too old: Core ML keeps a KV cache as state from iOS18 and macOS15 on; "
+        "give --cache inputs, or use --minimum-os iOS18.",
+        error=UnsupportedError,
+    ),
     Contradiction(
         lambda config, target: config.functions is not None and config.cache == "state",
         "--functions {functions} makes a method of each, and a state is its method's own, so that "
@@ -60,6 +80,7 @@ CONTRADICTIONS = (
         "--seq-lengths {seq_lengths} is a range, and Core ML never gives a program with ranges of "
         "shapes to the Neural Engine of --target ane (coremltools, guide on flexible shapes); list "
         "the lengths, such as 1,64,512, or give --force to have it run on the CPU.",
+        error=UnsupportedError,
         forced=True,
     ),
 )
@@ -70,9 +91,8 @@ def check_together(config: ExportConfig, target: Target) -> None:
 
     Raises:
         ConfigError: two settings contradict each other.
-        UnsupportedError: a target is known not to take what is asked for, and nobody forces it.
+        UnsupportedError: a system or a target does not take what is asked for.
     """
     for each in CONTRADICTIONS:
         if each.holds(config, target) and not (each.forced and config.force):
-            told = each.told.format_map({name: value for name, value in vars(config).items()})
-            raise (UnsupportedError if each.forced else ConfigError)(told)
+            raise each.error(each.told.format_map(vars(config)))

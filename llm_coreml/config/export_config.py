@@ -52,6 +52,26 @@ class ExportConfig(
                 f"--size counts quantized weights, and --backend {self.backend} stores fp32; give "
                 "--bits."
             )
+        self._check_pt2e()
+
+    def _check_pt2e(self) -> None:
+        """Refuse a text that is not read, the lack of one that is, and steps that follow codes."""
+        if self.pt2e == "weights" and self.calibrate is not None:
+            raise ConfigError(
+                "--pt2e weights reads no text, which --calibrate gives; drop one of them."
+            )
+        if self.pt2e == "static" and self.calibrate is None:
+            raise ConfigError(
+                "--pt2e static reads a text for the ranges of activations; give --calibrate "
+                "bundled, or a file."
+            )
+        if self.pt2e == "static" and BACKENDS[self.backend].stores_dense:
+            raise ConfigError(
+                f"--pt2e static rounds activations, which --backend {self.backend} keeps as fp32; "
+                "give --pt2e weights."
+            )
+        if self.pt2e == "static" and self.tune:
+            raise ConfigError("--tune changes what --pt2e static has measured; drop one of them.")
 
     def section(self, kind: type[S]) -> S:
         """Return the settings of one section."""
@@ -60,8 +80,8 @@ class ExportConfig(
     def under(self, given: Mapping[str, Any]) -> ExportConfig:
         """Return these settings, as of a recipe, below those that were given.
 
-        Formats that contradict a given `bits`, `scheme`, `size` or `plan` go back to their
-        defaults; contradictions among the given remain.
+        Formats that contradict a given `bits`, `scheme`, `size`, `plan` or `pt2e` go back to
+        their defaults; contradictions among the given remain.
 
         Raises:
             ConfigError: as for any config.
@@ -74,7 +94,7 @@ class ExportConfig(
         }
         cleared = {
             other: undecided(name, other, getattr(self, other)) or settings[other].default
-            for name in {"bits", "scheme", "size", "plan"} & given.keys()
+            for name in {"bits", "scheme", "size", "plan", "pt2e"} & given.keys()
             for other in self._contradicted(name, given[name])
             if other not in given
         }
@@ -83,7 +103,9 @@ class ExportConfig(
     def _contradicted(self, name: str, value: Any) -> Iterator[str]:
         """Yield the settings that cannot stay beside another one of this value."""
         yield from decided_by(name, value)
-        yield from (each for each in ("size", "plan", "bits") if name in self._decided(each))
+        yield from (
+            each for each in ("size", "plan", "bits", "pt2e") if name in self._decided(each)
+        )
         if name == "bits" and not _takes_bits(self.scheme, value):
             yield "scheme"
         if name == "scheme" and not _takes_bits(value, self.bits):

@@ -22,9 +22,9 @@ from llm_coreml.config.values import (
     functions_of,
     range_of,
 )
-from llm_coreml.errors import ConfigError, UnsupportedError
+from llm_coreml.errors import ConfigError
 from llm_coreml.machine import machine_memory
-from llm_coreml.systems import STATE_SYSTEM, older, opset_of
+from llm_coreml.systems import opset_of
 from llm_coreml.targets import BACKENDS, PRECISIONS, Precision, Target, get_target
 
 if TYPE_CHECKING:  # the decoder's package would bring torch
@@ -125,8 +125,6 @@ def resolve(config: ExportConfig, spec: DecoderSpec) -> Job:
     target, backend = get_target(config.target), BACKENDS[config.backend]
     cache = config.cache or ("inputs" if config.functions else "state")
     check_together(config, target)
-    if cache == "state":
-        _check_state(config.minimum_os)
     weights = config.section(WeightSettings)
     return Job(
         config=config,
@@ -149,15 +147,6 @@ def resolve(config: ExportConfig, spec: DecoderSpec) -> Job:
         model_type=config.model_type,
         force=config.force,
     )
-
-
-def _check_state(minimum_os: str) -> None:
-    """Refuse a system that keeps nothing between calls. Raises UnsupportedError."""
-    if older(opset_of(minimum_os), STATE_SYSTEM):
-        raise UnsupportedError(
-            f"{minimum_os} is too old: Core ML keeps a KV cache as state from iOS18 and macOS15 "
-            "on; use --minimum-os iOS18, or --cache inputs."
-        )
 
 
 def resolve_shapes(

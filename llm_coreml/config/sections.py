@@ -46,6 +46,7 @@ from llm_coreml.targets import TARGETS
 # "gpu, ane, cpu or all"
 _UNITS = " or ".join(", ".join(TARGETS).rsplit(", ", 1))
 Rotate = Literal["none", "residual", "heads", "both"]
+PT2E = Literal["none", "weights", "static"]
 # What has no meaning for other backends.
 _CORE_ML = frozenset({"model_type", "passes", "compile_specs"})
 # What each of these decides of others, which cannot be given beside it.
@@ -56,6 +57,7 @@ _DECIDED: Mapping[str, tuple[str, ...]] = MappingProxyType(
             *("codebook_columns", "codebook_vector", "codebook_scale", "embedding"),
         ),
         "size": ("scheme", "bits"),
+        "pt2e": ("scheme", "bits", "size", "plan"),
     }
 )
 
@@ -70,7 +72,7 @@ def decided_by(name: str, value: object) -> tuple[str, ...]:
         tables = (("embedding", "embed_tokens"), ("lm_head", "lm_head"))
         named = [flag for flag, matrix in tables if text.pattern_of(matrix)]
         return (*named, *(("bits", "size") if "*" in text.patterns else ()))
-    return () if value is None else _DECIDED.get(name, ())
+    return () if value in (None, "none") else _DECIDED.get(name, ())
 
 
 def undecided(name: str, other: str, value: Any) -> Any:
@@ -166,6 +168,10 @@ class WeightSettings(Section):
         "Scheme of the output head; the token table's by default.",
         spelled=spelled_format,
     )
+    pt2e: PT2E = setting(
+        "none",
+        "int8 linear layers by ExecuTorch's CoreMLQuantizer; static: what they read and give, too.",
+    )
     rotate: Rotate = setting(
         "none",
         "Spread outlying weights first, by rotations that leave the model's function as it is.",
@@ -186,7 +192,7 @@ class WeightSettings(Section):
         if self.size is not None and self.size < 1:
             raise ConfigError(f"--size is {self.size}; give bytes, such as 600MB.")
         settings = {each.name: each for each in settings_of(WeightSettings)}
-        for name in ("plan", "size", "bits", "scheme"):
+        for name in ("plan", "size", "bits", "scheme", "pt2e"):
             own = getattr(self, name)
             for other in decided_by(name, own):
                 value, flag = getattr(self, other), settings[other].flag
@@ -195,7 +201,7 @@ class WeightSettings(Section):
                 # Earlier releases recorded the usual table beside a plan, too.
                 usual = self._usual_table if other == "embedding" else None
                 if value not in (settings[other].default, usual):
-                    decider = f"--{name} {own}" if name in ("bits", "scheme") else f"--{name}"
+                    decider = f"--{name}" if name in ("plan", "size") else f"--{name} {own}"
                     raise ConfigError(
                         f"{decider} decides what {flag} {value} would; drop one of them."
                     )

@@ -152,6 +152,36 @@ def checked_lengths(lengths: tuple[int, ...] | str) -> tuple[int, ...] | str:
     return lengths
 
 
+def functions_of(text: str) -> dict[str, int]:
+    """Return the length of each function that `checked_functions` has checked, by name."""
+    pairs = (part.split(":") for part in text.split(","))
+    return {name: int(length) for name, length in pairs}
+
+
+def checked_functions(text: str) -> str:
+    """Return functions as they are kept.
+
+    Raises:
+        ConfigError: they are no names with lengths, two have a name or a length, or none reads
+            single tokens.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(_FUNCTION.fullmatch(part) for part in parts):
+        raise ConfigError(
+            f"--functions {brief(text)} is no list of names and lengths such as "
+            "prefill:512,decode:1."
+        )
+    lengths = functions_of(",".join(parts))
+    if len(lengths) < len(parts) or len(set(lengths.values())) < len(parts):
+        raise ConfigError(f"--functions {text} must have different names and different lengths.")
+    if len(parts) < 2 or 1 not in lengths.values():
+        raise ConfigError(
+            f"--functions {text} must be several, one of them of length 1, without which no single "
+            "token can be generated: prefill:512,decode:1."
+        )
+    return ",".join(f"{name}:{length}" for name, length in lengths.items())
+
+
 def checked_passes(names: tuple[str, ...]) -> tuple[str, ...]:
     """Return names of passes: all that are to run, or those to leave out, each with a hyphen.
 
@@ -208,36 +238,6 @@ def checked_specs(specs: tuple[str, ...]) -> tuple[str, ...]:
             )
         keys.add(key)
     return specs
-
-
-def functions_of(text: str) -> dict[str, int]:
-    """Return the length of each function that `checked_functions` has checked, by name."""
-    pairs = (part.split(":") for part in text.split(","))
-    return {name: int(length) for name, length in pairs}
-
-
-def checked_functions(text: str) -> str:
-    """Return functions as they are kept.
-
-    Raises:
-        ConfigError: they are no names with lengths, two have a name or a length, or none reads
-            single tokens.
-    """
-    parts = [part.strip() for part in text.split(",")]
-    if not all(_FUNCTION.fullmatch(part) for part in parts):
-        raise ConfigError(
-            f"--functions {brief(text)} is no list of names and lengths such as "
-            "prefill:512,decode:1."
-        )
-    lengths = functions_of(",".join(parts))
-    if len(lengths) < len(parts) or len(set(lengths.values())) < len(parts):
-        raise ConfigError(f"--functions {text} must have different names and different lengths.")
-    if len(parts) < 2 or 1 not in lengths.values():
-        raise ConfigError(
-            f"--functions {text} must be several, one of them of length 1, without which no single "
-            "token can be generated: prefill:512,decode:1."
-        )
-    return ",".join(f"{name}:{length}" for name, length in lengths.items())
 
 
 def checked_target(name: str) -> str:

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from llm_coreml.decoder.eight_bit import EightBit
+
 
 def number(value: float | None, without: float | None) -> torch.Tensor | None:
     """Return a number of a spec as a tensor `[1]`, None where it is `without`, which does nothing.
@@ -28,12 +30,18 @@ class Linear(nn.Linear):
     Attributes:
         input_order: int32 `[in_features]`, which input each column of the weight belongs to, where
             columns were sorted by group; None is its own.
+        entering: Rounds the inputs to 8 bits; None leaves them as they are.
+        leaving: The same for the outputs.
     """
 
     input_order: torch.Tensor | None
+    entering: EightBit | None
+    leaving: EightBit | None
 
     def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
         super().__init__(in_features, out_features, bias, device="meta")
+        self.entering = None
+        self.leaving = None
         self.register_buffer("input_order", None, persistent=False)
 
     def arrange(self, x: torch.Tensor) -> torch.Tensor:
@@ -44,7 +52,9 @@ class Linear(nn.Linear):
         """Return `x @ weight.T + bias` in the dtype of `x`."""
         weight = self.weight if self.weight.dtype == x.dtype else self.weight.to(x.dtype)
         bias = self.bias if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, weight, bias)
+        x = x if self.entering is None else self.entering(x)
+        y = F.linear(x, weight, bias)
+        return y if self.leaving is None else self.leaving(y)
 
 
 class SoftCap(nn.Module):

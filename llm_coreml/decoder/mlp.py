@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from llm_coreml.decoder.eight_bit import EightBit
 from llm_coreml.decoder.matrices import Linear
 from llm_coreml.decoder.norm import norm_of
 from llm_coreml.decoder.spec import Activation, MLPSpec
@@ -81,11 +82,17 @@ class MLP(nn.Module):
     Args:
         spec: Sizes and options.
         hidden_size: Width of the residual stream.
+
+    Attributes:
+        activated: Rounds what the activation gives to 8 bits; None leaves it as it is.
     """
+
+    activated: EightBit | None
 
     def __init__(self, spec: MLPSpec, hidden_size: int) -> None:
         super().__init__()
         self.spec = spec
+        self.activated = None
         inner = spec.intermediate_size
         if spec.gated:
             self.gate_proj = Linear(hidden_size, inner, bias=spec.bias)
@@ -120,8 +127,11 @@ class MLP(nn.Module):
         activation = ACTIVATIONS.get(self.spec.activation)
         if activation is None:
             activation = self.act_fn
-        if not self.spec.gated:
-            return activation(self.up_proj(self.up_proj.arrange(x)))
-        x = self.gate_proj.arrange(x)  # which is that of `up_proj`, too
-        gate = activation(self.gate_proj(x))
+        gated = self.spec.gated
+        first = self.gate_proj if gated else self.up_proj
+        x = first.arrange(x)  # which is that of `up_proj`, too
+        gate = activation(first(x))
+        gate = gate if self.activated is None else self.activated(gate)
+        if not gated:
+            return gate
         return gate * self.up_proj(x)  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""The Core ML lowering of the ops that write states, one for each kind of state, and of GELU.
+"""The Core ML lowering of the ops that write states, of GELU, and of rounding to 8 bits.
 
 Importing the module registers them with coremltools; the partitioner then accepts them.
 """
@@ -16,7 +16,7 @@ from coremltools.converters.mil.frontend.torch.torch_op_registry import register
 from coremltools.converters.mil.mil import types
 from torch._library.custom_ops import CustomOpDef
 
-from llm_coreml.decoder import caches
+from llm_coreml.decoder import caches, eight_bit
 
 
 def _names(write: CustomOpDef) -> list[str]:
@@ -137,3 +137,12 @@ def gelu(context: Any, node: Any) -> None:
     (form,) = (node.kwinputs or {}).get("approximate", ["none"])
     mode = {"none": "EXACT", "tanh": "TANH_APPROXIMATION"}[form]
     context.add(mb.gelu(x=x, mode=mode, name=node.name))
+
+
+@register_torch_op(torch_alias=_names(eight_bit.as_eight_bit), override=True)  # type: ignore[untyped-decorator]
+def as_eight_bit(context: Any, node: Any) -> None:
+    """Lower a rounding to codes and back."""
+    x, scale, zero_point = _get_inputs(context, node, expected=3)
+    numbers = {"scale": np.float32(scale.val), "zero_point": np.uint8(zero_point.val)}
+    codes = mb.quantize(input=x, output_dtype="uint8", **numbers)
+    context.add(mb.dequantize(input=codes, name=node.name, **numbers))

@@ -23,6 +23,7 @@ from llm_coreml.quantize.cache import WeightCache
 from llm_coreml.quantize.calibrate.text import CalibrationText, read_content, tokenize
 from llm_coreml.quantize.calibrate.tune import Tuning, tune
 from llm_coreml.quantize.fill import fill
+from llm_coreml.quantize.formats.schemes import Unquantized
 from llm_coreml.quantize.plan.choose import Measured, choose_plan
 from llm_coreml.quantize.plan.imported import ImportReport, import_report, keeps_codes, quantized_in
 from llm_coreml.quantize.plan.plan import QuantizationPlan
@@ -120,7 +121,7 @@ def as_asked(model: Model, job: Job, progress: Progress) -> Model:
     progress.note(
         f"{len(model.checkpoint.quantized())} matrices that the checkpoint holds quantized "
         f"({formats}) are expanded and treated as any others: "
-        "the errors of both roundings add up. Without --bits, --scheme, --size, --plan, "
+        "the errors of both roundings add up. Without --bits, --scheme, --size, --plan, --pt2e, "
         "--calibrate and --rotate they are taken as they are."
     )
     return model.expanded()
@@ -185,8 +186,19 @@ def build_decoder(
         if buffer.is_floating_point():
             buffer.copy_(buffer.to(storage))
     windows = None if calibration is None else calibration.windows
-    fill(decoder, weights, plan, storage, on_progress, windows, cache)
-    return decoder.eval()
+    if job.weights.pt2e == "none":
+        fill(decoder, weights, plan, storage, on_progress, windows, cache)
+        return decoder.eval()
+    # Imported here: it brings coremltools.
+    from llm_coreml.quantize.pt2e import pt2e_static, pt2e_weights
+
+    tables = replace(plan, linear=Unquantized(job.precision.bits))
+    fill(decoder, weights, tables, storage, on_progress, None, cache)
+    if windows is None:
+        pt2e_weights(decoder.eval())
+    else:
+        pt2e_static(decoder.eval(), windows)
+    return decoder
 
 
 def tune_decoder(

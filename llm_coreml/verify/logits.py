@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 
 from llm_coreml.decoder import Decoder
+from llm_coreml.decoder.eight_bit import EightBit
 from llm_coreml.errors import VerificationError
 from llm_coreml.fidelity import kl_divergence
 from llm_coreml.reference.program.constants import PackedWeight
@@ -49,8 +50,11 @@ def conversion_bound(decoder: Decoder, plain: PlainFp16 | None = None) -> float:
         decoder: The model.
         plain: What fp16 makes of it; what magnifies the rounding of fp16 magnifies that of fp32.
     """
-    terms = max(decoder.spec.widest_sum, decoder.context)
     usual, _ = bounds(plain)
+    if any(isinstance(module, EightBit) for module in decoder.modules()):
+        # The last digit of a sum decides which of 256 numbers it becomes.
+        return usual
+    terms = max(decoder.spec.widest_sum, decoder.context)
     return min(usual * 2.0**-13 * math.sqrt(terms), MAX_RELATIVE_ERROR)
 
 

@@ -45,6 +45,13 @@ CASES: dict[str, dict[str, Any]] = {
         "window": 7,
     },
     "functions": {"functions": FUNCTIONS, "logits": "all"},
+    "inputs from iOS16, windows": {
+        "cache": "inputs",
+        "seq_lengths": (1, 8),
+        "window": 7,
+        "minimum_os": "iOS16",
+        "scheme": "int8-channel",
+    },
 }
 FURTHER = tuple(CASES)[2:]
 SIZES: dict[str, Any] = {

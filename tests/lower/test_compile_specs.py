@@ -124,7 +124,7 @@ def mac(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def settings(**changes: Any) -> ExportConfig:
-    return ExportConfig(context=32, seq_lengths=(1, 8), **changes)
+    return ExportConfig(context=32, seq_lengths=(1, 8), scheme="int8-channel", **changes)
 
 
 @pytest.mark.usefixtures("mac")

@@ -5,6 +5,7 @@ python tests/lower/test_targets_table.py      # writes the table anew
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ LENGTHS: dict[str, dict[str, Any]] = {
     "`--functions prefill:512,decode:1`": {"functions": "prefill:512,decode:1"},
 }
 CACHES = ("state", "inputs")
+SYSTEMS = ("iOS18", "iOS16")
 
 
 def table() -> tuple[list[str], list[str]]:
@@ -38,30 +40,28 @@ def table() -> tuple[list[str], list[str]]:
     columns += [f"`--backend {name}`" for name, each in BACKENDS.items() if not each.has_targets]
     reasons: list[str] = []
     lines = [
-        "| lengths | cache | " + " | ".join(columns) + " |",
-        "|---" * (len(columns) + 2) + "|",
+        "| lengths | cache | from | " + " | ".join(columns) + " |",
+        "|---" * (len(columns) + 3) + "|",
     ]
-    for lengths, settings in LENGTHS.items():
-        for cache in CACHES:
-            cells = []
-            for chosen in _columns():
-                config = ExportConfig(context=512, cache=cache, **settings, **chosen)
-                try:
-                    job = resolve(config, spec)
-                    (form,) = [form for form in FORMS if form.fits(job)]
-                    cells.append(form.name)
-                except LlmCoreMLError as error:
-                    told = str(error)
-                    if told not in reasons:
-                        reasons.append(told)
-                    cells.append(f"refused ({reasons.index(told) + 1})")
-            lines.append(f"| {lengths} | {cache} | " + " | ".join(cells) + " |")
+    for (lengths, settings), cache, system in itertools.product(LENGTHS.items(), CACHES, SYSTEMS):
+        cells = []
+        for chosen in _columns(system):
+            try:
+                job = resolve(ExportConfig(context=512, cache=cache, **settings, **chosen), spec)
+                (form,) = [form for form in FORMS if form.fits(job)]
+                cells.append(form.name)
+            except LlmCoreMLError as error:
+                told = str(error)
+                if told not in reasons:
+                    reasons.append(told)
+                cells.append(f"refused ({reasons.index(told) + 1})")
+        lines.append(f"| {lengths} | {cache} | {system} | " + " | ".join(cells) + " |")
     return lines, [f"{number}. {told}" for number, told in enumerate(reasons, 1)]
 
 
-def _columns() -> Iterator[dict[str, Any]]:
+def _columns(system: str) -> Iterator[dict[str, Any]]:
     for name in TARGETS:
-        yield {"target": name}
+        yield {"target": name, "minimum_os": system}
     for name, each in BACKENDS.items():
         if not each.has_targets:
             yield {"backend": name}

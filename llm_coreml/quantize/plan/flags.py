@@ -49,7 +49,9 @@ class Named:
 
 
 def linear_scheme(job: Job) -> Scheme:
-    """Resolve `--bits`, `--scheme` and the target's default into one scheme."""
+    """Resolve `--bits`, `--scheme`, `--pt2e` and the target's default into one scheme."""
+    if job.weights.pt2e != "none":
+        return IntChannel(8, job.precision.bits)
     plain, bits = read_scheme(job.weights.scheme).plain, job.weights.bits
     if bits is not None and not float(bits).is_integer():
         raise ValueError("mixed bits are no single scheme")

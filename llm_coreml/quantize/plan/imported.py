@@ -72,7 +72,8 @@ def keeps_codes(job: Job) -> bool:
     """Say whether a quantized checkpoint is taken as it is: no setting chooses other codes."""
     weights = job.weights
     choices = (weights.bits, weights.size, weights.plan, weights.scheme, job.calibration.calibrate)
-    return weights.rotate == "none" and all(choice is None for choice in choices)
+    plain = weights.rotate == weights.pt2e == "none"
+    return plain and all(choice is None for choice in choices)
 
 
 def left_as_is(job: Job) -> Job:

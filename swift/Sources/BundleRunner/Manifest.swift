@@ -65,6 +65,9 @@ public struct Manifest: Decodable {
   /// Tokens that end a text.
   public var stopTokens: Set<Int64> { Set(program.constantMethods.getEosIds ?? []) }
 
+  /// Lengths between the first and the last are taken, too.
+  var ranged: Bool { program.form == "range" }
+
   /// The only method that reads tokens, with its lengths.
   var method: (name: String, lengths: [Int]) {
     let only = program.methods.first!
@@ -75,8 +78,8 @@ public struct Manifest: Decodable {
     guard context > 0, vocabulary > 0 else { throw RunnerError.damaged("its constant methods") }
     // Methods that hand a cache to each other are fed by the runner in C++.
     guard program.methods.count == 1 else { throw RunnerError.damaged("the number of its methods") }
-    guard let least = method.lengths.first, least == 1 else {
-      throw RunnerError.damaged("its lengths, of which none reads a single token")
+    guard let least = method.lengths.first, least > 0 else {
+      throw RunnerError.damaged("its lengths, of which there are none")
     }
   }
 }

@@ -41,7 +41,7 @@ public final class ModuleRunner {
     }
     var row: [Float] = []
     var start = 0
-    for length in Self.split(tokens.count, by: manifest.method.lengths) {
+    for length in Self.split(tokens.count, by: manifest.method.lengths, ranged: manifest.ranged) {
       row = try step(Array(tokens[start..<start + length]))
       start += length
     }
@@ -69,14 +69,16 @@ public final class ModuleRunner {
     return (made, "stop")
   }
 
-  /// Writes `count` as a sum of `lengths`, the largest first; `lengths` holds 1.
-  static func split(_ count: Int, by lengths: [Int]) -> [Int] {
+  /// Writes `count` as a sum of `lengths`, the largest first; of a range, what is left is one more.
+  static func split(_ count: Int, by lengths: [Int], ranged: Bool) -> [Int] {
     var left = count
-    return lengths.sorted(by: >).flatMap { length -> [Int] in
+    let used = ranged ? [lengths.max()!] : lengths.sorted(by: >)
+    let parts = used.flatMap { length -> [Int] in
       let times = left / length
       left %= length
       return Array(repeating: length, count: times)
     }
+    return left > 0 ? parts + [left] : parts
   }
 
   private func step(_ tokens: [Int64]) throws -> [Float] {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections import Counter
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from torchao.quantization import IntxWeightOnlyConfig
 from torchao.quantization.granularity import PerAxis, PerGroup
 from torchao.quantization.quant_primitives import MappingType
 
+from artifacts import program
+from cases import cases
 from exported import in_process, make_model, manifest_of, save_model
 from llm_coreml.config import ExportConfig
 from llm_coreml.quantize.formats.scheme_json import scheme_from_json
@@ -60,22 +63,44 @@ def labels(bundle: Path) -> dict[str, str]:
     return {name: stored[name]["label"] for name in ("linear", "embedding", "lm_head")}
 
 
-def test_configurations_make_exports(folder: Path) -> None:
-    grouped, tables = examples("import torch")
-    for example in (grouped, tables):
-        exec(compile(example, PAGE.name, "exec"), {})
-    assert labels(folder / "out/grouped") == {
-        "linear": "int4 group 32",
-        "embedding": "int8 per channel",
-        "lm_head": "int8 per channel",
-    }
-    assert set(labels(folder / "out/tables").values()) == {"codebook 3 bit, 16 rows per table"}
+MADE = {
+    "grouped": ("int4 group 32", "int8 per channel", "int8 per channel"),
+    "tables": 3 * ("codebook 3 bit, 16 rows per table",),
+}
+
+
+@pytest.mark.parametrize("name", cases(MADE, {"tables"}))
+def test_configurations_make_exports(name: str, folder: Path) -> None:
+    (example,) = [each for each in examples("import torch") if f'"out/{name}"' in each]
+    exec(compile(example, PAGE.name, "exec"), {})
+    assert tuple(labels(folder / "out" / name).values()) == MADE[name]
+
+
+@pytest.mark.parametrize("name", cases(["weights", "static"], {"weights"}))
+def test_pt2e_makes_exports(
+    name: str, folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (lines,) = examples("llm-coreml export ./my-finetune -o out/weights")
+    (command,) = [line for line in lines.splitlines() if f"--pt2e {name}" in line]
+    done = in_process(capfd, monkeypatch, *shlex.split(command)[1:])
+    assert done.code == 0, done.err
+    out = folder / "out" / name
+    assert set(labels(out).values()) == {"int8 per channel"}
+    manifest = manifest_of(out)
+    assert manifest["verification"]["conversion"] and manifest["config"]["weights"]["pt2e"] == name
+    used = manifest["quantization"]["calibration"]
+    assert (used and used["method"]) == ("ranges" if name == "static" else None)
+    kinds = Counter(op.type for op in program(out / "model.pte").operations)
+    # Seven linear layers, of which the first three and the next two read the same.
+    rounded = 0 if name == "weights" else kinds["quantize"]
+    assert kinds["quantize"] == kinds["dequantize"] == rounded
+    assert (rounded >= 11) is (name == "static")
 
 
 def test_patterns_make_the_same_export_from_flags_and_from_a_recipe(
     folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (command,) = examples("llm-coreml export")
+    (command,) = examples("llm-coreml export ./my-finetune -o out/flags")
     done = in_process(capfd, monkeypatch, *shlex.split(command)[1:])
     assert done.code == 0, done.err
     assert labels(folder / "out/flags") == {
