@@ -11,7 +11,7 @@ import click
 
 from llm_coreml.cli.options import FORMAT, PATH, VERBOSE
 from llm_coreml.cli.process import INTERRUPTION
-from llm_coreml.cli.settings import cache_setting, given_settings, settings_options
+from llm_coreml.cli.settings import given_settings, settings_options
 from llm_coreml.config import ExportConfig
 
 if TYPE_CHECKING:
@@ -29,12 +29,9 @@ if TYPE_CHECKING:
 @click.option("--local-files-only", is_flag=True, help="Hub ids: use the local cache only.")
 @settings_options
 @click.option(
-    cache_setting().flag,
-    "caches",
-    multiple=True,
-    metavar="state|inputs|DIR",
-    help=f"{cache_setting().about}  [default: {cache_setting().shown}]  Or a folder: keep "
-    "quantized weights there.  [default: $LLM_COREML_CACHE or ~/.cache/llm-coreml]",
+    "--cache",
+    type=PATH,
+    help="Keep quantized weights here.  [default: $LLM_COREML_CACHE or ~/.cache/llm-coreml]",
 )
 @click.option("--no-cache", is_flag=True, help="Keep no quantized weights, and use none.")
 @FORMAT
@@ -49,7 +46,7 @@ def export_command(
     overwrite: bool,
     revision: str | None,
     local_files_only: bool,
-    caches: tuple[str, ...],
+    cache: Path | None,
     no_cache: bool,
     form: str,
     verbose: bool,
@@ -72,10 +69,9 @@ def export_command(
     source = given or model
     if source is None:
         raise click.UsageError("Give a recipe, a hub id or a folder; see `llm-coreml ls`.")
-    kind, cache = _parted(caches)
     if cache is not None and no_cache:
         raise click.UsageError("--cache and --no-cache contradict each other; give one of them.")
-    config = _config({**given_settings(call), **kind}, model, given)
+    config = _config(call, model, given)
     folder = output or Path(f"{_name(source)}-coreml")
     with terminal(verbose) as screen:
         if source == BUNDLED_RECIPE and not Path(source).is_dir():
@@ -102,20 +98,6 @@ def export_command(
         screen.show(form, told, lambda: export_table(bundle.manifest, str(folder), peak))
 
 
-def _parted(caches: tuple[str, ...]) -> tuple[dict[str, str], Path | None]:
-    """Return where the KV cache is to be, as settings, and the folder that keeps weights."""
-    setting = cache_setting()
-    kinds = [word for word in caches if word in setting.choices]
-    # A folder of such a name is `./inputs`.
-    folders = [PATH.convert(word, None, None) for word in caches if word not in setting.choices]
-    if len(kinds) > 1 or len(folders) > 1:
-        raise click.UsageError(
-            f"--cache {' and --cache '.join(caches)} contradict each other; give one of "
-            f"{' or '.join(setting.choices)}, and one folder."
-        )
-    return ({setting.name: kinds[0]} if kinds else {}), next(iter(folders), None)
-
-
 def _made(folder: Path, make: Callable[[], Bundle]) -> Bundle:
     """Return the bundle that `make` puts at `folder`; it counts as done once it is in its place."""
     from llm_coreml.bundle.folder import open_bundle
@@ -139,7 +121,7 @@ def _identity(path: Path) -> tuple[int, int] | None:
     return found.st_dev, found.st_ino
 
 
-def _config(settings: dict[str, Any], model: str | None, given: str | None) -> ExportConfig:
+def _config(call: click.Context, model: str | None, given: str | None) -> ExportConfig:
     """Return the settings of the recipe, if there is one, below those of the command line."""
     from llm_coreml.recipes import find_recipe, load_recipe
 
@@ -154,7 +136,7 @@ def _config(settings: dict[str, Any], model: str | None, given: str | None) -> E
                 "folder as the model."
             )
     base = ExportConfig() if recipe is None else recipe.config
-    return base.under(settings)
+    return base.under(given_settings(call))
 
 
 def _name(source: str) -> str:

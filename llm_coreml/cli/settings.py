@@ -11,12 +11,10 @@ from llm_coreml.cli.options import Command
 from llm_coreml.config.sections import SECTIONS
 from llm_coreml.config.setting import Setting, settings_of
 
-_CACHE = "cache"
-
 
 def settings_options(command: Command) -> Command:
-    """Give a command an option for every setting but `cache_setting`, in order of the sections."""
-    for setting in reversed(_options()):
+    """Give a command an option for every setting, in the order of the sections."""
+    for setting in reversed(_all()):
         command = _option(setting)(command)
     return command
 
@@ -26,19 +24,9 @@ def given_settings(context: click.Context) -> dict[str, Any]:
     source = click.core.ParameterSource.DEFAULT
     return {
         setting.name: context.params[setting.name]
-        for setting in _options()
+        for setting in _all()
         if context.get_parameter_source(setting.name) is not source
     }
-
-
-def cache_setting() -> Setting:
-    """Return the setting whose option takes a folder, too, and so is the command's own."""
-    (found,) = [setting for setting in _all() if setting.name == _CACHE]
-    return found
-
-
-def _options() -> list[Setting]:
-    return [setting for setting in _all() if setting.name != _CACHE]
 
 
 def _all() -> list[Setting]:
