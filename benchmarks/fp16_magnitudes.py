@@ -81,7 +81,7 @@ ROWS = (
     Published("Llama-2-7b-hf", "meta-llama-Llama-3.2-1B-Instruct", 2_848, REFINED),
     Published("Llama-3.2-3B", "meta-llama-Llama-3.2-1B-Instruct", 564, REFINED),
     Published("Mistral-7B-v0.3", "mistralai-Mistral-7B-Instruct-v0.3", 354, REFINED),
-    Published("phi-2", "microsoft-phi-2", 1_272, REFINED),
+    Published("phi-2", "microsoft-phi-1", 1_272, REFINED),
     Published("gpt2", "openai-community-gpt2", 3_072, REFINED),
 )
 

@@ -71,6 +71,11 @@ def export_command(
         raise click.UsageError("Give a recipe, a hub id or a folder; see `llm-coreml ls`.")
     if cache is not None and no_cache:
         raise click.UsageError("--cache and --no-cache contradict each other; give one of them.")
+    if str(cache) in ("state", "inputs"):
+        raise click.UsageError(
+            f"--cache is the folder of quantized weights; the form of the KV cache is --kv-cache "
+            f"{cache} (and a folder of that name ./{cache})."
+        )
     config = _config(call, model, given)
     folder = output or Path(f"{_name(source)}-coreml")
     with terminal(verbose) as screen:

@@ -86,7 +86,7 @@ class Job:
         backend: `coreml`, or `xnnpack` for a twin that runs on Linux.
         attention: `fused` or `decomposed`, see `decoder.self_attention`.
         logits: `last` row of each chunk, or `all` rows.
-        cache: The KV cache is a `state`, or `inputs` and outputs of the method.
+        kv_cache: It is a `state`, or `inputs` and outputs of the method.
         functions: The length of each method by name, where there are several.
         shapes: Context and chunk lengths.
         passes: What coremltools is to run, or to leave out, see `checked_passes`; None is as usual.
@@ -105,7 +105,7 @@ class Job:
     backend: Literal["coreml", "xnnpack"]
     attention: Literal["fused", "decomposed"]
     logits: Literal["last", "all"]
-    cache: Literal["state", "inputs"]
+    kv_cache: Literal["state", "inputs"]
     functions: Mapping[str, int]
     shapes: Shapes
     passes: tuple[str, ...] | None
@@ -123,7 +123,7 @@ def resolve(config: ExportConfig, spec: DecoderSpec) -> Job:
         UnsupportedError: the target does not take what is asked for, or the system has no state.
     """
     target, backend = get_target(config.target), BACKENDS[config.backend]
-    cache = config.cache or ("inputs" if config.functions else "state")
+    kv_cache = config.kv_cache or ("inputs" if config.functions else "state")
     check_together(config, target)
     # The fused operation is as old as states; coremltools takes it apart for older systems, with
     # a scale that fp16 does not hold.
@@ -140,7 +140,7 @@ def resolve(config: ExportConfig, spec: DecoderSpec) -> Job:
         backend=config.backend,
         attention=target.attention if fused else "decomposed",
         logits=config.logits,
-        cache=cache,
+        kv_cache=kv_cache,
         functions=functions_of(config.functions) if config.functions else {},
         shapes=_fitting(
             resolve_shapes(config, spec.max_position_embeddings, spec.longest_context), spec
