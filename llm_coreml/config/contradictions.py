@@ -60,8 +60,8 @@ CONTRADICTIONS = (
     Contradiction(
         lambda config, target: config.functions is not None and config.kv_cache == "state",
         "--functions {functions} makes a method of each, and a state is its method's own, so that "
-        "no sequence could pass from one to the other beside --kv-cache state; give --kv-cache inputs, "
-        "or leave it out.",
+        "no sequence could pass from one to the other beside --kv-cache state; give --kv-cache "
+        "inputs, or leave it out.",
     ),
     Contradiction(
         lambda config, target: config.functions is not None and config.seq_lengths is not None,
