@@ -681,7 +681,9 @@ def test_a_closed_pipe_ends_quietly(bundle: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["state", "inputs"])
-def test_the_folder_of_weights_is_not_the_form_of_the_cache(form: str) -> None:
-    done = cli("export", "org/model", "--cache", form)
-    assert done.returncode == 2
-    assert f"--kv-cache {form}" in done.stderr and f"./{form}" in done.stderr
+def test_the_folder_of_weights_is_not_the_form_of_the_cache(
+    form: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = in_process(capfd, monkeypatch, "export", "org/model", "--cache", form)
+    assert done.code == 2
+    assert f"--kv-cache {form}" in done.err and f"./{form}" in done.err
