@@ -243,7 +243,7 @@ def _tell_of_the_context(run: _Run, model: Model, job: Job) -> None:
 
 def _tell_of_the_states(run: _Run, model: Model, job: Job) -> None:
     """Tell what is known not to work of such states on the target, before work is done."""
-    if job.cache != "state":
+    if job.kv_cache != "state":
         return
     shapes = [state.shape for state in state_specs(model.spec, job.shapes.extent)]
     for rule in broken_by_states(job.target, shapes) if BACKENDS[job.backend].has_targets else []:

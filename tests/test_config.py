@@ -171,9 +171,9 @@ def test_systems_before_states_are_refused_for_a_cache_that_is_one(system: str) 
         resolve(config, small_spec())
     assert str(caught.value) == (
         f"{system} is too old: Core ML keeps a KV cache as state from iOS18 and macOS15 on; give "
-        "--cache inputs, or use --minimum-os iOS18."
+        "--kv-cache inputs, or use --minimum-os iOS18."
     )
-    assert resolve(replace(config, cache="inputs"), small_spec()).opset < "iOS18"
+    assert resolve(replace(config, kv_cache="inputs"), small_spec()).opset < "iOS18"
     with pytest.raises(UnsupportedError, match="too old: Core ML has models of several functions"):
         resolve(replace(config, functions="prefill:8,decode:1"), small_spec())
 
@@ -460,7 +460,7 @@ def test_a_job_has_everything_decided() -> None:
 def test_exit_codes_are_different() -> None:
     errors: list[type[LlmCoreMLError]] = [LlmCoreMLError, *LlmCoreMLError.__subclasses__()]
     codes = [error.exit_code for error in errors]
-    assert sorted(codes) == [1, 2, 4, 5, 6, 7, 8]
+    assert sorted(codes) == [1, 2, 4, 5, 6, 7, 8, 9]
 
 
 def rows_of_the_document() -> list[str]:

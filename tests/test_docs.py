@@ -153,7 +153,7 @@ def test_flags_that_are_named_are_there(page: Path) -> None:
     for line in page.read_text().splitlines():
         # Scripts and other programs have flags of their own.
         if not re.search(r"\bpython |\bpip |\bmypy |\bgit |\bruff |\bcmake ", line):
-            for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", line):
+            for flag in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", line):
                 assert flag in known, f"{page.name} names {flag}"
 
 

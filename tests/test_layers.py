@@ -69,7 +69,7 @@ INNER = {
         ("formats",),
         ("calibrate", "rotate"),
         ("plan",),
-        ("cache", "residual"),
+        ("cache", "pt2e", "residual"),
         ("keys",),
         ("fill",),
         ("quantized",),

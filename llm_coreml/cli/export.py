@@ -69,8 +69,7 @@ def export_command(
     source = given or model
     if source is None:
         raise click.UsageError("Give a recipe, a hub id or a folder; see `llm-coreml ls`.")
-    if cache is not None and no_cache:
-        raise click.UsageError("--cache and --no-cache contradict each other; give one of them.")
+    _check_cache(cache, no_cache)
     config = _config(call, model, given)
     folder = output or Path(f"{_name(source)}-coreml")
     with terminal(verbose) as screen:
@@ -96,6 +95,17 @@ def export_command(
         peak = peak_memory()
         told = {**bundle.manifest.to_json(), "peak_memory_bytes": peak}
         screen.show(form, told, lambda: export_table(bundle.manifest, str(folder), peak))
+
+
+def _check_cache(cache: Path | None, no_cache: bool) -> None:
+    """Refuse a folder of weights beside none, and the form of the KV cache in its place."""
+    if cache is not None and no_cache:
+        raise click.UsageError("--cache and --no-cache contradict each other; give one of them.")
+    if str(cache) in ("state", "inputs"):
+        raise click.UsageError(
+            f"--cache is the folder of quantized weights; the form of the KV cache is --kv-cache "
+            f"{cache} (and a folder of that name ./{cache})."
+        )
 
 
 def _made(folder: Path, make: Callable[[], Bundle]) -> Bundle:

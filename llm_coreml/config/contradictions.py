@@ -52,16 +52,16 @@ CONTRADICTIONS = (
         error=UnsupportedError,
     ),
     Contradiction(
-        lambda config, target: _too_old(config) and config.cache != "inputs",
+        lambda config, target: _too_old(config) and config.kv_cache != "inputs",
         "{minimum_os} is too old: Core ML keeps a KV cache as state from iOS18 and macOS15 on; "
-        "give --cache inputs, or use --minimum-os iOS18.",
+        "give --kv-cache inputs, or use --minimum-os iOS18.",
         error=UnsupportedError,
     ),
     Contradiction(
-        lambda config, target: config.functions is not None and config.cache == "state",
+        lambda config, target: config.functions is not None and config.kv_cache == "state",
         "--functions {functions} makes a method of each, and a state is its method's own, so that "
-        "no sequence could pass from one to the other beside --cache state; give --cache inputs, "
-        "or leave it out.",
+        "no sequence could pass from one to the other beside --kv-cache state; give --kv-cache "
+        "inputs, or leave it out.",
     ),
     Contradiction(
         lambda config, target: config.functions is not None and config.seq_lengths is not None,

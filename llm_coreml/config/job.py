@@ -24,7 +24,7 @@ from llm_coreml.config.values import (
 )
 from llm_coreml.errors import ConfigError
 from llm_coreml.machine import machine_memory
-from llm_coreml.systems import opset_of
+from llm_coreml.systems import STATE_SYSTEM, older, opset_of
 from llm_coreml.targets import BACKENDS, PRECISIONS, Precision, Target, get_target
 
 if TYPE_CHECKING:  # the decoder's package would bring torch
@@ -86,7 +86,7 @@ class Job:
         backend: `coreml`, or `xnnpack` for a twin that runs on Linux.
         attention: `fused` or `decomposed`, see `decoder.self_attention`.
         logits: `last` row of each chunk, or `all` rows.
-        cache: The KV cache is a `state`, or `inputs` and outputs of the method.
+        kv_cache: It is a `state`, or `inputs` and outputs of the method.
         functions: The length of each method by name, where there are several.
         shapes: Context and chunk lengths.
         passes: What coremltools is to run, or to leave out, see `checked_passes`; None is as usual.
@@ -105,7 +105,7 @@ class Job:
     backend: Literal["coreml", "xnnpack"]
     attention: Literal["fused", "decomposed"]
     logits: Literal["last", "all"]
-    cache: Literal["state", "inputs"]
+    kv_cache: Literal["state", "inputs"]
     functions: Mapping[str, int]
     shapes: Shapes
     passes: tuple[str, ...] | None
@@ -123,8 +123,11 @@ def resolve(config: ExportConfig, spec: DecoderSpec) -> Job:
         UnsupportedError: the target does not take what is asked for, or the system has no state.
     """
     target, backend = get_target(config.target), BACKENDS[config.backend]
-    cache = config.cache or ("inputs" if config.functions else "state")
+    kv_cache = config.kv_cache or ("inputs" if config.functions else "state")
     check_together(config, target)
+    # The fused operation is as old as states; coremltools takes it apart for older systems, with
+    # a scale that fp16 does not hold.
+    fused = backend.fused_attention and not older(opset_of(config.minimum_os), STATE_SYSTEM)
     weights = config.section(WeightSettings)
     return Job(
         config=config,
@@ -135,9 +138,9 @@ def resolve(config: ExportConfig, spec: DecoderSpec) -> Job:
         opset=opset_of(config.minimum_os),
         precision=PRECISIONS[config.compute_precision],
         backend=config.backend,
-        attention=target.attention if backend.fused_attention else "decomposed",
+        attention=target.attention if fused else "decomposed",
         logits=config.logits,
-        cache=cache,
+        kv_cache=kv_cache,
         functions=functions_of(config.functions) if config.functions else {},
         shapes=_fitting(
             resolve_shapes(config, spec.max_position_embeddings, spec.longest_context), spec

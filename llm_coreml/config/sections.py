@@ -266,7 +266,7 @@ class ProgramSettings(Section):
     """
 
     logits: Literal["last", "all"] = setting("last", "Rows of logits that a call returns.")
-    cache: Literal["state", "inputs"] | None = setting(
+    kv_cache: Literal["state", "inputs"] | None = setting(
         None,
         "Hold the KV cache as a state, or have it as inputs and outputs of each call.",
         shown="state; inputs beside --functions",

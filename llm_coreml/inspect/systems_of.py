@@ -78,7 +78,9 @@ def check_system(path: Path, minimum_os: str, checked: bool = True) -> tuple[Par
         UnsupportedError: the system refuses it; the message says why, and what to export.
         ArtifactError: as `systems_of`.
     """
-    system = opset_of(minimum_os)
+    # Programs of others may be for iOS15.
+    known = BY_NAME.get(minimum_os)
+    system = opset_of(minimum_os) if known is None else known.name
     found = systems_of(path, checked)
     for part in found:
         if refusal := _refusal(part.asked, system):

@@ -66,7 +66,7 @@ class Lowering(ABC):
         """Return what a program offers: one method, or those that were asked for."""
         every_row = job.logits == "all"
         output = f"float32 [1, {'S' if every_row else 1}, {spec.vocab_size}]"
-        given = job.cache == "inputs"
+        given = job.kv_cache == "inputs"
         caches = _caches(spec, job.shapes, cls.input_dtype(job)) if given else {}
         inputs = (*INPUTS, *(f"{name} {text}" for name, text in caches.items()))
         methods = {

@@ -11,6 +11,7 @@ import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import coremltools as ct
@@ -32,13 +33,19 @@ from llm_coreml.quiet import no_bars
 _PRECISIONS = {"fp16": ct.precision.FLOAT16, "fp32": ct.precision.FLOAT32}
 
 
-def compile_specs(exported: ExportedProgram, job: Job, lengths: Sequence[int]) -> list[CompileSpec]:
+def compile_specs(
+    exported: ExportedProgram,
+    job: Job,
+    lengths: Sequence[int],
+    paired: Mapping[str, Sequence[Sequence[int]]] = MappingProxyType({}),
+) -> list[CompileSpec]:
     """Return how Core ML is to compile and load a program.
 
     Args:
         exported: The traced decoder.
         job: Target, OS and precision.
         lengths: What a call may have.
+        paired: Of further inputs, by name, the shape that goes with each of the lengths.
     """
     specs: list[CompileSpec] = CoreMLBackend.generate_compile_specs(
         compute_unit=ct.ComputeUnit[job.target.compute_unit],
@@ -50,6 +57,7 @@ def compile_specs(exported: ExportedProgram, job: Job, lengths: Sequence[int]) -
     specs += [CompileSpec(key, value.encode()) for key, _, value in further]
     if len(lengths) > 1:
         shapes = {TOKENS: [[1, length] for length in lengths]}
+        shapes |= {name: [list(shape) for shape in own] for name, own in paired.items()}
         specs.append(CoreMLBackend.generate_enumerated_shapes_compile_spec(exported, shapes))
     return specs
 

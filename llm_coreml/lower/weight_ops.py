@@ -11,7 +11,10 @@ from typing import Any
 import numpy as np
 from coremltools.converters.mil import Builder as mb
 from coremltools.converters.mil._deployment_compatibility import AvailableTarget
-from coremltools.converters.mil.frontend._utils import is_current_opset_version_compatible_with
+from coremltools.converters.mil.frontend._utils import (
+    _construct_constexpr_lut_op,
+    is_current_opset_version_compatible_with,
+)
 from coremltools.converters.mil.frontend.torch.ops import _get_inputs
 from coremltools.converters.mil.frontend.torch.torch_op_registry import register_torch_op
 from coremltools.converters.mil.mil import types
@@ -50,25 +53,31 @@ def dequantize_affine(context: Any, node: Any) -> None:
 def dequantize_codebook(context: Any, node: Any) -> None:
     """Lower uint8 codes `[out, in]` into tables `[groups, 1, 2^bits, 1]`."""
     codes, tables, bits, *_ = _values(context, node, [4, 5])
-    indices = _as(codes, f"uint{int(bits)}")
-    context.add(mb.constexpr_lut_to_dense(indices=indices, lut=tables, name=node.name), node.name)
+    context.add(_looked_up(codes, tables, int(bits), name=node.name), node.name)
 
 
 @register_torch_op(torch_alias=_LOOK_UPS, override=True)  # type: ignore[untyped-decorator]
 def expand_codebook(context: Any, node: Any) -> None:
     """Lower to a table look-up, and a scaling of what it gives where there are scales."""
     codes, tables, scale, zero_point, bits = _values(context, node, [5])
-    indices = _as(codes, f"uint{int(bits)}")
     vectors = {"vector_axis": np.int32(0)} if tables.shape[3] > 1 else {}
     if scale is None:
-        weight = mb.constexpr_lut_to_dense(indices=indices, lut=tables, name=node.name, **vectors)
+        weight = _looked_up(codes, tables, int(bits), name=node.name, **vectors)
     else:
-        looked_up = mb.constexpr_lut_to_dense(indices=indices, lut=tables, **vectors)
+        looked_up = _looked_up(codes, tables, int(bits), **vectors)
         offset = {} if zero_point is None else {"offset": zero_point}
         weight = mb.constexpr_blockwise_shift_scale(
             data=looked_up, scale=scale, name=node.name, **offset
         )
     context.add(weight, node.name)
+
+
+def _looked_up(codes: Any, tables: Any, bits: int, **given: Any) -> Any:
+    """Return a look-up: of one table for the whole matrix where a system knows no others."""
+    if not is_current_opset_version_compatible_with(AvailableTarget.iOS18):
+        return _construct_constexpr_lut_op(codes.astype(np.uint8), tables, **given)
+    indices = _as(codes, f"uint{bits}")
+    return mb.constexpr_lut_to_dense(indices=indices, lut=tables, **given)
 
 
 def _values(context: Any, node: Any, expected: list[int]) -> list[Any]:

@@ -13,7 +13,6 @@ by their hashes, which are taken a few rows at a time, where the rows are expand
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -35,7 +34,7 @@ class Content:
     """What tells tensors apart.
 
     Attributes:
-        shape: its sizes.
+        shape: its sizes, but for those that are one.
         digest: hash of the values as fp32.
         neutral: whether all values are zero, or all are one.
         fractions: whether the values are floating-point numbers.
@@ -67,13 +66,11 @@ class Digest:
     def content(self, shape: tuple[int, ...], *, fractions: bool = True) -> Content:
         """Return the content of what has come, a tensor of that shape.
 
-        One number is the same in any number of axes: a compiler that exchanges a product with a
-        transposition gives a factor as many as it needs.
+        Axes of one element do not count: a compiler that exchanges a product or a sum with a
+        transposition gives a number, or a row of them, as many as it needs.
         """
-        alone = math.prod(shape) == 1
-        return Content(
-            (1,) if alone else tuple(shape), self._hash.digest(), bool(self._neutral), fractions
-        )
+        sizes = tuple(size for size in shape if size != 1) or (1,)
+        return Content(sizes, self._hash.digest(), bool(self._neutral), fractions)
 
 
 class Digests:

@@ -253,6 +253,8 @@ def test_revision_of_a_folder(refuse: Command, model: Path) -> None:
         (("--context", "40"), 2, ("--context is 40", "multiple of 32", "32.")),
         (("--context", "96"), 2, ("--context 96", "64 positions", "use 64 or less")),
         (("--context", "32", "--seq-lengths", "1,64"), 2, ("64", "context of 32", "--context")),
+        (("--kv-cache", "state", "--functions", "prefill:8,decode:1"), 2, ("its method's own",)),
+        (("--seq-lengths", "2..8"), 2, ("must be a range from 1",)),
         (("--seq-lengths", "8,16"), 2, ("8,16 lacks 1", "add it")),
         (("--seq-lengths", "1,x"), 2, ("1,x", "such as 1,8,64")),
         (("--seq-lengths", ""), 2, ("--seq-lengths", "such as 1,8,64")),

@@ -307,11 +307,15 @@ def test_export_flags_reach_the_config(
         "logits": "all",
         "context": 96,
         "seq_lengths": (1, 4, 16),
-        "backend": "xnnpack",
+        "kv_cache": "inputs",
+        "model_type": "compiled_model",
+        "passes": ("common::fuse_gelu_exact", "common::noop_elimination"),
+        "compile_specs": ("key=value",),
         "allow_inexact": True,
         "force": True,
     }
-    assert settings.keys() | {"size", "plan"} == asdict(ExportConfig()).keys()
+    others = {"size", "plan", "pt2e", "functions", "backend"}
+    assert settings.keys() | others == asdict(ExportConfig()).keys()
     words: list[str] = []
     for name, value in settings.items():
         flag = "--" + name.replace("_", separator)
@@ -334,9 +338,12 @@ def test_export_flags_reach_the_config(
         (("--size", "512MiB"), {"size": 512 << 20}),
         (("--size", "70000"), {"size": 70_000}),
         (("--plan", "out/manifest.json"), {"plan": "out/manifest.json"}),
+        (("--pt2e", "weights"), {"pt2e": "weights"}),
+        (("--functions", "prefill:8,decode:1"), {"functions": "prefill:8,decode:1"}),
+        (("--backend", "xnnpack"), {"backend": "xnnpack"}),
     ],
 )
-def test_flags_that_mix_formats_reach_the_config(
+def test_flags_that_decide_others_reach_the_config(
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     fake_export: FakeExport,
@@ -671,3 +678,10 @@ def test_a_closed_pipe_ends_quietly(bundle: Path) -> None:
     writer.stderr.close()
     # 1 is what click and rich end with when nobody reads.
     assert writer.wait() == 1 and err == ""
+
+
+@pytest.mark.parametrize("form", ["state", "inputs"])
+def test_the_folder_of_weights_is_not_the_form_of_the_cache(form: str) -> None:
+    done = cli("export", "org/model", "--cache", form)
+    assert done.returncode == 2
+    assert f"--kv-cache {form}" in done.stderr and f"./{form}" in done.stderr

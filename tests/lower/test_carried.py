@@ -31,22 +31,22 @@ from tiny import llama, mistral, small_spec, tokens_for
 BOUNDS = {"fp32": 2e-5, "declared": 2e-2}
 FUNCTIONS = "prefill:8,decode:1"
 CASES: dict[str, dict[str, Any]] = {
-    "inputs": {"cache": "inputs", "seq_lengths": (1, 8), "logits": "all"},
+    "inputs": {"kv_cache": "inputs", "seq_lengths": (1, 8), "logits": "all"},
     "functions, windows": {"functions": FUNCTIONS, "window": 7},
-    "twin": {"cache": "inputs", "seq_lengths": (1, 8), "backend": "xnnpack"},
-    "inputs of a range, windows": {"cache": "inputs", "seq_lengths": "1..8", "window": 7},
-    "inputs of one length, windows": {"cache": "inputs", "seq_lengths": (1,), "window": 7},
-    "inputs, ane": {"cache": "inputs", "seq_lengths": (1, 8), "target": "ane"},
-    "inputs in fp32": {"cache": "inputs", "seq_lengths": (1, 8), "compute_precision": "fp32"},
+    "twin": {"kv_cache": "inputs", "seq_lengths": (1, 8), "backend": "xnnpack"},
+    "inputs of a range, windows": {"kv_cache": "inputs", "seq_lengths": "1..8", "window": 7},
+    "inputs of one length, windows": {"kv_cache": "inputs", "seq_lengths": (1,), "window": 7},
+    "inputs, ane": {"kv_cache": "inputs", "seq_lengths": (1, 8), "target": "ane"},
+    "inputs in fp32": {"kv_cache": "inputs", "seq_lengths": (1, 8), "compute_precision": "fp32"},
     "twin, windows": {
-        "cache": "inputs",
+        "kv_cache": "inputs",
         "seq_lengths": (1, 8),
         "backend": "xnnpack",
         "window": 7,
     },
     "functions": {"functions": FUNCTIONS, "logits": "all"},
     "inputs from iOS16, windows": {
-        "cache": "inputs",
+        "kv_cache": "inputs",
         "seq_lengths": (1, 8),
         "window": 7,
         "minimum_os": "iOS16",
@@ -174,7 +174,7 @@ def test_a_decoder_that_is_lent_its_caches_keeps_nothing(
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"functions": FUNCTIONS, "cache": "state"}, "a state is its method's own"),
+        ({"functions": FUNCTIONS, "kv_cache": "state"}, "a state is its method's own"),
         ({"functions": FUNCTIONS, "seq_lengths": (1, 8)}, "drop one of them"),
         ({"functions": FUNCTIONS, "seq_lengths": "1..8"}, "drop one of them"),
         ({"functions": FUNCTIONS, "backend": "xnnpack"}, "drop one of them"),
@@ -205,9 +205,15 @@ def test_functions_that_cannot_be(functions: str, told: str) -> None:
 
 EXPORTED: dict[str, dict[str, Any]] = {
     "multifunction": {"functions": FUNCTIONS},
-    "range": {"seq_lengths": "1..8", "cache": "inputs"},
+    "range": {"seq_lengths": "1..8", "kv_cache": "inputs"},
     "static": {"seq_lengths": (8,)},
-    "twin": {"seq_lengths": "1..8", "cache": "inputs", "backend": "xnnpack"},
+    "enumerated": {
+        "seq_lengths": (1, 8),
+        "kv_cache": "inputs",
+        "minimum_os": "iOS16",
+        "scheme": "int8-channel",
+    },
+    "twin": {"seq_lengths": "1..8", "kv_cache": "inputs", "backend": "xnnpack"},
 }
 
 

@@ -10,9 +10,10 @@ from torch import nn
 from torch.export import Dim
 
 from llm_coreml.config import ExportConfig, resolve
+from llm_coreml.errors import ArtifactError
 from llm_coreml.lower.signature import Signature
 from llm_coreml.model import open_model
-from llm_coreml.reference import load_methods
+from llm_coreml.reference import load_method, load_methods
 from tiny import llama
 
 ROWS = Signature(
@@ -69,6 +70,42 @@ def test_a_method_calls_several_programs_of_several_inputs_and_outputs(tmp_path:
         )
         assert y.tolist() == [[4.0, 3.0, 2.0]]
         assert double.tolist() == [[[2.0, 4.0, 6.0]]]
+
+
+class _Weighted(nn.Module):
+    def forward(self, tokens: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return tokens.to(torch.float32).sum(1, keepdim=True) * weights.sum(1, keepdim=True)
+
+
+def test_enumerated_shapes_of_two_inputs_are_paired(tmp_path: Path) -> None:
+    from llm_coreml.lower.method import CoreMLCall, edge_methods, write_methods
+    from llm_coreml.lower.program import compile_specs, write_program
+
+    job = resolve(ExportConfig(context=32, compute_precision="fp32"), open_model(llama()).spec)
+    given = (torch.zeros(1, 4, dtype=torch.int32), torch.zeros(1, 6))
+    sizes = ({1: Dim.AUTO(min=1, max=32)}, {1: Dim.AUTO(min=1, max=32)})
+    exported = torch.export.export(_Weighted(), given, dynamic_shapes=sizes)
+    exported = exported.run_decompositions({})
+    specs = compile_specs(exported, job, (1, 8), {"weights": [[1, 2], [1, 16]]})
+    write_program(exported, specs, tmp_path / "blob")
+    call = CoreMLCall(
+        "main",
+        Signature(("tokens int32 [1, P]", "weights float32 [1, Q]"), ("y float32 [1, 1]",)),
+    )
+
+    class _Method(nn.Module):
+        def forward(self, tokens: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+            return call(tokens, weights)[0]
+
+    traced = torch.export.export(_Method(), given, dynamic_shapes=sizes)
+    edge = edge_methods({"forward": traced}, {"main": specs}, {})
+    write_methods(edge.to_executorch(), {"main": tmp_path / "blob"}, tmp_path / "model.pte")
+    forward = load_method(tmp_path / "model.pte")
+    for tokens, weights in ((1, 2), (8, 16)):
+        told = forward(torch.ones(1, tokens, dtype=torch.int32), torch.ones(1, weights))
+        assert told.tolist() == [[tokens * weights]]
+    with pytest.raises(ArtifactError, match="are enumerated, but not together"):
+        forward(torch.ones(1, 8, dtype=torch.int32), torch.ones(1, 2))
 
 
 def test_sizes_follow_from_those_of_inputs() -> None:

@@ -47,7 +47,7 @@ def table() -> tuple[list[str], list[str]]:
         cells = []
         for chosen in _columns(system):
             try:
-                job = resolve(ExportConfig(context=512, cache=cache, **settings, **chosen), spec)
+                job = resolve(ExportConfig(context=512, kv_cache=cache, **settings, **chosen), spec)
                 (form,) = [form for form in FORMS if form.fits(job)]
                 cells.append(form.name)
             except LlmCoreMLError as error:

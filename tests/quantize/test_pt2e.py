@@ -100,6 +100,10 @@ def test_it_decides_the_format_of_linear_layers() -> None:
         assert ExportConfig(pt2e="weights").under(other) == ExportConfig(**other), value
     for settings, message in (
         ({"pt2e": "weights", "calibrate": "bundled"}, "--pt2e weights reads no text, which --cal"),
+        (
+            {"pt2e": "static", "calibrate": "bundled", "backend": "xnnpack"},
+            "--pt2e static rounds activations, which --backend xnnpack keeps as fp32; give --pt2e",
+        ),
         ({"pt2e": "static"}, "--pt2e static reads a text for the ranges of activations; give"),
         (
             {"pt2e": "static", "calibrate": "bundled", "tune": 5},

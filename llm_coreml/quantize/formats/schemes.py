@@ -155,7 +155,8 @@ class IntChannel(Scheme):
 
     @property
     def minimum_os(self) -> str:
-        return "iOS16" if self.bits == 8 else "iOS18"
+        # Before, a zero point is of the codes' type.
+        return "iOS16" if self.bits == 8 and self.zero_point != "float" else "iOS18"
 
     @property
     def label(self) -> str:
