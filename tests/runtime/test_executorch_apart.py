@@ -120,7 +120,7 @@ def test_only_who_has_made_it_runs_it_here(
 ) -> None:
     monkeypatch.setattr(seal, "_OWN", set())
     assert engines(open_bundle(twin)) == (Apart, Apart), "made by who knows whom"
-    model = llama(vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=1)
+    model = llama(vocab_size=96, hidden_size=32, intermediate_size=96)
     config = ExportConfig(bits=16, context=32, seq_lengths=(1, 8), backend="xnnpack")
     made = export(model, output=tmp_path / "made", config=config, cache=False)
     assert engines(made) == (Here, Apart)
