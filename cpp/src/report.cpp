@@ -4,8 +4,11 @@
 #include <sys/utsname.h>
 
 #include <algorithm>
+#include <fstream>
 #include <optional>
 #include <sstream>
+#include <string>
+#include <string_view>
 
 #include "json.h"
 
@@ -43,13 +46,19 @@ std::string system() {
 
 }  // namespace
 
+// Not by getrusage on Linux, where a process begins with the peak of the one that started it.
 std::int64_t peak_memory_bytes() {
+#ifdef __APPLE__
   rusage usage{};
   getrusage(RUSAGE_SELF, &usage);
-#ifdef __APPLE__
   return usage.ru_maxrss;
 #else
-  return std::int64_t{usage.ru_maxrss} * 1024;
+  std::ifstream status("/proc/self/status");
+  constexpr std::string_view kPeak = "VmHWM:";
+  for (std::string line; std::getline(status, line);) {
+    if (line.starts_with(kPeak)) return std::stoll(line.substr(kPeak.size())) * 1024;
+  }
+  return 0;
 #endif
 }
 

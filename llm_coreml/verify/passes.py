@@ -2,7 +2,7 @@
 
     plan = plan_passes((1, 8, 64, 512), context=1024)
     plan.unrounded[0]   # 120 tokens (padded to 512), 64, 8, 1, 1, 1 from position 0
-    plan.unrounded[1]   # 1, 1, 1, 2 (padded to 8), 15 (padded to 64) up to position 1023; it again
+    plan.unrounded[1]   # 1, 1, 1, 3 (padded to 8), 15 (padded to 64) up to position 1023; it again
     plan.declared       # the same without the 512
 
 A runner pads what is no length, and may do so where the pads lie beyond the context. So a call of
@@ -110,9 +110,13 @@ def sampled(first: int, last: int) -> tuple[int, ...]:
 
 
 def padded_count(length: int, lengths: Sequence[int]) -> int:
-    """Return a number of tokens that is padded to `length`: an eighth of those that are."""
+    """Return a number of tokens that is padded to `length`: about an eighth of those that are."""
     shorter = max((other for other in lengths if other < length), default=0)
-    return length - 7 * (length - shorter) // 8
+    count = length - 7 * (length - shorter) // 8
+    # Tokens that are repeated as a whole would end with the last one, as right pads do.
+    while count < length and length % count == 0:
+        count += 1
+    return count
 
 
 def one_after_the_other(start: int, counts: Sequence[int]) -> Pass:

@@ -85,6 +85,8 @@ def refusals(spec: DecoderSpec) -> set[str]:
     parts = [part for layer in spec.layers for part in (layer.mixer, layer.feed_forward)]
     if any(layer.mixer.value_norm is not None for layer in spec.layers):
         return {"residual", "heads"}
+    if any(layer.mixer.inner_norm is not None for layer in spec.layers):
+        return {"heads"}
     if any(part.out_norm is not None for part in parts):
         return {"residual"}
     norms = [norm for norm in (spec.norm, *(part.norm for part in parts)) if norm is not None]
@@ -153,9 +155,10 @@ def test_diff_inspect_and_the_twin(family: str, tmp_path: Path) -> None:
     twin = ExportConfig(bits=4, backend="xnnpack", **USUAL)
     other = export(source, output=tmp_path / "twin", config=twin, cache=False)
     tokens = tokens_for(VOCABULARY, 12)
-    # Without rounding: random layers of some families magnify that of fp16 beyond any bound.
+    # Without rounding: random layers of some families magnify that of fp16 beyond any bound. Gains,
+    # biases and tables are of fp16 in the program, and of fp32 in its twin: four roundings' worth.
     one, two = load(first.folder, UNROUNDED).logits(tokens), load(other.folder).logits(tokens)
-    assert (one - two).abs().max() < 1e-4 * two.abs().max(), "the twin holds the same weights"
+    assert (one - two).abs().max() < 2e-3 * two.abs().max(), "the twin holds the same weights"
     assert diff(first.folder, first.folder, tokens=16).equal
     found = inspect_numerics(first.folder, tokens=16)
     assert found.operations and not found.overflows

@@ -155,7 +155,7 @@ TABLE: dict[str, Entry] = {
             "bias": {"attention_bias": True, "num_key_value_heads": 4, "rms_norm_eps": 1e-3},
             "tied": {"tie_word_embeddings": True, "rope_parameters": LLAMA3},
         },
-        unread=_OWN_HEADS,
+        unread=_OWN_HEADS | _NO_HEADS,
     ),
     "bloom": Entry(
         {

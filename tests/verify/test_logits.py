@@ -88,7 +88,7 @@ def test_what_ran_without_rounding_is_recorded_and_leaves_long_calls_out() -> No
 
 def test_a_program_that_returns_every_row_has_every_row_compared() -> None:
     result = verify(Formula(every_row=True), read(every_row=True))
-    assert result.rows == result.tokens == (64 + 8 + 3) + (3 + 3 + 22 + 1)
+    assert result.rows == result.tokens == (64 + 8 + 3) + (3 + 3 + 15 + 1)
     # Position 40 is in the middle of a chunk of 64.
     with pytest.raises(VerificationError, match="for token 3 after position 40, in a call with 64"):
         verify(Formula(wrong_at=40, error=1.0, every_row=True), read(every_row=True))

@@ -105,8 +105,8 @@ class CoreMLProgram:
         """Run the function once.
 
         Args:
-            inputs: one tensor per declared input, of the type that `taken` says and of an allowed
-                shape.
+            inputs: one tensor per declared input, of the declared type (fp16, fp32, int32 or int8)
+                or of what `taken` says, and of an allowed shape.
             **named: inputs given by name, instead or in addition.
 
         Returns:
@@ -301,7 +301,7 @@ class CoreMLProgram:
         return self._state_values[name].clone()
 
     def taken(self, feature: Feature) -> torch.dtype:
-        """Return the element type of an input: the declared one, fp32 for fp16 without rounding."""
+        """Return how an input is held: as it is declared, fp16 as fp32 without rounding."""
         if feature.dtype == "fp16":
             return self._pool.numerics.held("fp16")
         return INTERFACE_TYPES[feature.dtype]
@@ -373,7 +373,7 @@ def _agrees(feature: Feature, declared: TensorType) -> bool:
 
 def _check_input(feature: Feature, value: torch.Tensor, wanted: torch.dtype) -> None:
     name, shape = feature.name, tuple(value.shape)
-    if value.dtype != wanted:
+    if value.dtype not in (wanted, INTERFACE_TYPES[feature.dtype]):
         raise ArtifactError(f"The input '{name}' is {value.dtype}; the model takes {wanted}.")
     if feature.enumerated:
         if shape not in feature.enumerated:
