@@ -69,7 +69,7 @@ def write_model(config: Mapping[str, Any], folder: Path) -> None:
     tensors = {}
     for name, shape in expected_tensors(family.stored(spec), shapes).items():
         values = 0.02 * torch.randn(shape, generator=draw, dtype=torch.float32)
-        near_one = len(shape) == 1 and name.endswith("norm.weight")
+        near_one = len(shape) == 1 and not name.endswith("bias")  # gains and factors
         tensors[name] = (1 + values if near_one else values).to(torch.bfloat16)
     (folder / "config.json").write_text(json.dumps(dict(config)), encoding="utf-8")
     save_file(tensors, folder / "model.safetensors")

@@ -48,7 +48,7 @@ class Need:
         system: The oldest systems that have it; "" if none is known.
         what: An operation's type, or words.
         where: The operation's name, or that of the input or state.
-        opset: Whether it is an operation.
+        operation: Whether it is an operation.
     """
 
     system: str

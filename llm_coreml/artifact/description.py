@@ -88,8 +88,8 @@ class Description:
     """A program of a language model.
 
     Attributes:
-        form: The kind of lowering: `enumerated`, `range`, `static`, `twin`; `unknown` where a file
-            does not tell.
+        form: The kind of lowering: `enumerated`, `range`, `static`, `multifunction`, `twin`;
+            `unknown` where a file does not tell.
         backend: What it is lowered for, a name in `targets.BACKENDS`.
         methods: The methods that read tokens, by name.
         every_row: A call gives a row of logits for each of its tokens, not for the last alone.

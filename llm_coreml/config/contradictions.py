@@ -66,7 +66,7 @@ CONTRADICTIONS = (
     Contradiction(
         lambda config, target: config.functions is not None and config.seq_lengths is not None,
         "--functions {functions} gives each method its length, and --seq-lengths {seq_lengths} "
-        "gives one method several; drop one of them.",
+        "tells what a single method takes; drop one of them.",
     ),
     Contradiction(
         lambda config, target: config.functions is not None and config.backend == "xnnpack",
@@ -95,4 +95,12 @@ def check_together(config: ExportConfig, target: Target) -> None:
     """
     for each in CONTRADICTIONS:
         if each.holds(config, target) and not (each.forced and config.force):
-            raise each.error(each.told.format_map(vars(config)))
+            raise each.error(each.told.format_map(_as_given(config)))
+
+
+def _as_given(config: ExportConfig) -> dict[str, object]:
+    """Return the settings, lists as flags have them."""
+    return {
+        name: ",".join(map(str, value)) if isinstance(value, tuple) else value
+        for name, value in vars(config).items()
+    }

@@ -24,6 +24,8 @@ DEFAULT_TABLE = "int8-channel"
 DEFAULT_SEQ_LENGTHS = (1, 8, 64, 512)
 _RANGE = re.compile(r"[0-9]{1,10}\.\.[0-9]{1,10}")
 _FUNCTION = re.compile(r"[a-z][a-z0-9_]{0,30}:[1-9][0-9]{0,9}")
+# What the names of a program's constant methods begin with, which lie beside its functions.
+_CONSTANT = ("get_", "use_", "enable_")
 _UNITS = {
     "": 1,
     **{letter: 1000 ** (power + 1) for power, letter in enumerate("kmgt")},
@@ -172,6 +174,12 @@ def checked_functions(text: str) -> str:
             "prefill:512,decode:1."
         )
     lengths = functions_of(",".join(parts))
+    taken = [name for name in lengths if name.startswith(_CONSTANT)]
+    if taken:
+        raise ConfigError(
+            f"--functions names '{taken[0]}', and names that begin with {', '.join(_CONSTANT)} are "
+            "those of constants that runners read; give another, such as prefill."
+        )
     if len(lengths) < len(parts) or len(set(lengths.values())) < len(parts):
         raise ConfigError(f"--functions {text} must have different names and different lengths.")
     if len(parts) < 2 or 1 not in lengths.values():

@@ -99,7 +99,7 @@ def write_functions(packages: Mapping[str, Path], blob: Path) -> str:
     for name, package in packages.items():
         functions.add_function(str(package), MAIN_FUNCTION, name)
     functions.default_function_name = next(iter(packages))
-    joined = blob.with_suffix(".mlpackage")
+    joined = blob.with_name("joined functions.mlpackage")  # which is no function's name
     with no_bars():
         ct.utils.save_multifunction(functions, str(joined))
     spec = ct.models.MLModel(str(joined), skip_model_load=True).get_spec()

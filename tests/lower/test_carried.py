@@ -195,6 +195,7 @@ def test_what_cannot_be_together(settings: dict[str, Any], told: str) -> None:
         ("prefill:8,decode:8", "different names and different lengths"),
         ("decode:8,decode:1", "different names and different lengths"),
         ("decode:1", "must be several"),
+        ("use_kv_cache:512,decode:1", "constants that runners read"),
         ("prefill:512,decode:8", "one of them of length 1"),
     ],
 )
