@@ -7,6 +7,7 @@ run.ids, run.tokens_per_second
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -113,8 +114,19 @@ def finished_run(bundle: Bundle, asked: CppRequest, progress: Progress | None = 
     if done.returncode != 0:
         said = done.stderr.decode(errors="replace").strip().splitlines()
         kind = _ERRORS.get(done.returncode, LlmCoreMLError)
-        raise kind(said[-1] if said else f"The runner ended with code {done.returncode}.")
+        raise kind(said[-1] if said else _ended(done.returncode))
     return done.stdout
+
+
+def _ended(code: int) -> str:
+    """Say how a runner ended that said nothing itself."""
+    if code >= 0:
+        return f"The runner ended with code {code}; --verbose shows what ExecuTorch says."
+    known = {each.value: each.name for each in signal.Signals}
+    return (
+        f"The runner was ended by the system ({known.get(-code, code)}), most likely for want of "
+        "memory; close other programs, or export with fewer bits or a shorter --context."
+    )
 
 
 def parsed_run(printed: bytes, program: Path) -> DeviceRun:

@@ -157,7 +157,9 @@ std::vector<std::int64_t> read_prompt(const std::string& ids, const Bundle& bund
   for (std::istreambuf_iterator<char> letter(source), end; letter != end; ++letter) {
     if (std::string_view(" \t\r\n,").find(*letter) != std::string_view::npos) {
       take();
-    } else if (word.size() < kLongestWord) {
+    } else if (word.size() == kLongestWord) {
+      refuse("Token " + std::to_string(tokens.size() + 1) + " of the prompt is no whole number.");
+    } else {
       word += *letter;
     }
   }

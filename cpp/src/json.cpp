@@ -4,6 +4,7 @@
 #include <charconv>
 #include <cmath>
 #include <cstdlib>
+#include <set>
 #include <stdexcept>
 #include <utility>
 
@@ -83,13 +84,13 @@ class Parser {
 
   Object object(int depth) {
     Object members;
+    std::set<std::string> keys;
     expect('{');
     if (take('}')) return members;
     do {
       if (peek() != '"') fail("no key");
       std::string key = string();
-      const auto same = [&](const Member& member) { return member.key == key; };
-      if (std::ranges::any_of(members, same)) fail("a key stands twice in its object");
+      if (!keys.insert(key).second) fail("a key stands twice in its object");
       expect(':');
       members.push_back({std::move(key), any(depth + 1)});
     } while (take(','));

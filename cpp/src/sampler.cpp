@@ -11,12 +11,14 @@
 namespace runner {
 
 std::int64_t Sampler::choose(std::span<const float> logits) {
-  if (std::ranges::any_of(logits, [](float value) { return std::isnan(value); })) {
-    throw Failure(Exit::wrong_bundle,
-                  "The program's logits are no numbers (NaN); `llm-coreml inspect --numerics` "
-                  "finds where that begins.");
-  }
   const auto largest = std::ranges::max_element(logits);
+  // A token may be ruled out by -inf, but not all of them, and none is beyond all bounds.
+  const bool no_numbers = std::ranges::any_of(logits, [](float value) { return std::isnan(value); });
+  if (no_numbers || !std::isfinite(*largest)) {
+    throw Failure(Exit::wrong_bundle,
+                  "The program's logits are no numbers (NaN or inf); `llm-coreml inspect "
+                  "--numerics` finds where that begins.");
+  }
   if (sampling_.temperature == 0) return largest - logits.begin();
   std::vector<std::size_t> order(logits.size());
   std::iota(order.begin(), order.end(), std::size_t{0});

@@ -120,6 +120,7 @@ def test_tokens_from_a_file(cpp_runner: Path, twin: Path, tmp_path: Path) -> Non
         ([2, -1], (), "Token 2 of the prompt is -1, outside"),
         ("2 x", (), "Token 2 of the prompt is no whole number"),
         ("9" * 50, (), "Token 1 of the prompt is no whole number"),
+        ("0" * 32 + "5", (), "Token 1 of the prompt is no whole number"),
         ("2 0x3", (), "Token 2 of the prompt is no whole number"),
         ("2 \0", (), "Token 2 of the prompt is no whole number"),
         ("", (), "There are no tokens in the prompt"),
@@ -312,8 +313,9 @@ def test_mutated_programs_end_in_a_sentence_or_run(cpp_runner: Path, own: Path, 
     assert len(done.err.splitlines()) == (done.code != 0)
 
 
-def test_logits_that_are_no_numbers(cpp_runner: Path, own: Path) -> None:
-    """A program whose weights are NaN has no most likely token."""
+@pytest.mark.parametrize("number", ["nan", "inf"])
+def test_logits_that_are_no_numbers(number: str, cpp_runner: Path, own: Path) -> None:
+    """A program whose weights are NaN or infinite has no most likely token."""
     path = own / "model.pte"
     whole = bytearray(path.read_bytes())
     # Where most of the file is weights, floats of a normal size become NaN.
@@ -321,8 +323,8 @@ def test_logits_that_are_no_numbers(cpp_runner: Path, own: Path) -> None:
     ordinary = (floats.abs() > 1e-3) & (floats.abs() < 10)
     assert ordinary.float().mean() > 0.3
     weights = ordinary.nonzero()[len(floats) // 8 :].flatten()
-    floats[weights[len(weights) // 2 :]] = float("nan")
+    floats[weights[len(weights) // 2 :]] = float(number)
     path.write_bytes(floats.numpy().tobytes() + bytes(whole[len(whole) // 4 * 4 :]))
     done = call(cpp_runner, own, PROMPT, "--max-new-tokens", 2)
-    assert done.code == 7 and "logits are no numbers (NaN)" in done.err
+    assert done.code == 7 and "logits are no numbers (NaN or inf)" in done.err
     assert len(done.err.splitlines()) == 1

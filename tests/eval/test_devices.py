@@ -130,6 +130,7 @@ def test_another_evaluation_keeps_the_devices_of_this_program(
         ({"prompt_ids": []}, r"\$\.prompt_ids: \[\] should be non-empty"),
         ({"runs": 0}, r"\$\.runs: 0 is less"),
         ({"tokens_per_second": 0}, r"\$\.tokens_per_second: 0 is not valid"),
+        ({"load_seconds": 2e9}, r"\$\.load_seconds: 2000000000\.0 is greater"),
         ({"load_seconds": -1}, r"\$\.load_seconds: -1 is less"),
         ({"system": "x" * 300}, r"\$\.system: .* breaks its rule, maxLength"),
         ({"program_sha256": "0" * 64 + "\n"}, r"\$\.program_sha256: .* is too long"),

@@ -24,7 +24,7 @@ struct Sampler {
   }
 
   mutating func choose(_ logits: [Float]) throws -> Int64 {
-    guard let largest = logits.max(), !logits.contains(where: \.isNaN) else {
+    guard let largest = logits.max(), largest.isFinite, !logits.contains(where: \.isNaN) else {
       throw RunnerError.damaged("its logits, which are no numbers")
     }
     if sampling.temperature == 0 { return Int64(logits.firstIndex(of: largest)!) }
