@@ -13,8 +13,8 @@ namespace runner {
 std::int64_t Sampler::choose(std::span<const float> logits) {
   const auto largest = std::ranges::max_element(logits);
   // A token may be ruled out by -inf, but not all of them, and none is beyond all bounds.
-  const bool no_numbers = std::ranges::any_of(logits, [](float value) { return std::isnan(value); });
-  if (no_numbers || !std::isfinite(*largest)) {
+  const auto is_nan = [](float value) { return std::isnan(value); };
+  if (std::ranges::any_of(logits, is_nan) || !std::isfinite(*largest)) {
     throw Failure(Exit::wrong_bundle,
                   "The program's logits are no numbers (NaN or inf); `llm-coreml inspect "
                   "--numerics` finds where that begins.");

@@ -140,9 +140,11 @@ def _tables(
     usual = table_scheme(job.weights.table, job, "--embedding")
     embedding = given.get("embed_tokens", usual)
     head = job.weights.lm_head
-    lm_head = embedding if head is None else table_scheme(head, job, "--lm-head")
-    # A pattern means what it fits alone; else all of these are stored as the token table is.
+    # A pattern means what it fits alone, and a tied head with it, which is the same table; else
+    # all of these are stored as the token table is.
     others = usual if "embed_tokens" in named else embedding
+    untold = embedding if spec.tie_word_embeddings else others
+    lm_head = untold if head is None else table_scheme(head, job, "--lm-head")
     beside = {name: given.get(name, others) for name, _ in beside_blocks(spec)}
     return embedding, given.get("lm_head", lm_head), beside
 

@@ -100,12 +100,14 @@ def test_bits_are_for_what_no_pattern_fits() -> None:
     assert both["layers.1.mlp.up_proj"] == IntGroup(8, 32)
 
 
-def test_the_head_follows_the_table_unless_a_pattern_fits_it() -> None:
+def test_a_tied_head_follows_the_table_unless_a_pattern_fits_it() -> None:
     tied = replace(SPEC, tie_word_embeddings=True)
     same = planned(tied, scheme="embed_tokens=codebook:6")
     assert same.tied and same.lm_head == same.embedding == Codebook(6, 16)
     apart = planned(tied, scheme="lm_head=codebook:6")
     assert not apart.tied and apart.untied_bytes > 0 and apart.embedding == IntChannel(8)
+    alone = planned(replace(SPEC, tie_word_embeddings=False), scheme="embed_tokens=codebook:6")
+    assert alone.embedding == Codebook(6, 16) and alone.lm_head == IntChannel(8)
 
 
 def test_mixed_formats_leave_what_a_pattern_fits() -> None:
