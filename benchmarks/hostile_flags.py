@@ -99,6 +99,7 @@ def base_words(verb: str, model: Path, bundle: Path) -> tuple[str, ...]:
         "diff": ("diff", str(bundle), str(bundle), "--tokens", "8"),
         "inspect": ("inspect", str(bundle), "--numerics", "--tokens", "8"),
         "run": ("run", str(bundle)),
+        "extract": ("extract", str(bundle), "-o", "out"),
     }[verb]
 
 
