@@ -92,6 +92,7 @@ def evaluate(
     opened = open_bundle(Path(bundle), checked)
     check_writable(opened.folder, RESULTS)
     artifact = open_runner(opened, execution)
+    artifact.check_every_logit()
     tokenizer = opened.tokenizer if opened.tokenizer.is_file() else None
     name, windows = read_windows(text, tokenizer, artifact.context, tokens)
     runners = {} if artifact_only else _originals(opened, model, progress)

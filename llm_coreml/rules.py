@@ -179,6 +179,13 @@ STATE_RULES = (
 )
 
 
+# Of the last op of a program, told where it is asked for.
+ARGMAX = (
+    "the largest of floats has been reported at a wrong place on devices of iOS 27, where the "
+    "likeliest by topk was right (coreai-torch issue 116)"
+)
+
+
 def broken_by_states(target: Target, shapes: Sequence[Sequence[int]]) -> list[StateRule]:
     """Return the rules that states of these shapes break on a target."""
     return [rule for rule in STATE_RULES if target.neural_engine and rule.check(shapes)]

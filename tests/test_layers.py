@@ -36,6 +36,8 @@ LAYERS = (
         "machine",
         "fidelity",
         "lfs",
+        "heads",
+        "cuts",
         "quiet",
         "own_process",
         "host",

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from llm_coreml.artifact.description import INPUTS, MAIN_FUNCTION, Description, MethodForm
 from llm_coreml.artifact.method_plan import Constant
 from llm_coreml.bundle.typed_json import LEFT_OUT, named, read_record, write_record
+from llm_coreml.heads import LOGITS, Head
 from llm_coreml.targets import BACKENDS
 from llm_coreml.verify.verification import Verification
 
@@ -255,6 +256,7 @@ class Program:
         every_row: A call gives a row of logits for each of its tokens.
         methods: All methods that read tokens.
         why: What the form is for, and what was asked for.
+        head: What is given of each row; every logit if it is absent.
     """
 
     file: str
@@ -271,6 +273,7 @@ class Program:
     every_row: bool | None = field(default=None, metadata=LEFT_OUT)
     methods: Mapping[str, MethodForm] | None = field(default=None, metadata=LEFT_OUT)
     why: str | None = field(default=None, metadata=LEFT_OUT)
+    head: str | None = field(default=None, metadata=LEFT_OUT)
 
 
 @dataclass(frozen=True)
@@ -374,6 +377,7 @@ class Manifest:
             context=program.context,
             constant_methods=program.constant_methods,
             why=program.why or "",
+            head=Head.of(program.head or str(LOGITS)),
         )
 
 

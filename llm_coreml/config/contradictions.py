@@ -43,6 +43,10 @@ def _ranged(config: ExportConfig) -> bool:
     return isinstance(config.seq_lengths, str)
 
 
+def _cut(config: ExportConfig) -> int | None:
+    return config.linear_split or config.head_split or config.gather_split
+
+
 CONTRADICTIONS = (
     Contradiction(
         lambda config, target: _too_old(config) and config.functions is not None,
@@ -55,6 +59,12 @@ CONTRADICTIONS = (
         lambda config, target: _too_old(config) and config.kv_cache != "inputs",
         "{minimum_os} is too old: Core ML keeps a KV cache as state from iOS18 and macOS15 on; "
         "give --kv-cache inputs, or use --minimum-os iOS18.",
+        error=UnsupportedError,
+    ),
+    Contradiction(
+        lambda config, target: _too_old(config) and _cut(config) is not None,
+        "{minimum_os} is too old: --linear-split, --head-split and --gather-split cut weights as "
+        "systems from iOS18 on pack them; drop them, or use --minimum-os iOS18.",
         error=UnsupportedError,
     ),
     Contradiction(
@@ -72,6 +82,11 @@ CONTRADICTIONS = (
         lambda config, target: config.functions is not None and config.backend == "xnnpack",
         "--functions {functions} is a form of Core ML programs, and --backend xnnpack reads every "
         "length in one method; drop one of them.",
+    ),
+    Contradiction(
+        lambda config, target: config.head != "logits" and config.backend == "xnnpack",
+        "--head {head} is a form of Core ML programs, and --backend xnnpack makes a program for "
+        "ExecuTorch's stock runner, which takes logits; drop one of them.",
     ),
     Contradiction(
         lambda config, target: (

@@ -22,7 +22,9 @@ from llm_coreml.config.values import (
     functions_of,
     range_of,
 )
+from llm_coreml.cuts import Cuts
 from llm_coreml.errors import ConfigError
+from llm_coreml.heads import Head
 from llm_coreml.machine import machine_memory
 from llm_coreml.systems import STATE_SYSTEM, older, opset_of
 from llm_coreml.targets import BACKENDS, PRECISIONS, Precision, Target, get_target
@@ -86,6 +88,8 @@ class Job:
         backend: `coreml`, or `xnnpack` for a twin that runs on Linux.
         attention: `fused` or `decomposed`, see `decoder.self_attention`.
         logits: `last` row of each chunk, or `all` rows.
+        head: What a row gives.
+        cuts: Which matrices are cut.
         kv_cache: It is a `state`, or `inputs` and outputs of the method.
         functions: The length of each method by name, where there are several.
         shapes: Context and chunk lengths.
@@ -105,6 +109,8 @@ class Job:
     backend: Literal["coreml", "xnnpack"]
     attention: Literal["fused", "decomposed"]
     logits: Literal["last", "all"]
+    head: Head
+    cuts: Cuts
     kv_cache: Literal["state", "inputs"]
     functions: Mapping[str, int]
     shapes: Shapes
@@ -140,6 +146,8 @@ def resolve(config: ExportConfig, spec: DecoderSpec) -> Job:
         backend=config.backend,
         attention=target.attention if fused else "decomposed",
         logits=config.logits,
+        head=_fitting_head(Head.of(config.head), spec.vocab_size),
+        cuts=Cuts(config.linear_split, config.head_split, config.gather_split),
         kv_cache=kv_cache,
         functions=functions_of(config.functions) if config.functions else {},
         shapes=_fitting(
@@ -150,6 +158,16 @@ def resolve(config: ExportConfig, spec: DecoderSpec) -> Job:
         model_type=config.model_type,
         force=config.force,
     )
+
+
+def _fitting_head(head: Head, vocab_size: int) -> Head:
+    """Return a head. Raises ConfigError if it is to give more tokens than there are."""
+    if head.count is not None and head.count >= vocab_size:
+        raise ConfigError(
+            f"--head {head} asks for {head.count} tokens of a vocabulary of {vocab_size}; give "
+            "fewer, such as topk:40, or --head logits for all of them."
+        )
+    return head
 
 
 def resolve_shapes(

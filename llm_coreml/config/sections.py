@@ -41,6 +41,7 @@ from llm_coreml.config.values import (
     read_names,
 )
 from llm_coreml.errors import ConfigError
+from llm_coreml.heads import checked_head
 from llm_coreml.targets import TARGETS
 
 # "gpu, ane, cpu or all"
@@ -48,7 +49,9 @@ _UNITS = " or ".join(", ".join(TARGETS).rsplit(", ", 1))
 Rotate = Literal["none", "residual", "heads", "both"]
 PT2E = Literal["none", "weights", "static"]
 # What has no meaning for other backends.
-_CORE_ML = frozenset({"model_type", "passes", "compile_specs"})
+_CORE_ML = frozenset(
+    {"model_type", "passes", "compile_specs", "linear_split", "head_split", "gather_split"}
+)
 # What each of these decides of others, which cannot be given beside it.
 _DECIDED: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -266,6 +269,12 @@ class ProgramSettings(Section):
     """
 
     logits: Literal["last", "all"] = setting("last", "Rows of logits that a call returns.")
+    head: str = setting(
+        "logits",
+        "What a row gives: every logit, the K likeliest tokens with theirs, or the likeliest.",
+        metavar="logits|topk:K|argmax",
+        check=checked_head,
+    )
     kv_cache: Literal["state", "inputs"] | None = setting(
         None,
         "Hold the KV cache as a state, or have it as inputs and outputs of each call.",
@@ -328,6 +337,30 @@ class TargetSettings(Section):
         shown="those of the other settings",
         check=checked_specs,
         read=read_names,
+    )
+    linear_split: int | None = setting(
+        None,
+        "Linear layers as parts of so many outputs, 8 at most: 1024 for the Neural Engine.",
+        metavar="N",
+        shown="whole",
+        least=32,
+        most=MOST_POSITIONS,
+    )
+    head_split: int | None = setting(
+        None,
+        "No linear layer, nor part of one, gives more outputs: 16384 cuts the head of most models.",
+        metavar="N",
+        shown="whole",
+        least=32,
+        most=MOST_POSITIONS,
+    )
+    gather_split: int | None = setting(
+        None,
+        "The token table as parts of at most so many rows: 65535 for the Neural Engine.",
+        metavar="N",
+        shown="whole",
+        least=32,
+        most=MOST_POSITIONS,
     )
     force: bool = setting(False, "Export what the target is known to refuse.")
 

@@ -63,7 +63,8 @@ def lower_coreml(
         del exported
         call = CoreMLCall(MAIN_FUNCTION, signature_of(description, MAIN_METHOD))
         padding = None if description.ranged else lengths
-        method = method_around(calling(call), description.context, padding, description.every_row)
+        rows = len(description.head.gives) if description.every_row else 0
+        method = method_around(calling(call), description.context, padding, rows)
         traced = {MAIN_METHOD: trace_method(method, lengths[-1], list(caches.values()))}
         edge = edge_methods(traced, {call.name: specs}, description.constant_methods)
         write_methods(edge.to_executorch(), {call.name: blob}, path)
@@ -80,7 +81,13 @@ def signature_of(description: Description, method: str) -> Signature:
     last = ("last_pos int32 [1]",) if longest > 1 else ()
     takes = (f"{TOKENS} int32 [1, {size}]", *caches, f"{START_POS} int32 [1]", *last)
     rows = size if description.every_row else 1
-    return Signature(takes, (f"logits float32 [1, {rows}, {vocab_size}]", *caches))
+    shape = f"[1, {rows}, {description.head.count or vocab_size}]"
+    dtypes = ("float32", "int32")
+    results = [
+        f"{name} {dtype} {shape}"
+        for name, dtype in zip(description.head.gives, dtypes, strict=False)
+    ]
+    return Signature(takes, (*results, *caches))
 
 
 def calling(call: CoreMLCall) -> Program:
@@ -94,7 +101,7 @@ def calling(call: CoreMLCall) -> Program:
     ) -> torch.Tensor | tuple[torch.Tensor, ...]:
         last = () if last_pos is None else (last_pos,)
         given = call(tokens, *caches, start_pos, *last)
-        return given if caches else given[0]
+        return given if len(given) > 1 else given[0]
 
     return program
 

@@ -22,6 +22,7 @@ from llm_coreml.artifact.description import (
     MethodForm,
 )
 from llm_coreml.errors import ArtifactError
+from llm_coreml.heads import LOGITS, Head
 from llm_coreml.reference.load import load_methods
 from llm_coreml.reference.method.memory import dtype_of
 from llm_coreml.reference.method.method import LoadedMethod
@@ -30,6 +31,7 @@ from llm_coreml.reference.program.coreml_program import INTERFACE_TYPES, CoreMLP
 from llm_coreml.reference.program.execution import Execution
 from llm_coreml.reference.program.side_by_side import OnRows
 from llm_coreml.runtime.carried_caches import carried
+from llm_coreml.runtime.chosen import spread
 from llm_coreml.runtime.runner import Runner
 
 # What a device is meant to compute, on any machine.
@@ -124,7 +126,11 @@ class ReferenceRunner(Runner):
         self.every_row = description.every_row
         self.context = description.context
         self.rewinds = description.rewinds
-        self.vocab_size = self._methods[description.main].outputs[0].shape[2]
+        self.head = description.head
+        main = self._methods[description.main]
+        width = main.outputs[0].shape[2]
+        chosen = self.head.count is not None
+        self.vocab_size = _constant(main.constants, "get_vocab_size", path) if chosen else width
         self._caches: dict[str, torch.Tensor] = {}
         self._clear()
 
@@ -171,7 +177,7 @@ class ReferenceRunner(Runner):
         outputs = main.programs[0].side_by_side(list(zip(states, given, strict=True)), on_rows)
         return [
             [
-                main.run_with(found, *call)[0].to(torch.float32).cpu()
+                self._rows(main.run_with(found, *call))[0].to(torch.float32)
                 for found, call in zip(results, text, strict=True)
             ]
             for results, text in zip(outputs, calls, strict=True)
@@ -179,9 +185,16 @@ class ReferenceRunner(Runner):
 
     def _forward(self, tokens: torch.Tensor, start_pos: torch.Tensor) -> torch.Tensor:
         method = self._methods[self.description.method_for(tokens.shape[1])]
-        logits, *caches = method.run(tokens, start_pos, *self._caches.values())
+        given = method.run(tokens, start_pos, *self._caches.values())
+        caches = given[len(self.head.gives) :]
         self._caches = dict(zip(self._caches, caches, strict=True))
-        return logits.cpu()
+        return self._rows(given)
+
+    def _rows(self, given: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return the logits that a call gave, `[1, rows, vocab]`."""
+        if self.head.count is None:
+            return given[0].cpu()
+        return spread(given[0].cpu(), given[1].cpu(), self.vocab_size)
 
     def _clear(self) -> None:
         for method in self._methods.values():
@@ -203,10 +216,19 @@ class ReferenceRunner(Runner):
                 program.remember(states)
 
 
+def _head_of(method: LoadedMethod) -> Head:
+    """Return what a method gives of a row: behind float values may be their tokens, int32."""
+    told = [(spec.dtype, tuple(spec.shape)) for spec in method.outputs[:2]]
+    if len(told) == 2 and told[1][0] == "int32" and told[1][1] == told[0][1]:
+        count = told[0][1][2]
+        return Head("argmax" if count == 1 else "topk", count)
+    return LOGITS
+
+
 def _check_signature(method: LoadedMethod, path: Path) -> None:
     """Refuse a method that does not take tokens and a position, and give logits.
 
-    Behind those it may take and give caches.
+    Behind those it may take and give caches; behind logits that it chose come their tokens.
     """
     signature = [(spec.dtype, len(spec.shape)) for spec in method.inputs]
     if signature[:2] != [("int64", 2), ("int64", 1)]:
@@ -222,7 +244,7 @@ def _check_signature(method: LoadedMethod, path: Path) -> None:
         )
     taken, returned = (
         [(spec.dtype, spec.shape) for spec in specs]
-        for specs in (method.inputs[2:], method.outputs[1:])
+        for specs in (method.inputs[2:], method.outputs[len(_head_of(method).gives) :])
     )
     if taken != returned:
         raise ArtifactError(
@@ -252,6 +274,7 @@ def _describe(method: LoadedMethod, path: Path) -> Description:
         states=_states(method),
         context=_constant(method.constants, "get_max_context_len", path),
         constant_methods=method.constants,
+        head=_head_of(method),
     )
 
 
@@ -269,6 +292,7 @@ def _check_description(
             "functions": (form.functions, tuple(item.function_name for item in method.programs)),
             "lengths": (form.seq_lengths, _lengths(method, path) if single else form.seq_lengths),
             "a range": (description.ranged, _ranged(method) if single else description.ranged),
+            "head": (str(_as_given(description.head)), str(_as_given(_head_of(method)))),
             "row for each token": (every_row, method.outputs[0].shape[1] != 1),
             "context": (
                 description.context,
@@ -287,6 +311,11 @@ def _check_description(
                     f"{found}, not {told}). Export again."
                 )
     description.check_constants(methods[description.main].constants, path)
+
+
+def _as_given(head: Head) -> Head:
+    """Return a head as a file shows it, in which the largest one is the first of one."""
+    return Head("argmax", 1) if head.count == 1 else head
 
 
 def _caches(method: LoadedMethod) -> list[str]:

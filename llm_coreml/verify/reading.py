@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from llm_coreml.cuts import WHOLE, Cuts
 from llm_coreml.decoder import Decoder
 from llm_coreml.fidelity import kl_divergence
+from llm_coreml.lower.cut_rows import cut_rows
 from llm_coreml.verify.cached_text import CachedText, LaterCache
 from llm_coreml.verify.judge import Reading, logits_of, read_together
 from llm_coreml.verify.passes import Pass, Plan
@@ -38,6 +40,7 @@ class ReadText:
         plain_fp16: The noise of plain fp16; None if that is not known.
         in_fp16: Whether the artifact computes in fp16, so that such noise is its own.
         contents: What tells each tensor of the model from others, by name.
+        parts: The same of the parts in which it may lie in a program, see `check_weights`.
         largest: The largest number that any block left in the residual stream.
     """
 
@@ -50,6 +53,7 @@ class ReadText:
     in_fp16: bool = True
     contents: Mapping[str, Content] = field(default_factory=dict)
     largest: float = 0.0
+    parts: Mapping[str, Sequence[Sequence[Content]]] = field(default_factory=dict)
 
     def tokens_of(self, part: Pass) -> list[int]:
         """Return what a pass reads."""
@@ -84,6 +88,7 @@ def read_text(
     every_row: bool,
     natural: bool,
     in_fp16: bool,
+    cuts: Cuts = WHOLE,
 ) -> ReadText:
     """Read a text with the quantized model.
 
@@ -96,6 +101,7 @@ def read_text(
         natural: Whether it can be told what to remember before a late position; else that is
             nothing but zeros, and the noise of plain fp16 is not measured.
         in_fp16: Whether it computes in fp16.
+        cuts: Which of its matrices are cut.
     """
     rows = compared_rows((*plan.unrounded, *plan.declared), every_row)
     first = CachedText(decoder)
@@ -108,7 +114,7 @@ def read_text(
     halves = _halves(decoder, texts, plan, later) if natural else {}
     pairs = [(texts[start], half) for start, half in halves.items()]
     growth = _Growth(list(texts.values()), pairs, decoder.spec.hidden_size)
-    digests = Digests()
+    digests = Digests(cut_rows(decoder, cuts))
     read_together(decoder, [*texts.values(), *halves.values()], growth.note, on_weight=digests.add)
     exact = [texts[start].states[found] for start, found in rows.items()]
     chosen = _spread(plan, halves, every_row)
@@ -132,7 +138,16 @@ def read_text(
     states = later.states if natural else None
     contents = digests.contents(decoder)
     return ReadText(
-        text, plan, tokens, logits, states, plain, in_fp16, contents, growth.largest_number
+        text,
+        plan,
+        tokens,
+        logits,
+        states,
+        plain,
+        in_fp16,
+        contents,
+        growth.largest_number,
+        digests.parts(decoder),
     )
 
 

@@ -153,10 +153,10 @@ class LoadedMethod:
 
     def run_with(
         self, outputs: Mapping[str, torch.Tensor], *arguments: torch.Tensor
-    ) -> torch.Tensor:
-        """Do what a call with these arguments does, once its program has given `outputs`."""
+    ) -> tuple[torch.Tensor, ...]:
+        """Do what `run` does with these arguments, once its program has given `outputs`."""
         with self._answered(lambda program, given: outputs):
-            return self(*arguments)
+            return self.run(*arguments)
 
     @contextlib.contextmanager
     def _answered(self, answer: Answer) -> Iterator[None]:
