@@ -240,8 +240,8 @@ def _compare(
             errors.append(error.max())
             sizes.append(wanted.abs().max())
             row, place = divmod(int(error.argmax()), error.shape[1])
-            token = place if tokens is None else int(tokens[row, place])
-            places.append((part.start + first + row, call.count, f"token {token}"))
+            which = place if tokens is None else int(tokens[row, place])
+            places.append((part.start + first + row, call.count, f"token {which}"))
             divergences.append(kl_divergence(wanted, rows))
     # max() of a tensor keeps NaN, as the bounds need; so does argmax.
     position, length, token = places[int(torch.stack(errors).argmax())]
