@@ -165,7 +165,7 @@ STATE_RULES = (
         "the Neural Engine's compiler has been reported to refuse states whose width, which is "
         "the model's head_dim, is no multiple of 32",
         "coremltools issue 2631",
-        "--target gpu",
+        "--pad-heads or --target gpu",
         lambda shapes: any(shape[-1] % 32 for shape in shapes),
     ),
     StateRule(

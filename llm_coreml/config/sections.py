@@ -1,4 +1,4 @@
-"""Every setting of an export, in sections: source, weights, calibration, program, target.
+"""Every setting of an export, in sections: source, weights, calibration, program, target, engine.
 
 A field's text is its documentation: the help page, the recipes' schema and the documents show it.
 Rules between a setting and a model are held where both are known, see `job.resolve`.
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
 
+from llm_coreml.config.engine import EngineSettings
 from llm_coreml.config.scheme_text import (
     checked_scheme,
     patterns_alone,
@@ -49,9 +50,7 @@ _UNITS = " or ".join(", ".join(TARGETS).rsplit(", ", 1))
 Rotate = Literal["none", "residual", "heads", "both"]
 PT2E = Literal["none", "weights", "static"]
 # What has no meaning for other backends.
-_CORE_ML = frozenset(
-    {"model_type", "passes", "compile_specs", "linear_split", "head_split", "gather_split"}
-)
+_CORE_ML = frozenset({"model_type", "passes", "compile_specs"})
 # What each of these decides of others, which cannot be given beside it.
 _DECIDED: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -338,30 +337,6 @@ class TargetSettings(Section):
         check=checked_specs,
         read=read_names,
     )
-    linear_split: int | None = setting(
-        None,
-        "Linear layers as parts of so many outputs, 8 at most: 1024 for the Neural Engine.",
-        metavar="N",
-        shown="whole",
-        least=32,
-        most=MOST_POSITIONS,
-    )
-    head_split: int | None = setting(
-        None,
-        "No linear layer, nor part of one, gives more outputs: 16384 cuts the head of most models.",
-        metavar="N",
-        shown="whole",
-        least=32,
-        most=MOST_POSITIONS,
-    )
-    gather_split: int | None = setting(
-        None,
-        "The token table as parts of at most so many rows: 65535 for the Neural Engine.",
-        metavar="N",
-        shown="whole",
-        least=32,
-        most=MOST_POSITIONS,
-    )
     force: bool = setting(False, "Export what the target is known to refuse.")
 
     def __post_init__(self) -> None:
@@ -382,5 +357,6 @@ SECTIONS: Mapping[str, type[Section]] = MappingProxyType(
         "calibration": CalibrationSettings,
         "program": ProgramSettings,
         "target": TargetSettings,
+        "engine": EngineSettings,
     }
 )

@@ -61,6 +61,7 @@ class Decoder(nn.Module):
         longest: The most tokens of a call in an exported graph; None is the whole context. By it
             the rings of layers with windows are sized; eagerly longer calls are read in parts.
         head: What `forward` and `carrying` give of each row of logits.
+        multiple: What the widths of states are multiples of.
     """
 
     positions: torch.Tensor
@@ -76,12 +77,13 @@ class Decoder(nn.Module):
         spare: int = 0,
         longest: int | None = None,
         head: Head = LOGITS,
+        multiple: int = 1,
     ) -> None:
         super().__init__()
         self.spec = spec
         self.chosen = head
         self.context = context
-        self.extent = Extent(context, spare, longest)
+        self.extent = Extent(context, spare, longest, multiple)
         self.attention = attention
         self.logits = logits
         self.embed_tokens = Embedding(spec.vocab_size, spec.hidden_size)

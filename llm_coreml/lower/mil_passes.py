@@ -16,7 +16,9 @@ from coremltools.converters.mil.mil.passes.pass_registry import PASS_REGISTRY, r
 
 from llm_coreml.cuts import WHOLE, Cuts
 from llm_coreml.errors import ConfigError, nearest
+from llm_coreml.lower.channels_first import channels_first
 from llm_coreml.lower.cut_passes import cut_names
+from llm_coreml.targets import Layout
 
 
 @register_pass(namespace="llm_coreml")
@@ -140,11 +142,14 @@ _OMITTED = "common::canonicalize_quantized_lut_pattern"
 _REPLACED = {"common::const_deduplication": "llm_coreml::share_equal_constants"}
 
 
-def pass_names(chosen: Sequence[str] | None = None, cuts: Cuts = WHOLE) -> list[str]:
+def pass_names(
+    chosen: Sequence[str] | None = None, cuts: Cuts = WHOLE, layout: Layout = "linear"
+) -> list[str]:
     """Return what coremltools is to run.
 
     Args:
         cuts: What is cut, before all else.
+        layout: What linear layers are.
         chosen: All passes, or each that is left out of the usual ones, with a hyphen before its
             name; None is coremltools' default pipeline, all but one pass, with ours in it and
             around it.
@@ -155,6 +160,8 @@ def pass_names(chosen: Sequence[str] | None = None, cuts: Cuts = WHOLE) -> list[
     default = ct.PassPipeline.DEFAULT.passes
     names = [_REPLACED.get(name, name) for name in default if name != _OMITTED]
     cutting = cut_names(cuts)
+    if layout == "conv":
+        cutting.append(f"llm_coreml::{channels_first.__name__}")
     usual = [*cutting, "llm_coreml::join_slices", *names, "llm_coreml::drop_repeated_state_writes"]
     if chosen is None:
         return usual

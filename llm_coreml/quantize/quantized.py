@@ -187,6 +187,7 @@ def build_decoder(
         shapes.spare,
         shapes.longest,
         job.head,
+        shapes.multiple,
     )
     storage = torch.float16 if job.precision.bits == 16 else torch.float32
     for buffer in decoder.buffers():

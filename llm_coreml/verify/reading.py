@@ -108,14 +108,13 @@ def read_text(
     later = LaterCache(decoder, first if natural else None, plan.start)
     texts = {0: Reading(0, tokens[: plan.tokens], first)}
     if plan.start:
-        count = max(part.count for part in plan.unrounded if part.start)
-        late = _tokens_at(tokens, plan.start, count)
-        texts[plan.start] = Reading(plan.start, late, CachedText(decoder, later))
+        texts[plan.start] = _late(decoder, tokens, plan, later)
     halves = _halves(decoder, texts, plan, later) if natural else {}
     pairs = [(texts[start], half) for start, half in halves.items()]
     growth = _Growth(list(texts.values()), pairs, decoder.spec.hidden_size)
     digests = Digests(cut_rows(decoder, cuts))
-    read_together(decoder, [*texts.values(), *halves.values()], growth.note, on_weight=digests.add)
+    everything = [*texts.values(), *halves.values()]
+    read_together(decoder, everything, growth.note, on_weight=digests.add)
     exact = [texts[start].states[found] for start, found in rows.items()]
     chosen = _spread(plan, halves, every_row)
     beside = [texts[start].states[found] for start, found in chosen.items()]
@@ -132,27 +131,22 @@ def read_text(
     }
     plain = None
     if halves:
-        count = len(exact)
-        wanted_rows = torch.cat(found[count : count + len(beside)])
-        plain = _noise(wanted_rows, torch.cat(found[count + len(beside) :]), growth.largest_step)
+        of_halves = found[len(exact) :]
+        plain = _noise(of_halves[: len(beside)], of_halves[len(beside) :], growth.largest_step)
     states = later.states if natural else None
     contents = digests.contents(decoder)
-    return ReadText(
-        text,
-        plan,
-        tokens,
-        logits,
-        states,
-        plain,
-        in_fp16,
-        contents,
-        growth.largest_number,
-        digests.parts(decoder),
-    )
+    told = growth.largest_number, digests.parts(decoder)
+    return ReadText(text, plan, tokens, logits, states, plain, in_fp16, contents, *told)
 
 
 def _tokens_at(tokens: Sequence[int], start: int, count: int) -> list[int]:
     return [tokens[place % len(tokens)] for place in range(start, start + count)]
+
+
+def _late(decoder: Decoder, tokens: Sequence[int], plan: Plan, later: LaterCache) -> Reading:
+    """Return what is read from the start of `plan` on."""
+    count = max(part.count for part in plan.unrounded if part.start)
+    return Reading(plan.start, _tokens_at(tokens, plan.start, count), CachedText(decoder, later))
 
 
 def _halves(
@@ -218,6 +212,7 @@ def _spread(plan: Plan, halves: Mapping[int, Reading], every_row: bool) -> dict[
     return found
 
 
-def _noise(wanted: torch.Tensor, found: torch.Tensor, layer: int) -> PlainFp16:
+def _noise(exact: Sequence[torch.Tensor], rounded: Sequence[torch.Tensor], layer: int) -> PlainFp16:
+    wanted, found = torch.cat(list(exact)), torch.cat(list(rounded))
     error = float((found - wanted).abs().max() / wanted.abs().max())
     return PlainFp16(len(wanted), error, float(kl_divergence(wanted, found).mean()), layer)

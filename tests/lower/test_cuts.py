@@ -12,9 +12,10 @@ import torch
 
 from artifacts import Artifact, lower, program, weight_bytes
 from cases import cases
-from llm_coreml.artifact.mil import TensorType
+from llm_coreml.artifact.mil import NamedType, TensorType
 from llm_coreml.config import ExportConfig
 from llm_coreml.cuts import Cuts
+from llm_coreml.decoder.states import state_specs
 from llm_coreml.errors import UnsupportedError, VerificationError
 from llm_coreml.reference.program.execution import Execution
 from llm_coreml.runtime.eager import EagerRunner
@@ -49,7 +50,18 @@ CASES: dict[str, dict[str, Any]] = {
     "topk, window": {"scheme": "int8-channel", "head": "topk:6", "window": 7},
     "caches that are given": {"scheme": "int8-channel", "kv_cache": "inputs"},
 }
-FURTHER = ("tables of half a matrix", "vectors", "caches that are given")
+CASES |= {
+    "conv, palettes": {**CASES["palettes"], "layout": "conv"},
+    "conv, grouped, every row": {**CASES["grouped"], "layout": "conv", "logits": "all"},
+    "conv, plain fp32, biases": {**CASES["plain fp32, biases"], "layout": "conv"},
+    "conv, vectors": {**CASES["vectors"], "layout": "conv"},
+    "conv, topk, window": {**CASES["topk, window"], "layout": "conv", "pad_heads": True},
+    "padded, given caches": {**CASES["caches that are given"], "pad_heads": True},
+}
+FURTHER = (
+    *("conv, plain fp32, biases", "conv, vectors", "padded, given caches"),
+    *("tables of half a matrix", "vectors", "caches that are given"),
+)
 BOUND = 2e-5
 CONTEXT = 64
 
@@ -82,7 +94,8 @@ def test_parts_give_what_the_whole_gives(name: str, made: Callable[[str], Artifa
     """Past the window, and at the last position; without rounding, and as it is declared."""
     artifact = made(name)
     tokens = tokens_for(SIZES["vocab_size"], CONTEXT)
-    expected = EagerRunner(artifact.decoder, "eager").logits(tokens)[7::8]
+    expected = EagerRunner(artifact.decoder, "eager").logits(tokens)
+    expected = expected if artifact.job.logits == "all" else expected[7::8]
     for mode, bound in (("fp32", BOUND), ("declared", 2e-2)):
         runner = ReferenceRunner(artifact.path, Execution(mode=mode))
         rows = torch.cat([runner.step(tokens[at : at + 8]) for at in range(0, CONTEXT, 8)])
@@ -91,32 +104,45 @@ def test_parts_give_what_the_whole_gives(name: str, made: Callable[[str], Artifa
         assert float((found[0] - found[1]).abs().max() / expected.abs().max()) < bound
 
 
+def dtype_of(value: NamedType) -> str | None:
+    return value.type.dtype if isinstance(value.type, TensorType) else None
+
+
 @pytest.mark.parametrize("name", cases(CASES, FURTHER))
 def test_nothing_is_wider_than_it_may_be(name: str, made: Callable[[str], Artifact]) -> None:
     artifact = made(name)
     operations = program(artifact.path).operations
     sizes = {output.name: output.type for op in operations for output in op.outputs}
+    ranks = [kind for kind in sizes.values() if isinstance(kind, TensorType)]
     rows, tables = [], []
     for op in operations:
-        held = {"linear": "weight", "gather": "x"}.get(op.type)
+        held = {"linear": "weight", "conv": "weight", "gather": "x"}.get(op.type)
         if held is not None:
             (weight,) = op.inputs[held]
             kind = sizes[weight] if isinstance(weight, str) else weight.type
             assert isinstance(kind, TensorType)
             shape = kind.shape
-            (rows if op.type == "linear" else tables).append(shape[0])
+            (tables if op.type == "gather" else rows).append(shape[0])
+            assert max(map(len, (shape, *(kind.shape for kind in ranks)))) <= 5
     assert max(rows) <= 64 and max(tables) <= 100
     # q 64, k 32, v 32, o 64, gate 160, up 160, down 64; 160 in whole tables of 32 or 16 rows.
     layer = 2 + 1 + 1 + 2 + 5 + 5 + 2
     assert len(rows) == 2 * layer + 6
     kinds = [op.type for op in operations]
     assert kinds.count("topk") == (7 if "head" in CASES[name] else 0)
+    assert ("linear" in kinds) == ("layout" not in CASES[name])
+    computed = [op for op in operations if op.type != "const"]
+    wide = [op.type for op in computed if "fp32" in {dtype_of(each) for each in op.outputs}]
+    # No number is fp32 in a program of fp16 but what it gives.
+    assert artifact.job.precision.name == "fp32" or wide == ["cast"]
+    for state in state_specs(artifact.decoder.spec, artifact.shapes.extent):
+        assert state.shape[-1] == (32 if "pad_heads" in CASES[name] else 16)
 
 
 def test_parts_are_verified_as_the_weights_they_are(
     made: Callable[[str], Artifact], tmp_path: Path
 ) -> None:
-    for name in ("grouped", "per channel, tied"):
+    for name in ("grouped", "per channel, tied", "conv, topk, window"):
         artifact = made(name)
         plan = plan_passes((1, 8), CONTEXT)
         tokens = tokens_for(SIZES["vocab_size"], plan.tokens)
