@@ -35,7 +35,19 @@ from llm_coreml.recipes import recipe_names
 from llm_coreml.targets import TARGETS
 
 COMMANDS = (
-    *("diff", "eval", "export", "extract", "generate", "inspect", "lm-eval", "ls", "run", "show"),
+    *(
+        "compare",
+        "diff",
+        "eval",
+        "export",
+        "extract",
+        "generate",
+        "inspect",
+        "lm-eval",
+        "ls",
+        "run",
+        "show",
+    ),
 )
 STAGES = (
     "opening the checkpoint ...",
