@@ -149,7 +149,8 @@ class _Work:
         lengths, caches = self._lengths(share, method), empty(self._caches(share))
         # coremltools wants the writes of the states among the results.
         exported = trace_part(part, width, lengths, ranged, caches)
-        return exported.run_decompositions({})
+        decomposed: ExportedProgram = exported.run_decompositions({})
+        return decomposed
 
     def _specs(self, exported: ExportedProgram, share: Share) -> list[CompileSpec]:
         specs = compile_specs(exported, self.job, ())
