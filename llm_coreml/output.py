@@ -16,6 +16,7 @@ import errno
 import json
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ from llm_coreml.errors import OutputError
 # Where less than this can be written, it is no use to write weights.
 _LEAST = 1 << 20
 _PREVIOUS = "previous"
+# Where temporary files are sent, and where they went before, in the order in which that was asked.
+_REDIRECTED: list[tuple[str, str | None]] = []
+_REDIRECTING = threading.Lock()
 
 
 @contextlib.contextmanager
@@ -86,12 +90,20 @@ def folder_beside(output: Path, check: Callable[[Path], None]) -> Iterator[Path]
 
 @contextlib.contextmanager
 def _temporary_files_in(folder: Path) -> Iterator[None]:
-    previous = tempfile.tempdir
-    tempfile.tempdir = str(folder)
+    """Have temporary files lie in `folder`, of all threads: the last that came says where."""
+    with _REDIRECTING:
+        _REDIRECTED.append((str(folder), tempfile.tempdir))
+        tempfile.tempdir = str(folder)
     try:
         yield
     finally:
-        tempfile.tempdir = previous
+        with _REDIRECTING:
+            place = next(at for at, (name, _) in enumerate(_REDIRECTED) if name == str(folder))
+            _, previous = _REDIRECTED.pop(place)
+            if place == len(_REDIRECTED):
+                tempfile.tempdir = previous
+            else:  # one that came later goes back past this one
+                _REDIRECTED[place] = (_REDIRECTED[place][0], previous)
 
 
 def _replace(output: Path, draft: Path) -> None:

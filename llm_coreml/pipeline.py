@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,8 +67,11 @@ from llm_coreml.verify.verification import Verification
 _CONVERSION = 0.6
 # Bytes that weights may take expanded while a program is verified; others are expanded at each use.
 _EXPANDED = 1 << 26
+# coremltools keeps the blocks that it builds in globals.
+_LOWERING = threading.Lock()
 
 
+@quiet()
 def export(
     model: str | Path | torch.nn.Module,
     tokenizer: Any = None,
@@ -137,8 +141,7 @@ def _check_lowering(config: ExportConfig) -> None:
 
         check_compiler()
     if config.passes is not None:
-        with quiet():
-            from llm_coreml.lower.mil_passes import pass_names
+        from llm_coreml.lower.mil_passes import pass_names
 
         pass_names(config.passes)
 
@@ -211,7 +214,7 @@ def _write(run: _Run, model: Model, draft: Path, cache: WeightCache) -> None:
         reading = _read(progress, quantized, form.description, draft)
     progress.stage("lower")
     program = draft / PROGRAM
-    with quiet():
+    with _LOWERING:
         form.write(quantized.decoder, program, progress.advance)
     _check_size(job, program)
     free_memory()

@@ -88,3 +88,22 @@ def test_bars_of_coremltools_are_back_afterwards(capfd: pytest.CaptureFixture[st
         assert list(pass_pipeline.tqdm(range(3))) == [0, 1, 2]
         raise KeyboardInterrupt
     assert capfd.readouterr().err == "" and pass_pipeline.tqdm is bar
+
+
+def test_lines_of_the_host_go_where_they_went(capfd: pytest.CaptureFixture[str]) -> None:
+    root = list(logging.root.handlers)
+    logging.root.handlers[:] = []
+    own, plain = logging.getLogger("host.own"), logging.getLogger("host.plain")
+    own.addHandler(logging.NullHandler())
+    try:
+        with quiet():
+            logging.warning("a library asks the root logger")
+            own.warning("handled by its own")
+            plain.warning("handled by nobody")
+            plain.info("too low")
+        assert logging.root.handlers == []
+    finally:
+        logging.root.handlers[:] = root
+        own.handlers.clear()
+    told = capfd.readouterr().err.splitlines()
+    assert told == ["a library asks the root logger", "handled by nobody"]
