@@ -30,6 +30,8 @@ TARGETS = ("gpu", "ane")
 LEAST_LAYERS = 2
 COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
 SHARING = "num_kv_shared_layers"
+# Random numbers at a time: a table of a large model in fp32 would be most of the memory.
+DRAWN = 1 << 24
 QUANTIZED = ("quantization_config", "compression_config", "quantization")
 
 
@@ -54,7 +56,7 @@ def shortened(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_model(config: Mapping[str, Any], folder: Path) -> None:
-    """Write a checkpoint of random bf16 weights, as its family names them."""
+    """Write a checkpoint of random bf16 weights, as its family names them, a file for each."""
     import torch
     from safetensors.torch import save_file
 
@@ -66,13 +68,18 @@ def write_model(config: Mapping[str, Any], folder: Path) -> None:
     spec = family.spec(config)
     shapes = {name: tuple(each.shape) for name, each in skeleton(spec).named_parameters()}
     draw = torch.Generator().manual_seed(0)
-    tensors = {}
+    files = {}
     for name, shape in expected_tensors(family.stored(spec), shapes).items():
-        values = 0.02 * torch.randn(shape, generator=draw, dtype=torch.float32)
+        values = torch.empty(shape, dtype=torch.bfloat16)
         near_one = len(shape) == 1 and not name.endswith("bias")  # gains and factors
-        tensors[name] = (1 + values if near_one else values).to(torch.bfloat16)
+        for piece in values.view(-1).split(DRAWN):
+            drawn = 0.02 * torch.randn(piece.shape, generator=draw, dtype=torch.float32)
+            piece.copy_(1 + drawn if near_one else drawn)
+        files[name] = f"model-{len(files):05}.safetensors"
+        save_file({name: values}, folder / files[name])
     (folder / "config.json").write_text(json.dumps(dict(config)), encoding="utf-8")
-    save_file(tensors, folder / "model.safetensors")
+    index = json.dumps({"weight_map": files})
+    (folder / "model.safetensors.index.json").write_text(index, encoding="utf-8")
 
 
 def prepare(path: str, folder: str) -> dict[str, Any]:

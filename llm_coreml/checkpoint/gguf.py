@@ -32,7 +32,7 @@ from llm_coreml.checkpoint.gguf_architectures import ARCHITECTURES, Architecture
 from llm_coreml.checkpoint.gguf_config import config_of, special_tokens
 from llm_coreml.checkpoint.gguf_files import GGUFFile, open_parts
 from llm_coreml.checkpoint.gguf_header import TensorInfo
-from llm_coreml.checkpoint.gguf_rope import Factors, with_long_factors, with_scaling
+from llm_coreml.checkpoint.gguf_rope import Factors, with_long_factors, with_scaling, with_share
 from llm_coreml.checkpoint.gguf_tokenizer import write_tokenizer
 from llm_coreml.checkpoint.packed.blocks import BLOCKS
 from llm_coreml.checkpoint.wrappers import text_part
@@ -63,7 +63,7 @@ class GGUFCheckpoint(Checkpoint):
 
     def names(self) -> frozenset[str]:
         """Return the names of all tensors."""
-        return frozenset(self._infos)
+        return frozenset((*self._infos, *self._kept))
 
     def tied(self) -> dict[str, str]:
         """Return an empty dict: each name has its own bytes."""
@@ -71,6 +71,8 @@ class GGUFCheckpoint(Checkpoint):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of `name`; of a quantized matrix rows and bytes of a row."""
+        if name in self._kept:
+            return self._kept[name].shape
         _, info = self._info(name)
         if info.kind in _PLAIN:
             return info.shape
@@ -79,16 +81,18 @@ class GGUFCheckpoint(Checkpoint):
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the stored type of `name`."""
-        if self._is_shifted(name):
+        if name in self._kept or self._is_shifted(name):
             return torch.float32
         return _PLAIN.get(self._info(name)[1].kind, torch.uint8)
 
     def where(self, name: str) -> str:
         """Return the name of the file."""
-        return self._info(name)[0].path.name
+        return self.files[0].path.name if name in self._kept else self._info(name)[0].path.name
 
     def stored(self, name: str) -> torch.Tensor:
         """Return `name` from the mapped file, rows and gains as `transformers` has them."""
+        if name in self._kept:
+            return self._kept[name]
         file, info = self._info(name)
         kind = _PLAIN.get(info.kind, torch.uint8)
         found = _read(file, info, kind, self.shape(name))
@@ -125,6 +129,22 @@ class GGUFCheckpoint(Checkpoint):
                         "parts again, from one model."
                     )
                 found[named] = (file, info)
+        return found
+
+    @cached_property
+    def _kept(self) -> dict[str, torch.Tensor]:
+        """Parameters that are numbers of the metadata, one for each layer or one for all."""
+        count, found = int(self.config.get("num_hidden_layers", 0)), {}
+        for key, name in self._known.kept.items():
+            told = self._metadata.get(key)
+            values = told.get("values") if isinstance(told, Mapping) else (told,) * count
+            if values is None or len(values) != count or not all(map(_is_number, values)):
+                raise CheckpointError(
+                    f"{self.files[0].path} gives {key} = {told!r}; it must be a number for each "
+                    f"of {count} layers. Download the file again."
+                )
+            for index, value in enumerate(values):
+                found[self._known.of_layer(index, name)] = torch.tensor([value])
         return found
 
     def _info(self, name: str) -> tuple[GGUFFile, TensorInfo]:
@@ -195,6 +215,10 @@ class GGUFCheckpoint(Checkpoint):
         return heads
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, float) and math.isfinite(value)
+
+
 def open_gguf(
     path: Path, source: Source, judge: Callable[[dict[str, Any]], None] = lambda _: None
 ) -> GGUFCheckpoint:
@@ -251,8 +275,11 @@ def _take_factors(config: dict[str, Any], files: tuple[GGUFFile, ...], made: boo
     names = (_FREQUENCIES, _SHORT, _LONG)
     found = {name: file for file in files for name in names if name in file.header.tensors}
     if _FREQUENCIES in found:
-        path = found[_FREQUENCIES].path
-        with_scaling(config, _factors(found[_FREQUENCIES], _FREQUENCIES), path)
+        path, factors = found[_FREQUENCIES].path, _factors(found[_FREQUENCIES], _FREQUENCIES)
+        if files[0].header.metadata["general.architecture"] == "gemma4":
+            with_share(config, factors, made, path)
+        else:
+            with_scaling(config, factors, path)
     if _SHORT in found and _LONG in found:
         short, long = (_factors(found[name], name) for name in (_SHORT, _LONG))
         with_long_factors(config, short, long, made, found[_LONG].path)

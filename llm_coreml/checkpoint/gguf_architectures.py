@@ -28,6 +28,9 @@ _TOP = {
     "token_embd_norm": "embed_norm",
     "position_embd": "embed_positions",
     "output_norm": "norm",
+    "per_layer_token_embd": "embed_tokens_per_layer",
+    "per_layer_model_proj": "per_layer_model_projection",
+    "per_layer_proj_norm": "per_layer_projection_norm",
 }
 _NAMES = {
     "attn_norm": "input_layernorm",
@@ -52,14 +55,6 @@ _AFTER = {
     "post_attention_norm": "post_attention_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
-_NEOX = {
-    "token_embd": "embed_in",
-    "output_norm": "final_layer_norm",
-    "attn_qkv": "attention.query_key_value",
-    "attn_output": "attention.dense",
-    "ffn_up": "mlp.dense_h_to_4h",
-    "ffn_down": "mlp.dense_4h_to_h",
-}
 _FALCON = {
     "token_embd": "word_embeddings",
     "output_norm": "ln_f",
@@ -67,6 +62,13 @@ _FALCON = {
     "attn_output": "self_attention.dense",
     "ffn_up": "mlp.dense_h_to_4h",
     "ffn_down": "mlp.dense_4h_to_h",
+}
+_NEOX = {
+    **_FALCON,
+    "token_embd": "embed_in",
+    "output_norm": "final_layer_norm",
+    "attn_qkv": "attention.query_key_value",
+    "attn_output": "attention.dense",
 }
 _SECOND = "attn_norm_2"
 _BIGCODE = {
@@ -88,13 +90,8 @@ _BIGCODE_SIZES = {
     "max_position_embeddings": "n_positions",
 }
 # Its matrices are the other way round in files of transformers, which tells the two apart.
-_GPT2 = {
-    **_BIGCODE,
-    "attn_qkv": "attn.c_attn.T",
-    "attn_output": "attn.c_proj.T",
-    "ffn_up": "mlp.c_fc.T",
-    "ffn_down": "mlp.c_proj.T",
-}
+_TURNED = ("attn_qkv", "attn_output", "ffn_up", "ffn_down")
+_GPT2 = {**_BIGCODE, **{name: f"{_BIGCODE[name]}.T" for name in _TURNED}}
 _BLOOM_SIZES = {
     "num_hidden_layers": "n_layer",
     "num_attention_heads": "n_head",
@@ -129,6 +126,9 @@ class Architecture:
         second: Other names of modules where layers have a second norm before attention.
         sizes: What `config.json` calls sizes, by their usual names.
         rotary: There are rotary embeddings.
+        alone: Tensors of a layer that are no module's, by their whole names in a file.
+        kept: Parameters of a layer that a file has as a number for each layer in its metadata, by
+            the names of these.
     """
 
     model_type: str
@@ -149,6 +149,8 @@ class Architecture:
     second: Mapping[str, str] = field(default_factory=dict)
     sizes: Mapping[str, str] = field(default_factory=dict)
     rotary: bool = True
+    alone: Mapping[str, str] = field(default_factory=dict)
+    kept: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def numbers(self) -> Mapping[str, str]:
@@ -170,10 +172,16 @@ class Architecture:
         if module in _TOP:
             return f"{self.front}{top[module]}.{suffix}"
         found = _LAYER.fullmatch(module)
+        if found and f"{found[2]}.{suffix}" in self.alone:
+            return self.of_layer(int(found[1]), self.alone[f"{found[2]}.{suffix}"])
         inner = {**_NAMES, **self.names}
         if found and found[2] in inner:
-            return f"{self.front}{self.layer}{found[1]}.{inner[found[2]]}.{suffix}"
+            return self.of_layer(int(found[1]), f"{inner[found[2]]}.{suffix}")
         return stored
+
+    def of_layer(self, index: int, name: str) -> str:
+        """Return the whole name of what a layer has."""
+        return f"{self.front}{self.layer}{index}.{name}"
 
 
 def _eps(name: str) -> dict[str, str]:
@@ -196,6 +204,15 @@ _BIASES = (None, None, "use_bias")
 
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
     {
+        "apertus": Architecture(
+            "apertus",
+            names={"attn_norm": "attention_layernorm", "ffn_norm": "feedforward_layernorm"},
+            fixed={"hidden_act": "xielu"},
+            kept={
+                f"xielu.{name}": f"mlp.act_fn.{name}"
+                for name in ("alpha_p", "alpha_n", "beta", "eps")
+            },
+        ),
         "arcee": Architecture("arcee", rows="pairs"),
         "bloom": Architecture(
             "bloom",
@@ -240,6 +257,23 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "gemma": Architecture("gemma", fixed={"hidden_act": "gelu_pytorch_tanh"}, plus_one=True),
         "gemma2": _GEMMA_2,
         "gemma3": replace(_GEMMA_2, model_type="gemma3_text", pattern=6),
+        "gemma4": Architecture(
+            "gemma4_text",
+            names={
+                **_SANDWICH,
+                "inp_gate": "per_layer_input_gate",
+                "proj": "per_layer_projection",
+                "post_norm": "post_per_layer_input_norm",
+            },
+            settings={
+                **_WINDOW,
+                "final_logit_softcapping": "final_logit_softcapping",
+                "attention.shared_kv_layers": "num_kv_shared_layers",
+                "embedding_length_per_layer_input": "hidden_size_per_layer_input",
+            },
+            fixed={"hidden_activation": "gelu_pytorch_tanh"},
+            alone={"layer_output_scale.weight": "layer_scalar"},
+        ),
         "glm4": Architecture(
             "glm4",
             names={

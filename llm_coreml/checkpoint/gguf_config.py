@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_coreml.checkpoint.gguf_architectures import ARCHITECTURES, Architecture
+from llm_coreml.checkpoint.gguf_layers import of_windows
 from llm_coreml.checkpoint.gguf_rope import ADVICE, ROPE_KEYS, base_of, number, rope_of
 from llm_coreml.errors import CheckpointError, UnsupportedError
 
@@ -34,7 +35,6 @@ _EXPERTS = {"expert_count": "num_local_experts", "expert_used_count": "num_exper
 _MODEL_TYPES = {
     "deepseek2": "deepseek_v2",
     "gemma3n": "gemma3n_text",
-    "gemma4": "gemma4_text",
     "gpt-oss": "gpt_oss",
     "qwen2moe": "qwen2_moe",
     "qwen3moe": "qwen3_moe",
@@ -91,6 +91,10 @@ def config_of(metadata: Mapping[str, Any], shapes: Shapes, path: Path) -> dict[s
     known = ARCHITECTURES.get(architecture)
     if known is None or own.get("expert_count"):
         return _of_another(architecture, own)
+    told: dict[str, Any] = {}
+    block = 0
+    if known.model_type == "gemma4_text":
+        own, told, block = of_windows(own, shapes, path)
     _refuse_unknown(architecture, known, own, path)
     config: dict[str, Any] = {"model_type": known.model_type, **known.fixed}
     for key, name in (_NEEDED | _OPTIONAL | dict(known.numbers)).items():
@@ -100,8 +104,8 @@ def config_of(metadata: Mapping[str, Any], shapes: Shapes, path: Path) -> dict[s
             raise CheckpointError(f"{path} does not give {architecture}.{key}. {ADVICE}")
     config["vocab_size"] = _vocabulary(own, shapes, path)
     config |= _heads(known, own, config, path)
-    _hold_against(known, config, shapes, path)
-    config |= _parts_in(known, shapes)
+    _hold_against(known, config, shapes, path, block)
+    config |= told | _parts_in(known, shapes)
     config |= _windows(known, own, config)
     config |= {"rope_parameters": _rope(own, config, path)} if known.rotary else {}
     config |= _of_its_own(known, own, config, shapes)
@@ -119,6 +123,8 @@ def _class(model_type: str) -> dict[str, Any]:
 
 def _of_another(architecture: str, own: Mapping[str, Any]) -> dict[str, Any]:
     """Return the model_type of a model that is not read, and the sizes by which it is told."""
+    if architecture == "gemma4":
+        return {"model_type": "gemma4_text", "enable_moe_block": True}
     known = "mixtral" if architecture == "llama" else architecture
     usual = {"attention.sliding_window": "sliding_window"}
     sizes = {
@@ -188,20 +194,20 @@ def _vocabulary(own: Mapping[str, Any], shapes: Shapes, path: Path) -> int | flo
 
 
 def _hold_against(
-    known: Architecture, config: Mapping[str, Any], shapes: Shapes, path: Path
+    known: Architecture, config: Mapping[str, Any], shapes: Shapes, path: Path, block: int
 ) -> None:
-    """Refuse sizes that the first block does not have: they may be of any magnitude."""
+    """Refuse sizes that a block does not have, usually the first: they may be of any magnitude."""
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
     keys = config.get("num_key_value_heads", config.get("num_kv_heads", heads))
     dim = config.get("head_dim", _width(config))
     inner = config["intermediate_size"] * (2 if known.wide_up else 1)
     promised = {"token_embd": (config["vocab_size"], hidden)}
-    if "blk.0.attn_qkv.weight" in shapes:
-        promised["blk.0.attn_qkv"] = ((heads + 2 * keys) * dim, hidden)
+    if f"blk.{block}.attn_qkv.weight" in shapes:
+        promised[f"blk.{block}.attn_qkv"] = ((heads + 2 * keys) * dim, hidden)
     else:
-        promised["blk.0.attn_q"] = (heads * dim, hidden)
-        promised["blk.0.attn_k"] = (keys * dim, hidden)
-    promised["blk.0.ffn_up"] = (inner, hidden)
+        promised[f"blk.{block}.attn_q"] = (heads * dim, hidden)
+        promised[f"blk.{block}.attn_k"] = (keys * dim, hidden)
+    promised[f"blk.{block}.ffn_up"] = (inner, hidden)
     for name, shape in promised.items():
         found = shapes.get(f"{name}.weight")
         if found != shape:
@@ -253,11 +259,15 @@ def _windows(
 
 
 def _rope(own: Mapping[str, Any], config: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """Return the rotary tables: layers with a window have one of their own in Gemma 3."""
-    if config["model_type"] != "gemma3_text":
-        return rope_of(own, path)
+    """Return the rotary tables: layers with a window have one of their own in Gemma 3 and 4."""
+    whole = rope_of(own, path)
+    if config["model_type"] not in ("gemma3_text", "gemma4_text"):
+        return whole
+    if config["model_type"] == "gemma4_text":
+        # A tensor tells of the share.
+        whole = {**whole, "rope_type": "proportional", "partial_rotary_factor": 1.0}
     local = {"rope_type": "default", "rope_theta": base_of(own, path, of_windows=True)}
-    return {"full_attention": rope_of(own, path), "sliding_attention": local}
+    return {"full_attention": whole, "sliding_attention": local}
 
 
 def _of_its_own(

@@ -25,6 +25,8 @@ Factors = np.ndarray[Any, Any]
 _LOW, _HIGH, _TRAINED = 1.0, 4.0, 8192
 _TOLERANCE = 1e-4
 _THETA = 10000.0
+# What divides a frequency by more than this makes it none.
+_NEVER = 1e20
 # YaRN's numbers, as config.json calls them.
 _YARN = {
     "rope.scaling.yarn_beta_fast": "beta_fast",
@@ -171,6 +173,41 @@ def with_scaling(config: dict[str, Any], factors: Factors | None, path: Path) ->
         raise UnsupportedError(
             f"'rope_freqs.weight' in {path} scales RoPE by other factors than config.json does "
             f"({kind}). Put the config.json of this model beside the file."
+        )
+
+
+def with_share(config: dict[str, Any], factors: Factors, made: bool, path: Path) -> None:
+    """Add to a config made here how much of a head Gemma 4 turns, or compare the two.
+
+    Frequencies that are to be nought are divided by a number beyond all others.
+
+    Args:
+        config: Changed in place if it was made here.
+        factors: What each frequency of layers that see everything is divided by, `[dim / 2]`.
+        made: The config was made of the file.
+        path: The file.
+
+    Raises:
+        UnsupportedError: the factors are others, or the config turns another share.
+    """
+    turned = int((factors == 1).sum())
+    if not bool(np.all(factors[:turned] == 1)) or not bool(np.all(factors[turned:] > _NEVER)):
+        raise UnsupportedError(
+            f"'rope_freqs.weight' in {path} scales RoPE by factors of {factors.min():g} to "
+            f"{factors.max():g}, which say of no share of a head that it is turned. {ADVICE}"
+        )
+    rope = config.get("rope_parameters")
+    whole = rope.get("full_attention") if isinstance(rope, dict) else None
+    if not isinstance(whole, dict):
+        return  # defaults of the family
+    share = turned / len(factors)
+    if made:
+        whole["partial_rotary_factor"] = share
+    elif whole.get("partial_rotary_factor", 1.0) != share:
+        raise UnsupportedError(
+            f"'rope_freqs.weight' in {path} turns {share:g} of each head, and config.json "
+            f"{whole.get('partial_rotary_factor')}. Put the config.json of this model beside the "
+            "file."
         )
 
 

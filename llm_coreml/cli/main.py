@@ -25,6 +25,7 @@ from llm_coreml.cli.extract import extract_command
 from llm_coreml.cli.generate import generate_command
 from llm_coreml.cli.inspect import inspect_command
 from llm_coreml.cli.listing import ls_command
+from llm_coreml.cli.lm_eval import lm_eval_command
 from llm_coreml.cli.process import INTERRUPTION, check_folder
 from llm_coreml.cli.run import run_command
 from llm_coreml.cli.show import show_command
@@ -81,6 +82,7 @@ def cli() -> None:
 for command in (
     export_command,
     eval_command,
+    lm_eval_command,
     generate_command,
     show_command,
     ls_command,

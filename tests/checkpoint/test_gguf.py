@@ -175,7 +175,7 @@ def test_damaged_files(tmp_path: Path, damage: Callable[[Path], None], message: 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     write(tmp_path / "a", {}, architecture="plamo")
     with pytest.raises(
-        UnsupportedError, match="architecture 'plamo'; of GGUF files are read arcee,"
+        UnsupportedError, match="architecture 'plamo'; of GGUF files are read apertus,"
     ):
         open_model(tmp_path / "a")
     write(tmp_path / "b", {"q_proj": Kind.Q5_0})

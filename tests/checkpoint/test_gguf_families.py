@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
 
 from cases import cases
 from family_table import their_model, write_config
-from gguf_converter import as_theirs, convert
+from gguf_converter import as_theirs, convert, rounded
 from llm_coreml import load
 from llm_coreml.checkpoint.gguf_architectures import ARCHITECTURES
 from llm_coreml.config import ExportConfig
@@ -48,6 +46,7 @@ HEADS = {"head_dim": 16, "query_pre_attn_scalar": 16}
 SIX_LAYERS = {"num_hidden_layers": 6, **HEADS}
 # What beside the sizes of the table shows that a number is read; families as they are built.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "apertus": ("apertus", {"attention_bias": True}),
     "arcee": ("arcee", {"attention_bias": True, "mlp_bias": True}),
     "bloom": ("bloom", {"seq_length": 128}),
     "chatglm": ("glm", {"head_dim": 16, "attention_bias": True}),
@@ -59,6 +58,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma": ("gemma", {"tie_word_embeddings": True, "head_dim": 24}),
     "gemma2": ("gemma2", {"tie_word_embeddings": True, "sliding_window": 9, **CAPS, **HEADS}),
     "gemma3": ("gemma3_text", {"tie_word_embeddings": True, "sliding_window": 9, **SIX_LAYERS}),
+    "gemma4": ("gemma4_text", {"num_kv_shared_layers": 3, "use_double_wide_mlp": True}),
     "glm4": ("glm4", {"attention_bias": True}),
     "gpt2": ("gpt2", {"tie_word_embeddings": True}),
     "gptneox": ("gpt_neox", {"attention_bias": True}),
@@ -98,15 +98,6 @@ def made(folder: Path, architecture: str, kind: Kind = Kind.F32) -> tuple[Any, d
     theirs = their_model(apart)
     meant = convert(folder / "model.gguf", architecture, theirs, kind)
     return theirs, meant
-
-
-def rounded(spec: Any) -> Any:
-    """Return a spec as plain data, its numbers as fp32, which is what a file holds."""
-    if is_dataclass(spec):
-        return {field.name: rounded(getattr(spec, field.name)) for field in fields(spec)}
-    if isinstance(spec, tuple):
-        return [rounded(each) for each in spec]
-    return float(f"{np.float32(spec):.6g}") if isinstance(spec, float) else spec
 
 
 @pytest.mark.parametrize("architecture", BUILT)

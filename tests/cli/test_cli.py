@@ -34,7 +34,9 @@ from llm_coreml.quantize.formats.schemes import SCHEMES
 from llm_coreml.recipes import recipe_names
 from llm_coreml.targets import TARGETS
 
-COMMANDS = ("diff", "eval", "export", "extract", "generate", "inspect", "ls", "run", "show")
+COMMANDS = (
+    *("diff", "eval", "export", "extract", "generate", "inspect", "lm-eval", "ls", "run", "show"),
+)
 STAGES = (
     "opening the checkpoint ...",
     "reading and quantizing weights ...",

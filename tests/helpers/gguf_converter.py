@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Kind
 from gguf import quants
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 Array = np.ndarray[Any, Any]
 Writer = gguf.GGUFWriter
@@ -100,7 +102,7 @@ def _window(writer: Writer, config: Any) -> None:
 
 
 def _caps(writer: Writer, config: Any) -> None:
-    if config.attn_logit_softcapping:
+    if getattr(config, "attn_logit_softcapping", None):
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
     if config.final_logit_softcapping:
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
@@ -161,7 +163,35 @@ def _hunyuan(writer: Writer, config: Any) -> None:
         writer.add_rope_scaling_factor(1)
 
 
+def _gemma4(writer: Writer, config: Any) -> None:
+    kinds = [kind == "sliding_attention" for kind in config.layer_types]
+    layers = [config.per_layer_config[index] for index in range(len(kinds))]
+    whole, local = layers[kinds.index(False)], layers[kinds.index(True)]
+    _caps(writer, config)
+    writer.add_sliding_window_pattern(kinds)
+    shared = config.num_kv_shared_layers or 0
+    writer.add_shared_kv_layers(shared)
+    writer.add_embedding_length_per_layer_input(config.hidden_size_per_layer_input)
+    for add in (writer.add_key_length, writer.add_value_length, writer.add_rope_dimension_count):
+        add(whole.head_dim)
+    writer.add_key_length_swa(local.head_dim)
+    writer.add_value_length_swa(local.head_dim)
+    writer.add_rope_dimension_count_swa(local.head_dim)
+    if config.use_double_wide_mlp:
+        inner, count = config.intermediate_size, len(kinds) - shared
+        writer.add_feed_forward_length(count * [inner] + shared * [2 * inner])
+    if whole.num_key_value_heads != local.num_key_value_heads:
+        writer.add_head_count_kv([layer.num_key_value_heads for layer in layers])
+    rope = config.rope_parameters
+    writer.add_rope_freq_base_swa(rope["sliding_attention"]["rope_theta"])
+    pairs = whole.head_dim // 2
+    turned = int(pairs * rope["full_attention"]["partial_rotary_factor"])
+    factors = np.array(turned * [1.0] + (pairs - turned) * [1e30], np.float32)
+    writer.add_tensor("rope_freqs.weight", factors)
+
+
 _METADATA: dict[str, Callable[[Writer, Any], None]] = {
+    "apertus": _whole,
     "arcee": _whole,
     "chatglm": _share,
     "cohere2": _cohere,
@@ -169,6 +199,7 @@ _METADATA: dict[str, Callable[[Writer, Any], None]] = {
     "exaone4": _pattern,
     "gemma2": _caps,
     "gemma3": _caps,
+    "gemma4": _gemma4,
     "glm4": _share,
     "gptneox": _stablelm,
     "granite": lambda writer, config: (_whole(writer, config), _granite(writer, config))[0],
@@ -188,8 +219,8 @@ _METADATA: dict[str, Callable[[Writer, Any], None]] = {
 _EPSILONS = ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")
 # Classes that write no width of a head, as `head_dim` is no setting of theirs.
 _NO_HEAD = (
-    *("bloom", "chatglm", "falcon", "gpt2", "gptneox", "granite", "olmo", "phi2", "stablelm"),
-    *("starcoder", "starcoder2"),
+    *("bloom", "chatglm", "falcon", "gemma4", "gpt2", "gptneox", "granite", "olmo", "phi2"),
+    *("stablelm", "starcoder", "starcoder2"),
 )
 # Whose feed-forward layers are four times as wide as the residual stream, or told otherwise.
 _NO_INNER = ("bloom", "falcon", "gpt2", "starcoder")
@@ -199,6 +230,8 @@ def key_heads(architecture: str, config: Any) -> int:
     """Return how many heads of keys there are."""
     if architecture == "starcoder":
         return 1
+    if architecture == "gemma4":
+        return int(config.per_layer_config[0].num_key_value_heads)
     if architecture == "falcon" and not config.new_decoder_architecture:
         return 1 if config.multi_query else config.num_attention_heads
     names = ("num_kv_heads", "num_key_value_heads")
@@ -239,6 +272,10 @@ def _describe_rope(writer: Writer, config: Any) -> None:
     if rope["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
+    if rope["rope_type"] == "llama3":
+        plain = rope["rope_theta"] ** -(np.arange(0, head_dim(config), 2) / head_dim(config))
+        scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, device="cpu")
+        writer.add_tensor("rope_freqs.weight", (plain / scaled.numpy()).astype(np.float32))
     if rope["rope_type"] == "longrope":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE)
     if rope["rope_type"] == "yarn":
@@ -282,7 +319,15 @@ def _tensors(
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and model.config.tie_word_embeddings:
             continue
+        if ".act_fn." in name:
+            writer.kv_data[0].setdefault(
+                f"xielu.{name.rpartition('.')[2]}",
+                gguf.GGUFValue([], gguf.GGUFValueType.ARRAY),
+            ).value.append(tensor.item())
+            yield name, tensor.reshape(1)
+            continue
         plain = name.removeprefix("transformer.") if architecture == "bloom" else name
+        plain += ".weight" if plain.endswith(".layer_scalar") else ""
         stored = names.get_name(plain, try_suffixes=(".weight", ".bias"))
         assert stored is not None, f"llama.cpp has no name for {name}"
         if architecture == "gptneox":  # as checkpoints call it, which transformers renames
@@ -306,3 +351,12 @@ def as_theirs(meant: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         name.replace(".T.", "."): tensor.T if name.endswith(".T.weight") else tensor
         for name, tensor in meant.items()
     }
+
+
+def rounded(spec: Any) -> Any:
+    """Return a spec as plain data, its numbers as fp32, which is what a file holds."""
+    if is_dataclass(spec):
+        return {field.name: rounded(getattr(spec, field.name)) for field in fields(spec)}
+    if isinstance(spec, tuple):
+        return [rounded(each) for each in spec]
+    return float(f"{np.float32(spec):.6g}") if isinstance(spec, float) else spec
