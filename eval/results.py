@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from llm_coreml.eval.metrics import Metric
+from llm_coreml.plain_table import PlainTable
 
 RESULTS_VERSION = 1
 
@@ -149,6 +150,22 @@ class Evaluation:
     def artifact(self) -> Quality:
         """The figures of the `.pte`."""
         return self.qualities[-1]
+
+    def __str__(self) -> str:
+        return str(self._table())
+
+    def _repr_html_(self) -> str:
+        return self._table().html()
+
+    def _table(self) -> PlainTable:
+        """Return the figures of each model, a row each."""
+        metrics = self.artifact.metrics
+        rows = [
+            (each.name, *(metric.shown(each.figures.get(metric.name)) for metric in metrics))
+            for each in self.qualities
+        ]
+        title = f"{self.tokens:,} tokens of {self.text}, {self.bits_per_weight:.2f} bits per weight"
+        return PlainTable(title, ("", *(metric.label for metric in metrics)), tuple(rows))
 
     def quality(self, name: str) -> Quality:
         """Return the figures of `original`, `quantized` or `artifact`; KeyError if not measured."""

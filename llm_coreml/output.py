@@ -27,9 +27,6 @@ from llm_coreml.errors import OutputError
 # Where less than this can be written, it is no use to write weights.
 _LEAST = 1 << 20
 _PREVIOUS = "previous"
-# Where temporary files are sent, and where they went before, in the order in which that was asked.
-_REDIRECTED: list[tuple[str, str | None]] = []
-_REDIRECTING = threading.Lock()
 
 
 @contextlib.contextmanager
@@ -67,10 +64,9 @@ def folder_beside(output: Path, check: Callable[[Path], None]) -> Iterator[Path]
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         place = stack.enter_context(draft_folder(output.parent, rescue=_put_back))
-        draft, scratch = place / "draft", place / "scratch"
+        draft = place / "draft"
         draft.mkdir()
-        scratch.mkdir()
-        with _temporary_files_in(scratch):
+        with _SCRATCH.beside(output.parent):
             yield draft
         check(output)
         with uninterrupted():
@@ -88,22 +84,36 @@ def folder_beside(output: Path, check: Callable[[Path], None]) -> Iterator[Path]
                     folder.rmdir()
 
 
-@contextlib.contextmanager
-def _temporary_files_in(folder: Path) -> Iterator[None]:
-    """Have temporary files lie in `folder`, of all threads: the last that came says where."""
-    with _REDIRECTING:
-        _REDIRECTED.append((str(folder), tempfile.tempdir))
-        tempfile.tempdir = str(folder)
-    try:
-        yield
-    finally:
-        with _REDIRECTING:
-            place = next(at for at, (name, _) in enumerate(_REDIRECTED) if name == str(folder))
-            _, previous = _REDIRECTED.pop(place)
-            if place == len(_REDIRECTED):
-                tempfile.tempdir = previous
-            else:  # one that came later goes back past this one
-                _REDIRECTED[place] = (_REDIRECTED[place][0], previous)
+class _Scratch:
+    """Where temporary files of this process go while folders are made, of all threads.
+
+    `tempfile` has one place for all, so that whoever comes first makes it, and the last that leaves
+    removes it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._stack = contextlib.ExitStack()
+
+    @contextlib.contextmanager
+    def beside(self, parent: Path) -> Iterator[None]:
+        with self._lock:
+            if self._inside == 0:
+                folder = self._stack.enter_context(draft_folder(parent, rescue=_put_back))
+                self._stack.callback(setattr, tempfile, "tempdir", tempfile.tempdir)
+                tempfile.tempdir = str(folder)
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._inside -= 1
+                if self._inside == 0:
+                    self._stack.close()
+
+
+_SCRATCH = _Scratch()
 
 
 def _replace(output: Path, draft: Path) -> None:

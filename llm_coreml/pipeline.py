@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,8 @@ from llm_coreml.lower.forms import form_for
 from llm_coreml.machine import free_memory, trim_memory
 from llm_coreml.model import Model, open_model
 from llm_coreml.output import write_json
-from llm_coreml.progress import Progress, Silent
+from llm_coreml.progress import Progress
+from llm_coreml.progress_bar import Step, listening
 from llm_coreml.quantize.cache import WeightCache, default_folder
 from llm_coreml.quantize.calibrate.text import read_content
 from llm_coreml.quantize.plan.choose import plan_without_weights
@@ -87,7 +88,7 @@ def export(
     revision: str | None = None,
     local_files_only: bool = False,
     cache: str | Path | bool = True,
-    progress: Progress | None = None,
+    progress: Progress | bool | Callable[[Step], object] | None = None,
 ) -> Bundle:
     """Quantize a causal LM, lower it to a `.pte`, verify that file, and write the bundle.
 
@@ -109,7 +110,8 @@ def export(
         cache: Folder that keeps quantized weights, from which an interrupted export goes on and
             other exports of the model begin; True takes `quantize.cache.default_folder()`, False
             keeps nothing.
-        progress: Told of stages, shares and notes.
+        progress: Told of stages, shares and notes: True draws one bar, a function is called with
+            each `progress_bar.Step`, None and False are silent.
 
     Returns:
         The written bundle.
@@ -120,18 +122,23 @@ def export(
     """
     given = {"bits": bits, "scheme": scheme, "target": target, "context": context, "family": family}
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    run = _Run((config or _settings(model)).under(changes), progress or Silent(), cache)
-    check_output(Path(output), overwrite)
-    _check_lowering(run.config)
-    if run.config.calibrate is not None:
-        read_content(run.config.calibrate)  # what is wrong with it is told before work is done
-    opened = run.open(model, tokenizer, revision, local_files_only)
-    with new_bundle(Path(output), overwrite) as draft, run.open_cache() as kept, kept.paged_out():
+    with listening(progress) as listener:
+        run = _Run((config or _settings(model)).under(changes), listener, cache)
+        check_output(Path(output), overwrite)
+        _check_lowering(run.config)
+        if run.config.calibrate is not None:
+            read_content(run.config.calibrate)  # what is wrong with it is told before work is done
+        opened = run.open(model, tokenizer, revision, local_files_only)
+        _make(run, opened, Path(output), overwrite)
+    return open_bundle(Path(output))
+
+
+def _make(run: _Run, opened: Model, output: Path, overwrite: bool) -> None:
+    with new_bundle(output, overwrite) as draft, run.open_cache() as kept, kept.paged_out():
         try:
             _write(run, opened, draft, kept)
         except VerificationError as error:
-            raise keep_failed(draft, Path(output), error) from None
-    return open_bundle(Path(output))
+            raise keep_failed(draft, output, error) from None
 
 
 def _check_lowering(config: ExportConfig) -> None:

@@ -33,6 +33,8 @@ LAYERS = (
         "systems",
         "targets",
         "progress",
+        "progress_bar",
+        "plain_table",
         "machine",
         "fidelity",
         "lfs",
@@ -59,6 +61,7 @@ LAYERS = (
     ("cpp",),
     ("inspect",),
     ("pipeline",),
+    ("pretrained",),
     ("eval",),
     ("cli",),
 )

@@ -139,13 +139,24 @@ def open_live(model: torch.nn.Module, tokenizer: Any) -> LiveCheckpoint:
     return LiveCheckpoint(
         config=part.config,
         generation_config={} if generation is None else json.loads(generation.to_json_string()),
-        source=Source("live", getattr(config, "_name_or_path", "") or type(inner).__name__),
+        source=Source("live", _public_name(inner)),
         tokenizer_files={},
         tensors=tensors,
         aliases=aliases,
         tokenizer=tokenizer,
         notes=(*([beside] if beside else []), *layout.notes, *_notes(tensors)),
     )
+
+
+def _public_name(inner: torch.nn.Module) -> str:
+    """Return the hub id that a model was loaded from, else its class: a folder's name is its own.
+
+    transformers notes the commit of what comes from the hub, and of that alone.
+    """
+    config: Any = inner.config
+    if getattr(config, "_commit_hash", None) and config._name_or_path:
+        return str(config._name_or_path)
+    return type(inner).__name__
 
 
 def _check_quantization(settings: dict[str, Any], kind: str) -> None:

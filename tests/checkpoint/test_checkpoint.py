@@ -382,16 +382,6 @@ def test_no_tokenizer(one: Path, tmp_path: Path, models_by_tie: dict[bool, Any])
         open_checkpoint(models_by_tie[True]).save_tokenizer(tmp_path / "out")
 
 
-def test_an_adapter_alone_is_refused(one: Path) -> None:
-    (one / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
-    (one / "model.safetensors").rename(one / "adapter_model.safetensors")
-    with pytest.raises(UnsupportedError, match="adapter without its base model 'org/base'"):
-        open_checkpoint(one)
-    (one / "config.json").unlink()
-    with pytest.raises(UnsupportedError, match="adapter without its base model"):
-        open_checkpoint(one)
-
-
 class Packed(torch.Tensor):
     """Stands for the tensor subclasses that torchao and FSDP put into a model."""
 
