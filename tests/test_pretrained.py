@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
+import huggingface_hub.constants
 import pytest
 
 import llm_coreml
@@ -47,13 +47,15 @@ class Hub(BaseHTTPRequestHandler):
                 {"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names
             ]
             self.answer({"files": modes})
+        elif self.path == "/api/validate-yaml":
+            self.answer({"errors": [], "warnings": []})
         else:
             for line in filter(None, body.split(b"\n")):
                 entry = json.loads(line)
                 if entry["key"] == "file":
                     value = entry["value"]
                     self.files[value["path"]] = base64.b64decode(value["content"])
-            self.answer({"commitUrl": "http://hub/commit/1", "commitOid": "1", "success": True})
+            self.answer({"commitUrl": "https://huggingface.co/me/mine/commit/1", "commitOid": "1", "success": True})
 
     def body(self) -> bytes:
         if "Content-Length" in self.headers:
@@ -101,7 +103,7 @@ def test_what_is_pushed_is_the_bundle_and_tells_of_no_folder(
         )
     finally:
         secret.rename(checkpoint)
-    assert address == "http://hub/commit/1"
+    assert address == "https://huggingface.co/me/mine/commit/1"
     assert capfd.readouterr() == ("", "")
     assert hub.asked[-1].startswith("/api/models/me/mine/commit/main")
     for name, content in hub.files.items():

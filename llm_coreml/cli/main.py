@@ -18,6 +18,7 @@ from typing import Any
 
 import click
 
+from llm_coreml.cli.compare import compare_command
 from llm_coreml.cli.diff import diff_command
 from llm_coreml.cli.eval import eval_command
 from llm_coreml.cli.export import export_command
@@ -73,8 +74,9 @@ def cli() -> None:
     """Export Hugging Face causal LMs to Core ML .pte files, and prove the result off-device.
 
     \b
-    Exit codes: 0 done, 1 other error, 2 usage, 4 checkpoint, 5 unsupported, 6 output,
-    7 artifact, 8 verification, 9 system, 130 interrupted (129 by SIGHUP, 143 by SIGTERM).
+    Exit codes: 0 done, 1 other error, 2 usage, 3 gate, 4 checkpoint, 5 unsupported, 6 output,
+    7 artifact, 8 verification, 9 system, 10 gate without a figure, 130 interrupted (129 by SIGHUP,
+    143 by SIGTERM).
     """
     check_folder()
 
@@ -87,6 +89,7 @@ for command in (
     show_command,
     ls_command,
     diff_command,
+    compare_command,
     inspect_command,
     run_command,
     extract_command,
