@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from llm_coreml.inspect.extraction import extract
     from llm_coreml.pipeline import export
     from llm_coreml.pretrained import push_to_hub_coreml, save_pretrained_coreml
+    from llm_coreml.qat import qat_config
     from llm_coreml.runtime.sampling import Sampling
 
 _HOMES = {
@@ -36,6 +37,7 @@ _HOMES = {
     "extract": "llm_coreml.inspect.extraction",
     "load": "llm_coreml.bundle.language_model",
     "push_to_hub_coreml": "llm_coreml.pretrained",
+    "qat_config": "llm_coreml.qat",
     "save_pretrained_coreml": "llm_coreml.pretrained",
 }
 
@@ -53,6 +55,7 @@ __all__ = [
     "extract",
     "load",
     "push_to_hub_coreml",
+    "qat_config",
     "save_pretrained_coreml",
 ]
 

@@ -38,6 +38,7 @@ LAYERS = (
         "machine",
         "fidelity",
         "lfs",
+        "qat",
         "quiet",
         "own_process",
         "host",

@@ -23,6 +23,7 @@ from llm_coreml.errors import CheckpointError, ConfigError, OutputError
 from llm_coreml.plain_table import PlainTable
 from llm_coreml.progress_bar import Step, listening
 
+COMMIT = "https://huggingface.co/me/mine/commit/1"
 SETTINGS = ExportConfig(context=64, seq_lengths=(1,))
 
 
@@ -55,7 +56,7 @@ class Hub(BaseHTTPRequestHandler):
                 if entry["key"] == "file":
                     value = entry["value"]
                     self.files[value["path"]] = base64.b64decode(value["content"])
-            self.answer({"commitUrl": "https://huggingface.co/me/mine/commit/1", "commitOid": "1", "success": True})
+            self.answer({"commitUrl": COMMIT, "commitOid": "1", "success": True})
 
     def body(self) -> bytes:
         if "Content-Length" in self.headers:
@@ -103,7 +104,7 @@ def test_what_is_pushed_is_the_bundle_and_tells_of_no_folder(
         )
     finally:
         secret.rename(checkpoint)
-    assert address == "https://huggingface.co/me/mine/commit/1"
+    assert address == COMMIT
     assert capfd.readouterr() == ("", "")
     assert hub.asked[-1].startswith("/api/models/me/mine/commit/main")
     for name, content in hub.files.items():

@@ -25,10 +25,12 @@ from llm_coreml.checkpoint.live_tensors import (
     LiveTensor,
     Merged,
     Offloaded,
+    TrainedCodes,
     inner_model,
     live_tensors,
 )
 from llm_coreml.checkpoint.live_tokenizer import check_live_tokenizer, save_live_tokenizer
+from llm_coreml.checkpoint.live_trained_codes import SETTINGS, has_rounded_inputs
 from llm_coreml.checkpoint.wrappers import text_part
 from llm_coreml.errors import CheckpointError, UnsupportedError, nearest
 from llm_coreml.quiet import quiet
@@ -129,7 +131,7 @@ def open_live(model: torch.nn.Module, tokenizer: Any) -> LiveCheckpoint:
     settings = json.loads(config.to_json_string(use_diff=False))  # type: ignore[union-attr]
     with quiet():
         state = live_tensors(inner)
-    _check_quantization(settings, kind)
+    _check_quantization(settings, kind, state)
     check_config(settings, f"the config of {kind}")
     generation, part = getattr(inner, "generation_config", None), text_part(settings)
     layout = ordinary_names(state, among_others=part.whole is not None)
@@ -159,10 +161,12 @@ def _public_name(inner: torch.nn.Module) -> str:
     return type(inner).__name__
 
 
-def _check_quantization(settings: dict[str, Any], kind: str) -> None:
-    """Take what was quantized as it was loaded for plain, and refuse all other settings."""
+def _check_quantization(settings: dict[str, Any], kind: str, state: dict[str, LiveTensor]) -> None:
+    """Say of settings what the tensors are: codes, or plain where bitsandbytes' are values."""
     found = settings.get("quantization_config")
-    if isinstance(found, dict) and found.get("quant_method") == "bitsandbytes":
+    if any(isinstance(each, TrainedCodes) for each in state.values()):
+        settings["quantization_config"] = SETTINGS
+    elif isinstance(found, dict) and found.get("quant_method") == "bitsandbytes":
         del settings["quantization_config"]
     elif found:
         raise UnsupportedError(
@@ -190,6 +194,9 @@ def _notes(tensors: dict[str, LiveTensor]) -> list[str]:
             f"{codes} matrices of bitsandbytes are read as the values that their codes stand for, "
             "which are quantized anew."
         )
+    coded = {each.module for each in held if isinstance(each, TrainedCodes)}
+    if any(map(has_rounded_inputs, coded)):
+        notes.append("What layers read was rounded in training; the export does not round it.")
     if offloaded:
         notes.append(f"{offloaded} tensors are read from where accelerate has offloaded them.")
     return notes

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from llm_coreml.checkpoint.live_adapters import adapter_base, chosen, merged_copy
 from llm_coreml.checkpoint.live_codes import is_of_bitsandbytes, shape_of, values_of
 from llm_coreml.checkpoint.live_offloaded import Place, offloaded_by
+from llm_coreml.checkpoint.live_trained_codes import PARTS, has_trained_codes, rounded_weight
 from llm_coreml.errors import CheckpointError, UnsupportedError
 
 # Where the model is inside of what wraps all of it: torch.compile, DataParallel and DeepSpeed,
@@ -149,6 +150,31 @@ class Merged(LiveTensor):
         return merged_copy(self.layer, values).get_parameter(self.name).detach()
 
 
+@final
+@dataclass(frozen=True, eq=False)
+class TrainedCodes(LiveTensor):
+    """A part of what stands for a matrix of torchao: codes, scales or zero points.
+
+    Attributes:
+        shape: Its shape.
+        dtype: Its type.
+        module: Where the matrix is.
+        path: What a message calls it.
+        part: The part of torchao's tensor.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    module: torch.nn.Module
+    path: str
+    part: str
+
+    def read(self) -> torch.Tensor:
+        """Return the part, computed anew of a layer in training."""
+        found: torch.Tensor = getattr(rounded_weight(self.module, self.path), self.part)
+        return found.detach()
+
+
 def inner_model(model: torch.nn.Module) -> torch.nn.Module:
     """Return the model inside of what wraps all of it, adapters taken off from around it."""
     while True:
@@ -182,6 +208,11 @@ def _collect(
     place = offloaded_by(module) or place
     if layer is not None:
         base: dict[str, LiveTensor] = {}
+        if has_trained_codes(module):
+            raise UnsupportedError(
+                f"'{prefix}weight' is rounded in training and has an adapter: one cannot be merged "
+                "into the other. Export either, or merge and train on."
+            )
         _collect(module, "", offloaded_by(layer) or place, base)
         for name, each in base.items():
             found[prefix + name] = Merged(each.shape, layer, name, base)
@@ -191,12 +222,26 @@ def _collect(
         for name, value in module._buffers.items()
         if name not in module._non_persistent_buffers_set
     }
+    coded = has_trained_codes(module)
+    if coded:
+        found.update(_codes(module, prefix))
     for name, value in {**module._parameters, **persistent}.items():
-        if value is not None:
+        if value is not None and not (coded and name == "weight"):
             found[prefix + name] = _tensor(prefix + name, value, module, name, place)
     for name, child in module._modules.items():
         if child is not None:
             _collect(child, f"{prefix}{name}.", place and place.inside(name), found)
+
+
+def _codes(module: torch.nn.Module, prefix: str) -> dict[str, LiveTensor]:
+    """Return the parts of a matrix of codes, by the names under which torchao saves them."""
+    path, found = f"{prefix}weight", dict[str, LiveTensor]()
+    weight = rounded_weight(module, path)
+    for name, part in PARTS.items():
+        value = getattr(weight, part)
+        shape = tuple(value.shape)
+        found[prefix + name] = TrainedCodes(shape, value.dtype, module, path, part)
+    return found
 
 
 def _tensor(

@@ -71,7 +71,7 @@ def open_checkpoint(
             "Leave it out."
         )
     if isinstance(source, torch.nn.Module):
-        return _judged(open_live(source, tokenizer), judge)
+        return _unpacked(_judged(open_live(source, tokenizer), judge))
     if file is not None:
         return _unpacked(open_gguf(file, Source("folder", str(source)), judge))
     if folder is not None and is_lone_adapter(folder):
