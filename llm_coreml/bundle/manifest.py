@@ -14,7 +14,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from llm_coreml.artifact.description import INPUTS, MAIN_FUNCTION, Description, MethodForm
+from llm_coreml.artifact.description import (
+    INPUTS,
+    MAIN_FUNCTION,
+    Description,
+    MethodForm,
+    Partition,
+)
 from llm_coreml.artifact.method_plan import Constant
 from llm_coreml.bundle.typed_json import LEFT_OUT, named, read_record, write_record
 from llm_coreml.heads import LOGITS, Head
@@ -257,6 +263,7 @@ class Program:
         methods: All methods that read tokens.
         why: What the form is for, and what was asked for.
         head: What is given of each row; every logit if it is absent.
+        partitions: What Core ML runs one after the other; None where that is one program.
     """
 
     file: str
@@ -274,6 +281,7 @@ class Program:
     methods: Mapping[str, MethodForm] | None = field(default=None, metadata=LEFT_OUT)
     why: str | None = field(default=None, metadata=LEFT_OUT)
     head: str | None = field(default=None, metadata=LEFT_OUT)
+    partitions: tuple[Partition, ...] | None = field(default=None, metadata=LEFT_OUT)
 
 
 @dataclass(frozen=True)
@@ -378,6 +386,7 @@ class Manifest:
             constant_methods=program.constant_methods,
             why=program.why or "",
             head=Head.of(program.head or str(LOGITS)),
+            partitions=program.partitions or (),
         )
 
 

@@ -116,6 +116,7 @@ def _program(description: Description, path: Path) -> Program:
         methods=description.methods,
         why=description.why,
         head=None if description.head == LOGITS else str(description.head),
+        partitions=description.partitions or None,
     )
 
 

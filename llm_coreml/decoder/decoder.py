@@ -18,6 +18,7 @@ from torch import nn
 
 from llm_coreml.decoder.block import Block
 from llm_coreml.decoder.caches import held_positions
+from llm_coreml.decoder.chosen_tokens import chosen
 from llm_coreml.decoder.chunk import Chunk, make_mask
 from llm_coreml.decoder.matrices import Embedding, Linear, PositionTable, SoftCap, beside, number
 from llm_coreml.decoder.norm import norm_of
@@ -169,7 +170,7 @@ class Decoder(nn.Module):
             gives K tokens, their logits and themselves, int32, `[1, 1 or S, K]` each.
         """
         x = self.blocks(self.embed(tokens, start_pos, last_pos), start_pos, last_pos)
-        given = self._results(x)
+        given = self.results(x[:, -1:] if self.logits == "last" else x)
         return given[0] if len(given) == 1 else given
 
     def carrying(
@@ -198,7 +199,7 @@ class Decoder(nn.Module):
         x = self.embed(tokens, start_pos, last_pos)
         chunk = self.chunk(x.shape[1], start_pos, last_pos, lent)
         x = self._through(x, chunk)
-        given = self._results(x)
+        given = self.results(x[:, -1:] if self.logits == "last" else x)
         returned = [
             buffer
             for name, state in self.states.items()
@@ -275,15 +276,12 @@ class Decoder(nn.Module):
         """
         start_pos = start_pos.to(torch.int32)
         rows = self._positions(length, start_pos, last_pos)
-        places: dict[int | None, torch.Tensor] = {None: start_pos}
+        starts = self.starts(length, start_pos)
         columns: dict[int | None, torch.Tensor] = {None: self.positions}
         for ring in self._rings():
-            # Looked up, as positions are: no division need be exact on a device.
-            places[ring] = self.get_buffer(_places_in(ring)).index_select(0, start_pos)
             columns[ring] = held_positions(
-                self.positions[:ring], places[ring], start_pos, length, self.extent
+                self.positions[:ring], starts[ring].place, start_pos, length, self.extent
             )
-        starts = {ring: Start(place, length) for ring, place in places.items()}
         views = {
             name: state.open(starts[state.ring])
             if lent is None
@@ -291,6 +289,14 @@ class Decoder(nn.Module):
             for name, state in self.states.items()
         }
         return self._chunk(rows, columns, views)
+
+    def starts(self, length: int, start_pos: torch.Tensor) -> dict[int | None, Start]:
+        """Return where `length` tokens from `start_pos` int32 `[1]` on go, by rings' sizes."""
+        places: dict[int | None, torch.Tensor] = {None: start_pos}
+        for ring in self._rings():
+            # Looked up, as positions are: no division need be exact on a device.
+            places[ring] = self.get_buffer(_places_in(ring)).index_select(0, start_pos)
+        return {ring: Start(place, length) for ring, place in places.items()}
 
     def window(self, length: int) -> Chunk:
         """Return what every block is told of `length` tokens that are all there is.
@@ -323,16 +329,9 @@ class Decoder(nn.Module):
         for state in self.states.values():
             state.reset()
 
-    def _results(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return what a call gives, of what the last block gave, `[1, S, hidden]`."""
-        logits = self.head(x[:, -1:] if self.logits == "last" else x)
-        if self.chosen.kind == "argmax":
-            token = torch.argmax(logits, dim=-1, keepdim=True)
-            return torch.amax(logits, dim=-1, keepdim=True), token.to(torch.int32)
-        if self.chosen.count is None:
-            return (logits,)
-        values, tokens = torch.topk(logits, self.chosen.count, dim=-1)
-        return values, tokens.to(torch.int32)
+    def results(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return what a call gives, of the rows that the head reads, `[1, rows, hidden]`."""
+        return chosen(self.head(x), self.chosen)
 
     def _through(self, x: torch.Tensor, chunk: Chunk) -> torch.Tensor:
         """Take `x`, as `embed` gives it, through all blocks: `[1, S, hidden]`."""

@@ -72,22 +72,23 @@ def lower_coreml(
 
 def signature_of(description: Description, method: str) -> Signature:
     """Return what the program in a method takes and gives, as `Decoder.forward` does."""
-    longest, vocab_size = (
-        description.methods[method].seq_lengths[-1],
-        description.constant_methods["get_vocab_size"],
-    )
+    longest = description.methods[method].seq_lengths[-1]
     size = "P" if longest > 1 else 1
     caches = tuple(f"{name} {text}" for name, text in description.caches.items())
     last = ("last_pos int32 [1]",) if longest > 1 else ()
     takes = (f"{TOKENS} int32 [1, {size}]", *caches, f"{START_POS} int32 [1]", *last)
     rows = size if description.every_row else 1
-    shape = f"[1, {rows}, {description.head.count or vocab_size}]"
+    return Signature(takes, (*head_outputs(description, rows), *caches))
+
+
+def head_outputs(description: Description, rows: int | str) -> tuple[str, ...]:
+    """Return what a program with the head gives of so many rows, each as `Port.of` reads it."""
+    width = description.head.count or description.constant_methods["get_vocab_size"]
     dtypes = ("float32", "int32")
-    results = [
-        f"{name} {dtype} {shape}"
+    return tuple(
+        f"{name} {dtype} [1, {rows}, {width}]"
         for name, dtype in zip(description.head.gives, dtypes, strict=False)
-    ]
-    return Signature(takes, (*results, *caches))
+    )
 
 
 def calling(call: CoreMLCall) -> Program:

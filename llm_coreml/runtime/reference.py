@@ -22,7 +22,6 @@ from llm_coreml.artifact.description import (
     MethodForm,
 )
 from llm_coreml.errors import ArtifactError
-from llm_coreml.heads import LOGITS, Head
 from llm_coreml.reference.load import load_methods
 from llm_coreml.reference.method.memory import dtype_of
 from llm_coreml.reference.method.method import LoadedMethod
@@ -32,8 +31,12 @@ from llm_coreml.reference.program.execution import Execution
 from llm_coreml.reference.program.side_by_side import OnRows
 from llm_coreml.runtime.carried_caches import carried
 from llm_coreml.runtime.chosen import spread
+from llm_coreml.runtime.divided_states import divided
 from llm_coreml.runtime.runner import Runner
+from llm_coreml.runtime.signatures import as_given, check_signature, head_of
 
+# What a program gives, by name.
+Outputs = Mapping[str, torch.Tensor]
 # What a device is meant to compute, on any machine.
 DECLARED = Execution()
 
@@ -114,7 +117,7 @@ class ReferenceRunner(Runner):
         self._methods = load_methods(path, execution, names)
         self.label = "reference runtime" + execution_suffix(execution)
         for method in self._methods.values():
-            _check_signature(method, path)
+            check_signature(method, path)
         if description is None:
             description = _describe(self._methods[MAIN_METHOD], path)
         else:
@@ -169,18 +172,28 @@ class ReferenceRunner(Runner):
             ArtifactError: the program contradicts itself.
         """
         main = self._methods[self.description.main]
-        if len(self._methods) > 1 or not main.halts or self._caches:
+        if len(self._methods) > 1 or not main.in_a_row or self._caches:
             return [text.read_by(self) for text in sequences]
         calls = [list(text.calls()) for text in sequences]
-        given = [[main.inputs_of(*call) for call in text] for text in calls]
-        states = [{} if text.states is None else text.states for text in sequences]
-        outputs = main.programs[0].side_by_side(list(zip(states, given, strict=True)), on_rows)
+        # Of every call of every text, what the programs so far have given.
+        given: list[list[list[Outputs]]] = [[[] for _ in text] for text in calls]
+        states = [_own_states(main, text.states or {}) for text in sequences]
+        for program in main.in_a_row:
+            inputs = [
+                [main.inputs_of(before, *call) for before, call in zip(*text, strict=True)]
+                for text in zip(given, calls, strict=True)
+            ]
+            own = [_of_program(program, each) for each in states]
+            outputs = program.side_by_side(list(zip(own, inputs, strict=True)), on_rows)
+            for befores, results in zip(given, outputs, strict=True):
+                for before, found in zip(befores, results, strict=True):
+                    before.append(found)
         return [
             [
                 self._rows(main.run_with(found, *call))[0].to(torch.float32)
-                for found, call in zip(results, text, strict=True)
+                for found, call in zip(*text, strict=True)
             ]
-            for results, text in zip(outputs, calls, strict=True)
+            for text in zip(given, calls, strict=True)
         ]
 
     def _forward(self, tokens: torch.Tensor, start_pos: torch.Tensor) -> torch.Tensor:
@@ -209,48 +222,38 @@ class ReferenceRunner(Runner):
     def _restore(self, states: Mapping[str, torch.Tensor]) -> None:
         self._clear()
         if self._caches:
-            self._caches = carried(self._caches, states)
+            rows = {name: len(cache) for name, cache in self._caches.items()}
+            self._caches = carried(self._caches, divided(states, rows))
             return
-        for program in self.programs:
-            if program.states:
-                program.remember(states)
+        for method in self._methods.values():
+            own = _own_states(method, states)
+            for program in method.programs:
+                if program.states:
+                    program.remember(_of_program(program, own))
 
 
-def _head_of(method: LoadedMethod) -> Head:
-    """Return what a method gives of a row: behind float values may be their tokens, int32."""
-    told = [(spec.dtype, tuple(spec.shape)) for spec in method.outputs[:2]]
-    if len(told) == 2 and told[1][0] == "int32" and told[1][1] == told[0][1]:
-        count = told[0][1][2]
-        return Head("argmax" if count == 1 else "topk", count)
-    return LOGITS
+def _own_states(
+    method: LoadedMethod, states: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Return what the programs of a method are to remember, by their names; nothing of nothing.
 
-
-def _check_signature(method: LoadedMethod, path: Path) -> None:
-    """Refuse a method that does not take tokens and a position, and give logits.
-
-    Behind those it may take and give caches; behind logits that it chose come their tokens.
+    Raises:
+        ArtifactError: a state is missing or unknown.
     """
-    signature = [(spec.dtype, len(spec.shape)) for spec in method.inputs]
-    if signature[:2] != [("int64", 2), ("int64", 1)]:
-        raise ArtifactError(
-            f"Method '{method.name}' of '{path}' takes {signature}; a language model takes tokens "
-            "int64 [1, S] and start_pos int64 [1]."
-        )
-    given = [len(spec.shape) for spec in method.outputs]
-    if given[:1] != [3]:
-        raise ArtifactError(
-            f"Method '{method.name}' of '{path}' gives outputs of {given} axes; a language model "
-            "gives logits [1, S, V] for tokens [1, S]."
-        )
-    taken, returned = (
-        [(spec.dtype, spec.shape) for spec in specs]
-        for specs in (method.inputs[2:], method.outputs[len(_head_of(method).gives) :])
-    )
-    if taken != returned:
-        raise ArtifactError(
-            f"Method '{method.name}' of '{path}' takes caches {taken} and gives {returned}; what "
-            "it gives belongs into its next call."
-        )
+    programs = method.in_a_row or method.programs
+    rows = {each.name: each.shape[0] for program in programs for each in program.states}
+    own = divided(states, rows)
+    if states and own.keys() != rows.keys():
+        raise ArtifactError(f"The states are {sorted(own)}; the program has {sorted(rows)}.")
+    return own
+
+
+def _of_program(
+    program: CoreMLProgram, states: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Return those of the states that a program has."""
+    own = {each.name for each in program.states}
+    return {name: value for name, value in states.items() if name in own}
 
 
 def _describe(method: LoadedMethod, path: Path) -> Description:
@@ -274,7 +277,7 @@ def _describe(method: LoadedMethod, path: Path) -> Description:
         states=_states(method),
         context=_constant(method.constants, "get_max_context_len", path),
         constant_methods=method.constants,
-        head=_head_of(method),
+        head=head_of(method),
     )
 
 
@@ -292,7 +295,7 @@ def _check_description(
             "functions": (form.functions, tuple(item.function_name for item in method.programs)),
             "lengths": (form.seq_lengths, _lengths(method, path) if single else form.seq_lengths),
             "a range": (description.ranged, _ranged(method) if single else description.ranged),
-            "head": (str(_as_given(description.head)), str(_as_given(_head_of(method)))),
+            "head": (str(as_given(description.head)), str(as_given(head_of(method)))),
             "row for each token": (every_row, method.outputs[0].shape[1] != 1),
             "context": (
                 description.context,
@@ -311,11 +314,6 @@ def _check_description(
                     f"{found}, not {told}). Export again."
                 )
     description.check_constants(methods[description.main].constants, path)
-
-
-def _as_given(head: Head) -> Head:
-    """Return a head as a file shows it, in which the largest one is the first of one."""
-    return Head("argmax", 1) if head.count == 1 else head
 
 
 def _caches(method: LoadedMethod) -> list[str]:
