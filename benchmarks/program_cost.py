@@ -120,15 +120,15 @@ def _share(op: Operation, parameter: str, types: Mapping[str, ValueType]) -> flo
 
     Of a slice or a look-up it is what comes out; of an update in place what is written alone.
     """
-    if parameter not in ("x", "data", "state", "value"):
-        return 1.0
+    if op.type == "write_state":
+        return 0.0
     whole = {"gather": "x", "slice_by_index": "x", "slice_by_size": "x"}
     if whole.get(op.type) == parameter:
         (source,) = op.inputs[parameter]
         assert isinstance(source, str)
         return min(1.0, _bytes(op.outputs[0].type) / max(_bytes(types[source]), 1))
     # A state is updated in place.
-    return 0.0 if op.type in ("slice_update", "write_state") else 1.0
+    return 0.0 if op.type == "slice_update" and parameter == "x" else 1.0
 
 
 def _packed(
@@ -140,8 +140,12 @@ def _packed(
         return None
     if op.type == "const":
         return _bytes(types[name])
-    parts = [part for bound in op.inputs.values() for part in bound if isinstance(part, str)]
-    return sum(_packed(part, sources, types) or 0 for part in parts)
+    parts = [part for bound in op.inputs.values() for part in bound]
+    held = sum(
+        _packed(part, sources, types) or 0 if isinstance(part, str) else _bytes(part.type)
+        for part in parts
+    )
+    return held + sum(_bytes(part.type) for name, part in op.attributes.items() if name != "name")
 
 
 def _bytes(kind: ValueType) -> int:

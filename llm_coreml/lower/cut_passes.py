@@ -179,7 +179,7 @@ def _again(step: Any, given: Any, before: Any) -> Any:
 
 
 def _unit(weight: Any) -> int:
-    """Return how many rows of a constant belong together, as `cut_rows.unit_of` does of a tensor."""
+    """Return how many rows of a constant belong together, see `cut_rows.unit_of`."""
     op, rows, blocks, width = weight.op, weight.shape[0], [], 1
     while op.op_type.startswith("constexpr_"):
         if op.op_type == "constexpr_lut_to_dense":

@@ -13,17 +13,17 @@ import torch
 from artifacts import Artifact, lower, program, weight_bytes
 from cases import cases
 from llm_coreml.artifact.mil import NamedType, TensorType
-from llm_coreml.config import ExportConfig
+from llm_coreml.config import ExportConfig, resolve
 from llm_coreml.cuts import Cuts
 from llm_coreml.decoder.states import state_specs
-from llm_coreml.errors import UnsupportedError, VerificationError
+from llm_coreml.errors import ConfigError, UnsupportedError, VerificationError
 from llm_coreml.reference.program.execution import Execution
 from llm_coreml.runtime.eager import EagerRunner
 from llm_coreml.runtime.reference import ReferenceRunner
 from llm_coreml.verify.logits import verify, verify_conversion
 from llm_coreml.verify.passes import plan_passes
 from llm_coreml.verify.reading import read_text
-from tiny import expected_logits, llama, mistral, tokens_for
+from tiny import expected_logits, llama, mistral, small_spec, tokens_for
 
 SIZES: dict[str, Any] = {
     "vocab_size": 192,
@@ -203,3 +203,25 @@ def test_older_systems_have_no_parts_of_packed_weights() -> None:
             ExportConfig(minimum_os="iOS17", kv_cache="inputs", linear_split=32),
             Path("/nowhere"),
         )
+
+
+@pytest.mark.parametrize(
+    ("name", "attention"), [("ane-ios18", "fused"), ("ane-ios26", "decomposed")]
+)
+def test_a_profile_is_what_is_not_given(name: Any, attention: str) -> None:
+    spec = small_spec()
+    job = resolve(ExportConfig(target="ane", profile=name), spec)
+    assert job.cuts == Cuts(1024, 16384, 16384) and job.attention == attention
+    assert job.shapes.extent.multiple == 32 and job.layout == "linear"
+    own = resolve(ExportConfig(target="ane", profile=name, linear_split=512), spec)
+    assert own.cuts == Cuts(512, 16384, 16384)
+    with pytest.raises(ConfigError, match=f"--profile {name} is for the Neural Engine"):
+        resolve(ExportConfig(profile=name), spec)
+
+
+def test_fused_attention_is_not_for_ios26() -> None:
+    config = ExportConfig(target="ane", profile="ane-ios18", minimum_os="iOS26")
+    with pytest.raises(ConfigError, match="executorch issue 15833"):
+        resolve(config, small_spec())
+    with pytest.raises(ConfigError, match="about Core ML"):
+        resolve(ExportConfig(backend="xnnpack", layout="conv"), small_spec())
