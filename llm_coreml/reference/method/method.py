@@ -147,7 +147,7 @@ class LoadedMethod:
             given.update({name: value.clone() for name, value in inputs.items()})
             raise _HaltedError
 
-        with self._answered(halt), contextlib.suppress(_HaltedError):
+        with self.answered(halt), contextlib.suppress(_HaltedError):
             self.run(*arguments)
         return given
 
@@ -155,11 +155,12 @@ class LoadedMethod:
         self, outputs: Mapping[str, torch.Tensor], *arguments: torch.Tensor
     ) -> torch.Tensor:
         """Do what a call with these arguments does, once its program has given `outputs`."""
-        with self._answered(lambda program, given: outputs):
+        with self.answered(lambda program, given: outputs):
             return self(*arguments)
 
     @contextlib.contextmanager
-    def _answered(self, answer: Answer) -> Iterator[None]:
+    def answered(self, answer: Answer) -> Iterator[None]:
+        """While the context lasts, have `answer` give what the programs would."""
         usual, self._answer = self._answer, answer
         try:
             yield
