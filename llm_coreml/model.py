@@ -208,11 +208,13 @@ def _with_true_head(checkpoint: Checkpoint, family: Family, spec: DecoderSpec) -
     Fine-tuning may train the head apart while `tie_word_embeddings` stays true; transformers then
     keeps both tensors.
     """
+    if not spec.tie_word_embeddings:
+        return spec
     untied = replace(spec, tie_word_embeddings=False)
     stored = family.stored(untied)
     (head,), (table,) = stored["lm_head.weight"].names, stored["embed_tokens.weight"].names
     present = checkpoint.names()
-    if not spec.tie_word_embeddings or head not in present or table not in present:
+    if head not in present or table not in present:
         return spec
     same = torch.equal(checkpoint.stored(head), checkpoint.stored(table))
     return spec if same else untied

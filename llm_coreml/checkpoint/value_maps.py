@@ -8,6 +8,7 @@
     Columns(0, 768, of=2304)           # one of several such matrices that are stored as one
     Softplus()                         # a positive number, trained as the logarithm of one
     PlusOne()                          # a norm that is trained as the difference from one
+    Product(512)                       # rows of a table times a matrix that widens them
     Stacked(8)                         # experts that are stored one by one
     Waves(1026, 64, period=31, first=2)      # positions that no file holds
 
@@ -289,6 +290,32 @@ class PlusOne(ValueMap):
     def values(self, stored: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return the gain."""
         return stored[0] + 1
+
+
+@final
+@dataclass(frozen=True)
+class Product(ValueMap):
+    """A table whose rows a matrix widens, multiplied once and for all.
+
+    Attributes:
+        width: Of the rows as they are stored.
+        reads: The matrix is stored as one that reads rows, `[out, in]`; else as one whose results
+            the table reads.
+    """
+
+    width: int
+    reads: bool = True
+
+    def sources(self, shape: Shape) -> tuple[Shape, ...]:
+        """Return the shapes of the table and of the matrix."""
+        rows, wide = shape
+        matrix = (wide, self.width) if self.reads else (self.width, wide)
+        return (rows, self.width), matrix
+
+    def values(self, stored: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return the product."""
+        table, matrix = stored
+        return table @ (matrix.T if self.reads else matrix)
 
 
 @final

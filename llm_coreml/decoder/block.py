@@ -53,7 +53,7 @@ class Block(nn.Module):
         scalar = nn.Parameter(torch.ones(1), requires_grad=False) if layer.scaled else None
         self.layer_scalar = scalar
         self.entering, self.leaving = Layout.of(spec, index), Layout.of(spec, index + 1)
-        self.parallel = layer.parallel
+        self.parallel, self.sums_normed = layer.parallel, layer.sums_normed
 
     @property
     def wiring(self) -> Wiring:
@@ -109,11 +109,11 @@ class Block(nn.Module):
         return self._changed(changed, (yield from self.mlp.steps(read)), self.mlp_out_norm)
 
     def _changed(self, x: torch.Tensor, change: torch.Tensor, norm: RMSNorm | None) -> torch.Tensor:
-        if norm is not None:
+        if norm is not None and not self.sums_normed:
             change = norm(change)
         if self.residual_multiplier is not None:
             change = change * self.residual_multiplier
-        return x + change
+        return norm(x + change) if norm is not None and self.sums_normed else x + change
 
 
 def _norm(size: int, spec: NormSpec | None) -> RMSNorm | None:

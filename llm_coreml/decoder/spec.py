@@ -73,12 +73,15 @@ class LayerSpec:
         parallel: Both read the same residual stream, and not the second what the first has
             changed; a feed-forward layer without a norm then reads what attention reads.
         scaled: What leaves is multiplied by a stored number.
+        sums_normed: The norms of what a part adds are taken of the sum, which is the residual
+            stream from then on.
     """
 
     mixer: AttentionSpec
     feed_forward: MLPSpec
     parallel: bool = False
     scaled: bool = False
+    sums_normed: bool = False
 
 
 @dataclass(frozen=True)
@@ -132,6 +135,8 @@ class DecoderSpec:
         embedding_norm: Of what enters the first layer.
         learned_positions: How many rows a table of learned positions has, which are added to those
             of the token table; None has no such table.
+        folded_width: Of the rows of the token table as they are stored, if matrices that are folded
+            into the table and the head make them as wide as the residual stream.
         embedding_multiplier: What rows of the token table are multiplied by.
         residual_multiplier: What every layer's two changes of the residual stream are.
         logits_multiplier: What logits are.
@@ -153,6 +158,7 @@ class DecoderSpec:
     head_bias: bool = False
     embedding_norm: NormSpec | None = None
     learned_positions: int | None = None
+    folded_width: int | None = None
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
     logits_multiplier: float = 1.0

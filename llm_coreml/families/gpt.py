@@ -6,12 +6,13 @@ check_alone(config)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
 from llm_coreml.checkpoint.value_maps import Waves
-from llm_coreml.decoder.spec import DecoderSpec
+from llm_coreml.decoder.spec import DecoderSpec, LayerSpec
 from llm_coreml.errors import UnsupportedError
 from llm_coreml.families.dense import Dense, Keys
 from llm_coreml.families.fields import flag, whole
@@ -70,6 +71,23 @@ def check_alone(config: Mapping[str, Any]) -> None:
 def no_notes(config: Mapping[str, Any]) -> list[str]:
     """Return nothing: without rotary embedding there is no second spelling."""
     return []
+
+
+def norms_behind(layers: Sequence[LayerSpec]) -> list[LayerSpec]:
+    """Return layers that norm the residual stream behind each part, and not what the part reads.
+
+    The last norm is left out: it is that of the decoder.
+    """
+    found = [
+        LayerSpec(
+            replace(layer.mixer, norm=None, out_norm=layer.mixer.norm),
+            replace(layer.feed_forward, norm=None, out_norm=layer.feed_forward.norm),
+            sums_normed=True,
+        )
+        for layer in layers
+    ]
+    last = replace(found[-1].feed_forward, out_norm=None)
+    return [*found[:-1], replace(found[-1], feed_forward=last)]
 
 
 def computed_positions(read: Dense) -> int:

@@ -17,7 +17,8 @@ from llm_coreml.families.gpt import DEFAULTS, IGNORED, KEYS, MODULES, check_alon
 from llm_coreml.families.names import Names, stored
 
 
-def _values(spec: DecoderSpec, layer: LayerSpec) -> dict[str, ValueMap]:
+def columns(spec: DecoderSpec, layer: LayerSpec) -> dict[str, ValueMap]:
+    """Return how the matrices of a layer are stored: `[in, out]`, those of attention as one."""
     size, found = spec.hidden_size, dict[str, ValueMap]()
     for at, kind in enumerate("qkv"):
         found[f"self_attn.{kind}_proj.weight"] = Columns(at * size, (at + 1) * size, of=3 * size)
@@ -26,7 +27,7 @@ def _values(spec: DecoderSpec, layer: LayerSpec) -> dict[str, ValueMap]:
     return found | {f"{name}.weight": Transposed() for name in plain}
 
 
-_NAMES = Names("transformer.", "h", modules=dict(MODULES), values=_values)
+_NAMES = Names("transformer.", "h", modules=dict(MODULES), values=columns)
 # What llama.cpp's files are read as: each matrix the other way round.
 _MATRICES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 _TURNED = Names(

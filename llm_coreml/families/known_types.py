@@ -102,9 +102,9 @@ _OTHER = {
     "a model that reads its prompt in both directions": "cpmant",
 }
 _DENSE = {
-    "a Llama under another name, for --family llama": "internlm3 iquestcoder",
-    "a GPT-2 under another name, for --family gpt2": "gpt-sw3",
-    "a dense decoder": ("apertus1p5_text cohere_compass_text modernbert-decoder openai-gpt"),
+    "a dense decoder whose head has fewer rows than its token table": "apertus1p5_text",
+    "a dense decoder whose layers differ in rotary embedding": "cohere_compass_text",
+    "a dense decoder with a further matrix and norm before its head": "modernbert-decoder",
 }
 _KINDS: tuple[tuple[Outlook, Mapping[str, str]], ...] = (
     ("planned", _PLANNED),

@@ -47,10 +47,16 @@ def shifted(weights: Weights, spec: DecoderSpec, shift: int) -> tuple[Weights, D
     """Return weights and sizes of a decoder of the same function, its stream `2**-shift` as large.
 
     Raises:
-        UnsupportedError: what enters the first block comes out of a norm without a gain.
+        UnsupportedError: what enters the first block comes out of a norm without a gain, or norms
+            are taken of the stream itself.
     """
     if not shift:
         return weights, spec
+    if any(layer.sums_normed for layer in spec.layers):
+        raise UnsupportedError(
+            "--residual-shift makes a residual stream smaller, and that of this model is normed "
+            "behind every part; use --compute-precision fp32."
+        )
     normed = spec.embedding_norm is not None
     if spec.embedding_norm is not None and not spec.embedding_norm.gain:
         raise UnsupportedError(

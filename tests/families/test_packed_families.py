@@ -42,7 +42,7 @@ FORMATS: dict[str, tuple[dict[str, Any], Packer]] = {
     "mlx": ({"quantization": {"group_size": GROUP, "bits": 4}}, mlx(4, GROUP, whole=True)),
 }
 # A matrix that is stored [in, out] has its groups along the wrong side.
-REFUSED = {"gpt2"}
+REFUSED = {"gpt-sw3", "gpt2", "openai-gpt"}
 # One of plain matrices, one of fused ones, one of rows in another order.
 SHOWN = {"llama", "phi3", "ernie4_5"}
 FAMILIES = cases(known_model_types(), set(known_model_types()) - SHOWN)

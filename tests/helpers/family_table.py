@@ -361,6 +361,15 @@ TABLE: dict[str, Entry] = {
         sizes=_PADDED,
         unread=_WIDE,
     ),
+    "gpt-sw3": Entry(
+        {
+            "tied": {"tie_word_embeddings": True},
+            "untied": {"n_inner": 80, "n_head": 8},
+            "relu": {"activation_function": "relu", "n_layer": 3},
+        },
+        _GPT,
+        spelled=False,
+    ),
     "gpt2": Entry(
         {
             "tied": {"tie_word_embeddings": True},
@@ -494,6 +503,22 @@ TABLE: dict[str, Entry] = {
             "scaled": {"logits_scaling": 0.25, "tie_word_embeddings": True, "head_dim": 24},
         },
         unread=_OWN_HEADS,
+    ),
+    "internlm3": Entry(
+        {
+            "gqa": {"head_dim": 16},
+            "biases": {"qkv_bias": True, "bias": True, "head_dim": 24},
+            "tied": {"tie_word_embeddings": True, "head_dim": 16, "rope_parameters": DYNAMIC},
+        },
+        {**_PADDED, "head_dim": 16},
+    ),
+    "iquestcoder": Entry(
+        {
+            "gqa": {"head_dim": 16},
+            "biases": {"attention_bias": True, "mlp_bias": True, "head_dim": 24},
+            "tied": {"tie_word_embeddings": True, "head_dim": 16, "num_key_value_heads": 1},
+        },
+        {**SIZES, "head_dim": 16},
     ),
     "jais2": Entry(
         {
@@ -670,11 +695,27 @@ TABLE: dict[str, Entry] = {
         sizes={**_PADDED, "sliding_window": 9},
         unread=_TABLES,
     ),
+    "openai-gpt": Entry(
+        {
+            "tied": {"tie_word_embeddings": True},
+            "untied": {"n_head": 8, "afn": "silu", "layer_norm_epsilon": 1e-3},
+            "three-layers": {"n_layer": 3, "afn": "relu"},
+        },
+        _GPT,
+        spelled=False,
+    ),
     "opt": Entry(
         {
             "tied": {"tie_word_embeddings": True},
             "no-bias": {"enable_bias": False, "activation_function": "gelu"},
             "no-gain": {"layer_norm_elementwise_affine": False, "num_hidden_layers": 3},
+            "as-350m": {
+                "do_layer_norm_before": False,
+                "word_embed_proj_dim": 32,
+                "tie_word_embeddings": True,
+            },
+            "behind": {"do_layer_norm_before": False, "num_hidden_layers": 3},
+            "narrow": {"word_embed_proj_dim": 48, "tie_word_embeddings": True},
         },
         {**SIZES, "ffn_dim": 80, "word_embed_proj_dim": 64},
         spelled=False,
