@@ -170,7 +170,9 @@ def _quantity(field: str, title: str, **scale: Any) -> dict[str, Any]:
 
 
 _TOLD = [{"field": each} for each in ("name", "model", "created")]
-_FORMAT = {"field": "format", "type": "nominal", "title": "format"}
+_FORMAT: dict[str, Any] = {"field": "format", "type": "nominal", "title": "format"}
+# Where lines have the legend of colours.
+_SHAPE: dict[str, Any] = {"field": "format", "type": "nominal", "legend": None}
 
 
 def _scatter(field: str, title: str, front: bool) -> dict[str, Any]:
@@ -210,7 +212,7 @@ def _latency() -> dict[str, Any]:
         "encoding": {
             **place,
             "color": _FORMAT,
-            "shape": {**_FORMAT, "legend": None},
+            "shape": _SHAPE,
             "tooltip": [*_TOLD, {"field": "tokens"}, {"field": "seconds", "format": ".4f"}],
         },
     }
@@ -231,7 +233,7 @@ def _history() -> dict[str, Any]:
         "encoding": {
             **place,
             "color": _FORMAT,
-            "shape": {**_FORMAT, "legend": None},
+            "shape": _SHAPE,
             "tooltip": [*_TOLD, {"field": "perplexity", "format": ".4f"}],
         },
     }
