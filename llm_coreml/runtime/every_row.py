@@ -109,7 +109,7 @@ def pads(runner: ReferenceRunner) -> bool:
     tokens = torch.zeros(1, longest - 1, dtype=torch.int64)
     rest = runner._caches.values()
     try:
-        given = method.inputs_of(tokens, torch.zeros(1, dtype=torch.int64), *rest)
+        given = method.inputs_of([], tokens, torch.zeros(1, dtype=torch.int64), *rest)
     except ArtifactError:
         return False
     finally:
