@@ -7,11 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from llm_coreml import export
+from llm_coreml.bundle.bundle_runner import open_runner
 from llm_coreml.bundle.folder import open_bundle
+from llm_coreml.config import ExportConfig
 from llm_coreml.eval.whole_rows import whole_rows
 from llm_coreml.reference.program import widened
 from llm_coreml.runtime.every_row import EveryRow, pads, prove
 from llm_coreml.runtime.reference import ReferenceRunner
+from tiny import llama
 
 TOKENS = [(7 * at + at * at) % 250 for at in range(29)]
 
@@ -89,3 +93,22 @@ def test_a_program_without_such_a_slice_is_read_slowly(
     notes: list[str] = []
     assert whole_rows(runner, TOKENS, notes.append) is runner
     assert "no last row" in notes[0]
+
+
+@pytest.mark.parametrize(
+    ("split", "fast"), [(("embedding",), True), (("embedding", "head"), False)]
+)
+def test_several_programs_in_a_row(split: tuple[str, ...], fast: bool, tmp_path: Path) -> None:
+    """Where the head is a program of its own, the rows of the one before it are no logits."""
+    config = ExportConfig(
+        context=64, seq_lengths=(1, 8), split=split, scheme="none", embedding="none"
+    )
+    made = export(llama(), output=tmp_path / "out", config=config, cache=False)
+    found = open_runner(open_bundle(made.folder))
+    assert isinstance(found, ReferenceRunner) and not found.every_row
+    text = [token % found.vocab_size for token in TOKENS]
+    notes: list[str] = []
+    reader = whole_rows(found, text, notes.append)
+    assert isinstance(reader, EveryRow) == fast and bool(notes) != fast
+    rows, slow = reader.logits(text), found.logits(text)
+    assert (rows - slow).abs().max() < 2e-2 * slow.abs().max()
