@@ -6,6 +6,7 @@ result = evaluate("out/", model=live_model)    # a model that is not on disk
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,11 +23,12 @@ from llm_coreml.eval.latency import measure_latency
 from llm_coreml.eval.metrics import METRICS, Metric
 from llm_coreml.eval.originals import originals
 from llm_coreml.eval.quality import measure_quality
+from llm_coreml.eval.response import measure_response
 from llm_coreml.eval.results import Evaluation, Export, Quality, Subject
 from llm_coreml.eval.results_file import append_result, check_results_folder
 from llm_coreml.eval.sizes import measure_bytes
 from llm_coreml.eval.surroundings import now, this_machine, this_tool
-from llm_coreml.eval.timings import Latency
+from llm_coreml.eval.timings import Latency, Timing
 from llm_coreml.eval.whole_rows import whole_rows
 from llm_coreml.output import check_writable, write_json
 from llm_coreml.progress import Progress, Silent
@@ -77,7 +79,9 @@ def evaluate(
     check_writable(opened.folder, RESULTS)
     if results is not None:
         check_results_folder(Path(results))
+    begun = time.perf_counter()
     artifact = open_runner(opened, execution)
+    load_seconds = time.perf_counter() - begun
     tokenizer = opened.tokenizer if opened.tokenizer.is_file() else None
     read = read_heldout(text, tokenizer, artifact.context, tokens)
     runners: dict[str, Runner] = {} if artifact_only else dict(originals(opened, model, progress))
@@ -87,7 +91,8 @@ def evaluate(
     qualities = measure_quality(scored, read.windows, progress.advance, metrics, read.sizes)
     progress.stage("time")
     latencies = measure_latency(artifact, read.windows[0], progress.advance)
-    result = _evaluation(opened, read, qualities, latencies, execution)
+    response = measure_response(artifact, load_seconds, read.windows[0])
+    result = _evaluation(opened, read, qualities, (latencies, response), execution)
     written = result.to_json()
     write_json(opened.folder / RESULTS, written)
     if results is not None:
@@ -99,7 +104,7 @@ def _evaluation(
     bundle: Bundle,
     read: HeldOut,
     qualities: tuple[Quality, ...],
-    latencies: tuple[Latency, ...],
+    timed: tuple[tuple[Latency, ...], Timing],
     execution: Execution,
 ) -> Evaluation:
     """Return what was measured, with what a bundle tells of itself."""
@@ -111,7 +116,8 @@ def _evaluation(
         tokens=read.tokens,
         window=max(map(len, read.windows)),
         qualities=qualities,
-        latencies=latencies,
+        latencies=timed[0],
+        latency=timed[1],
         bytes=sizes,
         bits_per_weight=quantization.bits_per_weight,
         source=asdict(bundle.manifest.source),
