@@ -95,6 +95,7 @@ class ReferenceRunner(Runner):
 
     Attributes:
         description: What the file offers.
+        methods: The methods that read tokens, by name.
         programs: The Core ML programs of all methods.
 
     Raises:
@@ -113,29 +114,24 @@ class ReferenceRunner(Runner):
         if description is not None:
             description.check_one_sequence()
         names = (MAIN_METHOD,) if description is None else tuple(description.methods)
-        self._methods = load_methods(path, execution, names)
+        self.methods = load_methods(path, execution, names)
         self.label = "reference runtime" + execution_suffix(execution)
-        for method in self._methods.values():
+        for method in self.methods.values():
             _check_signature(method, path)
         if description is None:
-            description = _describe(self._methods[MAIN_METHOD], path)
+            description = _describe(self.methods[MAIN_METHOD], path)
         else:
-            _check_description(description, self._methods, path)
+            _check_description(description, self.methods, path)
         self.description = description
-        self.programs = tuple(item for method in self._methods.values() for item in method.programs)
+        self.programs = tuple(item for method in self.methods.values() for item in method.programs)
         self.seq_lengths = description.seq_lengths
         self.ranged = description.ranged
         self.every_row = description.every_row
         self.context = description.context
         self.rewinds = description.rewinds
-        self.vocab_size = self._methods[description.main].outputs[0].shape[2]
+        self.vocab_size = self.methods[description.main].outputs[0].shape[2]
         self._caches: dict[str, torch.Tensor] = {}
         self._clear()
-
-    @property
-    def methods(self) -> Mapping[str, LoadedMethod]:
-        """The methods that read tokens, by name."""
-        return self._methods
 
     @property
     def program(self) -> CoreMLProgram:
@@ -153,7 +149,7 @@ class ReferenceRunner(Runner):
 
     def page_out(self) -> None:
         """Take the file's pages out of memory; what is needed of them is read again."""
-        for method in self._methods.values():
+        for method in self.methods.values():
             method.page_out()
 
     def read(
@@ -171,8 +167,8 @@ class ReferenceRunner(Runner):
         Raises:
             ArtifactError: the program contradicts itself.
         """
-        main = self._methods[self.description.main]
-        if len(self._methods) > 1 or not main.in_a_row or self._caches:
+        main = self.methods[self.description.main]
+        if len(self.methods) > 1 or not main.in_a_row or self._caches:
             return [text.read_by(self) for text in sequences]
         calls = [list(text.calls()) for text in sequences]
         # Of every call of every text, what the programs so far have given.
@@ -197,16 +193,16 @@ class ReferenceRunner(Runner):
         ]
 
     def _forward(self, tokens: torch.Tensor, start_pos: torch.Tensor) -> torch.Tensor:
-        method = self._methods[self.description.method_for(tokens.shape[1])]
+        method = self.methods[self.description.method_for(tokens.shape[1])]
         logits, *caches = method.run(tokens, start_pos, *self._caches.values())
         self._caches = dict(zip(self._caches, caches, strict=True))
         return logits.cpu()
 
     def _clear(self) -> None:
-        for method in self._methods.values():
+        for method in self.methods.values():
             method.reset()
         # As the method declares them, which may be wider where nothing is rounded.
-        specs = self._methods[self.description.main].inputs[len(INPUTS) :]
+        specs = self.methods[self.description.main].inputs[len(INPUTS) :]
         self._caches = {
             name: torch.zeros(spec.shape, dtype=dtype_of(spec))
             for name, spec in zip(self.description.caches, specs, strict=True)
@@ -218,7 +214,7 @@ class ReferenceRunner(Runner):
             rows = {name: len(cache) for name, cache in self._caches.items()}
             self._caches = carried(self._caches, divided(states, rows))
             return
-        for method in self._methods.values():
+        for method in self.methods.values():
             own = _own_states(method, states)
             for program in method.programs:
                 if program.states:
