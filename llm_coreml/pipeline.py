@@ -39,6 +39,7 @@ from llm_coreml.decoder.rope import table_notes
 from llm_coreml.decoder.states import state_specs
 from llm_coreml.errors import UnsupportedError, VerificationError
 from llm_coreml.lower.forms import form_for
+from llm_coreml.lower.shares import Cut, cut_of
 from llm_coreml.machine import free_memory, trim_memory
 from llm_coreml.model import Model, open_model
 from llm_coreml.output import write_json
@@ -48,6 +49,7 @@ from llm_coreml.quantize.cache import WeightCache, default_folder
 from llm_coreml.quantize.calibrate.text import read_content
 from llm_coreml.quantize.plan.choose import plan_without_weights
 from llm_coreml.quantize.plan.imported import keeps_codes, left_as_is
+from llm_coreml.quantize.plan.plan import QuantizationPlan
 from llm_coreml.quantize.quantized import Quantized, quantize, quantized_again
 from llm_coreml.quantize.residual import needed_shift
 from llm_coreml.quiet import quiet
@@ -198,7 +200,7 @@ class _Run:
         """Refuse settings that cannot work for a model of these sizes."""
         job = resolve(self.config, spec)
         imported = quantized and keeps_codes(job)
-        plan_without_weights(left_as_is(job) if imported else job, spec)
+        cut_of(job, spec, plan_without_weights(left_as_is(job) if imported else job, spec))
 
 
 def _write(run: _Run, model: Model, draft: Path, cache: WeightCache) -> None:
@@ -206,8 +208,10 @@ def _write(run: _Run, model: Model, draft: Path, cache: WeightCache) -> None:
     _tell_of_the_context(run, model, job)
     _tell_of_the_states(run, model, job)
     bos_id, eos_ids = write_tokenizer(model, draft, progress.note)
-    form = form_for(job, model.spec, bos_id, eos_ids)
     quantized = quantize(model, job, draft / TOKENIZER, progress, cache)
+    cut = cut_of(job, model.spec, quantized.plan)
+    _tell_of_the_cut(progress, cut, quantized.plan)
+    form = form_for(job, model.spec, bos_id, eos_ids, cut)
     reading = _read(progress, quantized, form.description, draft)
     shift = _needed_shift(reading, job)
     if shift:
@@ -262,6 +266,18 @@ def _tell_of_the_states(run: _Run, model: Model, job: Job) -> None:
             f"{' and '.join(str(list(shape)) for shape in dict.fromkeys(shapes))}; {rule.instead} "
             "has no such limit."
         )
+
+
+def _tell_of_the_cut(progress: Progress, cut: Cut, plan: QuantizationPlan) -> None:
+    """Tell of several partitions, and of what each of them has."""
+    if not cut.partitions:
+        return
+    held = "; ".join(f"{each.holds} ({each.weight_bytes:,} bytes)" for each in cut.partitions)
+    twice = " The token table is the head, too, and lies in both their partitions."
+    progress.note(
+        f"The program has {len(cut.shares)} partitions, as {cut.why}: {held}."
+        f"{twice if plan.tied else ''}"
+    )
 
 
 def _needed_shift(reading: ReadText, job: Job) -> int:
