@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,8 @@ from llm_coreml.lower.shares import Cut, cut_of
 from llm_coreml.machine import free_memory, trim_memory
 from llm_coreml.model import Model, open_model
 from llm_coreml.output import write_json
-from llm_coreml.progress import Progress, Silent
+from llm_coreml.progress import Progress
+from llm_coreml.progress_bar import Step, listening
 from llm_coreml.quantize.cache import WeightCache, default_folder
 from llm_coreml.quantize.calibrate.text import read_content
 from llm_coreml.quantize.plan.choose import plan_without_weights
@@ -68,8 +70,11 @@ from llm_coreml.verify.verification import Verification
 _CONVERSION = 0.6
 # Bytes that weights may take expanded while a program is verified; others are expanded at each use.
 _EXPANDED = 1 << 26
+# coremltools keeps the blocks that it builds in globals.
+_LOWERING = threading.Lock()
 
 
+@quiet()
 def export(
     model: str | Path | torch.nn.Module,
     tokenizer: Any = None,
@@ -85,7 +90,7 @@ def export(
     revision: str | None = None,
     local_files_only: bool = False,
     cache: str | Path | bool = True,
-    progress: Progress | None = None,
+    progress: Progress | bool | Callable[[Step], object] | None = None,
 ) -> Bundle:
     """Quantize a causal LM, lower it to a `.pte`, verify that file, and write the bundle.
 
@@ -107,7 +112,8 @@ def export(
         cache: Folder that keeps quantized weights, from which an interrupted export goes on and
             other exports of the model begin; True takes `quantize.cache.default_folder()`, False
             keeps nothing.
-        progress: Told of stages, shares and notes.
+        progress: Told of stages, shares and notes: True draws one bar, a function is called with
+            each `progress_bar.Step`, None and False are silent.
 
     Returns:
         The written bundle.
@@ -118,18 +124,23 @@ def export(
     """
     given = {"bits": bits, "scheme": scheme, "target": target, "context": context, "family": family}
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    run = _Run((config or _settings(model)).under(changes), progress or Silent(), cache)
-    check_output(Path(output), overwrite)
-    _check_lowering(run.config)
-    if run.config.calibrate is not None:
-        read_content(run.config.calibrate)  # what is wrong with it is told before work is done
-    opened = run.open(model, tokenizer, revision, local_files_only)
-    with new_bundle(Path(output), overwrite) as draft, run.open_cache() as kept, kept.paged_out():
+    with listening(progress) as listener:
+        run = _Run((config or _settings(model)).under(changes), listener, cache)
+        check_output(Path(output), overwrite)
+        _check_lowering(run.config)
+        if run.config.calibrate is not None:
+            read_content(run.config.calibrate)  # what is wrong with it is told before work is done
+        opened = run.open(model, tokenizer, revision, local_files_only)
+        _make(run, opened, Path(output), overwrite)
+    return open_bundle(Path(output))
+
+
+def _make(run: _Run, opened: Model, output: Path, overwrite: bool) -> None:
+    with new_bundle(output, overwrite) as draft, run.open_cache() as kept, kept.paged_out():
         try:
             _write(run, opened, draft, kept)
         except VerificationError as error:
-            raise keep_failed(draft, Path(output), error) from None
-    return open_bundle(Path(output))
+            raise keep_failed(draft, output, error) from None
 
 
 def _check_lowering(config: ExportConfig) -> None:
@@ -139,8 +150,7 @@ def _check_lowering(config: ExportConfig) -> None:
 
         check_compiler()
     if config.passes is not None:
-        with quiet():
-            from llm_coreml.lower.mil_passes import pass_names
+        from llm_coreml.lower.mil_passes import pass_names
 
         pass_names(config.passes)
 
@@ -215,7 +225,7 @@ def _write(run: _Run, model: Model, draft: Path, cache: WeightCache) -> None:
         reading = _read(progress, quantized, form.description, draft)
     progress.stage("lower")
     program = draft / PROGRAM
-    with quiet():
+    with _LOWERING:
         form.write(quantized.decoder, program, progress.advance)
     _check_size(job, program)
     free_memory()

@@ -27,8 +27,9 @@ from llm_coreml.reference.method.memory import dtype_of
 from llm_coreml.reference.method.method import LoadedMethod
 from llm_coreml.reference.observe.series import Series
 from llm_coreml.reference.program.constants import PackedWeight
-from llm_coreml.reference.program.coreml_program import INTERFACE_TYPES, CoreMLProgram
+from llm_coreml.reference.program.coreml_program import CoreMLProgram
 from llm_coreml.reference.program.execution import Execution
+from llm_coreml.reference.program.interface import INTERFACE_TYPES
 from llm_coreml.reference.program.side_by_side import OnRows
 from llm_coreml.runtime.carried_caches import carried
 from llm_coreml.runtime.divided_states import divided, of_program, own_states
@@ -131,6 +132,11 @@ class ReferenceRunner(Runner):
         self.vocab_size = self._methods[description.main].outputs[0].shape[2]
         self._caches: dict[str, torch.Tensor] = {}
         self._clear()
+
+    @property
+    def methods(self) -> Mapping[str, LoadedMethod]:
+        """The methods that read tokens, by name."""
+        return self._methods
 
     @property
     def program(self) -> CoreMLProgram | Series:

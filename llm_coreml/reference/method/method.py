@@ -162,7 +162,7 @@ class LoadedMethod:
             found.update({name: value.clone() for name, value in inputs.items()})
             raise _HaltedError
 
-        with self._answered(answer), contextlib.suppress(_HaltedError):
+        with self.answered(answer), contextlib.suppress(_HaltedError):
             self.run(*arguments)
         return found
 
@@ -171,11 +171,12 @@ class LoadedMethod:
     ) -> torch.Tensor:
         """Do what a call does whose programs in a row have given `given`."""
         answers = iter(given)
-        with self._answered(lambda program, inputs: next(answers)):
+        with self.answered(lambda program, inputs: next(answers)):
             return self(*arguments)
 
     @contextlib.contextmanager
-    def _answered(self, answer: Answer) -> Iterator[None]:
+    def answered(self, answer: Answer) -> Iterator[None]:
+        """While the context lasts, have `answer` give what the programs would."""
         usual, self._answer = self._answer, answer
         try:
             yield
