@@ -17,7 +17,7 @@ from llm_coreml.artifact.inmemoryfs import unpack
 from llm_coreml.artifact.method_plan import Delegate
 from llm_coreml.bundle.bundle_runner import open_runner
 from llm_coreml.config import ExportConfig, resolve
-from llm_coreml.errors import ConfigError
+from llm_coreml.errors import ConfigError, UnsupportedError
 from llm_coreml.eval.pair import read_in_pairs
 from llm_coreml.lower import shares
 from llm_coreml.lower.forms import form_for
@@ -231,11 +231,12 @@ def test_more_than_two_gigabytes_are_cut_without_being_asked(
         ({"partition_size": 0}, "must be at least 1"),
         ({"split": ("heads",)}, "embedding and head. Did you mean 'head'"),
         ({"split": ()}, "names nothing"),
+        ({"constants": "inputs"}, "take_over_constant_data=False"),
     ],
 )
 def test_what_cannot_be_cut(settings: dict[str, Any], told: str) -> None:
     spec = small_spec()
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises((ConfigError, UnsupportedError), match=told):
         job = resolve(ExportConfig(context=64, **PLAIN, **settings), spec)
         cut_of(job, spec, make_plan(job, spec))
 
