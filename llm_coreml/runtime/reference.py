@@ -25,13 +25,14 @@ from llm_coreml.errors import ArtifactError
 from llm_coreml.reference.load import load_methods
 from llm_coreml.reference.method.memory import dtype_of
 from llm_coreml.reference.method.method import LoadedMethod
+from llm_coreml.reference.observe.series import Series
 from llm_coreml.reference.program.constants import PackedWeight
 from llm_coreml.reference.program.coreml_program import CoreMLProgram
 from llm_coreml.reference.program.execution import Execution
 from llm_coreml.reference.program.interface import INTERFACE_TYPES
 from llm_coreml.reference.program.side_by_side import OnRows
 from llm_coreml.runtime.carried_caches import carried
-from llm_coreml.runtime.divided_states import divided
+from llm_coreml.runtime.divided_states import divided, of_program, own_states
 from llm_coreml.runtime.runner import Runner
 
 # What a program gives, by name.
@@ -134,14 +135,21 @@ class ReferenceRunner(Runner):
         self._clear()
 
     @property
-    def program(self) -> CoreMLProgram:
-        """The only Core ML program, for observers. Raises ArtifactError if there are several."""
-        if len(self.programs) != 1:
+    def program(self) -> CoreMLProgram | Series:
+        """The Core ML program, or the partitions in a row, for observers.
+
+        Raises:
+            ArtifactError: there are several programs that do not run one after the other.
+        """
+        if len(self.programs) == 1:
+            return self.programs[0]
+        in_a_row = self.methods[self.description.main].in_a_row
+        if len(self.methods) > 1 or not in_a_row:
             raise ArtifactError(
                 f"The file holds {len(self.programs)} Core ML programs; only a single one can be "
-                "watched."
+                "watched, or the partitions of a single method."
             )
-        return self.programs[0]
+        return Series(in_a_row)
 
     def constants(self) -> Iterator[tuple[str, torch.Tensor | PackedWeight]]:
         """Yield the constants of all programs, see `CoreMLProgram.constants`."""
@@ -173,13 +181,13 @@ class ReferenceRunner(Runner):
         calls = [list(text.calls()) for text in sequences]
         # Of every call of every text, what the programs so far have given.
         given: list[list[list[Outputs]]] = [[[] for _ in text] for text in calls]
-        states = [_own_states(main, text.states or {}) for text in sequences]
+        states = [own_states(main, text.states or {}) for text in sequences]
         for program in main.in_a_row:
             inputs = [
                 [main.inputs_of(before, *call) for before, call in zip(*text, strict=True)]
                 for text in zip(given, calls, strict=True)
             ]
-            own = [_of_program(program, each) for each in states]
+            own = [of_program(program, each) for each in states]
             outputs = program.side_by_side(list(zip(own, inputs, strict=True)), on_rows)
             for befores, results in zip(given, outputs, strict=True):
                 for before, found in zip(befores, results, strict=True):
@@ -215,34 +223,10 @@ class ReferenceRunner(Runner):
             self._caches = carried(self._caches, divided(states, rows))
             return
         for method in self.methods.values():
-            own = _own_states(method, states)
+            own = own_states(method, states)
             for program in method.programs:
                 if program.states:
-                    program.remember(_of_program(program, own))
-
-
-def _own_states(
-    method: LoadedMethod, states: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """Return what the programs of a method are to remember, by their names; nothing of nothing.
-
-    Raises:
-        ArtifactError: a state is missing or unknown.
-    """
-    programs = method.in_a_row or method.programs
-    rows = {each.name: each.shape[0] for program in programs for each in program.states}
-    own = divided(states, rows)
-    if states and own.keys() != rows.keys():
-        raise ArtifactError(f"The states are {sorted(own)}; the program has {sorted(rows)}.")
-    return own
-
-
-def _of_program(
-    program: CoreMLProgram, states: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """Return those of the states that a program has."""
-    own = {each.name for each in program.states}
-    return {name: value for name, value in states.items() if name in own}
+                    program.remember(of_program(program, own))
 
 
 def _check_signature(method: LoadedMethod, path: Path) -> None:
