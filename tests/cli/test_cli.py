@@ -35,19 +35,8 @@ from llm_coreml.recipes import recipe_names
 from llm_coreml.targets import TARGETS
 
 COMMANDS = (
-    *(
-        "compare",
-        "diff",
-        "eval",
-        "export",
-        "extract",
-        "generate",
-        "inspect",
-        "lm-eval",
-        "ls",
-        "run",
-        "show",
-    ),
+    *("compare", "dashboard", "diff", "eval", "export", "extract", "generate", "inspect"),
+    *("lm-eval", "ls", "report", "run", "show"),
 )
 STAGES = (
     "opening the checkpoint ...",
