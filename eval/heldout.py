@@ -1,20 +1,93 @@
 """The text that models are measured on, cut into windows.
 
-windows = cut(tokenizer.encode(text), window=512, beginning=(1,), limit=4096)
+read = read_heldout(Path("wiki.txt"), bundle.tokenizer, context=2048, limit=4096)
+read.windows[0], read.sizes[0].words
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
+from bisect import bisect_left
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from llm_coreml.errors import ArtifactError, ConfigError
+from llm_coreml.eval.results import Window
 from llm_coreml.recipes import bundled_model
 from llm_coreml.tokenizer import Tokenizer
 
 _HELDOUT = "heldout.txt"
 # Two models' logits of a window are held at a time: 1 GB at a vocabulary of 128 thousand.
 _LONGEST_WINDOW = 1024
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A text, ready to be read.
+
+    Attributes:
+        name: Of the text.
+        sha256: Of all of it; of the tokens, where there is no text.
+        windows: The first token of each is given, the others are scored.
+        sizes: What each scores.
+    """
+
+    name: str
+    sha256: str
+    windows: tuple[tuple[int, ...], ...]
+    sizes: tuple[Window, ...]
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens are scored."""
+        return sum(size.tokens for size in self.sizes)
+
+
+def read_heldout(
+    text: str | Path | None, tokenizer: Path | None, context: int, limit: int
+) -> HeldOut:
+    """Return a text in windows, with the words and bytes that each of them scores.
+
+    Words are parted by white space, as lm-eval parts them, and belong to the window in which they
+    end. For the arguments and errors see `read_windows`.
+    """
+    opened = _opened(tokenizer)
+    name, content = read_text(None if text is None else Path(text))
+    windows = cut_to_context(opened.encode(content), context, opened.beginning, limit)
+    given = len(opened.beginning)
+    ends = [0, *opened.ends(content)]
+    # Where the scored part of each window begins and ends, in tokens of the text.
+    borders = [0 if given else 1]
+    for window in windows:
+        borders.append(borders[-1] + len(window) - (given or 1))
+    places = [ends[border] for border in borders]
+    gaps = [found.start() for found in re.finditer(r"\s+", content)]
+    sizes: list[Window] = []
+    for window, (start, stop) in zip(windows, pairwise(places), strict=True):
+        words = bisect_left(gaps, stop) - bisect_left(gaps, start) + (not sizes)
+        sizes.append(Window(len(window) - 1, words, len(content[start:stop].encode())))
+    sha256 = hashlib.sha256(content.encode()).hexdigest()
+    return HeldOut(name, sha256, tuple(map(tuple, windows)), tuple(sizes))
+
+
+def heldout_tokens(name: str, windows: Sequence[Sequence[int]]) -> HeldOut:
+    """Return windows of tokens that come without a text."""
+    digest = hashlib.sha256(json.dumps([list(window) for window in windows]).encode())
+    sizes = tuple(Window(len(window) - 1, 0, 0) for window in windows)
+    return HeldOut(name, digest.hexdigest(), tuple(map(tuple, windows)), sizes)
+
+
+def _opened(tokenizer: Path | None) -> Tokenizer:
+    if tokenizer is None:
+        raise ArtifactError(
+            "This bundle was exported without a tokenizer, so no text can be read; export again "
+            "with one."
+        )
+    return Tokenizer(tokenizer)
 
 
 def read_windows(
@@ -32,12 +105,7 @@ def read_windows(
         ArtifactError: there is no tokenizer.
         ConfigError: the text cannot be used.
     """
-    if tokenizer is None:
-        raise ArtifactError(
-            "This bundle was exported without a tokenizer, so no text can be read; export again "
-            "with one."
-        )
-    opened = Tokenizer(tokenizer)
+    opened = _opened(tokenizer)
     name, content = read_text(None if text is None else Path(text))
     return name, cut_to_context(opened.encode(content), context, opened.beginning, limit)
 

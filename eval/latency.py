@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 
-from llm_coreml.eval.results import Latency
+from llm_coreml.eval.timings import Latency
 from llm_coreml.runtime.runner import Runner
 
 _RUNS = 5

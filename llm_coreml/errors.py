@@ -2,13 +2,14 @@
 
     LlmCoreMLError            1   anything below; also a bug we could name
       ConfigError             2   flags or fields that contradict a rule (as click's usage errors)
+      GateError               3   measured, and worse than a gate allows
       CheckpointError         4   the model's files are absent, damaged or not what config.json says
       UnsupportedError        5   a model, weight format or target that is understood and refused
       OutputError             6   the output exists, cannot be written, or the disk is full
       ArtifactError           7   a .pte or bundle that is corrupt, hostile or not ours to run
       VerificationError       8   the artifact does not compute what the model computes
       SystemUnfitError        9   the operating system lacks what this package needs of it
-      SystemUnfitError        9   the operating system lacks what this package needs of it
+      UnmeasuredError        10   a gate asks for a figure that was not measured
 
 A message is one sentence or two: the value, the rule it breaks, and what to do next.
 Ctrl-C exits with 130, SIGHUP with 129, SIGTERM with 143.
@@ -39,6 +40,12 @@ class ConfigError(LlmCoreMLError):
     """A setting breaks a rule, or two settings contradict each other."""
 
     exit_code = 2
+
+
+class GateError(LlmCoreMLError):
+    """What was measured is worse than a gate allows."""
+
+    exit_code = 3
 
 
 class CheckpointError(LlmCoreMLError):
@@ -87,6 +94,12 @@ class SystemUnfitError(LlmCoreMLError):
     """The operating system lacks what this package needs of it."""
 
     exit_code = 9
+
+
+class UnmeasuredError(LlmCoreMLError):
+    """A gate asks for a figure that was not measured, so that nobody knows whether it holds."""
+
+    exit_code = 10
 
 
 def nearest(value: str, known: Iterable[str]) -> str:

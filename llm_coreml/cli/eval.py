@@ -28,6 +28,9 @@ if TYPE_CHECKING:  # rich, which --help does without
 @click.option("--tokens", type=int, default=2048, show_default=True, help="Most tokens to score.")
 @click.option("--artifact-only", is_flag=True, help="Do not load the original.")
 @click.option(
+    "--results", type=PATH, metavar="DIR", help="Append a line to DIR/results.jsonl, too."
+)
+@click.option(
     "--import",
     "device_run",
     type=PATH,
@@ -45,6 +48,7 @@ def eval_command(
     text: Path | None,
     tokens: int,
     artifact_only: bool,
+    results: Path | None,
     device_run: Path | None,
     device_name: str | None,
     mode: str,
@@ -82,6 +86,7 @@ def eval_command(
             artifact_only=artifact_only,
             execution=Execution(mode, device),
             checked=not unchecked,
+            results=results,
             progress=screen.progress,
         )
         screen.show(form, result.to_json(), lambda: evaluation_table(result))

@@ -25,6 +25,7 @@ from llm_coreml.cli.extract import extract_command
 from llm_coreml.cli.generate import generate_command
 from llm_coreml.cli.inspect import inspect_command
 from llm_coreml.cli.listing import ls_command
+from llm_coreml.cli.lm_eval import lm_eval_command
 from llm_coreml.cli.process import INTERRUPTION, check_folder
 from llm_coreml.cli.run import run_command
 from llm_coreml.cli.show import show_command
@@ -72,8 +73,9 @@ def cli() -> None:
     """Export Hugging Face causal LMs to Core ML .pte files, and prove the result off-device.
 
     \b
-    Exit codes: 0 done, 1 other error, 2 usage, 4 checkpoint, 5 unsupported, 6 output,
-    7 artifact, 8 verification, 9 system, 130 interrupted (129 by SIGHUP, 143 by SIGTERM).
+    Exit codes: 0 done, 1 other error, 2 usage, 3 gate, 4 checkpoint, 5 unsupported, 6 output,
+    7 artifact, 8 verification, 9 system, 10 gate without a figure, 130 interrupted (129 by SIGHUP,
+    143 by SIGTERM).
     """
     check_folder()
 
@@ -81,6 +83,7 @@ def cli() -> None:
 for command in (
     export_command,
     eval_command,
+    lm_eval_command,
     generate_command,
     show_command,
     ls_command,

@@ -38,6 +38,7 @@ _LABELS = {
     "read": "reading a text with the quantized model",
     "lower": "lowering to an ExecuTorch program",
     "verify": "verifying the artifact",
+    "tasks": "listing tasks",
     "score": "scoring text",
     "time": "timing calls",
     "watch": "watching every operation",

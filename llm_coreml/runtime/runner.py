@@ -218,6 +218,50 @@ class Runner(ABC):
         return torch.cat(rows) if rows else torch.empty(0, self.vocab_size)
 
     @final
+    def take_up(self, tokens: Sequence[int]) -> int:
+        """Keep what the cache holds of the beginning of `tokens`, and forget the rest.
+
+        Returns:
+            How many of them need not be read again, never the last; 0 where what was before is
+            forgotten, and the cache is empty.
+        """
+        kept = self._shared(tokens)
+        if kept and self._remembers(kept):
+            self.rewind(kept)
+            return kept
+        self.reset()
+        return 0
+
+    @final
+    def rows_after(self, tokens: Sequence[int], count: int) -> torch.Tensor:
+        """Return the logits after each of the last `count` of `tokens`, which begin a text.
+
+        What the cache holds of their beginning is not read again.
+
+        Args:
+            tokens: The text, at least `count` long.
+            count: How many rows are wanted, at least one.
+
+        Returns:
+            float32 `[count, vocab]`.
+        """
+        first = len(tokens) - count
+        start = self.take_up(tokens[: first + 1])
+        self._check_room(len(tokens) - start)
+        if not self.every_row and start < first:
+            self.feed(tokens[start:first])
+            start = first
+        rows = []
+        lengths = self.seq_lengths if self.every_row else (1,)
+        ranged = self.ranged and self.every_row
+        for length in split_lengths(len(tokens) - start, lengths, ranged=ranged):
+            read = self.step(tokens[start : start + length])
+            # A chunk's rows before the first are of no use, and take much memory.
+            rows.append(read[max(0, first - start) :] if self.every_row else read)
+            start += length
+        return torch.cat(rows)
+
+    @final
     def generate(
         self,
         tokens: Sequence[int],
@@ -244,11 +288,8 @@ class Runner(ABC):
                 used for something else before the text has ended.
         """
         sampler = sampler or Sampler()
-        kept = self._shared(tokens) if reuse else 0
-        if kept and self._remembers(kept):
-            self.rewind(kept)
-        else:
-            kept = 0
+        kept = self.take_up(tokens) if reuse else 0
+        if not reuse:
             self.reset()
         row = self.feed(tokens[kept:])
         for count in range(1, max_new_tokens + 1):

@@ -100,6 +100,16 @@ class Tokenizer:
         """
         return self._encode(text, special=False)
 
+    def ends(self, text: str) -> list[int]:
+        """Return where in `text` each of its tokens, as `encode` has them, ends.
+
+        Raises:
+            CheckpointError: see `encode`.
+        """
+        with _native(f"The tokenizer cannot read {text[:40]!r}", "Give a text that it knows."):
+            spans = self._tokenizer.encode(text, add_special_tokens=False).offsets
+        return [end for _, end in spans]
+
     def _encode(self, text: str, special: bool) -> list[int]:
         try:
             text.encode()

@@ -48,6 +48,7 @@ REQUIRED = {
     "generate": ("gone", "-p", "The"),
     "diff": ("gone", "gone"),
     "inspect": ("gone", "--numerics"),
+    "lm-eval": ("-m", "gone", "-t", "gone"),
     "ls": (),
 }
 CODES = {0, 2, 4, 5, 6, 7}

@@ -9,7 +9,7 @@ import pytest
 
 import llm_coreml
 from llm_coreml.errors import ConfigError
-from llm_coreml.eval import evaluate
+from llm_coreml.eval import originals
 
 
 def test_only_a_missing_text_leaves_the_quantized_model_out(
@@ -23,6 +23,6 @@ def test_only_a_missing_text_leaves_the_quantized_model_out(
         raise ConfigError("no such format")
 
     own = Path(shutil.copytree(bundle, tmp_path / "own"))
-    monkeypatch.setattr(evaluate, "quantize", refuse)
+    monkeypatch.setattr(originals, "quantize", refuse)
     with pytest.raises(ConfigError, match="no such format"):
         llm_coreml.evaluate(own, model=checkpoint, text=text_file, tokens=9)

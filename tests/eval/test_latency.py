@@ -10,7 +10,7 @@ import torch
 from fake_runner import FakeRunner
 from llm_coreml.eval import latency as timing
 from llm_coreml.eval.latency import measure_latency
-from llm_coreml.eval.results import Latency
+from llm_coreml.eval.timings import Latency
 
 TABLE = torch.zeros(9, 9)
 

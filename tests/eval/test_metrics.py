@@ -17,7 +17,8 @@ from llm_coreml.cli.tables import comparison_table, evaluation_table
 from llm_coreml.eval.difference import Comparison
 from llm_coreml.eval.metrics import METRICS, Metric
 from llm_coreml.eval.quality import measure_quality
-from llm_coreml.eval.results import Evaluation, Latency, Quality
+from llm_coreml.eval.results import Evaluation, Quality
+from llm_coreml.eval.timings import Latency
 
 TABLE = torch.tensor([[0.0, 1.0, 3.0], [2.0, 0.0, -1.0], [0.5, 0.0, 0.0]])
 WINDOWS = [[0, 1, 2, 0], [2, 1]]
