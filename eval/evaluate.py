@@ -98,7 +98,7 @@ def evaluate(
         program_sha256=program,
         mode=execution.mode,
         device=execution.device,
-        devices=devices_of(opened),
+        devices=devices_of(opened, progress),
         subject=Subject("bundle", opened.folder.resolve().name, program),
         export=_export(opened),
         program_bytes=sizes[PROGRAM],
