@@ -15,6 +15,7 @@ from llm_coreml.bundle.typed_json import write_record
 from llm_coreml.eval.measures import Measures
 from llm_coreml.eval.metrics import Metric
 from llm_coreml.eval.timings import Latency, Timing
+from llm_coreml.plain_table import PlainTable
 
 # Version 1 had neither windows nor intervals, and no word of what was measured on which machine.
 RESULTS_VERSION = 2
@@ -259,6 +260,22 @@ class Evaluation:
     def artifact(self) -> Quality:
         """The figures of the `.pte`."""
         return self.qualities[-1]
+
+    def __str__(self) -> str:
+        return str(self._table())
+
+    def _repr_html_(self) -> str:
+        return self._table().html()
+
+    def _table(self) -> PlainTable:
+        """Return the figures of each model, a row each."""
+        metrics = self.artifact.metrics
+        rows = [
+            (each.name, *(metric.shown(each.figures.get(metric.name)) for metric in metrics))
+            for each in self.qualities
+        ]
+        title = f"{self.tokens:,} tokens of {self.text}, {self.bits_per_weight:.2f} bits per weight"
+        return PlainTable(title, ("", *(metric.label for metric in metrics)), tuple(rows))
 
     def quality(self, name: str) -> Quality:
         """Return the figures of `original`, `quantized` or `artifact`; KeyError if not measured."""

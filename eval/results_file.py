@@ -123,6 +123,15 @@ def read_results(place: Path) -> list[dict[str, Any]]:
     return [document for path in files for document in _documents(path)]
 
 
+def latest_result(place: Path) -> dict[str, Any]:
+    """Return the document at `place`, of several the one that was made last.
+
+    Raises:
+        ConfigError: as `read_results`.
+    """
+    return max(read_results(place), key=lambda document: str(document["created"]))
+
+
 def _files(place: Path) -> Iterator[Path]:
     if not place.is_dir():
         yield place

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from llm_coreml.eval.results import Evaluation
     from llm_coreml.inspect.extraction import extract
     from llm_coreml.pipeline import export
+    from llm_coreml.pretrained import push_to_hub_coreml, save_pretrained_coreml
+    from llm_coreml.qat import qat_config
     from llm_coreml.runtime.sampling import Sampling
 
 _HOMES = {
@@ -34,6 +36,9 @@ _HOMES = {
     "export": "llm_coreml.pipeline",
     "extract": "llm_coreml.inspect.extraction",
     "load": "llm_coreml.bundle.language_model",
+    "push_to_hub_coreml": "llm_coreml.pretrained",
+    "qat_config": "llm_coreml.qat",
+    "save_pretrained_coreml": "llm_coreml.pretrained",
 }
 
 # These bring no torch.
@@ -49,6 +54,9 @@ __all__ = [
     "export",
     "extract",
     "load",
+    "push_to_hub_coreml",
+    "qat_config",
+    "save_pretrained_coreml",
 ]
 
 

@@ -16,6 +16,7 @@ import errno
 import json
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -63,10 +64,9 @@ def folder_beside(output: Path, check: Callable[[Path], None]) -> Iterator[Path]
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         place = stack.enter_context(draft_folder(output.parent, rescue=_put_back))
-        draft, scratch = place / "draft", place / "scratch"
+        draft = place / "draft"
         draft.mkdir()
-        scratch.mkdir()
-        with _temporary_files_in(scratch):
+        with _SCRATCH.beside(output.parent):
             yield draft
         check(output)
         with uninterrupted():
@@ -84,14 +84,36 @@ def folder_beside(output: Path, check: Callable[[Path], None]) -> Iterator[Path]
                     folder.rmdir()
 
 
-@contextlib.contextmanager
-def _temporary_files_in(folder: Path) -> Iterator[None]:
-    previous = tempfile.tempdir
-    tempfile.tempdir = str(folder)
-    try:
-        yield
-    finally:
-        tempfile.tempdir = previous
+class _Scratch:
+    """Where temporary files of this process go while folders are made, of all threads.
+
+    `tempfile` has one place for all, so that whoever comes first makes it, and the last that leaves
+    removes it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._stack = contextlib.ExitStack()
+
+    @contextlib.contextmanager
+    def beside(self, parent: Path) -> Iterator[None]:
+        with self._lock:
+            if self._inside == 0:
+                folder = self._stack.enter_context(draft_folder(parent, rescue=_put_back))
+                self._stack.callback(setattr, tempfile, "tempdir", tempfile.tempdir)
+                tempfile.tempdir = str(folder)
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._inside -= 1
+                if self._inside == 0:
+                    self._stack.close()
+
+
+_SCRATCH = _Scratch()
 
 
 def _replace(output: Path, draft: Path) -> None:

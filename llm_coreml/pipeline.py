@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,14 +39,17 @@ from llm_coreml.decoder.rope import table_notes
 from llm_coreml.decoder.states import state_specs
 from llm_coreml.errors import UnsupportedError, VerificationError
 from llm_coreml.lower.forms import form_for
+from llm_coreml.lower.shares import Cut, cut_of
 from llm_coreml.machine import free_memory, trim_memory
 from llm_coreml.model import Model, open_model
 from llm_coreml.output import write_json
-from llm_coreml.progress import Progress, Silent
+from llm_coreml.progress import Progress
+from llm_coreml.progress_bar import Step, listening
 from llm_coreml.quantize.cache import WeightCache, default_folder
 from llm_coreml.quantize.calibrate.text import read_content
 from llm_coreml.quantize.plan.choose import plan_without_weights
 from llm_coreml.quantize.plan.imported import keeps_codes, left_as_is
+from llm_coreml.quantize.plan.plan import QuantizationPlan
 from llm_coreml.quantize.quantized import Quantized, quantize, quantized_again
 from llm_coreml.quantize.residual import needed_shift
 from llm_coreml.quiet import quiet
@@ -66,8 +70,11 @@ from llm_coreml.verify.verification import Verification
 _CONVERSION = 0.6
 # Bytes that weights may take expanded while a program is verified; others are expanded at each use.
 _EXPANDED = 1 << 26
+# coremltools keeps the blocks that it builds in globals.
+_LOWERING = threading.Lock()
 
 
+@quiet()
 def export(
     model: str | Path | torch.nn.Module,
     tokenizer: Any = None,
@@ -83,7 +90,7 @@ def export(
     revision: str | None = None,
     local_files_only: bool = False,
     cache: str | Path | bool = True,
-    progress: Progress | None = None,
+    progress: Progress | bool | Callable[[Step], object] | None = None,
 ) -> Bundle:
     """Quantize a causal LM, lower it to a `.pte`, verify that file, and write the bundle.
 
@@ -105,7 +112,8 @@ def export(
         cache: Folder that keeps quantized weights, from which an interrupted export goes on and
             other exports of the model begin; True takes `quantize.cache.default_folder()`, False
             keeps nothing.
-        progress: Told of stages, shares and notes.
+        progress: Told of stages, shares and notes: True draws one bar, a function is called with
+            each `progress_bar.Step`, None and False are silent.
 
     Returns:
         The written bundle.
@@ -116,18 +124,23 @@ def export(
     """
     given = {"bits": bits, "scheme": scheme, "target": target, "context": context, "family": family}
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    run = _Run((config or _settings(model)).under(changes), progress or Silent(), cache)
-    check_output(Path(output), overwrite)
-    _check_lowering(run.config)
-    if run.config.calibrate is not None:
-        read_content(run.config.calibrate)  # what is wrong with it is told before work is done
-    opened = run.open(model, tokenizer, revision, local_files_only)
-    with new_bundle(Path(output), overwrite) as draft, run.open_cache() as kept, kept.paged_out():
+    with listening(progress) as listener:
+        run = _Run((config or _settings(model)).under(changes), listener, cache)
+        check_output(Path(output), overwrite)
+        _check_lowering(run.config)
+        if run.config.calibrate is not None:
+            read_content(run.config.calibrate)  # what is wrong with it is told before work is done
+        opened = run.open(model, tokenizer, revision, local_files_only)
+        _make(run, opened, Path(output), overwrite)
+    return open_bundle(Path(output))
+
+
+def _make(run: _Run, opened: Model, output: Path, overwrite: bool) -> None:
+    with new_bundle(output, overwrite) as draft, run.open_cache() as kept, kept.paged_out():
         try:
             _write(run, opened, draft, kept)
         except VerificationError as error:
-            raise keep_failed(draft, Path(output), error) from None
-    return open_bundle(Path(output))
+            raise keep_failed(draft, output, error) from None
 
 
 def _check_lowering(config: ExportConfig) -> None:
@@ -137,8 +150,7 @@ def _check_lowering(config: ExportConfig) -> None:
 
         check_compiler()
     if config.passes is not None:
-        with quiet():
-            from llm_coreml.lower.mil_passes import pass_names
+        from llm_coreml.lower.mil_passes import pass_names
 
         pass_names(config.passes)
 
@@ -188,7 +200,7 @@ class _Run:
         """Refuse settings that cannot work for a model of these sizes."""
         job = resolve(self.config, spec)
         imported = quantized and keeps_codes(job)
-        plan_without_weights(left_as_is(job) if imported else job, spec)
+        cut_of(job, spec, plan_without_weights(left_as_is(job) if imported else job, spec))
 
 
 def _write(run: _Run, model: Model, draft: Path, cache: WeightCache) -> None:
@@ -196,8 +208,10 @@ def _write(run: _Run, model: Model, draft: Path, cache: WeightCache) -> None:
     _tell_of_the_context(run, model, job)
     _tell_of_the_states(run, model, job)
     bos_id, eos_ids = write_tokenizer(model, draft, progress.note)
-    form = form_for(job, model.spec, bos_id, eos_ids)
     quantized = quantize(model, job, draft / TOKENIZER, progress, cache)
+    cut = cut_of(job, model.spec, quantized.plan)
+    _tell_of_the_cut(progress, cut, quantized.plan)
+    form = form_for(job, model.spec, bos_id, eos_ids, cut)
     reading = _read(progress, quantized, form.description, draft)
     shift = _needed_shift(reading, job)
     if shift:
@@ -211,7 +225,7 @@ def _write(run: _Run, model: Model, draft: Path, cache: WeightCache) -> None:
         reading = _read(progress, quantized, form.description, draft)
     progress.stage("lower")
     program = draft / PROGRAM
-    with quiet():
+    with _LOWERING:
         form.write(quantized.decoder, program, progress.advance)
     _check_size(job, program)
     free_memory()
@@ -252,6 +266,18 @@ def _tell_of_the_states(run: _Run, model: Model, job: Job) -> None:
             f"{' and '.join(str(list(shape)) for shape in dict.fromkeys(shapes))}; {rule.instead} "
             "has no such limit."
         )
+
+
+def _tell_of_the_cut(progress: Progress, cut: Cut, plan: QuantizationPlan) -> None:
+    """Tell of several partitions, and of what each of them has."""
+    if not cut.partitions:
+        return
+    held = "; ".join(f"{each.holds} ({each.weight_bytes:,} bytes)" for each in cut.partitions)
+    twice = " The token table is the head, too, and lies in both their partitions."
+    progress.note(
+        f"The program has {len(cut.shares)} partitions, as {cut.why}: {held}."
+        f"{twice if plan.tied else ''}"
+    )
 
 
 def _needed_shift(reading: ReadText, job: Job) -> int:

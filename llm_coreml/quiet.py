@@ -6,7 +6,8 @@
 What they print is about their own versions and internals, and nobody who calls `export` can act on
 it. All that is changed for that is put back: filters of warnings, levels of their loggers, and the
 handlers that they give to the root logger. Warnings and logs of anybody else pass, the host
-program's and ours. Like `warnings.catch_warnings`, it holds for all threads.
+program's and ours. Like `warnings.catch_warnings`, it holds for all threads: the first that comes
+makes the change, and the last that leaves takes it back.
 """
 
 from __future__ import annotations
@@ -16,13 +17,17 @@ import functools
 import importlib
 import logging
 import sys
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from pathlib import PurePath
 from typing import Any
 
-_LIBRARIES = frozenset({"coremltools", "executorch", "torch", "torchao", "transformers"})
+_LIBRARIES = frozenset(
+    {"accelerate", "bitsandbytes", "coremltools", "executorch", "peft", "torch", "torchao"}
+    | {"transformers"}
+)
 # Whom they call in a way that makes the warning the callee's.
 _BORROWED = ("copyreg",)
 # Where coremltools keeps what draws its bars.
@@ -49,12 +54,39 @@ def is_loud() -> bool:
     return _LOUD.get()
 
 
+class _Shared:
+    """A change of the whole process that holds while any thread is inside of it.
+
+    Args:
+        change: Makes it, and takes it back.
+    """
+
+    def __init__(self, change: Callable[[], contextlib.AbstractContextManager[None]]) -> None:
+        self._change = change
+        self._lock = threading.RLock()
+        self._inside = 0
+        self._stack = contextlib.ExitStack()
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        if _LOUD.get():
+            yield
+            return
+        with self._lock:
+            if self._inside == 0:
+                self._stack.enter_context(self._change())
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._inside -= 1
+                if self._inside == 0:
+                    self._stack.close()
+
+
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Drop warnings and log lines of the libraries below inside the block."""
-    if _LOUD.get():
-        yield
-        return
+def _quietly() -> Iterator[None]:
     # Loaded first, since torch sets the levels of its loggers when it is.
     importlib.import_module("torch")
     with contextlib.ExitStack() as stack:
@@ -80,14 +112,31 @@ def _silent_loggers() -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(_SILENT)
     root.addFilter(_not_theirs)
+    if not handlers:
+        root.addHandler(_LastResort())
     try:
         yield
     finally:
         root.removeFilter(_not_theirs)
         for logger, level in levels.items():
             logger.setLevel(level)
-        # `logging.warning` gives the root logger a handler that would stay.
         root.handlers[:] = handlers
+
+
+class _LastResort(logging.Handler):
+    """Does at the root logger what is done where there is no handler.
+
+    With none there, `logging.warning` of a library gives it one, for the host's lines as well.
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        asking: logging.Logger | None = logging.getLogger(record.name)
+        while asking is not None and asking is not logging.root:
+            if asking.handlers:
+                return
+            asking = asking.parent
+        if logging.lastResort is not None and record.levelno >= logging.lastResort.level:
+            logging.lastResort.handle(record)
 
 
 def _not_theirs(record: logging.LogRecord) -> bool:
@@ -98,11 +147,7 @@ def _not_theirs(record: logging.LogRecord) -> bool:
 
 
 @contextlib.contextmanager
-def no_bars() -> Iterator[None]:
-    """Drop the progress bars of coremltools, which is loaded, inside the block."""
-    if _LOUD.get():
-        yield
-        return
+def _without_bars() -> Iterator[None]:
     drawn: list[tuple[Any, str, Any]] = []
     for module, name in _BARS:
         found = importlib.import_module(module)
@@ -114,3 +159,9 @@ def no_bars() -> Iterator[None]:
     finally:
         for found, name, bar in drawn:
             setattr(found, name, bar)
+
+
+quiet = _Shared(_quietly)
+quiet.__doc__ = "Drop warnings and log lines of the libraries below inside the block."
+no_bars = _Shared(_without_bars)
+no_bars.__doc__ = "Drop the progress bars of coremltools, which is loaded, inside the block."

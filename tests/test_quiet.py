@@ -41,9 +41,9 @@ def test_an_export_from_python_is_quiet(checkpoint: Path, tmp_path: Path) -> Non
     words = [sys.executable, "-c", _HOST, str(checkpoint), str(tmp_path / "out")]
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    *told, last = done.stdout.splitlines()
-    assert set(told) == {"a line of the host"} and len(told) == 5
-    assert last.startswith(f"{tmp_path / 'out'}: ")
+    told, shown = done.stdout.splitlines()[:5], done.stdout.splitlines()[5:]
+    assert set(told) == {"a line of the host"}
+    assert shown[0].startswith(f"{tmp_path / 'out'}: ") and len(shown) == 6
     lines = {line for line in done.stderr.splitlines() if "a warning of the host" not in line}
     assert (
         lines == {"  warnings.warn" + '("a warning of the host", stacklevel=1)'} or lines == set()
@@ -88,3 +88,22 @@ def test_bars_of_coremltools_are_back_afterwards(capfd: pytest.CaptureFixture[st
         assert list(pass_pipeline.tqdm(range(3))) == [0, 1, 2]
         raise KeyboardInterrupt
     assert capfd.readouterr().err == "" and pass_pipeline.tqdm is bar
+
+
+def test_lines_of_the_host_go_where_they_went(capfd: pytest.CaptureFixture[str]) -> None:
+    root = list(logging.root.handlers)
+    logging.root.handlers[:] = []
+    own, plain = logging.getLogger("host.own"), logging.getLogger("host.plain")
+    own.addHandler(logging.NullHandler())
+    try:
+        with quiet():
+            logging.warning("a library asks the root logger")
+            own.warning("handled by its own")
+            plain.warning("handled by nobody")
+            plain.info("too low")
+        assert logging.root.handlers == []
+    finally:
+        logging.root.handlers[:] = root
+        own.handlers.clear()
+    told = capfd.readouterr().err.splitlines()
+    assert told == ["a library asks the root logger", "handled by nobody"]

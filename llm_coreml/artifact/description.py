@@ -26,6 +26,10 @@ REWINDS = "get_max_rewind_len"
 RANGE = "range"
 # What a language model's method takes, in order: S tokens, and how many came before them.
 TOKENS, START_POS = "tokens", "start_pos"
+# What a partition behind the first one takes in their place.
+HIDDEN = "hidden"
+# And where the last real token is, of programs that are given pads.
+LAST_POS = "last_pos"
 INPUTS = (f"{TOKENS} int64 [1, S]", f"{START_POS} int64 [1]")
 
 # How a Core ML program calls a cache that it is given: this and the cache's name.
@@ -84,6 +88,19 @@ class MethodForm:
 
 
 @dataclass(frozen=True)
+class Partition:
+    """A part of a method that is given to Core ML as a whole, one of several.
+
+    Attributes:
+        holds: What it has of the model, in words: `token table, layers 0 to 11`.
+        weight_bytes: What its weights take, as foreseen.
+    """
+
+    holds: str
+    weight_bytes: int
+
+
+@dataclass(frozen=True)
 class Description:
     """A program of a language model.
 
@@ -97,6 +114,7 @@ class Description:
         context: Positions that it remembers.
         constant_methods: What ExecuTorch's LLM runners ask of it, by the method's name.
         why: What the form is for, and what was asked for; empty where nothing tells.
+        partitions: What Core ML runs one after the other, where that is several programs.
     """
 
     form: str
@@ -107,6 +125,7 @@ class Description:
     context: int
     constant_methods: Mapping[str, Constant]
     why: str = ""
+    partitions: tuple[Partition, ...] = ()
 
     @property
     def seq_lengths(self) -> tuple[int, ...]:

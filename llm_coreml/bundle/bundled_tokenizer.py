@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from llm_coreml.bundle.folder import TOKENIZER
 from llm_coreml.checkpoint import Checkpoint
 from llm_coreml.checkpoint.live import LiveCheckpoint
+from llm_coreml.checkpoint.over_files import CheckpointOver
 from llm_coreml.errors import CheckpointError, LlmCoreMLError
 from llm_coreml.model import Model
 from llm_coreml.tokenizer import Tokenizer
@@ -137,7 +138,8 @@ def _live(checkpoint: Checkpoint) -> PreTrainedTokenizerBase | None:
     """Return the tokenizer of transformers that was given with a live model, if one was."""
     from transformers import PreTrainedTokenizerBase
 
-    given = checkpoint.tokenizer if isinstance(checkpoint, LiveCheckpoint) else None
+    files = checkpoint.files if isinstance(checkpoint, CheckpointOver) else checkpoint
+    given = files.tokenizer if isinstance(files, LiveCheckpoint) else None
     return given if isinstance(given, PreTrainedTokenizerBase) else None
 
 

@@ -23,6 +23,7 @@ from llm_coreml.bundle.seal import check_seal, file_sha256, is_vouched_for
 from llm_coreml.drafts import remove_dead
 from llm_coreml.errors import ArtifactError, OutputError
 from llm_coreml.output import check_name, folder_beside, output_error
+from llm_coreml.plain_table import PlainTable
 from llm_coreml.printable import printable
 
 PROGRAM = "model.pte"
@@ -49,11 +50,25 @@ class Bundle:
     checked: bool = True
 
     def __str__(self) -> str:
+        return str(self._table())
+
+    def _repr_html_(self) -> str:
+        return self._table().html()
+
+    def _table(self) -> PlainTable:
+        """Return what a person wants to know of it at first."""
         manifest = self.manifest
-        return (
-            f"{self.folder}: {manifest.source.name} for {manifest.target.backend}, "
-            f"{manifest.quantization.linear.label}, {manifest.program.bytes:,} bytes"
-        )
+        stored, verified = manifest.quantization, manifest.verification
+        target = manifest.target
+        rows = {
+            "program": f"{PROGRAM}, {manifest.program.bytes:,} bytes",
+            "weights": f"{stored.linear.label}; {stored.bits_per_weight:.2f} bits per weight",
+            "runs on": f"{target.backend}, {target.compute_unit}, {target.minimum_os} or later",
+            "context": f"{manifest.program.context:,} positions",
+            "verified": f"largest error {verified.max_relative_error:.1e} of the largest logit, "
+            f"mean KL {verified.mean_kl:.1e} nats ({verified.runtime})",
+        }
+        return PlainTable(f"{self.folder}: {manifest.source.name}", ("", ""), tuple(rows.items()))
 
     @property
     def own(self) -> bool:

@@ -14,7 +14,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from llm_coreml.artifact.description import INPUTS, MAIN_FUNCTION, Description, MethodForm
+from llm_coreml.artifact.description import (
+    INPUTS,
+    MAIN_FUNCTION,
+    Description,
+    MethodForm,
+    Partition,
+)
 from llm_coreml.artifact.method_plan import Constant
 from llm_coreml.bundle.typed_json import LEFT_OUT, named, read_record, write_record
 from llm_coreml.targets import BACKENDS
@@ -255,6 +261,7 @@ class Program:
         every_row: A call gives a row of logits for each of its tokens.
         methods: All methods that read tokens.
         why: What the form is for, and what was asked for.
+        partitions: What Core ML runs one after the other; None where that is one program.
     """
 
     file: str
@@ -271,6 +278,7 @@ class Program:
     every_row: bool | None = field(default=None, metadata=LEFT_OUT)
     methods: Mapping[str, MethodForm] | None = field(default=None, metadata=LEFT_OUT)
     why: str | None = field(default=None, metadata=LEFT_OUT)
+    partitions: tuple[Partition, ...] | None = field(default=None, metadata=LEFT_OUT)
 
 
 @dataclass(frozen=True)
@@ -374,6 +382,7 @@ class Manifest:
             context=program.context,
             constant_methods=program.constant_methods,
             why=program.why or "",
+            partitions=program.partitions or (),
         )
 
 

@@ -114,6 +114,7 @@ def _program(description: Description, path: Path) -> Program:
         every_row=description.every_row,
         methods=description.methods,
         why=description.why,
+        partitions=description.partitions or None,
     )
 
 

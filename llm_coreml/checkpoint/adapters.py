@@ -230,13 +230,19 @@ def _replace(
         raise UnsupportedError(
             f"The adapter of {path} holds '{name}', which is not merged here. {MERGE}."
         )
-    if settings.is_whole(module):
+    if settings.is_whole(module) or _is_resized(plain, entry, entries[plain]):
         entries[plain] = entry
     elif not torch.equal(entry.read(), entries[plain].read()):
         raise UnsupportedError(
             f"The adapter of {path} holds a '{plain}' that differs from the weights', and its "
             f"modules_to_save do not name it. {MERGE}."
         )
+
+
+def _is_resized(name: str, entry: Entry, base: Entry) -> bool:
+    """Say whether a table has another number of tokens, which PEFT saves with the adapter."""
+    is_table = name in (TABLE_WEIGHT, HEAD_WEIGHT)
+    return is_table and entry.shape[:1] != base.shape[:1] and entry.shape[1:] == base.shape[1:]
 
 
 def _product(

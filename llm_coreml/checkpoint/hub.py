@@ -9,6 +9,7 @@ and second copies of its weights (`consolidated.safetensors`) are never fetched.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ from llm_coreml.checkpoint.packed import find_formats
 from llm_coreml.checkpoint.wrappers import text_part
 from llm_coreml.errors import CheckpointError, UnsupportedError
 from llm_coreml.printable import printable
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 
 _SMALL_FILES = (CONFIG, ADAPTER_CONFIG, INDEX, *QUANTIZERS, *TOKENIZER_FILES)
 
@@ -53,7 +56,19 @@ def open_hub(
         UnsupportedError: The weights are quantized in an unknown way, or the repository holds
             an adapter.
     """
-    folder = _fetch(repo, revision, local_files_only, _SMALL_FILES)
+    folder = fetch_settings(repo, revision, local_files_only)
+    return open_fetched(repo, folder, local_files_only, judge)
+
+
+def fetch_settings(repo: str, revision: str | None, local_files_only: bool) -> Path:
+    """Fetch all but weights, and return the folder. Raises CheckpointError."""
+    return fetch(repo, revision, local_files_only, _SMALL_FILES)
+
+
+def open_fetched(
+    repo: str, folder: Path, local_files_only: bool, judge: Callable[[dict[str, Any]], None]
+) -> FileCheckpoint:
+    """Fetch the weights of a repository whose settings lie in `folder`; see `open_hub`."""
     if not (folder / CONFIG).is_file() and not (folder / ADAPTER_CONFIG).is_file():
         raise CheckpointError(
             f"'{repo}' has no config.json. Where it holds GGUF files, fetch one, which is enough "
@@ -67,7 +82,7 @@ def open_hub(
     commit = folder.name
     weight_map = read_weight_map(folder) if (folder / INDEX).is_file() else None
     weights = sorted(set(weight_map.values())) if weight_map else [WEIGHTS]
-    folder = _fetch(repo, commit, local_files_only, (*_SMALL_FILES, *weights))
+    folder = fetch(repo, commit, local_files_only, (*_SMALL_FILES, *weights))
     return open_folder(folder, Source("hub", repo, commit))
 
 
@@ -86,7 +101,7 @@ def _refuse_both(repo: str, folder: Path) -> None:
         )
 
 
-def _fetch(repo: str, revision: str | None, local_files_only: bool, files: tuple[str, ...]) -> Path:
+def fetch(repo: str, revision: str | None, local_files_only: bool, files: tuple[str, ...]) -> Path:
     """Return the cached snapshot of `repo` with at least those of `files` that exist there."""
     import huggingface_hub
 

@@ -10,17 +10,30 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any, final
 
 import torch
 
-from llm_coreml.checkpoint.checkpoint import Checkpoint, Source
+from llm_coreml.checkpoint.checkpoint import Checkpoint, Source, listing, quoted
 from llm_coreml.checkpoint.files import check_config, make_tokenizer
 from llm_coreml.checkpoint.layouts import ordinary_names
+from llm_coreml.checkpoint.live_adapters import adapters_of
+from llm_coreml.checkpoint.live_tensors import (
+    Dequantized,
+    LiveTensor,
+    Merged,
+    Offloaded,
+    TrainedCodes,
+    inner_model,
+    live_tensors,
+)
 from llm_coreml.checkpoint.live_tokenizer import check_live_tokenizer, save_live_tokenizer
+from llm_coreml.checkpoint.live_trained_codes import SETTINGS, has_rounded_inputs
 from llm_coreml.checkpoint.wrappers import text_part
 from llm_coreml.errors import CheckpointError, UnsupportedError, nearest
+from llm_coreml.quiet import quiet
 
 _WHERE = "the live model"
 
@@ -31,7 +44,7 @@ class LiveCheckpoint(Checkpoint):
     """A checkpoint over a live model's own tensors; see `Checkpoint`.
 
     Attributes:
-        tensors: Tensors by name, one per storage. They are the model's: never written to.
+        tensors: Tensors by name, one per storage; what they read may be the model's own.
         aliases: Each further name of such a tensor, and its name in `tensors`.
         tokenizer: The tokenizer, in a form that `live_tokenizer` knows, or None.
     """
@@ -40,7 +53,7 @@ class LiveCheckpoint(Checkpoint):
     generation_config: dict[str, Any]
     source: Source
     tokenizer_files: dict[str, Path]
-    tensors: dict[str, torch.Tensor] = dataclasses.field(repr=False)
+    tensors: dict[str, LiveTensor] = dataclasses.field(repr=False)
     aliases: dict[str, str] = dataclasses.field(repr=False)
     tokenizer: Any = dataclasses.field(repr=False)
     notes: tuple[str, ...] = ()
@@ -55,18 +68,23 @@ class LiveCheckpoint(Checkpoint):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of `name`."""
-        return tuple(self.stored(name).shape)
+        return self._found(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """Return the type of `name` in the model."""
-        return self.stored(name).dtype
+        """Return the type of `name` in the model; a merged weight is computed in fp32."""
+        return self._found(name).dtype
 
     def where(self, name: str) -> str:
         """Return `the live model`."""
         return _WHERE
 
     def stored(self, name: str) -> torch.Tensor:
-        """Return the model's own tensor, on its own device."""
+        """Return the tensor, on its own device, merged if it has adapters."""
+        found = self._found(name)
+        with quiet():
+            return found.read()
+
+    def _found(self, name: str) -> LiveTensor:
         known = self.aliases.get(name, name)
         if known not in self.tensors:
             raise CheckpointError(
@@ -92,16 +110,18 @@ class LiveCheckpoint(Checkpoint):
 def open_live(model: torch.nn.Module, tokenizer: Any) -> LiveCheckpoint:
     """Open a live `transformers` model; its weights are read when asked for, not copied now.
 
+    Wrappers around it and adapters of PEFT inside of it are read through, see `live_tensors`.
+
     Raises:
         CheckpointError: It is not a `transformers` model, or its weights are not in memory.
-        UnsupportedError: It carries PEFT adapters or quantized weights.
+        UnsupportedError: Its adapters cannot be merged, or its weights are quantized or sharded in
+            a way that is not read.
         ConfigError: `tokenizer` is none.
     """
     if tokenizer is not None:
         check_live_tokenizer(tokenizer)
-    kind = type(model).__name__
-    _refuse_adapters(model)
-    config = getattr(model, "config", None)
+    kind, inner = type(model).__name__, inner_model(model)
+    config = getattr(inner, "config", None)
     if not callable(getattr(config, "to_json_string", None)):
         raise CheckpointError(
             f"{kind} has no transformers config. Give a transformers causal LM (of a wrapper, the "
@@ -109,72 +129,87 @@ def open_live(model: torch.nn.Module, tokenizer: Any) -> LiveCheckpoint:
         )
     # Through JSON, so that a live config equals the config.json that would be saved.
     settings = json.loads(config.to_json_string(use_diff=False))  # type: ignore[union-attr]
-    if settings.get("quantization_config"):
-        raise UnsupportedError(
-            f"The config of {kind} has a quantization_config: of quantized weights only files are "
-            "read, not live models. Give the folder or the hub id, or an unquantized model."
-        )
+    with quiet():
+        state = live_tensors(inner)
+    _check_quantization(settings, kind, state)
     check_config(settings, f"the config of {kind}")
-    generation, part = getattr(model, "generation_config", None), text_part(settings)
-    state = model.state_dict()
+    generation, part = getattr(inner, "generation_config", None), text_part(settings)
     layout = ordinary_names(state, among_others=part.whole is not None)
-    beside = part.left_out({name: state[name].nbytes for name in layout.beside})
+    sizes = {name: math.prod(state[name].shape) * state[name].dtype.itemsize for name in state}
+    beside = part.left_out({name: sizes[name] for name in layout.beside})
     tensors, aliases = _untie({name: state[stored] for name, stored in layout.names.items()})
     return LiveCheckpoint(
         config=part.config,
         generation_config={} if generation is None else json.loads(generation.to_json_string()),
-        source=Source("live", getattr(config, "_name_or_path", "") or kind),
+        source=Source("live", _public_name(inner)),
         tokenizer_files={},
         tensors=tensors,
         aliases=aliases,
         tokenizer=tokenizer,
-        notes=(*([beside] if beside else []), *layout.notes),
+        notes=(*([beside] if beside else []), *layout.notes, *_notes(tensors)),
     )
 
 
-def _refuse_adapters(model: torch.nn.Module) -> None:
-    """Raise UnsupportedError for PEFT adapters, with advice that the model's class can follow."""
-    kind, merge = type(model).__name__, "Merge them first: "
-    if any(cls.__module__.split(".")[0] == "peft" for cls in type(model).__mro__):
-        # A PeftModel hands on what its kind of adapter can do.
-        if callable(getattr(model, "merge_and_unload", None)):
-            advice = f"{merge}model = model.merge_and_unload()."
-        else:
-            advice = "They are of a kind that cannot be merged: give the model without them."
-    elif getattr(model, "_hf_peft_config_loaded", False):
-        advice = (
-            f"{merge}model.save_pretrained(folder) writes the adapter alone; load the model again "
-            "without it, then model = PeftModel.from_pretrained(model, folder).merge_and_unload()."
-        )
-    elif any(".base_layer." in name for name in model.state_dict()):
-        advice = (
-            f"{merge}model = peft_model.merge_and_unload(), where peft_model is the PeftModel that "
-            "this model is inside of."
-        )
-    else:
-        return
-    raise UnsupportedError(f"{kind} carries PEFT adapters, which are not exported. {advice}")
+def _public_name(inner: torch.nn.Module) -> str:
+    """Return the hub id that a model was loaded from, else its class: a folder's name is its own.
+
+    transformers notes the commit of what comes from the hub, and of that alone.
+    """
+    config: Any = inner.config
+    if getattr(config, "_commit_hash", None) and config._name_or_path:
+        return str(config._name_or_path)
+    return type(inner).__name__
 
 
-def _untie(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def _check_quantization(settings: dict[str, Any], kind: str, state: dict[str, LiveTensor]) -> None:
+    """Say of settings what the tensors are: codes, or plain where bitsandbytes' are values."""
+    found = settings.get("quantization_config")
+    if any(isinstance(each, TrainedCodes) for each in state.values()):
+        settings["quantization_config"] = SETTINGS
+    elif isinstance(found, dict) and found.get("quant_method") == "bitsandbytes":
+        del settings["quantization_config"]
+    elif found:
+        raise UnsupportedError(
+            f"The config of {kind} has a quantization_config: of quantized weights only files are "
+            "read, not live models. Give the folder or the hub id, or an unquantized model."
+        )
+
+
+def _notes(tensors: dict[str, LiveTensor]) -> list[str]:
+    """Return what to tell of how tensors are read."""
+    merged = [each for each in tensors.values() if isinstance(each, Merged)]
+    held = [*tensors.values(), *(base for each in merged for base in each.base.values())]
+    codes = sum(isinstance(each, Dequantized) for each in held)
+    offloaded = sum(isinstance(each, Offloaded) for each in held)
+    layers = len({id(each.layer) for each in merged})
+    notes = []
+    if layers:
+        names = sorted({name for each in merged for name in adapters_of(each.layer)})
+        notes.append(
+            f"{'An adapter' if len(names) == 1 else 'Adapters'} of PEFT "
+            f"({listing(quoted(names))}) merged into {layers} layers, in fp32."
+        )
+    if codes:
+        notes.append(
+            f"{codes} matrices of bitsandbytes are read as the values that their codes stand for, "
+            "which are quantized anew."
+        )
+    coded = {each.module for each in held if isinstance(each, TrainedCodes)}
+    if any(map(has_rounded_inputs, coded)):
+        notes.append("What layers read was rounded in training; the export does not round it.")
+    if offloaded:
+        notes.append(f"{offloaded} tensors are read from where accelerate has offloaded them.")
+    return notes
+
+
+def _untie(state: dict[str, LiveTensor]) -> tuple[dict[str, LiveTensor], dict[str, str]]:
     """Split `state` into one name per storage and the further names of each."""
-    tensors: dict[str, torch.Tensor] = {}
+    tensors: dict[str, LiveTensor] = {}
     aliases: dict[str, str] = {}
     seen: dict[tuple[object, ...], str] = {}
     for name, tensor in state.items():
-        if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
-            raise UnsupportedError(
-                f"'{name}' is a {type(tensor).__name__}: quantized or sharded tensors cannot be "
-                "read yet. Give a model with plain tensors, as from_pretrained(model_id) loads it."
-            )
-        if tensor.is_meta:
-            raise CheckpointError(
-                f"'{name}' is on the meta device, without data. "
-                "Load the model without offloading: from_pretrained(model_id, device_map='cpu')."
-            )
-        # The same bytes seen as the same tensor; a different view of them is a tensor of its own.
-        key = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        first = seen.setdefault(key, name) if tensor.numel() else name
+        key = tensor.key()
+        first = name if key is None else seen.setdefault(key, name)
         if first == name:
             tensors[name] = tensor
         else:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,17 +18,19 @@ import torch
 
 from llm_coreml.checkpoint.adapters import with_adapter
 from llm_coreml.checkpoint.checkpoint import WEIGHT_DTYPES, Checkpoint, Source
-from llm_coreml.checkpoint.files import open_folder
+from llm_coreml.checkpoint.files import CONFIG, open_folder
 from llm_coreml.checkpoint.gguf import open_gguf
 from llm_coreml.checkpoint.gguf_files import is_gguf, only_model
-from llm_coreml.checkpoint.hub import open_hub
+from llm_coreml.checkpoint.hub import HUB_ID, fetch_settings, open_fetched
 from llm_coreml.checkpoint.live import open_live
+from llm_coreml.checkpoint.lone_adapters import (
+    is_lone_adapter,
+    open_lone_adapter,
+)
 from llm_coreml.checkpoint.packed import PackedCheckpoint, find_formats, names_quantization
 from llm_coreml.errors import CheckpointError, ConfigError
 
 _Opened = TypeVar("_Opened", bound=Checkpoint)
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 
 
 def open_checkpoint(
@@ -43,8 +44,9 @@ def open_checkpoint(
     """Open a checkpoint; reads configuration and headers, and no tensor data.
 
     Args:
-        source: A folder, a `.gguf` file or a folder that holds one, a hub id `org/name`, or a live
-            `transformers` model. A string that is an existing folder is that folder.
+        source: A folder, one of an adapter alone that names its base too, a `.gguf` file or a
+            folder that holds one, a hub id `org/name`, or a live `transformers` model. A string
+            that is an existing folder is that folder.
         tokenizer: The tokenizer of a live model; files bring their own.
         revision: Branch, tag or commit of a hub id.
         local_files_only: Take a hub id from the local cache, without network.
@@ -69,14 +71,21 @@ def open_checkpoint(
             "Leave it out."
         )
     if isinstance(source, torch.nn.Module):
-        return _judged(open_live(source, tokenizer), judge)
+        return _unpacked(_judged(open_live(source, tokenizer), judge))
     if file is not None:
         return _unpacked(open_gguf(file, Source("folder", str(source)), judge))
+    if folder is not None and is_lone_adapter(folder):
+        own = Source("folder", str(source))
+        return open_lone_adapter(folder, own, local_files_only, judge)
     if folder is not None:
         files = open_folder(folder, Source("folder", str(source)))
         return _unpacked(with_adapter(folder, _judged(files, judge)))
-    if isinstance(source, str) and _HUB_ID.fullmatch(source):
-        return _unpacked(open_hub(source, revision, local_files_only, judge))
+    if isinstance(source, str) and HUB_ID.fullmatch(source):
+        fetched = fetch_settings(source, revision, local_files_only)
+        if is_lone_adapter(fetched) and not (fetched / CONFIG).is_file():
+            own = Source("hub", source, fetched.name)
+            return open_lone_adapter(fetched, own, local_files_only, judge)
+        return _unpacked(open_fetched(source, fetched, local_files_only, judge))
     raise CheckpointError(
         f"{str(source)!r} is neither an existing folder, a hub id (org/name) nor a live model, nor "
         "an existing .gguf file. "

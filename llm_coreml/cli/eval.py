@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from llm_coreml.cli.gate_options import GateOptions, gated
 from llm_coreml.cli.options import (
     DEVICE,
     FORMAT,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:  # rich, which --help does without
     help="Measure nothing: put what a runner printed on a device into the results.",
 )
 @click.option("--device-name", help="With --import: what to call the device.")
+@gated
 @MODE
 @DEVICE
 @UNCHECKED
@@ -51,6 +53,7 @@ def eval_command(
     results: Path | None,
     device_run: Path | None,
     device_name: str | None,
+    gate_options: GateOptions,
     mode: str,
     device: str,
     unchecked: bool,
@@ -64,6 +67,7 @@ def eval_command(
 
     \b
     llm-coreml eval out
+    llm-coreml eval out --max-kl 0.05 --against baseline.json --junit gates.xml
     llm-coreml eval out --import device.json --device-name "iPhone 16 Pro"
     """
     from llm_coreml.cli.terminal import terminal
@@ -78,6 +82,7 @@ def eval_command(
         from llm_coreml.eval.evaluate import evaluate
         from llm_coreml.reference.program.execution import Execution
 
+        gates = gate_options.gates(artifact_only)
         result = evaluate(
             bundle,
             model=model,
@@ -89,7 +94,9 @@ def eval_command(
             results=results,
             progress=screen.progress,
         )
-        screen.show(form, result.to_json(), lambda: evaluation_table(result))
+        document = result.to_json()
+        screen.show(form, document, lambda: evaluation_table(result))
+        gate_options.judge(gates, str(bundle), document)
 
 
 def _import(screen: Screen, bundle: Path, run: Path, device: str, checked: bool, form: str) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import click
 
+from llm_coreml.cli.compare import compare_command
 from llm_coreml.cli.diff import diff_command
 from llm_coreml.cli.eval import eval_command
 from llm_coreml.cli.export import export_command
@@ -88,6 +89,7 @@ for command in (
     show_command,
     ls_command,
     diff_command,
+    compare_command,
     inspect_command,
     run_command,
     extract_command,

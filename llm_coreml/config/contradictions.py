@@ -74,6 +74,16 @@ CONTRADICTIONS = (
         "length in one method; drop one of them.",
     ),
     Contradiction(
+        lambda config, target: config.partition_size is not None and config.backend == "xnnpack",
+        "--partition-size {partition_size} is about Core ML's delegates, and --backend xnnpack has "
+        "none; drop one of them.",
+    ),
+    Contradiction(
+        lambda config, target: config.split is not None and config.backend == "xnnpack",
+        "--split {split} is about Core ML's delegates, and --backend xnnpack has none; drop one "
+        "of them.",
+    ),
+    Contradiction(
         lambda config, target: (
             _ranged(config) and config.backend == "coreml" and target.compute_unit == "CPU_AND_NE"
         ),

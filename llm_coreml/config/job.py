@@ -93,6 +93,8 @@ class Job:
         kv_cache: It is a `state`, or `inputs` and outputs of the method.
         functions: The length of each method by name, where there are several.
         shapes: Context and chunk lengths.
+        partition_size: Bytes of weights that a partition may have; None leaves it to their sum.
+        split: Parts that have a partition of their own, of `values.SPLIT`.
         passes: What coremltools is to run, or to leave out, see `checked_passes`; None is as usual.
         compile_specs: Further compile specs, each `key=value`.
         model_type: `model`, or `compiled_model`.
@@ -112,6 +114,8 @@ class Job:
     kv_cache: Literal["state", "inputs"]
     functions: Mapping[str, int]
     shapes: Shapes
+    partition_size: int | None
+    split: tuple[str, ...]
     passes: tuple[str, ...] | None
     compile_specs: tuple[str, ...]
     model_type: Literal["model", "compiled_model"]
@@ -149,6 +153,8 @@ def resolve(config: ExportConfig, spec: DecoderSpec) -> Job:
         shapes=_fitting(
             resolve_shapes(config, spec.max_position_embeddings, spec.longest_context), spec
         ),
+        partition_size=config.partition_size,
+        split=config.split or (),
         passes=config.passes,
         compile_specs=config.compile_specs or (),
         model_type=config.model_type,

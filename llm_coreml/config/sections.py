@@ -34,6 +34,7 @@ from llm_coreml.config.values import (
     checked_lengths,
     checked_passes,
     checked_specs,
+    checked_split,
     checked_system,
     checked_target,
     read_bytes,
@@ -292,6 +293,22 @@ class ProgramSettings(Section):
         "Methods that share the weights, of one length each: prefill:512,decode:1.",
         metavar="NAME:N,NAME:N",
         check=checked_functions,
+    )
+    partition_size: int | None = setting(
+        None,
+        "Cut the program into partitions with so many bytes of weights at most: 950MB.",
+        metavar="BYTES",
+        shown="one partition; 2GB for models with more",
+        read=read_bytes,
+        least=1,
+        most=MOST_BYTES,
+    )
+    split: tuple[str, ...] | None = setting(
+        None,
+        "Give the token table, the head or both a partition of its own.",
+        metavar="embedding,head",
+        check=checked_split,
+        read=read_names,
     )
 
 

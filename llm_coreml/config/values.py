@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from llm_coreml.config.setting import brief
-from llm_coreml.errors import ConfigError
+from llm_coreml.errors import ConfigError, nearest
 from llm_coreml.systems import opset_of
 from llm_coreml.targets import get_target
 
@@ -17,6 +17,8 @@ CONTEXT_MULTIPLE = 32
 MOST_POSITIONS = 2**31 - 1
 MOST_BYTES = 2**63 - 1
 MOST_STEPS = 1_000_000
+# What can have a partition of its own.
+SPLIT = ("embedding", "head")
 # What None comes to.
 DEFAULT_CODEBOOK_ROWS = 16
 DEFAULT_CONTEXT = 2048
@@ -158,6 +160,23 @@ def functions_of(text: str) -> dict[str, int]:
     """Return the length of each function that `checked_functions` has checked, by name."""
     pairs = (part.split(":") for part in text.split(","))
     return {name: int(length) for name, length in pairs}
+
+
+def checked_split(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return what has a partition of its own, in the order in which it runs.
+
+    Raises:
+        ConfigError: there is no such part, or none is named.
+    """
+    for name in names:
+        if name not in SPLIT:
+            raise ConfigError(
+                f"--split names {brief(name)}; what can have a partition of its own is "
+                f"{' and '.join(SPLIT)}.{nearest(name, SPLIT)}"
+            )
+    if not names:
+        raise ConfigError(f"--split names nothing; give {', '.join(SPLIT)}, or leave it out.")
+    return tuple(name for name in SPLIT if name in names)
 
 
 def checked_functions(text: str) -> str:

@@ -200,6 +200,32 @@ class _Handed(CacheView):
         return keys, values
 
 
+@final
+class Shifted(CacheView):
+    """The view of a cache that holds the rows of later layers alone.
+
+    Args:
+        view: Of that cache.
+        first: Which row of all layers its own first one is.
+    """
+
+    def __init__(self, view: CacheView, first: int) -> None:
+        self.view = view
+        self._first = first
+
+    def update(
+        self, layer: int, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store and return, see `CacheView`."""
+        return self.view.update(layer - self._first, keys, values)
+
+    def shared(
+        self, layer: int, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what lies there, see `CacheView`."""
+        return self.view.shared(layer - self._first, keys, values)
+
+
 class Cache(State):
     """Keys and values of several layers for one sequence.
 

@@ -267,15 +267,12 @@ class Decoder(nn.Module):
         """
         start_pos = start_pos.to(torch.int32)
         rows = self._positions(length, start_pos, last_pos)
-        places: dict[int | None, torch.Tensor] = {None: start_pos}
+        starts = self.starts(length, start_pos)
         columns: dict[int | None, torch.Tensor] = {None: self.positions}
         for ring in self._rings():
-            # Looked up, as positions are: no division need be exact on a device.
-            places[ring] = self.get_buffer(_places_in(ring)).index_select(0, start_pos)
             columns[ring] = held_positions(
-                self.positions[:ring], places[ring], start_pos, length, self.extent
+                self.positions[:ring], starts[ring].place, start_pos, length, self.extent
             )
-        starts = {ring: Start(place, length) for ring, place in places.items()}
         views = {
             name: state.open(starts[state.ring])
             if lent is None
@@ -283,6 +280,14 @@ class Decoder(nn.Module):
             for name, state in self.states.items()
         }
         return self._chunk(rows, columns, views)
+
+    def starts(self, length: int, start_pos: torch.Tensor) -> dict[int | None, Start]:
+        """Return where `length` tokens from `start_pos` int32 `[1]` on go, by rings' sizes."""
+        places: dict[int | None, torch.Tensor] = {None: start_pos}
+        for ring in self._rings():
+            # Looked up, as positions are: no division need be exact on a device.
+            places[ring] = self.get_buffer(_places_in(ring)).index_select(0, start_pos)
+        return {ring: Start(place, length) for ring, place in places.items()}
 
     def window(self, length: int) -> Chunk:
         """Return what every block is told of `length` tokens that are all there is.

@@ -13,7 +13,7 @@ keys and values; else each kind of layer has one buffer for both.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,20 +61,44 @@ def slots(spec: DecoderSpec, extent: Extent) -> tuple[Slot, ...]:
     return tuple(found[index] for index in range(len(spec.layers)))
 
 
-def make_states(spec: DecoderSpec, extent: Extent) -> dict[str, State]:
-    """Return empty states by their names in the decoder."""
+def make_states(spec: DecoderSpec, extent: Extent, within: range | None = None) -> dict[str, State]:
+    """Return empty states by their names in the decoder.
+
+    Args:
+        spec: Of the decoder.
+        extent: What they are to hold.
+        within: The layers of a partition, which remembers their rows alone, see `rows_of`; its
+            states are called after the first of them.
+    """
     caches = list(_caches(spec, extent))
     states: dict[str, State] = {}
     for name, sizes, layers in caches:
         kind = KVCache if sizes.ring(extent) is None else RingCache
-        states[name] = kind(len(layers), sizes, extent, joint=len(caches) > 1)
+        count = len(layers) if within is None else len(rows_of(layers, within))
+        if count:
+            called = name if within is None else f"layers_{within.start}_{name}"
+            states[called] = kind(count, sizes, extent, joint=len(caches) > 1)
     return states
 
 
-def state_specs(spec: DecoderSpec, extent: Extent) -> tuple[StateSpec, ...]:
-    """Return every tensor that programs remember."""
+def rows_of(layers: Sequence[int], within: range) -> range:
+    """Return which rows of a state of `layers` belong to the layers `within`, in a row."""
+    rows = [row for row, layer in enumerate(layers) if layer in within]
+    return range(rows[0], rows[-1] + 1) if rows else range(0)
+
+
+def part_rows(spec: DecoderSpec, extent: Extent, within: range) -> dict[str, range]:
+    """Return which rows of each of the decoder's states the layers of a partition have."""
+    found = {name: rows_of(layers, within) for name, _, layers in _caches(spec, extent)}
+    return {name: rows for name, rows in found.items() if rows}
+
+
+def state_specs(
+    spec: DecoderSpec, extent: Extent, within: range | None = None
+) -> tuple[StateSpec, ...]:
+    """Return every tensor that programs remember; of a partition see `make_states`."""
     with torch.device("meta"):
-        states = make_states(spec, extent)
+        states = make_states(spec, extent, within)
     return tuple(
         StateSpec(f"{name}_{part}", tuple(buffer.shape))
         for name, state in states.items()

@@ -27,7 +27,9 @@ from llm_coreml.artifact.description import (
 from llm_coreml.artifact.method_plan import Constant
 from llm_coreml.config import Job, Shapes
 from llm_coreml.decoder import Decoder, DecoderSpec
+from llm_coreml.decoder.parts import Share
 from llm_coreml.decoder.states import state_specs
+from llm_coreml.lower.shares import Cut, whole
 from llm_coreml.lower.traced import constant_methods
 
 OnProgress = Callable[[float], None]
@@ -40,6 +42,7 @@ class Lowering(ABC):
     Attributes:
         job: Settings.
         description: What the file will offer.
+        shares: What each partition has of the decoder, where there are several.
     """
 
     name: ClassVar[str]
@@ -50,6 +53,7 @@ class Lowering(ABC):
 
     job: Job
     description: Description
+    shares: tuple[Share, ...] = ()
 
     @classmethod
     @abstractmethod
@@ -62,28 +66,32 @@ class Lowering(ABC):
         job: Job,
         spec: DecoderSpec,
         constants: dict[str, Constant],
+        cut: Cut,
     ) -> Description:
         """Return what a program offers: one method, or those that were asked for."""
         every_row = job.logits == "all"
         output = f"float32 [1, {'S' if every_row else 1}, {spec.vocab_size}]"
         given = job.kv_cache == "inputs"
-        caches = _caches(spec, job.shapes, cls.input_dtype(job)) if given else {}
+        caches = _caches(spec, job.shapes, cls.input_dtype(job), cut) if given else {}
+        count = len(cut.shares)
         inputs = (*INPUTS, *(f"{name} {text}" for name, text in caches.items()))
         methods = {
-            name: MethodForm(inputs, output, (length,), (name,))
+            name: MethodForm(inputs, output, (length,), count * (name,))
             for name, length in job.functions.items()
         }
-        only = MethodForm(inputs, output, job.shapes.seq_lengths, cls.functions)
+        only = MethodForm(inputs, output, job.shapes.seq_lengths, count * cls.functions)
         cache = "is handed from call to call" if given else "is the program's state"
+        several = f"; in {count} partitions, as {cut.why}" if cut.partitions else ""
         return Description(
             form=cls.name,
-            why=f"{cls.why}; the cache {cache}",
+            why=f"{cls.why}; the cache {cache}{several}",
             backend=cls.backend,
             methods=methods or {MAIN_METHOD: only},
             every_row=every_row,
-            states={} if given else _caches(spec, job.shapes, cls.state_dtype),
+            states={} if given else _caches(spec, job.shapes, cls.state_dtype, cut),
             context=job.shapes.context,
             constant_methods=constants,
+            partitions=cut.partitions,
         )
 
     @classmethod
@@ -100,6 +108,12 @@ class Lowering(ABC):
             path: Where to write the `.pte`.
             on_progress: Called with the share of the usual time that is over, 0 to 1.
         """
+
+    def _write_partitions(self, decoder: Decoder, path: Path, on_progress: OnProgress) -> None:
+        """Write a program of several partitions."""
+        from llm_coreml.lower.partitions import lower_partitions
+
+        lower_partitions(decoder, self.job, self.description, self.shares, path, on_progress)
 
 
 # Backends are imported where they are called: they load coremltools and XNNPACK, and an export
@@ -125,6 +139,9 @@ class Enumerated(Lowering):
 
     def write(self, decoder: Decoder, path: Path, on_progress: OnProgress = lambda _: None) -> None:
         """Write the program, see `Lowering.write`."""
+        if self.shares:
+            self._write_partitions(decoder, path, on_progress)
+            return
         from llm_coreml.lower.coreml import lower_coreml
 
         lower_coreml(decoder, self.job, self.description, path, on_progress)
@@ -150,6 +167,9 @@ class Multifunction(Lowering):
 
     def write(self, decoder: Decoder, path: Path, on_progress: OnProgress = lambda _: None) -> None:
         """Write the program, see `Lowering.write`."""
+        if self.shares:
+            self._write_partitions(decoder, path, on_progress)
+            return
         from llm_coreml.lower.multifunction import lower_functions
 
         lower_functions(decoder, self.job, self.description, path, on_progress)
@@ -172,6 +192,9 @@ class Ranged(Lowering):
 
     def write(self, decoder: Decoder, path: Path, on_progress: OnProgress = lambda _: None) -> None:
         """Write the program, see `Lowering.write`."""
+        if self.shares:
+            self._write_partitions(decoder, path, on_progress)
+            return
         from llm_coreml.lower.coreml import lower_coreml
 
         lower_coreml(decoder, self.job, self.description, path, on_progress)
@@ -194,6 +217,9 @@ class Static(Lowering):
 
     def write(self, decoder: Decoder, path: Path, on_progress: OnProgress = lambda _: None) -> None:
         """Write the program, see `Lowering.write`."""
+        if self.shares:
+            self._write_partitions(decoder, path, on_progress)
+            return
         from llm_coreml.lower.coreml import lower_coreml
 
         lower_coreml(decoder, self.job, self.description, path, on_progress)
@@ -238,6 +264,7 @@ def form_for(
     spec: DecoderSpec,
     bos_id: int | None,
     eos_ids: Sequence[int],
+    cut: Cut | None = None,
 ) -> Lowering:
     """Return the form that settings ask for.
 
@@ -246,12 +273,17 @@ def form_for(
         spec: Sizes of the decoder.
         bos_id: Token that begins a text, if there is one.
         eos_ids: Tokens that end it.
+        cut: Partitions, see `cut_of`; None is a single one.
     """
     kind = next(kind for kind in FORMS if kind.fits(job))
     constants = constant_methods(spec, job.shapes, bos_id, eos_ids)
-    return kind(job, kind.describe(job, spec, constants))
+    cut = cut or whole(spec)
+    shares = cut.shares if cut.partitions else ()
+    return kind(job, kind.describe(job, spec, constants, cut), shares)
 
 
-def _caches(spec: DecoderSpec, shapes: Shapes, dtype: str) -> dict[str, str]:
-    states = state_specs(spec, shapes.extent)
+def _caches(spec: DecoderSpec, shapes: Shapes, dtype: str, cut: Cut) -> dict[str, str]:
+    """Return every cache, those of each partition by names of their own."""
+    within = [share.layers for share in cut.shares] if cut.partitions else [None]
+    states = [state for layers in within for state in state_specs(spec, shapes.extent, layers)]
     return {state.name: f"{dtype} {list(state.shape)}" for state in states}

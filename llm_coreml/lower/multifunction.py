@@ -51,11 +51,11 @@ def lower_functions(
         blob = Path(folder, "blob")
         key = write_functions(packages, blob)
         edge = edge_methods(methods, specs, description.constant_methods)
-        references: dict[str, Path | bytes] = {name: _reference(key, name) for name in methods}
+        references: dict[str, Path | bytes] = {name: reference(key, name) for name in methods}
         write_methods(edge.to_executorch(), references, path, {key: blob})
 
 
-def _reference(key: str, function: str) -> bytes:
+def reference(key: str, function: str) -> bytes:
     """Return what a delegate holds whose model lies in the file under a name of its own."""
     told = {"version": 1, "key": key, "functionName": function}
     return REFERENCE_MARK + json.dumps(told).encode()

@@ -58,8 +58,16 @@ def compile_specs(
     if len(lengths) > 1:
         shapes = {TOKENS: [[1, length] for length in lengths]}
         shapes |= {name: [list(shape) for shape in own] for name, own in paired.items()}
-        specs.append(CoreMLBackend.generate_enumerated_shapes_compile_spec(exported, shapes))
+        specs.append(enumerated(exported, shapes))
     return specs
+
+
+def enumerated(
+    exported: ExportedProgram, shapes: Mapping[str, Sequence[Sequence[int]]]
+) -> CompileSpec:
+    """Return what tells Core ML of all shapes that inputs may have, by name and paired."""
+    told = {name: [list(shape) for shape in own] for name, own in shapes.items()}
+    return CoreMLBackend.generate_enumerated_shapes_compile_spec(exported, told)
 
 
 def write_program(exported: ExportedProgram, specs: list[CompileSpec], blob: Path) -> None:

@@ -17,10 +17,11 @@ from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_map
 from torch.utils._sympy.value_ranges import ValueRanges
 
-from llm_coreml.artifact.description import REWINDS
+from llm_coreml.artifact.description import HIDDEN, LAST_POS, REWINDS, START_POS, TOKENS
 from llm_coreml.artifact.method_plan import Constant
 from llm_coreml.config import Shapes
 from llm_coreml.decoder import Decoder, DecoderSpec
+from llm_coreml.decoder.parts import Part
 from llm_coreml.lower.padded import Method, Padded
 
 
@@ -81,6 +82,42 @@ def trace_program(
     return exported
 
 
+def trace_part(
+    part: Part,
+    width: int | None,
+    lengths: Sequence[int],
+    ranged: bool = False,
+    caches: Mapping[str, torch.Tensor] = MappingProxyType({}),
+) -> ExportedProgram:
+    """Export a part of a decoder, as `trace_program` does the whole.
+
+    Args:
+        part: What to export; it takes what `Share` tells.
+        width: Of the rows that it is given, `hidden [1, P, width]`; None if it is given tokens.
+        lengths: What P may be, see `trace_program`; of what is given one row alone, 1.
+        ranged: See `trace_program`.
+        caches: Those of its own layers.
+    """
+    longest, several = lengths[-1], len(lengths) > 1
+    length = max(2, longest // 2) if several else longest
+    if width is None:
+        given = {TOKENS: torch.zeros(1, length, dtype=torch.int32)}
+    else:
+        given = {HIDDEN: torch.zeros(1, length, width, dtype=part.border)}
+    symbol = Dim.AUTO(min=1, max=longest if ranged else part.decoder.context)
+    shapes: dict[str, Any] = {name: {1: symbol} if several else None for name in given}
+    rest: dict[str, Any] = {"past": dict(caches)} if caches else {}
+    if part.share.takes_positions(part.decoder.spec):
+        names = (START_POS, LAST_POS) if longest > 1 else (START_POS,)
+        rest |= {name: torch.zeros(1, dtype=torch.int32) for name in names}
+    shapes |= tree_map(lambda _: None, rest)
+    exported = _export(part, (), shapes, {**given, **rest})
+    if ranged and several:
+        for constrained in exported.range_constraints:
+            exported.range_constraints[constrained] = ValueRanges(1, longest)
+    return exported
+
+
 def trace_method(
     method: Method, longest: int, caches: Sequence[torch.Tensor] = ()
 ) -> ExportedProgram:
@@ -102,9 +139,16 @@ def trace_method(
     return _export(method, given, (symbols, *fixed))
 
 
-def _export(module: nn.Module, inputs: tuple[Any, ...], shapes: tuple[Any, ...]) -> ExportedProgram:
+def _export(
+    module: nn.Module,
+    inputs: tuple[Any, ...],
+    shapes: tuple[Any, ...] | dict[str, Any],
+    named: Mapping[str, Any] = MappingProxyType({}),
+) -> ExportedProgram:
     with torch.no_grad():
-        return torch.export.export(module.eval(), inputs, dynamic_shapes=shapes, strict=False)
+        return torch.export.export(
+            module.eval(), inputs, dict(named), dynamic_shapes=shapes, strict=False
+        )
 
 
 def constant_methods(

@@ -20,8 +20,9 @@ from llm_coreml.errors import ArtifactError, ConfigError, nearest
 from llm_coreml.reference import load, load_method
 from llm_coreml.reference.method.memory import dtype_of
 from llm_coreml.reference.method.method import LoadedMethod
-from llm_coreml.reference.program.coreml_program import INTERFACE_TYPES, CoreMLProgram
+from llm_coreml.reference.program.coreml_program import CoreMLProgram
 from llm_coreml.reference.program.execution import Execution
+from llm_coreml.reference.program.interface import INTERFACE_TYPES
 
 # The lowest and the highest size of each dimension; None is no limit.
 _Sizes = tuple[tuple[int, int | None], ...]

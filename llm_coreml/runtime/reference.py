@@ -26,12 +26,16 @@ from llm_coreml.reference.load import load_methods
 from llm_coreml.reference.method.memory import dtype_of
 from llm_coreml.reference.method.method import LoadedMethod
 from llm_coreml.reference.program.constants import PackedWeight
-from llm_coreml.reference.program.coreml_program import INTERFACE_TYPES, CoreMLProgram
+from llm_coreml.reference.program.coreml_program import CoreMLProgram
 from llm_coreml.reference.program.execution import Execution
+from llm_coreml.reference.program.interface import INTERFACE_TYPES
 from llm_coreml.reference.program.side_by_side import OnRows
 from llm_coreml.runtime.carried_caches import carried
+from llm_coreml.runtime.divided_states import divided
 from llm_coreml.runtime.runner import Runner
 
+# What a program gives, by name.
+Outputs = Mapping[str, torch.Tensor]
 # What a device is meant to compute, on any machine.
 DECLARED = Execution()
 
@@ -129,6 +133,11 @@ class ReferenceRunner(Runner):
         self._clear()
 
     @property
+    def methods(self) -> Mapping[str, LoadedMethod]:
+        """The methods that read tokens, by name."""
+        return self._methods
+
+    @property
     def program(self) -> CoreMLProgram:
         """The only Core ML program, for observers. Raises ArtifactError if there are several."""
         if len(self.programs) != 1:
@@ -163,18 +172,28 @@ class ReferenceRunner(Runner):
             ArtifactError: the program contradicts itself.
         """
         main = self._methods[self.description.main]
-        if len(self._methods) > 1 or not main.halts or self._caches:
+        if len(self._methods) > 1 or not main.in_a_row or self._caches:
             return [text.read_by(self) for text in sequences]
         calls = [list(text.calls()) for text in sequences]
-        given = [[main.inputs_of(*call) for call in text] for text in calls]
-        states = [{} if text.states is None else text.states for text in sequences]
-        outputs = main.programs[0].side_by_side(list(zip(states, given, strict=True)), on_rows)
+        # Of every call of every text, what the programs so far have given.
+        given: list[list[list[Outputs]]] = [[[] for _ in text] for text in calls]
+        states = [_own_states(main, text.states or {}) for text in sequences]
+        for program in main.in_a_row:
+            inputs = [
+                [main.inputs_of(before, *call) for before, call in zip(*text, strict=True)]
+                for text in zip(given, calls, strict=True)
+            ]
+            own = [_of_program(program, each) for each in states]
+            outputs = program.side_by_side(list(zip(own, inputs, strict=True)), on_rows)
+            for befores, results in zip(given, outputs, strict=True):
+                for before, found in zip(befores, results, strict=True):
+                    before.append(found)
         return [
             [
                 main.run_with(found, *call)[0].to(torch.float32).cpu()
-                for found, call in zip(results, text, strict=True)
+                for found, call in zip(*text, strict=True)
             ]
-            for results, text in zip(outputs, calls, strict=True)
+            for text in zip(given, calls, strict=True)
         ]
 
     def _forward(self, tokens: torch.Tensor, start_pos: torch.Tensor) -> torch.Tensor:
@@ -196,11 +215,38 @@ class ReferenceRunner(Runner):
     def _restore(self, states: Mapping[str, torch.Tensor]) -> None:
         self._clear()
         if self._caches:
-            self._caches = carried(self._caches, states)
+            rows = {name: len(cache) for name, cache in self._caches.items()}
+            self._caches = carried(self._caches, divided(states, rows))
             return
-        for program in self.programs:
-            if program.states:
-                program.remember(states)
+        for method in self._methods.values():
+            own = _own_states(method, states)
+            for program in method.programs:
+                if program.states:
+                    program.remember(_of_program(program, own))
+
+
+def _own_states(
+    method: LoadedMethod, states: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Return what the programs of a method are to remember, by their names; nothing of nothing.
+
+    Raises:
+        ArtifactError: a state is missing or unknown.
+    """
+    programs = method.in_a_row or method.programs
+    rows = {each.name: each.shape[0] for program in programs for each in program.states}
+    own = divided(states, rows)
+    if states and own.keys() != rows.keys():
+        raise ArtifactError(f"The states are {sorted(own)}; the program has {sorted(rows)}.")
+    return own
+
+
+def _of_program(
+    program: CoreMLProgram, states: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Return those of the states that a program has."""
+    own = {each.name for each in program.states}
+    return {name: value for name, value in states.items() if name in own}
 
 
 def _check_signature(method: LoadedMethod, path: Path) -> None:

@@ -382,7 +382,7 @@ def test_a_good_end_leaves_the_bundle_alone(tmp_path: Path) -> None:
     with new_bundle(output, overwrite=False) as draft:
         assert not output.exists()
         (draft / PROGRAM).write_bytes(b"program")
-        assert Path(tempfile.gettempdir()).is_relative_to(draft.parent), "and it goes too"
+        assert Path(tempfile.gettempdir()).is_relative_to(output.parent), "and it goes too"
         Path(tempfile.mkdtemp(), "leftover").write_text("x")
     assert tempfile.gettempdir() == before
     assert entries(tmp_path / "deep") == ["out"]

@@ -382,36 +382,6 @@ def test_no_tokenizer(one: Path, tmp_path: Path, models_by_tie: dict[bool, Any])
         open_checkpoint(models_by_tie[True]).save_tokenizer(tmp_path / "out")
 
 
-def test_a_live_model_with_adapters_is_told_what_its_class_can_do() -> None:
-    peft = {"__module__": "peft.peft_model"}
-    prompts = type("PeftModelForCausalLM", (torch.nn.Module,), peft)
-    with pytest.raises(UnsupportedError, match="cannot be merged: give the model without"):
-        open_checkpoint(prompts())
-    lora = type("PeftModelForCausalLM", (torch.nn.Module,), {**peft, "merge_and_unload": print})
-    with pytest.raises(UnsupportedError, match=r"PeftModelForC.*: model = model\.merge_and_unload"):
-        open_checkpoint(lora())
-    # transformers' own classes merge nothing themselves.
-    model = llama(True)
-    model.model.layers[0].mlp.up_proj = torch.nn.ModuleDict({"base_layer": torch.nn.Linear(2, 2)})
-    with pytest.raises(UnsupportedError, match=r"model = peft_model\.merge_and_unload\(\), where"):
-        open_checkpoint(model)
-    model._hf_peft_config_loaded = True
-    with pytest.raises(
-        UnsupportedError, match=r"model\.save_pretrained\(folder\) writes.*PeftModel"
-    ):
-        open_checkpoint(model)
-
-
-def test_an_adapter_alone_is_refused(one: Path) -> None:
-    (one / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
-    (one / "model.safetensors").rename(one / "adapter_model.safetensors")
-    with pytest.raises(UnsupportedError, match="adapter without its base model 'org/base'"):
-        open_checkpoint(one)
-    (one / "config.json").unlink()
-    with pytest.raises(UnsupportedError, match="adapter without its base model"):
-        open_checkpoint(one)
-
-
 class Packed(torch.Tensor):
     """Stands for the tensor subclasses that torchao and FSDP put into a model."""
 

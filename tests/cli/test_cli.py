@@ -35,7 +35,19 @@ from llm_coreml.recipes import recipe_names
 from llm_coreml.targets import TARGETS
 
 COMMANDS = (
-    *("diff", "eval", "export", "extract", "generate", "inspect", "lm-eval", "ls", "run", "show"),
+    *(
+        "compare",
+        "diff",
+        "eval",
+        "export",
+        "extract",
+        "generate",
+        "inspect",
+        "lm-eval",
+        "ls",
+        "run",
+        "show",
+    ),
 )
 STAGES = (
     "opening the checkpoint ...",
@@ -309,6 +321,8 @@ def test_export_flags_reach_the_config(
         "context": 96,
         "seq_lengths": (1, 4, 16),
         "kv_cache": "inputs",
+        "partition_size": 950_000_000,
+        "split": ("embedding", "head"),
         "model_type": "compiled_model",
         "passes": ("common::fuse_gelu_exact", "common::noop_elimination"),
         "compile_specs": ("key=value",),

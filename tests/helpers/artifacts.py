@@ -106,12 +106,14 @@ def lower(source: Any, config: ExportConfig, place: Path | Shared) -> Artifact:
             the same is lowered once.
     """
     from llm_coreml.lower.forms import form_for
+    from llm_coreml.lower.shares import cut_of
 
     model = open_model(source)
     job = resolve(config, model.spec)
     plan = make_plan(job, model.spec)
     decoder = build_decoder(model, job, plan)
-    form = form_for(job, model.spec, bos_id=1, eos_ids=(2, 5))
+    cut = cut_of(job, model.spec, plan)
+    form = form_for(job, model.spec, bos_id=1, eos_ids=(2, 5), cut=cut)
 
     def write(path: Path) -> None:
         form.write(decoder, path)

@@ -11,9 +11,8 @@ an error that names it, when the method is loaded.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import NoReturn
 
 import torch
 
@@ -129,37 +128,55 @@ class LoadedMethod:
         return tuple(self._present(values, number).clone() for number in self._method.outputs)
 
     @property
-    def halts(self) -> bool:
-        """Whether there is one program, which runs once in every call."""
-        kinds = [instruction.kind for instruction in self._method.instructions]
-        return len(self.programs) == kinds.count("delegate") == 1 and "jump_false" not in kinds
+    def in_a_row(self) -> tuple[CoreMLProgram, ...]:
+        """The programs in the order in which they run, each once in every call; else none."""
+        steps = self._method.instructions
+        order = [int(step.target) for step in steps if step.kind == "delegate"]
+        if sorted(order) != list(range(len(self.programs))):
+            return ()
+        branches = any(step.kind == "jump_false" for step in steps)
+        return () if branches else tuple(self.programs[index] for index in order)
 
-    def inputs_of(self, *arguments: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return what the only program is given in a call with these arguments, without running it.
+    def inputs_of(
+        self, given: Sequence[Mapping[str, torch.Tensor]], *arguments: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """Return what the next program in a row is given in a call, without running it.
+
+        Args:
+            given: What those before it give.
+            *arguments: Of the call.
 
         Raises:
             ArtifactError: as `run` says.
         """
-        given: dict[str, torch.Tensor] = {}
+        found: dict[str, torch.Tensor] = {}
+        answers = iter(given)
 
-        def halt(_: CoreMLProgram, inputs: Mapping[str, torch.Tensor]) -> NoReturn:
+        def answer(
+            _: CoreMLProgram, inputs: Mapping[str, torch.Tensor]
+        ) -> Mapping[str, torch.Tensor]:
+            outputs = next(answers, None)
+            if outputs is not None:
+                return outputs
             # The method's memory is used again by the next call.
-            given.update({name: value.clone() for name, value in inputs.items()})
+            found.update({name: value.clone() for name, value in inputs.items()})
             raise _HaltedError
 
-        with self._answered(halt), contextlib.suppress(_HaltedError):
+        with self.answered(answer), contextlib.suppress(_HaltedError):
             self.run(*arguments)
-        return given
+        return found
 
     def run_with(
-        self, outputs: Mapping[str, torch.Tensor], *arguments: torch.Tensor
+        self, given: Sequence[Mapping[str, torch.Tensor]], *arguments: torch.Tensor
     ) -> torch.Tensor:
-        """Do what a call with these arguments does, once its program has given `outputs`."""
-        with self._answered(lambda program, given: outputs):
+        """Do what a call does whose programs in a row have given `given`."""
+        answers = iter(given)
+        with self.answered(lambda program, inputs: next(answers)):
             return self(*arguments)
 
     @contextlib.contextmanager
-    def _answered(self, answer: Answer) -> Iterator[None]:
+    def answered(self, answer: Answer) -> Iterator[None]:
+        """While the context lasts, have `answer` give what the programs would."""
         usual, self._answer = self._answer, answer
         try:
             yield
@@ -249,9 +266,14 @@ class LoadedMethod:
 def _unrounded(method: Method) -> Method:
     """Return the method with fp32 for the fp16 of its arguments and results.
 
-    Where nothing is rounded, what goes from call to call is not either.
+    Where nothing is rounded, what goes from call to call is not either, and neither is what goes
+    from program to program alone.
     """
-    borders = {*method.inputs, *method.outputs}
+    kernels, programs = (
+        {place for step in method.instructions if step.kind in kinds for place in step.args}
+        for kinds in (("kernel", "move"), ("delegate",))
+    )
+    borders = {*method.inputs, *method.outputs, *(programs - kernels)}
     values = tuple(
         replace(value, dtype="float32", place=None, nbytes=2 * (value.nbytes or 0))
         if number in borders and isinstance(value, TensorSpec) and value.dtype == "float16"

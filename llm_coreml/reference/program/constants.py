@@ -11,10 +11,11 @@ slice by slice whenever it is used.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -310,6 +311,12 @@ class ConstantPool:
         self.device = device
         self._left = machine_memory() // 2 if budget is None else budget
         self._tensors: dict[Key, torch.Tensor] = {}
+
+    def with_ops(self, ops: Mapping[str, Spec]) -> ConstantPool:
+        """Return a pool of the same tensors, for programs that compute by other operations."""
+        pool = copy.copy(self)
+        pool.numerics = replace(self.numerics, ops=ops)
+        return pool
 
     def tensor(self, source: Source, *, wide: bool) -> torch.Tensor:
         """Return the values of `source`; see `expanded`."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
@@ -21,17 +22,11 @@ from llm_coreml.errors import ArtifactError, nearest
 from llm_coreml.reference.program.compiler import Compiled, compile_function
 from llm_coreml.reference.program.constants import ConstantPool, PackedWeight
 from llm_coreml.reference.program.execution import Execution
+from llm_coreml.reference.program.interface import INTERFACE_TYPES, check_input
 from llm_coreml.reference.program.side_by_side import OnRows, run_side_by_side
 from llm_coreml.reference.program.specialize import Specialized, analyse, specialize
 from llm_coreml.reference.program.steps import Observer, Step, Values, run_all
-
-INTERFACE_TYPES = {
-    "fp16": torch.float16,
-    "fp32": torch.float32,
-    "int32": torch.int32,
-    "int8": torch.int8,
-}
-
+from llm_coreml.reference.program.widened import Rows, steady, widened
 
 Tensors = Mapping[str, torch.Tensor]
 # Programs for that many combinations of input shapes are kept.
@@ -78,6 +73,7 @@ class CoreMLProgram:
         self.inputs = interface.inputs
         self.outputs = interface.outputs
         self.states = interface.states
+        self._model = model
         self._pool = pool or Execution().pool()
         with torch.inference_mode():
             self._compiled = compile_function(model.functions[name], self._pool)
@@ -89,6 +85,29 @@ class CoreMLProgram:
         self._state_values: dict[str, torch.Tensor] = {}
         self._observe: Observer | None = None
         self.reset()
+
+    def widened(self) -> CoreMLProgram | None:
+        """Return this program with a row of its first output for every token, see `widened`.
+
+        It has the same constants and states of its own. None where no last row is sliced out, or
+        what follows takes no more rows.
+        """
+        wide = widened(self._model.functions[self.function_name])
+        if wide is None:
+            return None
+        model = replace(self._model, functions={self.function_name: wide})
+        try:
+            return CoreMLProgram(model, self.function_name, self._pool, compiled=self._fuses)
+        except ArtifactError:
+            return None
+
+    def steady(self, rows: Rows) -> CoreMLProgram:
+        """Return this program, a single row computed as among so many, see `steady`.
+
+        It has the same constants and states of its own.
+        """
+        pool = self._pool.with_ops(steady(self._pool.numerics.ops, rows))
+        return CoreMLProgram(self._model, self.function_name, pool, compiled=self._fuses)
 
     def reset(self) -> None:
         """Set every state to zero."""
@@ -315,7 +334,7 @@ class CoreMLProgram:
         for feature in self.inputs:
             if feature.name not in inputs:
                 raise ArtifactError(f"The input '{feature.name}' is missing.")
-            _check_input(feature, inputs[feature.name], self.taken(feature))
+            check_input(feature, inputs[feature.name], self.taken(feature))
         self._check_choice(inputs)
 
     def _check_choice(self, inputs: Mapping[str, torch.Tensor]) -> None:
@@ -369,32 +388,3 @@ def _agrees(feature: Feature, declared: TensorType) -> bool:
         and all(size in (None, given) for size, given in zip(declared.shape, shape, strict=True))
         for shape in (feature.shape, *feature.enumerated)
     )
-
-
-def _check_input(feature: Feature, value: torch.Tensor, wanted: torch.dtype) -> None:
-    name, shape = feature.name, tuple(value.shape)
-    if value.dtype not in (wanted, INTERFACE_TYPES[feature.dtype]):
-        raise ArtifactError(f"The input '{name}' is {value.dtype}; the model takes {wanted}.")
-    if feature.enumerated:
-        if shape not in feature.enumerated:
-            allowed = ", ".join(str(list(item)) for item in feature.enumerated)
-            raise ArtifactError(
-                f"The input '{name}' has shape {list(shape)}, which is not enumerated; "
-                f"allowed are {allowed}."
-            )
-    elif feature.ranges:
-        fits = len(shape) == len(feature.ranges) and all(
-            low <= size and (high is None or size <= high)
-            for size, (low, high) in zip(shape, feature.ranges, strict=True)
-        )
-        if not fits:
-            limits = ", ".join(
-                f"{low}..{'' if high is None else high}" for low, high in feature.ranges
-            )
-            raise ArtifactError(
-                f"The input '{name}' has shape {list(shape)}; allowed is [{limits}]."
-            )
-    elif shape != feature.shape:
-        raise ArtifactError(
-            f"The input '{name}' has shape {list(shape)}; the model takes {list(feature.shape)}."
-        )

@@ -1,0 +1,196 @@
+"""Which partitions a decoder is cut into: by bytes of weights, and by what stands alone.
+
+    cut = cut_of(job, spec, plan)
+    cut.shares, cut.sizes, cut.why          # one share of everything, if nothing asks for more
+
+Partitions are filled in the order in which they run, each with as much as the budget allows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from llm_coreml.artifact.description import Partition
+from llm_coreml.config import Job
+from llm_coreml.decoder import Decoder, DecoderSpec
+from llm_coreml.decoder.parts import Share
+from llm_coreml.errors import ConfigError
+from llm_coreml.quantize.plan.plan import QuantizationPlan
+from llm_coreml.targets import BACKENDS
+
+# More weights are cut into partitions, whether or not that is asked for.
+MOST_WEIGHTS = 2_000_000_000
+# What a weight file has beside numbers, of codes and of scales: a head, and room up to the next.
+_ROOM = 256
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a decoder is cut.
+
+    Attributes:
+        shares: What each partition has, in the order in which they run.
+        sizes: Bytes of weights of each.
+        why: What asks for several; empty if there is one.
+    """
+
+    shares: tuple[Share, ...]
+    sizes: tuple[int, ...] = (0,)
+    why: str = ""
+
+    @property
+    def partitions(self) -> tuple[Partition, ...]:
+        """What a description says of them; nothing of a single one."""
+        if len(self.shares) == 1:
+            return ()
+        pairs = zip(self.shares, self.sizes, strict=True)
+        return tuple(Partition(share.told, size) for share, size in pairs)
+
+
+def whole(spec: DecoderSpec) -> Cut:
+    """Return the cut into one."""
+    return Cut((Share(range(len(spec.layers)), embedding=True, head=True),))
+
+
+def cut_of(job: Job, spec: DecoderSpec, plan: QuantizationPlan) -> Cut:
+    """Return the partitions that settings ask for, or that the weights need.
+
+    Args:
+        job: Settings.
+        spec: Sizes of the decoder.
+        plan: What its matrices are stored as.
+
+    Raises:
+        ConfigError: a part that cannot be cut is larger than the budget.
+    """
+    if BACKENDS[job.backend].stores_dense:
+        return whole(spec)
+    pieces, beside = _pieces(job, spec, plan)
+    tied = pieces[-1].size if plan.tied else 0
+    total = sum(piece.size for piece in pieces) + beside - tied
+    if not job.split and total <= (job.partition_size or MOST_WEIGHTS):
+        return whole(spec)
+    budget = job.partition_size or (None if total <= MOST_WEIGHTS else MOST_WEIGHTS)
+    if job.partition_size is not None:
+        _check_budget(pieces, beside, job.partition_size)
+    filled = _filled(pieces, beside, budget, job.split)
+    sizes = tuple(sum(piece.size for piece in part) + _shared(part, beside) for part in filled)
+    return Cut(tuple(map(_joined, filled)), sizes, _reason(job, total))
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """What is never cut.
+
+    Attributes:
+        share: What it is of the decoder.
+        size: Bytes of its weights.
+    """
+
+    share: Share
+    size: int
+
+
+def _pieces(job: Job, spec: DecoderSpec, plan: QuantizationPlan) -> tuple[list[_Piece], int]:
+    """Return all pieces in order, and the bytes of the tables that all layers read."""
+    with torch.device("meta"):
+        decoder = Decoder(spec, job.shapes.context, longest=job.shapes.longest)
+    number = job.precision.bits // 8
+    sizes: dict[str, int] = {}
+    for name, module in decoder.named_modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            rows, columns = module.weight.shape
+            bits = plan.scheme_of(name).stored_bits((rows, columns))
+            sizes[f"{name}.weight"] = -(-bits // 8)
+    for name, parameter in decoder.named_parameters():
+        sizes.setdefault(name, parameter.numel() * number)
+    found: dict[str, int] = {}
+    for name, size in sizes.items():
+        place = name.split(".")[1] if name.startswith("layers.") else _end_of(name)
+        found[place] = found.get(place, 0) + size + _ROOM
+    layers = [
+        _Piece(Share(together), sum(found[str(index)] for index in together))
+        for together in _inseparable(spec)
+    ]
+    first = _Piece(Share(embedding=True), found["embedding"])
+    tables = sum(buffer.numel() * buffer.element_size() for _, buffer in _tables(decoder))
+    return [first, *layers, _Piece(Share(head=True), found["head"])], tables
+
+
+def _end_of(name: str) -> str:
+    return "head" if name.partition(".")[0] in ("norm", "lm_head") else "embedding"
+
+
+def _tables(decoder: Decoder) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield what lies beside the modules: tables of positions and of what follows from them."""
+    yield from decoder.named_buffers(recurse=False)
+
+
+def _inseparable(spec: DecoderSpec) -> Iterator[range]:
+    """Yield runs of layers: who attends to another's keys and values is in the same partition."""
+    first = 0
+    for index in range(1, len(spec.layers) + 1):
+        later = (layer.mixer.shares for layer in spec.layers[index:])
+        if not any(owner is not None and owner < index for owner in later):
+            yield range(first, index)
+            first = index
+
+
+def _shared(part: Sequence[_Piece], beside: int) -> int:
+    """Return the bytes of the tables that a partition of these pieces has, too."""
+    return beside if any(piece.share.layers for piece in part) else 0
+
+
+def _check_budget(pieces: Sequence[_Piece], beside: int, budget: int) -> None:
+    """Refuse a budget that one piece exceeds."""
+    needed = [piece.size + _shared([piece], beside) for piece in pieces]
+    largest = max(range(len(pieces)), key=needed.__getitem__)
+    if needed[largest] > budget:
+        several = len(pieces[largest].share.layers) > 1
+        why = ", which share keys and values," if several else ""
+        raise ConfigError(
+            f"--partition-size is {budget:,} bytes, and {pieces[largest].share.told}{why} takes "
+            f"{needed[largest]:,} alone; give --partition-size {needed[largest]} or more, or "
+            "fewer --bits."
+        )
+
+
+def _filled(
+    pieces: Sequence[_Piece], beside: int, budget: int | None, split: Sequence[str]
+) -> list[list[_Piece]]:
+    """Return the pieces of each partition."""
+    filled: list[list[_Piece]] = [[]]
+    for piece in pieces:
+        part = [*filled[-1], piece]
+        size = sum(each.size for each in part) + _shared(part, beside)
+        alone = ("embedding" in split and filled[-1] and filled[-1][0].share.embedding) or (
+            "head" in split and piece.share.head
+        )
+        if filled[-1] and (alone or (budget is not None and size > budget)):
+            filled.append([piece])
+        else:
+            filled[-1] = part
+    return filled
+
+
+def _joined(part: Sequence[_Piece]) -> Share:
+    """Return the share of pieces in a row."""
+    layers = [index for piece in part for index in piece.share.layers]
+    return Share(
+        range(layers[0], layers[-1] + 1) if layers else range(0),
+        embedding=any(piece.share.embedding for piece in part),
+        head=any(piece.share.head for piece in part),
+    )
+
+
+def _reason(job: Job, total: int) -> str:
+    """Return what asks for several partitions."""
+    asked = [f"--partition-size {job.partition_size}"] if job.partition_size else []
+    asked += [f"--split {','.join(job.split)}"] if job.split else []
+    if not job.partition_size and total > MOST_WEIGHTS:
+        return f"its weights take {total:,} bytes, more than the 2 GB of one delegate"
+    return f"{' and '.join(asked)} {'ask' if len(asked) > 1 else 'asks'} for it"

@@ -1,0 +1,161 @@
+"""One bar for all of an export: in a terminal, in a notebook, and as lines in a log.
+
+    listener = listener_of(True)             # or False, a function of a `Step`, a `Progress`
+    listener.stage("quantize")
+    listener.close()
+
+Where nobody can read standard error, nothing is written. A log gets a line for each stage and one
+every half a minute, never a bar that writes over itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from llm_coreml.printable import MESSAGE, printable
+from llm_coreml.progress import Progress, Silent
+
+# Which share of an export is done when a stage begins, as tiny and large models take it.
+_BEGINS = {
+    "open": 0.0, "allocate": 0.02, "quantize": 0.05, "calibrate": 0.05, "tune": 0.3, "read": 0.4,
+    "lower": 0.5, "verify": 0.7,
+}  # fmt: skip
+# Seconds between two lines about one stage in a log.
+_PAUSE = 30.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a function that listens is told.
+
+    Attributes:
+        stage: The stage that runs.
+        share: How much of it is done, 0 to 1.
+        note: What the user should know, None where it is only going on.
+    """
+
+    stage: str
+    share: float
+    note: str | None = None
+
+
+class _Listener(Progress, Protocol):
+    """A listener that is told of the end."""
+
+    def close(self) -> None: ...
+
+
+@contextlib.contextmanager
+def listening(asked: Progress | bool | Callable[[Step], object] | None) -> Iterator[Progress]:
+    """Give the listener that is asked for, and tell it of the end.
+
+    Args:
+        asked: True draws a bar, False and None are silent, a function is called with each `Step`.
+    """
+    if asked is None or asked is False:
+        yield Silent()
+    elif asked is True:
+        bar = _bar()
+        try:
+            yield bar
+        finally:
+            bar.close()
+    else:
+        yield _Calls(asked) if callable(asked) else asked
+
+
+class _Calls:
+    """Calls a function."""
+
+    def __init__(self, call: Callable[[Step], object]) -> None:
+        self._call = call
+        self._step = Step("", 0.0)
+
+    def stage(self, name: str) -> None:
+        self._tell(Step(name, 0.0))
+
+    def advance(self, share: float) -> None:
+        self._tell(Step(self._step.stage, share))
+
+    def note(self, text: str) -> None:
+        self._call(Step(self._step.stage, self._step.share, printable(text, MESSAGE)))
+
+    def _tell(self, step: Step) -> None:
+        self._step = step
+        self._call(step)
+
+
+def _bar() -> _Listener:
+    with warnings.catch_warnings():  # a notebook without widgets is told of them otherwise
+        warnings.simplefilter("ignore")
+        from tqdm.auto import tqdm
+        from tqdm.std import tqdm as plain
+    in_notebook = tqdm is not plain and "ipykernel" in sys.modules
+    return _Bar(tqdm) if in_notebook or _is_terminal() else _Lines()
+
+
+def _is_terminal() -> bool:
+    with contextlib.suppress(OSError, ValueError):  # a stream that is closed
+        return sys.stderr is not None and sys.stderr.isatty()
+    return False
+
+
+class _Bar:
+    """A bar that goes from the first stage to the end of the last."""
+
+    def __init__(self, kind: Any) -> None:
+        self._bar = kind(total=1.0, desc="export", leave=False, bar_format="{desc:<10} {bar} "
+                         "{percentage:3.0f}% {elapsed}")  # fmt: skip
+        self._begins, self._ends = 0.0, 0.0
+
+    def stage(self, name: str) -> None:
+        self._begins = max(self._bar.n, _BEGINS.get(name, self._ends))
+        self._ends = min((at for at in _BEGINS.values() if at > self._begins), default=1.0)
+        self._bar.set_description(name, refresh=False)
+        self._move(self._begins)
+
+    def advance(self, share: float) -> None:
+        self._move(self._begins + share * (self._ends - self._begins))
+
+    def note(self, text: str) -> None:
+        self._bar.write(printable(text, MESSAGE), file=sys.stderr)
+
+    def close(self) -> None:
+        self._bar.close()
+
+    def _move(self, done: float) -> None:
+        self._bar.update(max(done, self._bar.n) - self._bar.n)
+
+
+class _Lines:
+    """A line for each stage, and signs of life."""
+
+    def __init__(self) -> None:
+        self._stage, self._told = "", time.monotonic()
+
+    def stage(self, name: str) -> None:
+        self._stage = name
+        self._tell(name)
+
+    def advance(self, share: float) -> None:
+        if time.monotonic() - self._told >= _PAUSE:
+            self._tell(f"{self._stage}: {share:.0%}")
+
+    def note(self, text: str) -> None:
+        self._tell(printable(text, MESSAGE))
+
+    def close(self) -> None:
+        pass
+
+    def _tell(self, text: str) -> None:
+        self._told = time.monotonic()
+        stream = sys.stderr  # None where a process has no place for it
+        if stream is not None:
+            with contextlib.suppress(OSError, ValueError):
+                print(f"llm-coreml: {text}", file=stream, flush=True)

@@ -1,0 +1,182 @@
+"""Several Core ML programs in one method give the model's logits, and are verified as one is."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from artifacts import Artifact, lower, method
+from cases import cases
+from llm_coreml import export
+from llm_coreml.artifact.inmemoryfs import unpack
+from llm_coreml.artifact.method_plan import Delegate
+from llm_coreml.bundle.bundle_runner import open_runner
+from llm_coreml.config import ExportConfig
+from llm_coreml.lower.forms import form_for
+from llm_coreml.lower.shares import cut_of
+from llm_coreml.progress import Silent
+from llm_coreml.reference.program.execution import Execution
+from llm_coreml.runtime.eager import EagerRunner
+from llm_coreml.runtime.program_runner import program_runner
+from tiny import BASE, expected_logits, llama, randomize, tokens_for
+
+# What fp16 makes of a row's logits, relative to the largest of them.
+FP16 = 2e-2
+SIZES: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+}
+PLAIN: dict[str, Any] = {"scheme": "none", "embedding": "none"}
+SPLIT = ("embedding", "head")
+
+
+@dataclass(frozen=True)
+class Case:
+    """How a model is cut."""
+
+    config: dict[str, Any]
+    holds: tuple[str, ...]
+    model: dict[str, Any] = field(default_factory=dict)
+    make: Callable[..., Any] = llama
+
+
+def gemma3(**changes: Any) -> Any:
+    """Return a random `Gemma3ForCausalLM` whose layers have windows of 7, but for every second."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    kinds = 2 * ["sliding_attention", "full_attention"]
+    sizes = {**BASE, "head_dim": 16, "sliding_window": 7, "layer_types": kinds}
+    return randomize(Gemma3ForCausalLM(Gemma3TextConfig(**{**sizes, **changes})))
+
+
+CASES = {
+    "split, enumerated": Case(
+        {"split": SPLIT, "seq_lengths": (1, 8)}, ("token table", "layers 0 to 3", "head")
+    ),
+    "sizes, rings": Case(
+        {
+            "partition_size": 140_000,
+            "seq_lengths": (1, 8),
+            "logits": "all",
+            "compute_precision": "fp32",
+        },
+        ("token table, layers 0 to 1", "layers 2 to 3, head"),
+        make=gemma3,
+    ),
+    "inputs of a range, rings": Case(
+        {"partition_size": 80_000, "seq_lengths": "1..8", "kv_cache": "inputs"},
+        ("token table, layers 0 to 1", "layers 2 to 3, head"),
+        make=gemma3,
+    ),
+    "functions": Case(
+        {"split": SPLIT, "functions": "prefill:8,decode:1"},
+        ("token table", "layers 0 to 3", "head"),
+    ),
+    "one length, embedding": Case(
+        {"split": ("embedding",), "seq_lengths": (8,)}, ("token table", "layers 0 to 3, head")
+    ),
+    "one token, head, ane": Case(
+        {"split": ("head",), "seq_lengths": (1,), "target": "ane"},
+        ("token table, layers 0 to 3", "head"),
+    ),
+    "inputs, fp32": Case(
+        {"split": SPLIT, "seq_lengths": (1, 8), "kv_cache": "inputs", "compute_precision": "fp32"},
+        ("token table", "layers 0 to 3", "head"),
+    ),
+    "range": Case(
+        {"split": SPLIT, "seq_lengths": "1..8", "logits": "all"},
+        ("token table", "layers 0 to 3", "head"),
+    ),
+    "inputs from iOS16": Case(
+        {"split": SPLIT, "seq_lengths": (1, 8), "kv_cache": "inputs", "minimum_os": "iOS16"},
+        ("token table", "layers 0 to 3", "head"),
+    ),
+}
+TOKENS = tokens_for(96, 64)
+
+
+@pytest.fixture(scope="module")
+def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Artifact]:
+    """Each case, lowered once."""
+    folder = tmp_path_factory.mktemp("partitions")
+
+    def made(name: str) -> Artifact:
+        case = CASES[name]
+        config = ExportConfig(**{**PLAIN, "context": 64, **case.config})
+        return lower(case.make(**{**SIZES, **case.model}), config, folder / f"{name}.pte")
+
+    return functools.cache(made)
+
+
+@pytest.mark.parametrize("name", cases(CASES, tuple(CASES)[2:]))
+def test_the_logits_are_those_of_transformers(
+    name: str, artifacts: Callable[[str], Artifact]
+) -> None:
+    case, artifact = CASES[name], artifacts(name)
+    spec, job = artifact.decoder.spec, artifact.job
+    cut = cut_of(job, spec, artifact.plan)
+    description = form_for(job, spec, 1, (2, 5), cut).description
+    assert tuple(each.holds for each in description.partitions) == case.holds
+    theirs = expected_logits(case.make(**{**SIZES, **case.model}), TOKENS)
+    # It holds the weights as the program does.
+    ours = EagerRunner(artifact.decoder, "eager").logits(TOKENS)
+    exact = job.precision.name == "fp32"
+    for mode, expected, bound in (
+        ("fp32", ours, 2e-5),
+        ("fp32", theirs, 1e-4 if exact else FP16),
+        ("declared", theirs, FP16),
+    ):
+        runner, at = program_runner(artifact.path, description, Execution(mode=mode)), 0
+        # Past the window, padded where 5 and 3 are no lengths, and the last position by itself.
+        several = runner.seq_lengths[-1] > 1
+        for count in (8, 5, 1, 1, *[8] * 5, 3, 5, 1) if several else 64 * [1]:
+            rows = runner.step(TOKENS[at : at + count])
+            at += count
+            wanted = expected[at - len(rows) : at]
+            assert float((rows - wanted).abs().max() / wanted.abs().max()) < bound
+        assert at == 64
+
+
+def test_an_export_verifies_every_partition_and_tells_of_them(tmp_path: Path) -> None:
+    model = llama(**SIZES, tie_word_embeddings=True)
+    config = ExportConfig(context=64, seq_lengths=(1, 8), split=SPLIT, bits=4)
+    notes = Notes()
+    bundle = export(model, output=tmp_path / "out", config=config, cache=False, progress=notes)
+    told = bundle.manifest.program
+    assert told.partitions is not None and told.why is not None
+    assert [each.holds for each in told.partitions] == ["token table", "layers 0 to 3", "head"]
+    assert told.why.endswith("; in 3 partitions, as --split embedding,head asks for it")
+    assert told.methods is not None and told.methods["forward"].functions == 3 * ("main",)
+    assert list(told.states) == ["layers_0_cache_keys", "layers_0_cache_values"]
+    (note,) = [note for note in notes.told if "partitions" in note]
+    assert note.endswith("is the head, too, and lies in both their partitions.")
+    verification = bundle.manifest.verification
+    assert verification.passed and verification.last_position == 63
+    assert verification.conversion is not None and verification.conversion.weights > 30
+    runner = open_runner(bundle)
+    assert len(list(runner.generate(TOKENS[:11], max_new_tokens=3))) == 3
+    sizes = [sum(map(len, weights(delegate))) for delegate in method(bundle.program).delegates]
+    for size, each in zip(sizes, told.partitions, strict=True):
+        assert 0.7 * each.weight_bytes < size <= each.weight_bytes
+
+
+class Notes(Silent):
+    """Keeps what is told."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.told.append(text)
+
+
+def weights(delegate: Delegate) -> list[memoryview]:
+    """Return the weight files of a delegate."""
+    return [data for path, data in unpack(delegate.data).items() if path.endswith("weight.bin")]
