@@ -92,7 +92,7 @@ def evaluate(
     progress.stage("time")
     latencies = measure_latency(artifact, read.windows[0], progress.advance)
     response = measure_response(artifact, load_seconds, read.windows[0])
-    result = _evaluation(opened, read, qualities, (latencies, response), execution)
+    result = _evaluation(opened, read, qualities, (latencies, response), execution, progress)
     written = result.to_json()
     write_json(opened.folder / RESULTS, written)
     if results is not None:
@@ -106,6 +106,7 @@ def _evaluation(
     qualities: tuple[Quality, ...],
     timed: tuple[tuple[Latency, ...], Timing],
     execution: Execution,
+    progress: Progress,
 ) -> Evaluation:
     """Return what was measured, with what a bundle tells of itself."""
     quantization = bundle.manifest.quantization
@@ -124,7 +125,7 @@ def _evaluation(
         program_sha256=program,
         mode=execution.mode,
         device=execution.device,
-        devices=devices_of(bundle),
+        devices=devices_of(bundle, progress),
         subject=Subject("bundle", bundle.folder.resolve().name, program),
         export=_export(bundle),
         program_bytes=sizes[PROGRAM],
