@@ -82,6 +82,7 @@ def evaluate(
     begun = time.perf_counter()
     artifact = open_runner(opened, execution)
     load_seconds = time.perf_counter() - begun
+    artifact.check_every_logit()
     tokenizer = opened.tokenizer if opened.tokenizer.is_file() else None
     read = read_heldout(text, tokenizer, artifact.context, tokens)
     runners: dict[str, Runner] = {} if artifact_only else dict(originals(opened, model, progress))

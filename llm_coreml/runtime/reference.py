@@ -32,8 +32,10 @@ from llm_coreml.reference.program.execution import Execution
 from llm_coreml.reference.program.interface import INTERFACE_TYPES
 from llm_coreml.reference.program.side_by_side import OnRows
 from llm_coreml.runtime.carried_caches import carried
+from llm_coreml.runtime.chosen import spread
 from llm_coreml.runtime.divided_states import divided, of_program, own_states
 from llm_coreml.runtime.runner import Runner
+from llm_coreml.runtime.signatures import as_given, check_signature, head_of
 
 # What a program gives, by name.
 Outputs = Mapping[str, torch.Tensor]
@@ -118,7 +120,7 @@ class ReferenceRunner(Runner):
         self.methods = load_methods(path, execution, names)
         self.label = "reference runtime" + execution_suffix(execution)
         for method in self.methods.values():
-            _check_signature(method, path)
+            check_signature(method, path)
         if description is None:
             description = _describe(self.methods[MAIN_METHOD], path)
         else:
@@ -130,7 +132,11 @@ class ReferenceRunner(Runner):
         self.every_row = description.every_row
         self.context = description.context
         self.rewinds = description.rewinds
-        self.vocab_size = self.methods[description.main].outputs[0].shape[2]
+        self.head = description.head
+        main = self.methods[description.main]
+        width = main.outputs[0].shape[2]
+        chosen = self.head.count is not None
+        self.vocab_size = _constant(main.constants, "get_vocab_size", path) if chosen else width
         self._caches: dict[str, torch.Tensor] = {}
         self._clear()
 
@@ -194,7 +200,7 @@ class ReferenceRunner(Runner):
                     before.append(found)
         return [
             [
-                main.run_with(found, *call)[0].to(torch.float32).cpu()
+                self._rows(main.run_with(found, *call))[0].to(torch.float32)
                 for found, call in zip(*text, strict=True)
             ]
             for text in zip(given, calls, strict=True)
@@ -202,9 +208,16 @@ class ReferenceRunner(Runner):
 
     def _forward(self, tokens: torch.Tensor, start_pos: torch.Tensor) -> torch.Tensor:
         method = self.methods[self.description.method_for(tokens.shape[1])]
-        logits, *caches = method.run(tokens, start_pos, *self._caches.values())
+        given = method.run(tokens, start_pos, *self._caches.values())
+        caches = given[len(self.head.gives) :]
         self._caches = dict(zip(self._caches, caches, strict=True))
-        return logits.cpu()
+        return self._rows(given)
+
+    def _rows(self, given: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return the logits that a call gave, `[1, rows, vocab]`."""
+        if self.head.count is None:
+            return given[0].cpu()
+        return spread(given[0].cpu(), given[1].cpu(), self.vocab_size)
 
     def _clear(self) -> None:
         for method in self.methods.values():
@@ -229,34 +242,6 @@ class ReferenceRunner(Runner):
                     program.remember(of_program(program, own))
 
 
-def _check_signature(method: LoadedMethod, path: Path) -> None:
-    """Refuse a method that does not take tokens and a position, and give logits.
-
-    Behind those it may take and give caches.
-    """
-    signature = [(spec.dtype, len(spec.shape)) for spec in method.inputs]
-    if signature[:2] != [("int64", 2), ("int64", 1)]:
-        raise ArtifactError(
-            f"Method '{method.name}' of '{path}' takes {signature}; a language model takes tokens "
-            "int64 [1, S] and start_pos int64 [1]."
-        )
-    given = [len(spec.shape) for spec in method.outputs]
-    if given[:1] != [3]:
-        raise ArtifactError(
-            f"Method '{method.name}' of '{path}' gives outputs of {given} axes; a language model "
-            "gives logits [1, S, V] for tokens [1, S]."
-        )
-    taken, returned = (
-        [(spec.dtype, spec.shape) for spec in specs]
-        for specs in (method.inputs[2:], method.outputs[1:])
-    )
-    if taken != returned:
-        raise ArtifactError(
-            f"Method '{method.name}' of '{path}' takes caches {taken} and gives {returned}; what "
-            "it gives belongs into its next call."
-        )
-
-
 def _describe(method: LoadedMethod, path: Path) -> Description:
     """Return what a method that is one Core ML program offers."""
     if len(method.programs) != 1:
@@ -278,6 +263,7 @@ def _describe(method: LoadedMethod, path: Path) -> Description:
         states=_states(method),
         context=_constant(method.constants, "get_max_context_len", path),
         constant_methods=method.constants,
+        head=head_of(method),
     )
 
 
@@ -295,6 +281,7 @@ def _check_description(
             "functions": (form.functions, tuple(item.function_name for item in method.programs)),
             "lengths": (form.seq_lengths, _lengths(method, path) if single else form.seq_lengths),
             "a range": (description.ranged, _ranged(method) if single else description.ranged),
+            "head": (str(as_given(description.head)), str(as_given(head_of(method)))),
             "row for each token": (every_row, method.outputs[0].shape[1] != 1),
             "context": (
                 description.context,
