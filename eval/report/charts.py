@@ -171,6 +171,7 @@ def _quantity(field: str, title: str, **scale: Any) -> dict[str, Any]:
 
 _TOLD = [{"field": each} for each in ("name", "model", "created")]
 _FORMAT = {"field": "format", "type": "nominal", "title": "format"}
+_NO_LEGEND: dict[str, Any] = {**_FORMAT, "legend": None}
 
 
 def _scatter(field: str, title: str, front: bool) -> dict[str, Any]:
@@ -210,7 +211,7 @@ def _latency() -> dict[str, Any]:
         "encoding": {
             **place,
             "color": _FORMAT,
-            "shape": {**_FORMAT, "legend": None},
+            "shape": _NO_LEGEND,
             "tooltip": [*_TOLD, {"field": "tokens"}, {"field": "seconds", "format": ".4f"}],
         },
     }
@@ -231,7 +232,7 @@ def _history() -> dict[str, Any]:
         "encoding": {
             **place,
             "color": _FORMAT,
-            "shape": {**_FORMAT, "legend": None},
+            "shape": _NO_LEGEND,
             "tooltip": [*_TOLD, {"field": "perplexity", "format": ".4f"}],
         },
     }

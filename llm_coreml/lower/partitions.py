@@ -202,7 +202,9 @@ def _in_a_row(calls: Sequence[CoreMLCall], results: int) -> Program:
         last_pos: torch.Tensor | None,
         *caches: torch.Tensor,
     ) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        given, left, returned = (tokens,), iter(caches), []
+        given: tuple[torch.Tensor, ...] = (tokens,)
+        returned: list[torch.Tensor] = []
+        left = iter(caches)
         for call in calls:
             count = results if call is calls[-1] else 1
             names = {port.name for port in call.signature.inputs}
