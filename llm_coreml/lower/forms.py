@@ -241,9 +241,11 @@ class Twin(Lowering):
         return job.backend == cls.backend
 
     @classmethod
-    def describe(cls, job: Job, spec: DecoderSpec, constants: dict[str, Constant]) -> Description:
+    def describe(
+        cls, job: Job, spec: DecoderSpec, constants: dict[str, Constant], cut: Cut
+    ) -> Description:
         """Return what the program offers: a range where one is asked for, see `Lowering`."""
-        found = super().describe(job, spec, constants)
+        found = super().describe(job, spec, constants, cut)
         return replace(found, form=RANGE) if job.shapes.ranged else found
 
     def write(self, decoder: Decoder, path: Path, on_progress: OnProgress = lambda _: None) -> None:
