@@ -33,7 +33,7 @@ SAMPLES = [
     ("codebook:4", "iOS18", "ane", {"seq_lengths": (1, 8)}),
     ("int4-channel", "iOS18", "all", {"functions": "prefill:8,decode:1"}),
     ("int3-group", "iOS26", "gpu", {"seq_lengths": "1..8", "kv_cache": "inputs"}),
-    ("mxfp4", "iOS26", "all", {"seq_lengths": (1,)}),
+    ("mxfp4", "iOS26", "cpu", {"seq_lengths": (1,)}),
 ]
 
 
