@@ -82,6 +82,7 @@ def evaluate(
     begun = time.perf_counter()
     artifact = open_runner(opened, execution)
     load_seconds = time.perf_counter() - begun
+    artifact.check_every_logit()
     tokenizer = opened.tokenizer if opened.tokenizer.is_file() else None
     read = read_heldout(text, tokenizer, artifact.context, tokens)
     runners: dict[str, Runner] = {} if artifact_only else dict(originals(opened, model, progress))
@@ -92,7 +93,7 @@ def evaluate(
     progress.stage("time")
     latencies = measure_latency(artifact, read.windows[0], progress.advance)
     response = measure_response(artifact, load_seconds, read.windows[0])
-    result = _evaluation(opened, read, qualities, (latencies, response), execution)
+    result = _evaluation(opened, read, qualities, (latencies, response), execution, progress)
     written = result.to_json()
     write_json(opened.folder / RESULTS, written)
     if results is not None:
@@ -106,6 +107,7 @@ def _evaluation(
     qualities: tuple[Quality, ...],
     timed: tuple[tuple[Latency, ...], Timing],
     execution: Execution,
+    progress: Progress,
 ) -> Evaluation:
     """Return what was measured, with what a bundle tells of itself."""
     quantization = bundle.manifest.quantization
@@ -124,7 +126,7 @@ def _evaluation(
         program_sha256=program,
         mode=execution.mode,
         device=execution.device,
-        devices=devices_of(bundle),
+        devices=devices_of(bundle, progress),
         subject=Subject("bundle", bundle.folder.resolve().name, program),
         export=_export(bundle),
         program_bytes=sizes[PROGRAM],
