@@ -23,6 +23,14 @@ from llm_coreml.eval.heldout import HeldOut, read_heldout
 from llm_coreml.eval.token_scores import score
 from llm_coreml.eval.whole_rows import whole_rows
 
+COLUMNS = (
+    "load and proof, CPU s",
+    "reading, CPU s",
+    "figures, CPU s",
+    "all, s",
+    "tokens/CPU s",
+    "perplexity",
+)
 Logits = Callable[[list[int]], torch.Tensor]
 
 
