@@ -170,9 +170,8 @@ def _quantity(field: str, title: str, **scale: Any) -> dict[str, Any]:
 
 
 _TOLD = [{"field": each} for each in ("name", "model", "created")]
-_FORMAT: dict[str, Any] = {"field": "format", "type": "nominal", "title": "format"}
-# Where lines have the legend of colours.
-_SHAPE: dict[str, Any] = {"field": "format", "type": "nominal", "legend": None}
+_FORMAT = {"field": "format", "type": "nominal", "title": "format"}
+_NO_LEGEND: dict[str, Any] = {**_FORMAT, "legend": None}
 
 
 def _scatter(field: str, title: str, front: bool) -> dict[str, Any]:
@@ -212,7 +211,7 @@ def _latency() -> dict[str, Any]:
         "encoding": {
             **place,
             "color": _FORMAT,
-            "shape": _SHAPE,
+            "shape": _NO_LEGEND,
             "tooltip": [*_TOLD, {"field": "tokens"}, {"field": "seconds", "format": ".4f"}],
         },
     }
@@ -233,7 +232,7 @@ def _history() -> dict[str, Any]:
         "encoding": {
             **place,
             "color": _FORMAT,
-            "shape": _SHAPE,
+            "shape": _NO_LEGEND,
             "tooltip": [*_TOLD, {"field": "perplexity", "format": ".4f"}],
         },
     }

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, final
 
@@ -70,7 +70,8 @@ class Lowering(ABC):
     ) -> Description:
         """Return what a program offers: one method, or those that were asked for."""
         every_row = job.logits == "all"
-        output = f"float32 [1, {'S' if every_row else 1}, {spec.vocab_size}]"
+        width = job.head.count or spec.vocab_size
+        output = f"float32 [1, {'S' if every_row else 1}, {width}]"
         given = job.kv_cache == "inputs"
         caches = _caches(spec, job.shapes, cls.input_dtype(job), cut) if given else {}
         count = len(cut.shares)
@@ -91,6 +92,7 @@ class Lowering(ABC):
             states={} if given else _caches(spec, job.shapes, cls.state_dtype, cut),
             context=job.shapes.context,
             constant_methods=constants,
+            head=job.head,
             partitions=cut.partitions,
         )
 
@@ -239,6 +241,14 @@ class Twin(Lowering):
     def fits(cls, job: Job) -> bool:
         """Return whether it is XNNPACK."""
         return job.backend == cls.backend
+
+    @classmethod
+    def describe(
+        cls, job: Job, spec: DecoderSpec, constants: dict[str, Constant], cut: Cut
+    ) -> Description:
+        """Return what the program offers: a range where one is asked for, see `Lowering`."""
+        found = super().describe(job, spec, constants, cut)
+        return replace(found, form=RANGE) if job.shapes.ranged else found
 
     def write(self, decoder: Decoder, path: Path, on_progress: OnProgress = lambda _: None) -> None:
         """Write the program, see `Lowering.write`; it takes little time, and is not told of."""
