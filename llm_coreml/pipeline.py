@@ -55,7 +55,7 @@ from llm_coreml.quantize.residual import needed_shift
 from llm_coreml.quiet import quiet
 from llm_coreml.recipes import bundled_model, find_recipe
 from llm_coreml.reference.program.execution import Execution
-from llm_coreml.rules import broken_by_states
+from llm_coreml.rules import ARGMAX, broken_by_states
 from llm_coreml.runtime.program_runner import program_runner
 from llm_coreml.runtime.reference import ReferenceRunner
 from llm_coreml.targets import BACKENDS
@@ -207,6 +207,8 @@ def _write(run: _Run, model: Model, draft: Path, cache: WeightCache) -> None:
     job, progress = resolve(run.config, model.spec), run.progress
     _tell_of_the_context(run, model, job)
     _tell_of_the_states(run, model, job)
+    if job.head.kind == "argmax":
+        run.progress.note(f"--head argmax: {ARGMAX}; --head topk:1 gives the same.")
     bos_id, eos_ids = write_tokenizer(model, draft, progress.note)
     quantized = quantize(model, job, draft / TOKENIZER, progress, cache)
     cut = cut_of(job, model.spec, quantized.plan)
@@ -327,6 +329,7 @@ def _reading_of(quantized: Quantized, description: Description, draft: Path) -> 
         every_row=description.every_row,
         natural=on_reference,
         in_fp16=on_reference and quantized.job.precision.name == "fp16",
+        cuts=quantized.job.cuts,
     )
 
 

@@ -165,7 +165,7 @@ STATE_RULES = (
         "the Neural Engine's compiler has been reported to refuse states whose width, which is "
         "the model's head_dim, is no multiple of 32",
         "coremltools issue 2631",
-        "--target gpu",
+        "--pad-heads or --target gpu",
         lambda shapes: any(shape[-1] % 32 for shape in shapes),
     ),
     StateRule(
@@ -176,6 +176,13 @@ STATE_RULES = (
         "--target gpu",
         lambda shapes: len(shapes) > 2,
     ),
+)
+
+
+# Of the last op of a program, told where it is asked for.
+ARGMAX = (
+    "the largest of floats has been reported at a wrong place on devices of iOS 27, where the "
+    "likeliest by topk was right (coreai-torch issue 116)"
 )
 
 

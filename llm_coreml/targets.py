@@ -15,6 +15,9 @@ from typing import Literal
 
 from llm_coreml.errors import ConfigError, nearest
 
+# What linear layers are in a program: `linear` of [1, S, C], or convolutions of [1, C, 1, S].
+Layout = Literal["linear", "conv"]
+
 
 @dataclass(frozen=True)
 class Target:

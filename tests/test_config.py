@@ -420,7 +420,8 @@ def test_json_that_is_no_config(values: dict[str, Any], message: str) -> None:
 
 def test_json_has_sections_and_earlier_manifests_have_none() -> None:
     config = ExportConfig(bits=3, target="ane", context=64, calibrate="bundled", seq_lengths=(1, 8))
-    assert list(config.to_json()) == ["source", "weights", "calibration", "program", "target"]
+    titles = ["source", "weights", "calibration", "program", "target", "engine"]
+    assert list(config.to_json()) == titles
     assert config.to_json()["target"]["target"] == "ane"
     assert config.to_json()["program"]["seq_lengths"] == (1, 8)
     # As the first releases wrote it.

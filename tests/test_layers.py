@@ -38,6 +38,8 @@ LAYERS = (
         "machine",
         "fidelity",
         "lfs",
+        "heads",
+        "cuts",
         "qat",
         "quiet",
         "own_process",

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from llm_coreml.artifact.method_plan import Constant
 from llm_coreml.errors import ArtifactError
+from llm_coreml.heads import LOGITS, Head
 
 # The method that ExecuTorch's own runners call.
 MAIN_METHOD = "forward"
@@ -60,7 +61,8 @@ class MethodForm:
         inputs: Name, element type and shape of each argument, in order: `tokens int64 [1, S]`.
             Those behind `start_pos` are caches, all zero at first; what becomes of them is given
             behind the logits, in the same order, and belongs into the next call.
-        output: Element type and shape of its logits: `float32 [1, 1, 32000]`.
+        output: Element type and shape of its logits: `float32 [1, 1, 32000]`; behind those that a
+            head has chosen come their tokens, int32 of the same shape.
         seq_lengths: The lengths S that a call takes as they are, ascending. Others, up to the
             longest, are padded where the constant method `enable_dynamic_shape` says so; in a
             program of the form `RANGE` they are taken as they are, too.
@@ -114,6 +116,7 @@ class Description:
         context: Positions that it remembers.
         constant_methods: What ExecuTorch's LLM runners ask of it, by the method's name.
         why: What the form is for, and what was asked for; empty where nothing tells.
+        head: What it gives of each row: all logits, or the likeliest tokens with theirs.
         partitions: What Core ML runs one after the other, where that is several programs.
     """
 
@@ -125,6 +128,7 @@ class Description:
     context: int
     constant_methods: Mapping[str, Constant]
     why: str = ""
+    head: Head = LOGITS
     partitions: tuple[Partition, ...] = ()
 
     @property

@@ -23,6 +23,7 @@ from llm_coreml.artifact.description import (
 )
 from llm_coreml.artifact.method_plan import Constant
 from llm_coreml.bundle.typed_json import LEFT_OUT, named, read_record, write_record
+from llm_coreml.heads import LOGITS, Head
 from llm_coreml.targets import BACKENDS
 from llm_coreml.verify.verification import Verification
 
@@ -261,6 +262,7 @@ class Program:
         every_row: A call gives a row of logits for each of its tokens.
         methods: All methods that read tokens.
         why: What the form is for, and what was asked for.
+        head: What is given of each row; every logit if it is absent.
         partitions: What Core ML runs one after the other; None where that is one program.
     """
 
@@ -278,6 +280,7 @@ class Program:
     every_row: bool | None = field(default=None, metadata=LEFT_OUT)
     methods: Mapping[str, MethodForm] | None = field(default=None, metadata=LEFT_OUT)
     why: str | None = field(default=None, metadata=LEFT_OUT)
+    head: str | None = field(default=None, metadata=LEFT_OUT)
     partitions: tuple[Partition, ...] | None = field(default=None, metadata=LEFT_OUT)
 
 
@@ -382,6 +385,7 @@ class Manifest:
             context=program.context,
             constant_methods=program.constant_methods,
             why=program.why or "",
+            head=Head.of(program.head or str(LOGITS)),
             partitions=program.partitions or (),
         )
 

@@ -33,6 +33,7 @@ from llm_coreml.bundle.typed_json import read_record
 from llm_coreml.checkpoint import Source as CheckpointSource
 from llm_coreml.config import ExportConfig, Job
 from llm_coreml.decoder import DecoderSpec
+from llm_coreml.heads import LOGITS
 from llm_coreml.quantize.calibrate.text import CalibrationText
 from llm_coreml.quantize.calibrate.tune import Tuning
 from llm_coreml.quantize.formats.schemes import Scheme
@@ -114,6 +115,7 @@ def _program(description: Description, path: Path) -> Program:
         every_row=description.every_row,
         methods=description.methods,
         why=description.why,
+        head=None if description.head == LOGITS else str(description.head),
         partitions=description.partitions or None,
     )
 

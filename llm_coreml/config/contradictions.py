@@ -11,7 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from llm_coreml.config.engine import EngineSettings
 from llm_coreml.config.export_config import ExportConfig
+from llm_coreml.config.setting import Setting, settings_of
 from llm_coreml.errors import ConfigError, LlmCoreMLError, UnsupportedError
 from llm_coreml.systems import STATE_SYSTEM, older, opset_of
 from llm_coreml.targets import Target
@@ -43,7 +45,23 @@ def _ranged(config: ExportConfig) -> bool:
     return isinstance(config.seq_lengths, str)
 
 
+def _engine(config: ExportConfig) -> list[Setting]:
+    """Return what is asked of a program that only Core ML's own passes do."""
+    return [
+        each for each in settings_of(EngineSettings) if getattr(config, each.name) != each.default
+    ]
+
+
 CONTRADICTIONS = (
+    Contradiction(
+        lambda config, target: config.constants == "inputs",
+        "--constants inputs would give Core ML every weight as an input of each call "
+        "(ExecuTorch's take_over_constant_data=False): inputs are plain fp16 or fp32 numbers, so "
+        "that no format of few bits could be stored, all weights would be copied for each token, "
+        "and ExecuTorch refuses it beside lower_full_graph, without which it has no enumerated "
+        "lengths. Leave --constants delegate.",
+        error=UnsupportedError,
+    ),
     Contradiction(
         lambda config, target: _too_old(config) and config.functions is not None,
         "{minimum_os} is too old: Core ML has models of several functions, which --functions "
@@ -55,6 +73,13 @@ CONTRADICTIONS = (
         lambda config, target: _too_old(config) and config.kv_cache != "inputs",
         "{minimum_os} is too old: Core ML keeps a KV cache as state from iOS18 and macOS15 on; "
         "give --kv-cache inputs, or use --minimum-os iOS18.",
+        error=UnsupportedError,
+    ),
+    Contradiction(
+        lambda config, target: _too_old(config) and bool(_engine(config)),
+        "{minimum_os} is too old: --linear-split, --head-split, --gather-split, --layout, "
+        "--pad-heads and --profile are for weights and states as systems from iOS18 on have them; "
+        "drop them, or use --minimum-os iOS18.",
         error=UnsupportedError,
     ),
     Contradiction(
@@ -72,6 +97,29 @@ CONTRADICTIONS = (
         lambda config, target: config.functions is not None and config.backend == "xnnpack",
         "--functions {functions} is a form of Core ML programs, and --backend xnnpack reads every "
         "length in one method; drop one of them.",
+    ),
+    Contradiction(
+        lambda config, target: config.profile != "none" and not target.neural_engine,
+        "--profile {profile} is for the Neural Engine, which --target {target} does not use; give "
+        "--target ane, or drop it.",
+    ),
+    Contradiction(
+        lambda config, target: (
+            config.profile == "ane-ios18" and not older(opset_of(config.minimum_os), "iOS26")
+        ),
+        "--profile ane-ios18 has fused attention, which has been reported to give inf on the "
+        "Neural Engine of iOS 26 (executorch issue 15833), and --minimum-os {minimum_os} is no "
+        "older; give --profile ane-ios26.",
+    ),
+    Contradiction(
+        lambda config, target: config.backend == "xnnpack" and bool(_engine(config)),
+        "--linear-split, --head-split, --gather-split, --layout, --pad-heads and --profile are "
+        "about Core ML, and --backend xnnpack makes no Core ML model; drop one of them.",
+    ),
+    Contradiction(
+        lambda config, target: config.head != "logits" and config.backend == "xnnpack",
+        "--head {head} is a form of Core ML programs, and --backend xnnpack makes a program for "
+        "ExecuTorch's stock runner, which takes logits; drop one of them.",
     ),
     Contradiction(
         lambda config, target: config.partition_size is not None and config.backend == "xnnpack",

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
+from llm_coreml.config.engine import EngineSettings
 from llm_coreml.config.schema import complaint, sections_schema
 from llm_coreml.config.scheme_text import plain_name
 from llm_coreml.config.sections import (
@@ -35,7 +36,12 @@ S = TypeVar("S", bound=Section)
 # A dataclass has the fields of its last base first, so these are in the order of SECTIONS.
 @dataclass(frozen=True)
 class ExportConfig(
-    TargetSettings, ProgramSettings, CalibrationSettings, WeightSettings, SourceSettings
+    EngineSettings,
+    TargetSettings,
+    ProgramSettings,
+    CalibrationSettings,
+    WeightSettings,
+    SourceSettings,
 ):
     """Every setting of an export: the sections' fields together, see `sections`.
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 from llm_coreml.config.contradictions import check_together
 from llm_coreml.config.export_config import ExportConfig
+from llm_coreml.config.profiles import PROFILES
 from llm_coreml.config.sections import CalibrationSettings, WeightSettings
 from llm_coreml.config.values import (
     CONTEXT_MULTIPLE,
@@ -22,10 +23,12 @@ from llm_coreml.config.values import (
     functions_of,
     range_of,
 )
+from llm_coreml.cuts import Cuts
 from llm_coreml.errors import ConfigError
+from llm_coreml.heads import Head
 from llm_coreml.machine import machine_memory
 from llm_coreml.systems import STATE_SYSTEM, older, opset_of
-from llm_coreml.targets import BACKENDS, PRECISIONS, Precision, Target, get_target
+from llm_coreml.targets import BACKENDS, PRECISIONS, Layout, Precision, Target, get_target
 
 if TYPE_CHECKING:  # the decoder's package would bring torch
     from llm_coreml.decoder.spec import DecoderSpec, Extent
@@ -40,12 +43,14 @@ class Shapes:
         seq_lengths: Accepted chunk lengths, ascending, beginning with 1 if there are several.
         ranged: Those between the first and the last are accepted, too.
         apart: Each has a method of its own, and a runner chooses among them.
+        multiple: What the widths of states are multiples of.
     """
 
     context: int
     seq_lengths: tuple[int, ...]
     ranged: bool = False
     apart: bool = False
+    multiple: int = 1
 
     @property
     def longest(self) -> int:
@@ -72,7 +77,7 @@ class Shapes:
         """How far calls reach, by which a decoder's states are sized."""
         from llm_coreml.decoder import spec  # with torch, which shapes alone do without
 
-        return spec.Extent(self.context, self.spare, self.longest)
+        return spec.Extent(self.context, self.spare, self.longest, self.multiple)
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,9 @@ class Job:
         backend: `coreml`, or `xnnpack` for a twin that runs on Linux.
         attention: `fused` or `decomposed`, see `decoder.self_attention`.
         logits: `last` row of each chunk, or `all` rows.
+        head: What a row gives.
+        cuts: Which matrices are cut.
+        layout: What linear layers are.
         kv_cache: It is a `state`, or `inputs` and outputs of the method.
         functions: The length of each method by name, where there are several.
         shapes: Context and chunk lengths.
@@ -111,6 +119,9 @@ class Job:
     backend: Literal["coreml", "xnnpack"]
     attention: Literal["fused", "decomposed"]
     logits: Literal["last", "all"]
+    head: Head
+    cuts: Cuts
+    layout: Layout
     kv_cache: Literal["state", "inputs"]
     functions: Mapping[str, int]
     shapes: Shapes
@@ -136,7 +147,7 @@ def resolve(config: ExportConfig, spec: DecoderSpec) -> Job:
     # The fused operation is as old as states; coremltools takes it apart for older systems, with
     # a scale that fp16 does not hold.
     fused = backend.fused_attention and not older(opset_of(config.minimum_os), STATE_SYSTEM)
-    weights = config.section(WeightSettings)
+    weights, profile = config.section(WeightSettings), PROFILES[config.profile]
     return Job(
         config=config,
         weights=replace(weights, embedding=weights.table),
@@ -146,8 +157,15 @@ def resolve(config: ExportConfig, spec: DecoderSpec) -> Job:
         opset=opset_of(config.minimum_os),
         precision=PRECISIONS[config.compute_precision],
         backend=config.backend,
-        attention=target.attention if fused else "decomposed",
+        attention=(profile.attention or target.attention) if fused else "decomposed",
         logits=config.logits,
+        head=_fitting_head(Head.of(config.head), spec.vocab_size),
+        layout=config.layout,
+        cuts=Cuts(
+            config.linear_split or profile.cuts.linear,
+            config.head_split or profile.cuts.widest,
+            config.gather_split or profile.cuts.gather,
+        ),
         kv_cache=kv_cache,
         functions=functions_of(config.functions) if config.functions else {},
         shapes=_fitting(
@@ -160,6 +178,16 @@ def resolve(config: ExportConfig, spec: DecoderSpec) -> Job:
         model_type=config.model_type,
         force=config.force,
     )
+
+
+def _fitting_head(head: Head, vocab_size: int) -> Head:
+    """Return a head. Raises ConfigError if it is to give more tokens than there are."""
+    if head.count is not None and head.count >= vocab_size:
+        raise ConfigError(
+            f"--head {head} asks for {head.count} tokens of a vocabulary of {vocab_size}; give "
+            "fewer, such as topk:40, or --head logits for all of them."
+        )
+    return head
 
 
 def resolve_shapes(
@@ -188,8 +216,11 @@ def resolve_shapes(
             f"The model has {max_position_embeddings} positions; the KV cache needs "
             f"{CONTEXT_MULTIPLE} at least."
         )
+    padded = config.pad_heads or PROFILES[config.profile].pad_heads
+    multiple = CONTEXT_MULTIPLE if padded else 1
     if config.seq_lengths is None and config.functions is None:
-        return Shapes(context, tuple(n for n in DEFAULT_SEQ_LENGTHS if n <= context))
+        usual = tuple(n for n in DEFAULT_SEQ_LENGTHS if n <= context)
+        return Shapes(context, usual, multiple=multiple)
     asked, flag = config.seq_lengths, "--seq-lengths"
     lengths = range_of(asked) if isinstance(asked, str) else asked or ()
     if config.functions:
@@ -201,7 +232,7 @@ def resolve_shapes(
                 "drop it or raise --context."
             )
     ranged, apart = isinstance(asked, str), config.functions is not None
-    return Shapes(context, tuple(sorted(lengths)), ranged, apart)
+    return Shapes(context, tuple(sorted(lengths)), ranged, apart, multiple)
 
 
 def _fitting(shapes: Shapes, spec: DecoderSpec) -> Shapes:

@@ -1,4 +1,4 @@
-"""Every setting of an export, in sections: source, weights, calibration, program, target.
+"""Every setting of an export, in sections: source, weights, calibration, program, target, engine.
 
 A field's text is its documentation: the help page, the recipes' schema and the documents show it.
 Rules between a setting and a model are held where both are known, see `job.resolve`.
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
 
+from llm_coreml.config.engine import EngineSettings
 from llm_coreml.config.scheme_text import (
     checked_scheme,
     patterns_alone,
@@ -42,6 +43,7 @@ from llm_coreml.config.values import (
     read_names,
 )
 from llm_coreml.errors import ConfigError
+from llm_coreml.heads import checked_head
 from llm_coreml.targets import TARGETS
 
 # "gpu, ane, cpu or all"
@@ -267,6 +269,12 @@ class ProgramSettings(Section):
     """
 
     logits: Literal["last", "all"] = setting("last", "Rows of logits that a call returns.")
+    head: str = setting(
+        "logits",
+        "What a row gives: every logit, the K likeliest tokens with theirs, or the likeliest.",
+        metavar="logits|topk:K|argmax",
+        check=checked_head,
+    )
     kv_cache: Literal["state", "inputs"] | None = setting(
         None,
         "Hold the KV cache as a state, or have it as inputs and outputs of each call.",
@@ -309,6 +317,9 @@ class ProgramSettings(Section):
         metavar="embedding,head",
         check=checked_split,
         read=read_names,
+    )
+    constants: Literal["delegate", "inputs"] = setting(
+        "delegate", "Where the weights lie: in Core ML's programs; inputs is refused, with reasons."
     )
 
 
@@ -366,5 +377,6 @@ SECTIONS: Mapping[str, type[Section]] = MappingProxyType(
         "calibration": CalibrationSettings,
         "program": ProgramSettings,
         "target": TargetSettings,
+        "engine": EngineSettings,
     }
 )

@@ -76,11 +76,13 @@ class Extent:
         context: Positions of a sequence.
         spare: Positions beyond the context that the pads of a call may reach.
         longest: The most tokens of a call, pads among them; None is the whole context.
+        multiple: What the widths of states are multiples of.
     """
 
     context: int
     spare: int = 0
     longest: int | None = None
+    multiple: int = 1
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from typing import final
 
 import torch
+import torch.nn.functional as F
 
 from llm_coreml.decoder.spec import CacheSizes, Extent
 from llm_coreml.decoder.state import Start, State, View
@@ -237,7 +238,7 @@ class Cache(State):
 
     Attributes:
         heads: Key/value heads of one layer.
-        head_dim: Width of one head.
+        head_dim: Width of one head; behind it a buffer may have zeros.
         read: How many positions attention reads, the first ones.
     """
 
@@ -248,9 +249,10 @@ class Cache(State):
         self.ring = sizes.ring(extent)
         self.read = self.ring or extent.context
         self.heads, self.head_dim = sizes.heads, sizes.head_dim
+        self._zeros = -sizes.head_dim % extent.multiple
         heads = 2 * sizes.heads if joint else sizes.heads
         for name in ("kv",) if joint else ("keys", "values"):
-            shape = (num_layers, heads, sizes.positions(extent), sizes.head_dim)
+            shape = (num_layers, heads, sizes.positions(extent), sizes.head_dim + self._zeros)
             self.register_buffer(name, torch.zeros(shape), persistent=False)
 
     @abstractmethod
@@ -275,11 +277,15 @@ class Cache(State):
 
     def packed(self, keys: torch.Tensor, values: torch.Tensor) -> Sequence[torch.Tensor]:
         """Return entries `[1, kv_heads, S, head_dim]` as each buffer has them."""
+        if self._zeros:
+            keys, values = (F.pad(part, (0, self._zeros)) for part in (keys, values))
         joint = len(list(self.buffers())) == 1
         return (torch.cat((keys, values), 1),) if joint else (keys, values)
 
     def parted(self, found: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the keys and values in what is read of each buffer, `[1, heads, S, head_dim]`."""
+        if self._zeros:
+            found = [part[..., : self.head_dim] for part in found]
         if len(found) == 1:
             return found[0][:, : self.heads], found[0][:, self.heads :]
         keys, values = found

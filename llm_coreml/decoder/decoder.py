@@ -18,6 +18,7 @@ from torch import nn
 
 from llm_coreml.decoder.block import Block
 from llm_coreml.decoder.caches import held_positions
+from llm_coreml.decoder.chosen_tokens import chosen
 from llm_coreml.decoder.chunk import Chunk, make_mask
 from llm_coreml.decoder.matrices import Embedding, Linear, PositionTable, SoftCap, beside, number
 from llm_coreml.decoder.norm import norm_of
@@ -33,6 +34,7 @@ from llm_coreml.decoder.spec import DecoderSpec, Extent, MaskKey
 from llm_coreml.decoder.state import Start, State, View
 from llm_coreml.decoder.states import make_states, slots
 from llm_coreml.decoder.wiring import Matrix, Wiring, joined, run
+from llm_coreml.heads import LOGITS, Head
 
 # Takes the rows of tokens out of a table.
 LookUp = Callable[[Embedding, torch.Tensor], torch.Tensor]
@@ -59,6 +61,8 @@ class Decoder(nn.Module):
         spare: Positions that the states hold beyond the context, see `forward`.
         longest: The most tokens of a call in an exported graph; None is the whole context. By it
             the rings of layers with windows are sized; eagerly longer calls are read in parts.
+        head: What `forward` and `carrying` give of each row of logits.
+        multiple: What the widths of states are multiples of.
     """
 
     positions: torch.Tensor
@@ -73,11 +77,14 @@ class Decoder(nn.Module):
         logits: LogitsForm = "last",
         spare: int = 0,
         longest: int | None = None,
+        head: Head = LOGITS,
+        multiple: int = 1,
     ) -> None:
         super().__init__()
         self.spec = spec
+        self.chosen = head
         self.context = context
-        self.extent = Extent(context, spare, longest)
+        self.extent = Extent(context, spare, longest, multiple)
         self.attention = attention
         self.logits = logits
         self.embed_tokens = Embedding(spec.vocab_size, spec.hidden_size)
@@ -144,7 +151,7 @@ class Decoder(nn.Module):
         tokens: torch.Tensor,
         start_pos: torch.Tensor,
         last_pos: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """Run one chunk that continues the sequence at `start_pos`.
 
         A padded chunk repeats its last token. With `last_pos` the pads are read at that token's
@@ -159,10 +166,12 @@ class Decoder(nn.Module):
                 are no pads.
 
         Returns:
-            float32 logits, `[1, 1, vocab]` (`last`) or `[1, S, vocab]` (`all`).
+            float32 logits, `[1, 1, vocab]` (`last`) or `[1, S, vocab]` (`all`); of a head that
+            gives K tokens, their logits and themselves, int32, `[1, 1 or S, K]` each.
         """
         x = self.blocks(self.embed(tokens, start_pos, last_pos), start_pos, last_pos)
-        return self.head(x[:, -1:] if self.logits == "last" else x)
+        given = self.results(x[:, -1:] if self.logits == "last" else x)
+        return given[0] if len(given) == 1 else given
 
     def carrying(
         self,
@@ -180,23 +189,23 @@ class Decoder(nn.Module):
             caches: Every buffer of `states`, in their order, of any float type; not changed.
 
         Returns:
-            The logits, and what each of `caches` has become.
+            What `forward` gives, and what each of `caches` has become.
         """
-        given = iter(caches)
+        each = iter(caches)
         lent = {
-            name: [next(given).to(torch.float32) for _ in state.buffers()]
+            name: [next(each).to(torch.float32) for _ in state.buffers()]
             for name, state in self.states.items()
         }
         x = self.embed(tokens, start_pos, last_pos)
         chunk = self.chunk(x.shape[1], start_pos, last_pos, lent)
         x = self._through(x, chunk)
-        logits = self.head(x[:, -1:] if self.logits == "last" else x)
+        given = self.results(x[:, -1:] if self.logits == "last" else x)
         returned = [
             buffer
             for name, state in self.states.items()
             for buffer in state.returned(chunk.views[name])
         ]
-        return logits, *(
+        return *given, *(
             buffer.to(cache.dtype) for buffer, cache in zip(returned, caches, strict=True)
         )
 
@@ -319,6 +328,10 @@ class Decoder(nn.Module):
         """Forget the sequence."""
         for state in self.states.values():
             state.reset()
+
+    def results(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return what a call gives, of the rows that the head reads, `[1, rows, hidden]`."""
+        return chosen(self.head(x), self.chosen)
 
     def _through(self, x: torch.Tensor, chunk: Chunk) -> torch.Tensor:
         """Take `x`, as `embed` gives it, through all blocks: `[1, S, hidden]`."""

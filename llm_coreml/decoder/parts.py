@@ -137,7 +137,7 @@ class Part(nn.Module):
             last_pos: See `Decoder.forward`.
 
         Returns:
-            What the next part takes, of a part with the head float32 logits; then what each of
+            What the next part takes, of a part with the head what a call gives; then what each of
             `past` has become.
         """
         if hidden is None:
@@ -152,7 +152,8 @@ class Part(nn.Module):
         # What the last layer leaves is for the head, which gives the logits of one row, or of all.
         if self.share.ends(self.decoder.spec) and self.decoder.logits == "last":
             x = x[:, -1:]
-        return (self.decoder.head(x) if self.share.head else x.to(self.border)), *returned
+        given = self.decoder.results(x) if self.share.head else (x.to(self.border),)
+        return *given, *returned
 
     def _through(
         self,

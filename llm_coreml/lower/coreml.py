@@ -63,7 +63,8 @@ def lower_coreml(
         del exported
         call = CoreMLCall(MAIN_FUNCTION, signature_of(description, MAIN_METHOD))
         padding = None if description.ranged else lengths
-        method = method_around(calling(call), description.context, padding, description.every_row)
+        rows = len(description.head.gives) if description.every_row else 0
+        method = method_around(calling(call), description.context, padding, rows)
         traced = {MAIN_METHOD: trace_method(method, lengths[-1], list(caches.values()))}
         edge = edge_methods(traced, {call.name: specs}, description.constant_methods)
         write_methods(edge.to_executorch(), {call.name: blob}, path)
@@ -71,16 +72,23 @@ def lower_coreml(
 
 def signature_of(description: Description, method: str) -> Signature:
     """Return what the program in a method takes and gives, as `Decoder.forward` does."""
-    longest, vocab_size = (
-        description.methods[method].seq_lengths[-1],
-        description.constant_methods["get_vocab_size"],
-    )
+    longest = description.methods[method].seq_lengths[-1]
     size = "P" if longest > 1 else 1
     caches = tuple(f"{name} {text}" for name, text in description.caches.items())
     last = ("last_pos int32 [1]",) if longest > 1 else ()
     takes = (f"{TOKENS} int32 [1, {size}]", *caches, f"{START_POS} int32 [1]", *last)
     rows = size if description.every_row else 1
-    return Signature(takes, (f"logits float32 [1, {rows}, {vocab_size}]", *caches))
+    return Signature(takes, (*head_outputs(description, rows), *caches))
+
+
+def head_outputs(description: Description, rows: int | str) -> tuple[str, ...]:
+    """Return what a program with the head gives of so many rows, each as `Port.of` reads it."""
+    width = description.head.count or description.constant_methods["get_vocab_size"]
+    dtypes = ("float32", "int32")
+    return tuple(
+        f"{name} {dtype} [1, {rows}, {width}]"
+        for name, dtype in zip(description.head.gives, dtypes, strict=False)
+    )
 
 
 def calling(call: CoreMLCall) -> Program:
@@ -94,7 +102,7 @@ def calling(call: CoreMLCall) -> Program:
     ) -> torch.Tensor | tuple[torch.Tensor, ...]:
         last = () if last_pos is None else (last_pos,)
         given = call(tokens, *caches, start_pos, *last)
-        return given if caches else given[0]
+        return given if len(given) > 1 else given[0]
 
     return program
 

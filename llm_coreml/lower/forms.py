@@ -70,7 +70,8 @@ class Lowering(ABC):
     ) -> Description:
         """Return what a program offers: one method, or those that were asked for."""
         every_row = job.logits == "all"
-        output = f"float32 [1, {'S' if every_row else 1}, {spec.vocab_size}]"
+        width = job.head.count or spec.vocab_size
+        output = f"float32 [1, {'S' if every_row else 1}, {width}]"
         given = job.kv_cache == "inputs"
         caches = _caches(spec, job.shapes, cls.input_dtype(job), cut) if given else {}
         count = len(cut.shares)
@@ -91,6 +92,7 @@ class Lowering(ABC):
             states={} if given else _caches(spec, job.shapes, cls.state_dtype, cut),
             context=job.shapes.context,
             constant_methods=constants,
+            head=job.head,
             partitions=cut.partitions,
         )
 

@@ -14,7 +14,11 @@ from coremltools.converters.mil.mil.passes.defs.cleanup.const_deduplication impo
 from coremltools.converters.mil.mil.passes.graph_pass import AbstractGraphPass
 from coremltools.converters.mil.mil.passes.pass_registry import PASS_REGISTRY, register_pass
 
+from llm_coreml.cuts import WHOLE, Cuts
 from llm_coreml.errors import ConfigError, nearest
+from llm_coreml.lower.channels_first import channels_first
+from llm_coreml.lower.cut_passes import cut_names
+from llm_coreml.targets import Layout
 
 
 @register_pass(namespace="llm_coreml")
@@ -138,10 +142,14 @@ _OMITTED = "common::canonicalize_quantized_lut_pattern"
 _REPLACED = {"common::const_deduplication": "llm_coreml::share_equal_constants"}
 
 
-def pass_names(chosen: Sequence[str] | None = None) -> list[str]:
+def pass_names(
+    chosen: Sequence[str] | None = None, cuts: Cuts = WHOLE, layout: Layout = "linear"
+) -> list[str]:
     """Return what coremltools is to run.
 
     Args:
+        cuts: What is cut, before all else.
+        layout: What linear layers are.
         chosen: All passes, or each that is left out of the usual ones, with a hyphen before its
             name; None is coremltools' default pipeline, all but one pass, with ours in it and
             around it.
@@ -151,7 +159,10 @@ def pass_names(chosen: Sequence[str] | None = None) -> list[str]:
     """
     default = ct.PassPipeline.DEFAULT.passes
     names = [_REPLACED.get(name, name) for name in default if name != _OMITTED]
-    usual = ["llm_coreml::join_slices", *names, "llm_coreml::drop_repeated_state_writes"]
+    cutting = cut_names(cuts)
+    if layout == "conv":
+        cutting.append(f"llm_coreml::{channels_first.__name__}")
+    usual = [*cutting, "llm_coreml::join_slices", *names, "llm_coreml::drop_repeated_state_writes"]
     if chosen is None:
         return usual
     left_out = {name[1:] for name in chosen if name.startswith("-")}
@@ -160,4 +171,4 @@ def pass_names(chosen: Sequence[str] | None = None) -> list[str]:
         if name not in known:
             told = "the usual passes do not hold" if left_out else "coremltools has no pass"
             raise ConfigError(f"--passes: {told} '{name}'.{nearest(name, known)}")
-    return [name for name in usual if name not in left_out] if left_out else list(chosen)
+    return [name for name in usual if name not in left_out] if left_out else [*cutting, *chosen]

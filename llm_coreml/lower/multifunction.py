@@ -43,9 +43,8 @@ def lower_functions(
             packages[name] = Path(folder, f"{name}.mlpackage")
             save_package(exported, specs[name], packages[name])
             call = CoreMLCall(name, signature_of(description, name))
-            around = method_around(
-                calling(call), description.context, form.seq_lengths, description.every_row
-            )
+            rows = len(description.head.gives) if description.every_row else 0
+            around = method_around(calling(call), description.context, form.seq_lengths, rows)
             methods[name] = trace_method(around, form.seq_lengths[-1], list(caches.values()))
             on_progress(len(methods) / (1 + len(description.methods)))
         blob = Path(folder, "blob")

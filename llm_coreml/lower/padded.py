@@ -78,18 +78,18 @@ class Padded(nn.Module):
         program: What it calls, with a number of tokens that is one of the lengths.
         context: Positions that there are.
         lengths: What the program takes, ascending; None if it takes every length.
-        every_row: Whether the program gives a row of logits for every token.
+        rows: How many of what the program gives, the first ones, have a row for every token.
     """
 
     positions: torch.Tensor
 
     def __init__(
-        self, program: Program, context: int, lengths: Sequence[int] | None, every_row: bool
+        self, program: Program, context: int, lengths: Sequence[int] | None, rows: int
     ) -> None:
         super().__init__()
         self.program = program
         self.lengths = lengths
-        self.every_row = every_row
+        self.rows = rows
         self.register_buffer("positions", torch.arange(context, dtype=torch.int32))
 
     def forward(self, tokens: torch.Tensor, start_pos: torch.Tensor, *caches: torch.Tensor) -> Any:
@@ -105,23 +105,25 @@ class Padded(nn.Module):
         rows = torch.arange(padded_length(count, self.lengths)).clamp(max=count - 1)
         padded = tokens.index_select(1, rows).to(torch.int32)
         given = self.program(padded, first, last, *caches)
-        logits, rest = (given[0], given[1:]) if caches else (given, ())
-        if self.every_row:
-            # No slice: torch does not know that there are at least so many.
-            logits = logits.index_select(1, torch.arange(count))
-        return (logits, *rest) if caches else logits
+        if not self.rows:
+            return given
+        results = given if isinstance(given, tuple) else (given,)
+        # No slice: torch does not know that there are at least so many.
+        real = torch.arange(count)
+        cut = [each.index_select(1, real) for each in results[: self.rows]]
+        return (*cut, *results[self.rows :]) if len(results) > 1 else cut[0]
 
 
 Method = OneToken | Padded
 
 
 def method_around(
-    program: Program, context: int, lengths: Sequence[int] | None, every_row: bool
+    program: Program, context: int, lengths: Sequence[int] | None, rows: int
 ) -> Method:
     """Return the method that calls `program`; see `Padded` for the arguments."""
     if lengths is not None and lengths[-1] == 1:
         return OneToken(program, context)
-    return Padded(program, context, lengths, every_row)
+    return Padded(program, context, lengths, rows)
 
 
 def padded_length(count: Any, lengths: Sequence[int]) -> Any:

@@ -25,7 +25,7 @@ from llm_coreml.config import Job
 from llm_coreml.decoder import Decoder
 from llm_coreml.decoder.parts import Part, Share
 from llm_coreml.decoder.states import state_specs
-from llm_coreml.lower.coreml import uncollected
+from llm_coreml.lower.coreml import head_outputs, uncollected
 from llm_coreml.lower.method import CoreMLCall, edge_methods, write_methods
 from llm_coreml.lower.multifunction import reference
 from llm_coreml.lower.padded import Program, method_around
@@ -69,8 +69,10 @@ def lower_partitions(
         methods = {}
         for name, form in description.methods.items():
             padding = None if description.ranged else form.seq_lengths
+            results = len(description.head.gives)
+            rows = results if description.every_row else 0
             around = method_around(
-                _in_a_row(calls[name]), description.context, padding, description.every_row
+                _in_a_row(calls[name], results), description.context, padding, rows
             )
             methods[name] = trace_method(around, form.seq_lengths[-1], caches)
         edge = edge_methods(methods, work.specs, description.constant_methods)
@@ -176,18 +178,23 @@ class _Work:
         if share.takes_positions(spec):
             names = (START_POS, LAST_POS) if longest > 1 else (START_POS,)
             positions = tuple(f"{name} int32 [1]" for name in names)
-        left = f"{HIDDEN} {dtype} [1, {given}, {share.leaving(spec)}]"
+        left: tuple[str, ...] = (f"{HIDDEN} {dtype} [1, {given}, {share.leaving(spec)}]",)
         if share.head:
-            left = f"logits float32 [1, {given}, {spec.vocab_size}]"
-        return Signature((first, *caches, *positions), (left, *caches))
+            left = head_outputs(self.description, given)
+        return Signature((first, *caches, *positions), (*left, *caches))
 
 
 def _entering(share: Share) -> str:
     return TOKENS if share.embedding else HIDDEN
 
 
-def _in_a_row(calls: Sequence[CoreMLCall]) -> Program:
-    """Return the calls one after the other, as one program; see `padded.Program`."""
+def _in_a_row(calls: Sequence[CoreMLCall], results: int) -> Program:
+    """Return the calls one after the other, as one program; see `padded.Program`.
+
+    Args:
+        calls: Of the programs.
+        results: How many things the last one gives before its caches.
+    """
 
     def program(
         tokens: torch.Tensor,
@@ -195,14 +202,19 @@ def _in_a_row(calls: Sequence[CoreMLCall]) -> Program:
         last_pos: torch.Tensor | None,
         *caches: torch.Tensor,
     ) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        x, left, returned = tokens, iter(caches), []
+        given: tuple[torch.Tensor, ...] = (tokens,)
+        returned: list[torch.Tensor] = []
+        left = iter(caches)
         for call in calls:
+            count = results if call is calls[-1] else 1
             names = {port.name for port in call.signature.inputs}
-            own = itertools.islice(left, len(call.signature.gives) - 1)
+            own = itertools.islice(left, len(call.signature.gives) - count)
             told = {START_POS: start_pos, LAST_POS: last_pos}
             positions = [value for name, value in told.items() if name in names]
-            x, *changed = call(x, *own, *[value for value in positions if value is not None])
-            returned += changed
-        return (x, *returned) if caches else x
+            last = [value for value in positions if value is not None]
+            found = call(given[0], *own, *last)
+            given = found[:count]
+            returned += found[count:]
+        return (*given, *returned) if len(given) + len(returned) > 1 else given[0]
 
     return program

@@ -90,7 +90,7 @@ def lower_xnnpack(
     longest = lengths[-1]
     padding = lengths if longest == 1 else None  # XNNPACK takes every length
     program = Carrying(decoder) if caches else decoder
-    method = method_around(program, decoder.context, padding, decoder.logits == "all")
+    method = method_around(program, decoder.context, padding, int(decoder.logits == "all"))
     traced = trace_method(method, longest, list(empty(caches).values()))
     writes = {state.write for state in decoder.states.values()}
     exported = traced.run_decompositions({write._opoverload: WRITES[write] for write in writes})

@@ -44,6 +44,7 @@ _TOKENS = 8
 _LINEAR = torch.ops.aten.linear.default
 _ROUND, _BACK, _WEIGHT = "quantize_per_tensor", "dequantize_per_tensor", "dequantize_per_channel"
 _SMALLEST_SCALE = float(torch.finfo(torch.float16).smallest_normal)
+_LARGEST_SCALE = float(torch.finfo(torch.float16).max)
 # Activations that are one operation of the graph.
 _WHOLE = ("silu", "gelu", "gelu_tanh", "relu")
 Windows = Sequence[Sequence[int]]
@@ -180,14 +181,15 @@ def rounded_layers(converted: GraphModule, layers: dict[str, str]) -> Iterator[R
         entering = node.args[0]
         inner = entering.args[0] if _calls(entering, _BACK) else None
         behind = [user for user in node.users if _is_activation(user)]
+        name = layers[node.name]
         yield Rounded(
-            layers[node.name],
+            name,
             codes,
             scale.unsqueeze(1),
             zero_point.unsqueeze(1),
-            None if inner is None else _rounding(converted, inner),
-            _behind(converted, node),
-            _behind(converted, behind[0]) if behind else None,
+            None if inner is None else _rounding(converted, inner, f"what {name} reads"),
+            _behind(converted, node, f"what {name} gives"),
+            _behind(converted, behind[0], f"the activation of {name}") if behind else None,
         )
 
 
@@ -225,17 +227,23 @@ def _config(activations: torch.dtype) -> Any:
     return quantization.LinearQuantizerConfig(global_config=everything)
 
 
-def _behind(graph: GraphModule, node: Node) -> EightBit | None:
+def _behind(graph: GraphModule, node: Node, what: str) -> EightBit | None:
     """Return how what a node gives is rounded for all that read it; None if it is not."""
     found = [user for user in node.users if _calls(user, _ROUND)]
-    return _rounding(graph, found[0]) if found else None
+    return _rounding(graph, found[0], what) if found else None
 
 
-def _rounding(graph: GraphModule, node: Node) -> EightBit:
+def _rounding(graph: GraphModule, node: Node, what: str) -> EightBit:
     """Return the rounding of a node that makes codes.
+
+    Args:
+        graph: Where it is.
+        node: The node.
+        what: What it rounds, for errors.
 
     Raises:
         CheckpointError: what was read there is not finite.
+        UnsupportedError: fp16, which Core ML stores scales as, does not hold its scale.
     """
     given: tuple[Any, ...] = node.args[1:3]
     scale, zero_point = (
@@ -243,8 +251,14 @@ def _rounding(graph: GraphModule, node: Node) -> EightBit:
     )
     if not 0 < scale < float("inf"):
         raise CheckpointError(
-            f"{node.name}: the model makes inf or NaN of the calibration text; the checkpoint "
-            "overflows, or is damaged. Give --pt2e weights, which reads none."
+            f"The calibration text makes inf or NaN of {what}; the checkpoint overflows, or is "
+            "damaged. Give --pt2e weights, which reads none."
+        )
+    if scale > _LARGEST_SCALE:
+        raise UnsupportedError(
+            f"{what[0].upper()}{what[1:]} spans {255 * scale:,.0f} on the calibration text, so "
+            f"that a step of 8 bits is {scale:,.0f}, and Core ML stores it as fp16, which ends at "
+            "65,504. Give --pt2e weights, which rounds no activations."
         )
     held = torch.tensor(max(scale, _SMALLEST_SCALE)).to(torch.float16)
     return EightBit(float(held), int(zero_point))

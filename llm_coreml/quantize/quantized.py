@@ -179,7 +179,16 @@ def build_decoder(
     weights, spec = rotated(model.weights, model.spec, job.weights.rotate)
     weights, spec = shifted(weights, spec, job.weights.residual_shift or 0)
     shapes = job.shapes
-    decoder = Decoder(spec, shapes.context, job.attention, job.logits, shapes.spare, shapes.longest)
+    decoder = Decoder(
+        spec,
+        shapes.context,
+        job.attention,
+        job.logits,
+        shapes.spare,
+        shapes.longest,
+        job.head,
+        shapes.multiple,
+    )
     storage = torch.float16 if job.precision.bits == 16 else torch.float32
     for buffer in decoder.buffers():
         # Tables and numbers too are what the program holds, so that only activations differ.

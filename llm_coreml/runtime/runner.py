@@ -20,6 +20,7 @@ from typing import Literal, SupportsIndex, final
 import torch
 
 from llm_coreml.errors import ConfigError
+from llm_coreml.heads import LOGITS, Head
 from llm_coreml.printable import printable, whole
 from llm_coreml.runtime.sampling import Sampler
 
@@ -55,6 +56,7 @@ class Runner(ABC):
         label: What produced the numbers, for tables: `reference runtime`, `eager`...
         rewinds: How many positions behind the furthest one a sequence can be taken up again; None
             from its beginning on. Layers with windows forget what is before.
+        head: What the program gives of a row. Logits that it does not give are -inf here.
     """
 
     context: int
@@ -64,6 +66,7 @@ class Runner(ABC):
     label: str
     rewinds: int | None = None
     ranged: bool = False
+    head: Head = LOGITS
 
     def __init__(self) -> None:
         self.position = 0
@@ -206,7 +209,12 @@ class Runner(ABC):
 
         Returns:
             float32 `[len(tokens), vocab]`.
+
+        Raises:
+            ConfigError: a token outside the vocabulary, more than fit, or the program chooses
+                among its logits.
         """
+        self.check_every_logit()
         self.reset(position)
         self._check_room(len(tokens))
         lengths = self.seq_lengths if self.every_row else (1,)
@@ -216,6 +224,20 @@ class Runner(ABC):
             rows.append(self.step(tokens[start : start + length]))
             start += length
         return torch.cat(rows) if rows else torch.empty(0, self.vocab_size)
+
+    @final
+    def check_every_logit(self) -> None:
+        """Refuse a program that gives the likeliest tokens alone.
+
+        Raises:
+            ConfigError: as said.
+        """
+        if self.head.count is not None:
+            raise ConfigError(
+                f"The program has --head {self.head} and gives {self.head.count} of "
+                f"{self.vocab_size} logits; what is asked for needs all of them. Export the same "
+                "with --head logits, which computes them alike, and ask that."
+            )
 
     @final
     def take_up(self, tokens: Sequence[int]) -> int:
@@ -244,7 +266,11 @@ class Runner(ABC):
 
         Returns:
             float32 `[count, vocab]`.
+
+        Raises:
+            ConfigError: as `logits` says.
         """
+        self.check_every_logit()
         first = len(tokens) - count
         start = self.take_up(tokens[: first + 1])
         self._check_room(len(tokens) - start)
@@ -284,10 +310,15 @@ class Runner(ABC):
             Why it ended.
 
         Raises:
-            ConfigError: the prompt is no sequence of tokens that fits the context, or the cache was
-                used for something else before the text has ended.
+            ConfigError: the prompt is no sequence of tokens that fits the context, the cache was
+                used for something else before the text has ended, or there is nothing to draw from.
         """
         sampler = sampler or Sampler()
+        if self.head.count == 1 and not sampler.greedy:
+            raise ConfigError(
+                f"The program has --head {self.head} and gives the likeliest token alone, of which "
+                "none can be drawn; leave the temperature at 0, or export with --head topk:40."
+            )
         kept = self.take_up(tokens) if reuse else 0
         if not reuse:
             self.reset()

@@ -57,6 +57,11 @@ class Sampler:
         self._top_p = sampling.top_p
         self._generator = torch.Generator().manual_seed(sampling.seed)
 
+    @property
+    def greedy(self) -> bool:
+        """Whether it takes the most likely token."""
+        return self._temperature == 0
+
     def choose(self, logits: torch.Tensor) -> int:
         """Return one token for float logits `[vocab]`.
 
@@ -68,7 +73,7 @@ class Sampler:
                 "The program's logits are no numbers (NaN), so that no token is more likely than "
                 "another; `llm-coreml inspect --numerics` finds where that begins."
             )
-        if self._temperature == 0:
+        if self.greedy:
             return int(logits.argmax())
         # The largest at zero, so that no temperature is too small to divide by.
         logits = logits.to(torch.float64)

@@ -89,8 +89,9 @@ def verify_conversion(
             for weight, digest in digests.items()
             if digest.rows == weight.rows
         },
+        reading.parts,
     )
-    compared = _compare(reading, reading.plan.unrounded, given)
+    compared = _compare(reading, reading.plan.unrounded, given, unrounded.head.count)
     bound = conversion_bound(decoder, reading.plain_fp16)
     result = Conversion(weights, len(compared.divergences), compared.relative_error, bound)
     if not result.passed:
@@ -122,7 +123,8 @@ def verify(
     """
     # What all lengths compute has been seen there.
     passes = reading.plan.unrounded if conversion is None else reading.plan.declared
-    compared = _compare(reading, passes, _given(artifact, reading, passes, on_progress))
+    given = _given(artifact, reading, passes, on_progress)
+    compared = _compare(reading, passes, given, artifact.head.count)
     plain = reading.plain_fp16 if reading.in_fp16 else None
     error_bound, kl_bound = bounds(plain)
     result = Verification(
@@ -210,24 +212,72 @@ def _given(
 
 
 def _compare(
-    reading: ReadText, passes: Sequence[Pass], given: Sequence[Sequence[torch.Tensor]]
+    reading: ReadText,
+    passes: Sequence[Pass],
+    given: Sequence[Sequence[torch.Tensor]],
+    count: int | None,
 ) -> _Compared:
+    """Compare what was given in every call with what the model says.
+
+    Args:
+        reading: What it says.
+        passes: The calls.
+        given: Their rows of logits.
+        count: How many there are of each row, see `Head`; None is all.
+    """
     errors, sizes, divergences, places = [], [], [], []
     for part, calls in zip(passes, given, strict=True):
         for call, rows in zip(part.calls, calls, strict=True):
             first = call.end - len(rows)
             wanted = reading.rows(part.start, first, call.end)
+            tokens = None
+            if count is not None:
+                tokens, wanted, rows, missed = _among(wanted, rows, count)
+                errors.append(missed)
+                places.append((part.start + first, call.count, "the likeliest tokens"))
+                sizes.append(wanted.abs().max())
             error = (rows - wanted).abs()
             errors.append(error.max())
             sizes.append(wanted.abs().max())
-            row, token = divmod(int(error.argmax()), error.shape[1])
-            places.append((part.start + first + row, call.count, token))
+            row, place = divmod(int(error.argmax()), error.shape[1])
+            which = place if tokens is None else int(tokens[row, place])
+            places.append((part.start + first + row, call.count, f"token {which}"))
             divergences.append(kl_divergence(wanted, rows))
     # max() of a tensor keeps NaN, as the bounds need; so does argmax.
-    position, count, token = places[int(torch.stack(errors).argmax())]
+    position, length, token = places[int(torch.stack(errors).argmax())]
     worst, largest = float(torch.stack(errors).max()), float(torch.stack(sizes).max())
     return _Compared(
         worst / largest if largest else worst,
-        f"for token {token} after position {position}, in a call with {count} tokens",
+        f"for {token} after position {position}, in a call with {length} tokens",
         torch.cat(divergences),
     )
+
+
+def _among(
+    wanted: torch.Tensor, rows: torch.Tensor, count: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return what is compared of rows of which the likeliest tokens are given alone.
+
+    Which of two tokens is chosen that are nearly alike is a matter of rounding. So the values are
+    held against the model's of the same tokens, and what the model says of them against its own
+    largest ones, in order: a token that is none of these is an error of as much as it lacks.
+
+    Args:
+        wanted: What the model says, `[rows, vocab]`.
+        rows: What was given, -inf for all others.
+        count: How many there are to be.
+
+    Returns:
+        The tokens, the model's logits of them and those that were given, `[rows, count]` each; and
+        by how much the tokens miss the likeliest at most, which is infinite if they are fewer.
+    """
+    if bool(((rows != -math.inf).sum(-1) != count).any()):
+        fewer = torch.tensor(math.inf)
+    else:
+        fewer = torch.tensor(0.0)
+    # NaN is the largest of all to torch, so that none is left out.
+    tokens = rows.topk(count, dim=-1).indices
+    own = wanted.gather(-1, tokens)
+    best = wanted.topk(count, dim=-1).values
+    missed = (best - own.sort(-1, descending=True).values).abs().max()
+    return tokens, own, rows.gather(-1, tokens), torch.maximum(missed, fewer)

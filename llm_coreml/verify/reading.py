@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from llm_coreml.cuts import WHOLE, Cuts
 from llm_coreml.decoder import Decoder
 from llm_coreml.fidelity import kl_divergence
+from llm_coreml.lower.cut_rows import cut_rows
 from llm_coreml.verify.cached_text import CachedText, LaterCache
 from llm_coreml.verify.judge import Reading, logits_of, read_together
 from llm_coreml.verify.passes import Pass, Plan
@@ -38,6 +40,7 @@ class ReadText:
         plain_fp16: The noise of plain fp16; None if that is not known.
         in_fp16: Whether the artifact computes in fp16, so that such noise is its own.
         contents: What tells each tensor of the model from others, by name.
+        parts: The same of the parts in which it may lie in a program, see `check_weights`.
         largest: The largest number that any block left in the residual stream.
     """
 
@@ -50,6 +53,7 @@ class ReadText:
     in_fp16: bool = True
     contents: Mapping[str, Content] = field(default_factory=dict)
     largest: float = 0.0
+    parts: Mapping[str, Sequence[Sequence[Content]]] = field(default_factory=dict)
 
     def tokens_of(self, part: Pass) -> list[int]:
         """Return what a pass reads."""
@@ -84,6 +88,7 @@ def read_text(
     every_row: bool,
     natural: bool,
     in_fp16: bool,
+    cuts: Cuts = WHOLE,
 ) -> ReadText:
     """Read a text with the quantized model.
 
@@ -96,20 +101,20 @@ def read_text(
         natural: Whether it can be told what to remember before a late position; else that is
             nothing but zeros, and the noise of plain fp16 is not measured.
         in_fp16: Whether it computes in fp16.
+        cuts: Which of its matrices are cut.
     """
     rows = compared_rows((*plan.unrounded, *plan.declared), every_row)
     first = CachedText(decoder)
     later = LaterCache(decoder, first if natural else None, plan.start)
     texts = {0: Reading(0, tokens[: plan.tokens], first)}
     if plan.start:
-        count = max(part.count for part in plan.unrounded if part.start)
-        late = _tokens_at(tokens, plan.start, count)
-        texts[plan.start] = Reading(plan.start, late, CachedText(decoder, later))
+        texts[plan.start] = _late(decoder, tokens, plan, later)
     halves = _halves(decoder, texts, plan, later) if natural else {}
     pairs = [(texts[start], half) for start, half in halves.items()]
     growth = _Growth(list(texts.values()), pairs, decoder.spec.hidden_size)
-    digests = Digests()
-    read_together(decoder, [*texts.values(), *halves.values()], growth.note, on_weight=digests.add)
+    digests = Digests(cut_rows(decoder, cuts))
+    everything = [*texts.values(), *halves.values()]
+    read_together(decoder, everything, growth.note, on_weight=digests.add)
     exact = [texts[start].states[found] for start, found in rows.items()]
     chosen = _spread(plan, halves, every_row)
     beside = [texts[start].states[found] for start, found in chosen.items()]
@@ -126,18 +131,22 @@ def read_text(
     }
     plain = None
     if halves:
-        count = len(exact)
-        wanted_rows = torch.cat(found[count : count + len(beside)])
-        plain = _noise(wanted_rows, torch.cat(found[count + len(beside) :]), growth.largest_step)
+        of_halves = found[len(exact) :]
+        plain = _noise(of_halves[: len(beside)], of_halves[len(beside) :], growth.largest_step)
     states = later.states if natural else None
     contents = digests.contents(decoder)
-    return ReadText(
-        text, plan, tokens, logits, states, plain, in_fp16, contents, growth.largest_number
-    )
+    told = growth.largest_number, digests.parts(decoder)
+    return ReadText(text, plan, tokens, logits, states, plain, in_fp16, contents, *told)
 
 
 def _tokens_at(tokens: Sequence[int], start: int, count: int) -> list[int]:
     return [tokens[place % len(tokens)] for place in range(start, start + count)]
+
+
+def _late(decoder: Decoder, tokens: Sequence[int], plan: Plan, later: LaterCache) -> Reading:
+    """Return what is read from the start of `plan` on."""
+    count = max(part.count for part in plan.unrounded if part.start)
+    return Reading(plan.start, _tokens_at(tokens, plan.start, count), CachedText(decoder, later))
 
 
 def _halves(
@@ -203,6 +212,7 @@ def _spread(plan: Plan, halves: Mapping[int, Reading], every_row: bool) -> dict[
     return found
 
 
-def _noise(wanted: torch.Tensor, found: torch.Tensor, layer: int) -> PlainFp16:
+def _noise(exact: Sequence[torch.Tensor], rounded: Sequence[torch.Tensor], layer: int) -> PlainFp16:
+    wanted, found = torch.cat(list(exact)), torch.cat(list(rounded))
     error = float((found - wanted).abs().max() / wanted.abs().max())
     return PlainFp16(len(wanted), error, float(kl_divergence(wanted, found).mean()), layer)

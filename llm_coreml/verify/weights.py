@@ -13,8 +13,9 @@ by their hashes, which are taken a few rows at a time, where the rows are expand
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from types import MappingProxyType
 
 import torch
@@ -74,14 +75,48 @@ class Digest:
 
 
 class Digests:
-    """The contents of a decoder's tensors, of which many come by while it reads."""
+    """The contents of a decoder's tensors, of which many come by while it reads.
 
-    def __init__(self) -> None:
+    Args:
+        cuts: In which ways a parameter may lie in parts in the program, by its name: where the
+            parts begin, and the last one ends.
+    """
+
+    def __init__(self, cuts: Mapping[str, Sequence[Sequence[int]]] = MappingProxyType({})) -> None:
         self._found: dict[str, Digest] = {}
+        self._cuts = cuts
+        self._parts: dict[str, list[list[Digest]]] = {}
 
     def add(self, name: str, rows: torch.Tensor) -> None:
         """Take a parameter's next rows, by its name."""
-        self._found.setdefault(name, Digest()).add(rows)
+        whole = self._found.setdefault(name, Digest())
+        if name in self._cuts:
+            self._add_parts(name, whole.rows, rows)
+        whole.add(rows)
+
+    def _add_parts(self, name: str, first: int, rows: torch.Tensor) -> None:
+        """Take rows from `first` on for the parts that they are in."""
+        empty = [[Digest() for _ in bounds[1:]] for bounds in self._cuts[name]]
+        ways = self._parts.setdefault(name, empty)
+        for bounds, digests in zip(self._cuts[name], ways, strict=True):
+            for (start, stop), digest in zip(pairwise(bounds), digests, strict=True):
+                part = rows[max(start - first, 0) : max(stop - first, 0)]
+                if len(part):
+                    digest.add(part)
+
+    def parts(self, decoder: Decoder) -> dict[str, list[list[Content]]]:
+        """Return the contents of the parts of each parameter that may be cut, for every way.
+
+        To be called after `contents`, which has taken all rows.
+        """
+        shapes = {name: value.shape for name, value in _held(decoder)}
+        return {
+            name: [
+                [digest.content((digest.rows, *shapes[name][1:])) for digest in digests]
+                for digests in ways
+            ]
+            for name, ways in self._parts.items()
+        }
 
     def contents(self, decoder: Decoder) -> dict[str, Content]:
         """Return the content of all that the decoder computes with, by name."""
@@ -89,9 +124,11 @@ class Digests:
         for name, value in _held(decoder):
             found = self._found.get(name)
             if found is None or found.rows != len(value):
-                contents[name] = _content(value.shape, dense_rows(value))
-            else:
-                contents[name] = found.content(value.shape)
+                self._found.pop(name, None)
+                self._parts.pop(name, None)
+                for rows in dense_rows(value):
+                    self.add(name, rows)
+            contents[name] = self._found[name].content(value.shape)
         return contents
 
 
@@ -99,6 +136,7 @@ def check_weights(
     constants: Iterable[tuple[str, torch.Tensor | PackedWeight]],
     expected: Mapping[str, Content],
     known_contents: Mapping[PackedWeight, Content] = MappingProxyType({}),
+    parts: Mapping[str, Sequence[Sequence[Content]]] = MappingProxyType({}),
 ) -> int:
     """Hold a program's constants against the decoder's parameters and tables.
 
@@ -106,6 +144,7 @@ def check_weights(
         constants: Names and values of a program that was loaded to run without rounding.
         expected: The contents of the quantized decoder that the program was made from.
         known_contents: Of constants that have been expanded already.
+        parts: Of the parts in which a tensor may be there instead, for every way to cut it.
 
     Returns:
         How many tensors of the decoder were compared.
@@ -120,7 +159,8 @@ def check_weights(
         # A number of its own is a part of the computation, which the logits show.
         elif value.ndim:
             found[_program_content(value)] = name
-    known = set(expected.values())
+    cut = {part for ways in parts.values() for way in ways for part in way}
+    known = {*expected.values(), *cut}
     strange = {
         content: name
         for content, name in found.items()
@@ -128,7 +168,10 @@ def check_weights(
     }
     for name, content in expected.items():
         # A product with ones or a sum with zeros is left out of a program.
-        if content not in found and not content.neutral:
+        there = any(
+            all(part in found or part.neutral for part in way) for way in parts.get(name, ())
+        )
+        if content not in found and not content.neutral and not there:
             raise VerificationError(_missing(name, content, strange))
     for content, name in strange.items():
         raise VerificationError(

@@ -82,6 +82,16 @@ def test_the_decoder_computes_what_the_converted_graph_does(plain: Decoder, stat
     assert 0 < float((theirs - unrounded).norm() / unrounded.norm()) < 0.2
 
 
+def test_activations_that_no_scale_of_fp16_holds_are_told(plain: Decoder) -> None:
+    """Whose they are, by the decoder's name and not by the graph's."""
+    wide = copy.deepcopy(plain)
+    projection = wide.block(0).mlp.up_proj
+    projection.weight = nn.Parameter(projection.weight.float() * 1e8, requires_grad=False)
+    told = r"What layers\.0\.mlp\.\w+ (reads|gives) spans .* ends at 65,504. Give --pt2e weights"
+    with pytest.raises(UnsupportedError, match=told):
+        pt2e_static(wide, WINDOWS)
+
+
 def test_a_layer_that_is_left_out_is_told(plain: Decoder) -> None:
     graph = torch.export.export(_Blocks(plain, 8), (torch.zeros(1, 8, 64),), strict=False).module()
     with pytest.raises(UnsupportedError, match=r"PT2E left .* unquantized; give --scheme int8-"):

@@ -168,11 +168,11 @@ class LoadedMethod:
 
     def run_with(
         self, given: Sequence[Mapping[str, torch.Tensor]], *arguments: torch.Tensor
-    ) -> torch.Tensor:
-        """Do what a call does whose programs in a row have given `given`."""
+    ) -> tuple[torch.Tensor, ...]:
+        """Do what `run` does whose programs in a row have given `given`."""
         answers = iter(given)
         with self.answered(lambda program, inputs: next(answers)):
-            return self(*arguments)
+            return self.run(*arguments)
 
     @contextlib.contextmanager
     def answered(self, answer: Answer) -> Iterator[None]:
