@@ -125,5 +125,5 @@ def test_python_runs_what_was_exported(
         (line,) = [line for line in COMMANDS if line.startswith("llm-coreml extract")]
         assert in_process(capfd, monkeypatch, *shlex.split(line)[1:]).code == 0
     exec(compile(PYTHON[name], PAGE.name, "exec"), {})
-    shown = ("[[1, 1], [1, 8], [1, 32]]", "torch.Size([1, 304])", "torch.Size([3, 304])")
+    shown = ("[[1, 1], [1, 8], [1, 32]]", "torch.Size([1, 304])", "torch.Size([1, 1, 304])")
     assert capfd.readouterr().out.strip() in shown
