@@ -120,8 +120,7 @@ def _cmake() -> str:
     """Return a CMake that is new enough."""
     versions = []
     for place in _tool("cmake"):
-        done = subprocess.run([place, "--version"], capture_output=True, text=True, check=False)
-        found = re.search(r"version (\d+)\.(\d+)", done.stdout)
+        found = re.search(r"version (\d+)\.(\d+)", _said_by(place, "--version"))
         if found and (int(found[1]), int(found[2])) >= _OLDEST:
             return place
         versions.append(f"{found[1]}.{found[2]}" if found else "broken")
@@ -130,6 +129,15 @@ def _cmake() -> str:
         f"The runner is built by CMake {_OLDEST[0]}.{_OLDEST[1]} or newer, and {there}; "
         f"get it by {_INSTALL}."
     )
+
+
+def _said_by(*words: str) -> str:
+    """Return what a program prints, '' if it cannot be started or prints no text."""
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+    except (OSError, UnicodeDecodeError):
+        return ""
+    return done.stdout
 
 
 def _build(cmake: str, executorch: Path, folder: Path) -> None:

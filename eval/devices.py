@@ -7,6 +7,7 @@ The figures are a device's own, as its runner printed them; nothing here measure
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from llm_coreml.errors import ConfigError
 from llm_coreml.eval.results import RESULTS_VERSION, DeviceFigures
 from llm_coreml.output import check_writable, write_json
 from llm_coreml.printable import printable
+from llm_coreml.progress import Progress, Silent
 
 # Results hold a few figures of each part; nobody has so many devices.
 _LARGEST = 1 << 22
@@ -69,9 +71,19 @@ def import_device_run(
     return results, joined
 
 
-def devices_of(bundle: Bundle) -> tuple[DeviceFigures, ...]:
-    """Return the devices in a bundle's results, if those are whole and of its program."""
+def devices_of(bundle: Bundle, progress: Progress | None = None) -> tuple[DeviceFigures, ...]:
+    """Return the devices in a bundle's results, if those are whole and of its program.
+
+    Args:
+        bundle: A bundle.
+        progress: Told where there are results that are not.
+    """
     results = _results_of(bundle)
+    if results is None and os.path.lexists(bundle.folder / RESULTS):
+        (progress or Silent()).note(
+            f"the {RESULTS} that was there is damaged, or another program's or version's: figures "
+            "of devices in it are not kept; import them again"
+        )
     listed = [] if results is None else results.get("devices", [])
     return tuple(read_record(DeviceFigures, each) for each in listed)
 

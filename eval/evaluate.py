@@ -6,6 +6,7 @@ result = evaluate("out/", model=live_model)    # a model that is not on disk
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,15 +18,18 @@ from llm_coreml.bundle.folder import PROGRAM, RESULTS, Bundle, open_bundle
 from llm_coreml.bundle.seal import file_sha256
 from llm_coreml.config.values import checked_count
 from llm_coreml.eval.devices import devices_of
-from llm_coreml.eval.heldout import read_heldout
+from llm_coreml.eval.heldout import HeldOut, read_heldout
 from llm_coreml.eval.latency import measure_latency
 from llm_coreml.eval.metrics import METRICS, Metric
 from llm_coreml.eval.originals import originals
 from llm_coreml.eval.quality import measure_quality
-from llm_coreml.eval.results import Evaluation, Export, Subject
+from llm_coreml.eval.response import measure_response
+from llm_coreml.eval.results import Evaluation, Export, Quality, Subject
 from llm_coreml.eval.results_file import append_result, check_results_folder
 from llm_coreml.eval.sizes import measure_bytes
 from llm_coreml.eval.surroundings import now, this_machine, this_tool
+from llm_coreml.eval.timings import Latency, Timing
+from llm_coreml.eval.whole_rows import whole_rows
 from llm_coreml.output import check_writable, write_json
 from llm_coreml.progress import Progress, Silent
 from llm_coreml.reference.program.execution import Execution
@@ -54,7 +58,7 @@ def evaluate(
         bundle: Folder that an export wrote.
         model: The original, where the manifest's source is not at hand (a live model, say).
         text: UTF-8 file; None takes the held-out text that ships in the package.
-        tokens: Most tokens to score. A `last` program is fed one at a time.
+        tokens: Most tokens to score.
         artifact_only: Leave out the original and the quantized eager model.
         metrics: What to measure of each model.
         execution: Numerics, device and memory of the reference runtime.
@@ -75,33 +79,56 @@ def evaluate(
     check_writable(opened.folder, RESULTS)
     if results is not None:
         check_results_folder(Path(results))
+    begun = time.perf_counter()
     artifact = open_runner(opened, execution)
+    load_seconds = time.perf_counter() - begun
     artifact.check_every_logit()
     tokenizer = opened.tokenizer if opened.tokenizer.is_file() else None
     read = read_heldout(text, tokenizer, artifact.context, tokens)
     runners: dict[str, Runner] = {} if artifact_only else dict(originals(opened, model, progress))
     runners["artifact"] = artifact
     progress.stage("score")
-    qualities = measure_quality(runners, read.windows, progress.advance, metrics)
+    scored = {**runners, "artifact": whole_rows(artifact, read.windows[0], progress.note)}
+    qualities = measure_quality(scored, read.windows, progress.advance, metrics, read.sizes)
     progress.stage("time")
-    quantization = opened.manifest.quantization
-    sizes = measure_bytes(opened)
-    program = file_sha256(opened.program)
-    result = Evaluation(
+    latencies = measure_latency(artifact, read.windows[0], progress.advance)
+    response = measure_response(artifact, load_seconds, read.windows[0])
+    result = _evaluation(opened, read, qualities, (latencies, response), execution, progress)
+    written = result.to_json()
+    write_json(opened.folder / RESULTS, written)
+    if results is not None:
+        append_result(Path(results), written)
+    return result
+
+
+def _evaluation(
+    bundle: Bundle,
+    read: HeldOut,
+    qualities: tuple[Quality, ...],
+    timed: tuple[tuple[Latency, ...], Timing],
+    execution: Execution,
+    progress: Progress,
+) -> Evaluation:
+    """Return what was measured, with what a bundle tells of itself."""
+    quantization = bundle.manifest.quantization
+    sizes = measure_bytes(bundle)
+    program = file_sha256(bundle.program)
+    return Evaluation(
         text=read.name,
         tokens=read.tokens,
         window=max(map(len, read.windows)),
         qualities=qualities,
-        latencies=measure_latency(artifact, read.windows[0], progress.advance),
+        latencies=timed[0],
+        latency=timed[1],
         bytes=sizes,
         bits_per_weight=quantization.bits_per_weight,
-        source=asdict(opened.manifest.source),
+        source=asdict(bundle.manifest.source),
         program_sha256=program,
         mode=execution.mode,
         device=execution.device,
-        devices=devices_of(opened),
-        subject=Subject("bundle", opened.folder.resolve().name, program),
-        export=_export(opened),
+        devices=devices_of(bundle, progress),
+        subject=Subject("bundle", bundle.folder.resolve().name, program),
+        export=_export(bundle),
         program_bytes=sizes[PROGRAM],
         bits_per_weight_parts={
             "linear": quantization.linear.bits_per_weight,
@@ -116,11 +143,6 @@ def evaluate(
         tool=this_tool(),
         machine=this_machine(),
     )
-    written = result.to_json()
-    write_json(opened.folder / RESULTS, written)
-    if results is not None:
-        append_result(Path(results), written)
-    return result
 
 
 def _export(bundle: Bundle) -> Export:

@@ -10,13 +10,13 @@ evaluate("out/", metrics=(*METRICS, worst)).artifact.figures["worst_cost"]
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
-from llm_coreml.fidelity import kl_divergence, negative_log_likelihood
+from llm_coreml.eval.token_scores import score
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,19 +35,29 @@ class Predictions:
     original: torch.Tensor
 
     @cached_property
+    def scored(self) -> Mapping[str, torch.Tensor]:
+        """What is known of each token, float64 `[rows]` by name, see `score`."""
+        return score(self.logits, self.targets, None if self.alone else self.original)
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is no original to compare with."""
+        return self.original is self.logits
+
+    @property
     def costs(self) -> torch.Tensor:
         """Cost of each token in nats: float64 `[rows]`."""
-        return negative_log_likelihood(self.logits, self.targets)
+        return self.scored["nll"]
 
-    @cached_property
+    @property
     def divergences(self) -> torch.Tensor:
         """KL(original || this) of each row in nats: float64 `[rows]`."""
-        return kl_divergence(self.original, self.logits)
+        return self.scored["kl"]
 
-    @cached_property
+    @property
     def agreements(self) -> torch.Tensor:
-        """Whether both have the same most likely token: bool `[rows]`."""
-        return self.original.argmax(-1) == self.logits.argmax(-1)
+        """One where both have the same most likely token, else zero: float64 `[rows]`."""
+        return self.scored["top1"]
 
 
 @dataclass(frozen=True)
@@ -80,13 +90,21 @@ def mean(values: torch.Tensor) -> float:
     return float(values.to(torch.float64).mean())
 
 
+def exp(value: float) -> float:
+    """Return e to the `value`, inf where that is beyond all numbers."""
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf
+
+
 METRICS: tuple[Metric, ...] = (
     Metric(
         name="perplexity",
         label="perplexity",
         format=".4f",
         values=lambda read: read.costs,
-        compute=lambda costs: math.exp(mean(costs)),
+        compute=lambda costs: exp(mean(costs)),
     ),
     Metric(
         name="mean_kl",

@@ -139,10 +139,19 @@ def _renamed(settings: object) -> object:
 
 
 def _default(kind: str) -> Any:
-    """Return the configuration that transformers gives a model of which nothing is said."""
+    """Return the configuration that transformers gives a model of which nothing is said.
+
+    Of a type that must be told something, that is the class, whose attributes are what it need not.
+    """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    return CONFIG_MAPPING[kind]() if kind in CONFIG_MAPPING else None
+    if kind not in CONFIG_MAPPING:
+        return None
+    try:
+        return CONFIG_MAPPING[kind]()
+    except (StrictDataclassError, TypeError, ValueError):
+        return CONFIG_MAPPING[kind]
 
 
 def _default_type(kind: str) -> str | None:

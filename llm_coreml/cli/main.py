@@ -28,6 +28,7 @@ from llm_coreml.cli.inspect import inspect_command
 from llm_coreml.cli.listing import ls_command
 from llm_coreml.cli.lm_eval import lm_eval_command
 from llm_coreml.cli.process import INTERRUPTION, check_folder
+from llm_coreml.cli.report import dashboard_command, report_command
 from llm_coreml.cli.run import run_command
 from llm_coreml.cli.show import show_command
 from llm_coreml.errors import LlmCoreMLError
@@ -90,6 +91,8 @@ for command in (
     ls_command,
     diff_command,
     compare_command,
+    report_command,
+    dashboard_command,
     inspect_command,
     run_command,
     extract_command,

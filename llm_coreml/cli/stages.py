@@ -39,6 +39,7 @@ _LABELS = {
     "lower": "lowering to an ExecuTorch program",
     "verify": "verifying the artifact",
     "tasks": "listing tasks",
+    "answer": "having bundles answer",
     "score": "scoring text",
     "time": "timing calls",
     "watch": "watching every operation",

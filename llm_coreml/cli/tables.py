@@ -167,7 +167,29 @@ def evaluation_table(result: Evaluation) -> Group:
     size.add_row("bits per weight", f"{result.bits_per_weight:.2f}")
     text = f"{result.tokens:,} tokens of {result.text}, windows of up to {result.window}"
     devices = [devices_table(result.devices)] if result.devices else []
-    return Group(line(text + _compared(metrics)), quality, latency, *devices, size)
+    further = [line(told) for row in result.qualities for told in _further(row)]
+    return Group(line(text + _compared(metrics)), quality, *further, latency, *devices, size)
+
+
+def _further(row: Quality) -> list[str]:
+    """Return what is told of a model below its figures: what is no number, and bits per byte."""
+    found = row.measures
+    if found is None:
+        return []
+    if found.not_finite is not None:
+        bad = found.not_finite
+        return [
+            f"{row.name}: {bad.rows:,} rows of logits hold inf or NaN, the first after token "
+            f"{bad.token} at position {bad.position} of window {bad.window}; there are no figures."
+        ]
+    told = []
+    for name, label in (("bits_per_byte", "bits per byte"), ("word_perplexity", "per word")):
+        if name in found.figures:
+            told.append(f"{label} {found.figures[name]:.4f}")
+    if "perplexity" in found.intervals:
+        low, high = found.intervals["perplexity"]
+        told.append(f"perplexity {low:.4f} to {high:.4f} (95 %)")
+    return [f"{row.name}: {', '.join(told)}"] if told else []
 
 
 def inspection_table(found: Inspection) -> Group:

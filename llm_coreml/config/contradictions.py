@@ -54,6 +54,15 @@ def _engine(config: ExportConfig) -> list[Setting]:
 
 CONTRADICTIONS = (
     Contradiction(
+        lambda config, target: config.constants == "inputs",
+        "--constants inputs would give Core ML every weight as an input of each call "
+        "(ExecuTorch's take_over_constant_data=False): inputs are plain fp16 or fp32 numbers, so "
+        "that no format of few bits could be stored, all weights would be copied for each token, "
+        "and ExecuTorch refuses it beside lower_full_graph, without which it has no enumerated "
+        "lengths. Leave --constants delegate.",
+        error=UnsupportedError,
+    ),
+    Contradiction(
         lambda config, target: _too_old(config) and config.functions is not None,
         "{minimum_os} is too old: Core ML has models of several functions, which --functions "
         "{functions} makes, from iOS18 and macOS15 on; drop --functions, or use --minimum-os "

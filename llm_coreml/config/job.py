@@ -42,12 +42,14 @@ class Shapes:
         context: Positions of the KV cache.
         seq_lengths: Accepted chunk lengths, ascending, beginning with 1 if there are several.
         ranged: Those between the first and the last are accepted, too.
+        apart: Each has a method of its own, and a runner chooses among them.
         multiple: What the widths of states are multiples of.
     """
 
     context: int
     seq_lengths: tuple[int, ...]
     ranged: bool = False
+    apart: bool = False
     multiple: int = 1
 
     @property
@@ -60,11 +62,13 @@ class Shapes:
         """Positions beyond the context that pads may reach.
 
         A call of S tokens is padded to the next length, and its last token may be the last of the
-        context. Rounded up as contexts are.
+        context. Where methods stand apart, a runner may pad whatever is longer than the shortest to
+        the longest. Rounded up as contexts are.
         """
         if self.ranged:
             return 0
-        gaps = (after - before for before, after in pairwise((0, *self.seq_lengths)))
+        lengths = (self.seq_lengths[0], self.longest) if self.apart else self.seq_lengths
+        gaps = (after - before for before, after in pairwise((0, *lengths)))
         pads = max(gaps, default=1) - 1
         return -(-pads // CONTEXT_MULTIPLE) * CONTEXT_MULTIPLE
 
@@ -227,7 +231,8 @@ def resolve_shapes(
                 f"{flag} holds {length}, which is longer than the context of {context}; "
                 "drop it or raise --context."
             )
-    return Shapes(context, tuple(sorted(lengths)), isinstance(asked, str), multiple)
+    ranged, apart = isinstance(asked, str), config.functions is not None
+    return Shapes(context, tuple(sorted(lengths)), ranged, apart, multiple)
 
 
 def _fitting(shapes: Shapes, spec: DecoderSpec) -> Shapes:

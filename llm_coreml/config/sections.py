@@ -318,6 +318,9 @@ class ProgramSettings(Section):
         check=checked_split,
         read=read_names,
     )
+    constants: Literal["delegate", "inputs"] = setting(
+        "delegate", "Where the weights lie: in Core ML's programs; inputs is refused, with reasons."
+    )
 
 
 @dataclass(frozen=True)

@@ -221,8 +221,15 @@ def checked_passes(names: tuple[str, ...]) -> tuple[str, ...]:
             f"--passes {brief(','.join(names))} names passes to run and passes to leave out; give "
             "either all that are to run, or -NAME of those that are not."
         )
-    if not names or not all(name.lstrip("-") for name in names):
+    if not names or not all(name.removeprefix("-") for name in names):
         raise ConfigError("--passes holds no name; give one such as common::fuse_gelu_exact.")
+    if wrong := [name for name in names if name.startswith("--")]:
+        raise ConfigError(
+            f"--passes holds {brief(wrong[0])}; one hyphen leaves a pass out: "
+            f"{brief('-' + wrong[0].lstrip('-'))}."
+        )
+    if twice := [name for at, name in enumerate(names) if name in names[:at]]:
+        raise ConfigError(f"--passes names {brief(twice[0])} twice; name each pass once.")
     return names
 
 

@@ -200,10 +200,11 @@ def _root(folder: Folder) -> str:
 def _check_file(name: str) -> None:
     """Refuse what no file system should be asked to hold; `inmemoryfs` has checked the rest."""
     try:
-        longest = max(len(part.encode()) for part in name.split("/"))
+        octets = name.encode()
     except UnicodeEncodeError:
-        longest = _LONGEST_NAME + 1
-    if longest > _LONGEST_NAME or len(name) > _LONGEST_PATH or not name.isprintable():
+        octets = b"-" * (_LONGEST_PATH + 1)
+    longest = max(map(len, octets.split(b"/")))
+    if longest > _LONGEST_NAME or len(octets) > _LONGEST_PATH or not name.isprintable():
         raise ArtifactError(
             f"The Core ML model has a part whose name no exporter gives: '{name}'. Nothing was "
             "written; export it again."

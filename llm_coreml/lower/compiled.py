@@ -14,13 +14,16 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, final
 
+import numpy as np
 from executorch.backends.apple.coreml.compiler import CoreMLBackend
 from executorch.exir._serialize._program import deserialize_pte_binary, serialize_pte_binary
 
 from llm_coreml.artifact.inmemoryfs import pack, unpack
 from llm_coreml.artifact.mapped import map_folder
 from llm_coreml.artifact.packages import BACKEND, COMPILED_MODEL, MODEL, REFERENCE_MARK
+from llm_coreml.drafts import draft_file
 from llm_coreml.errors import ArtifactError, UnsupportedError
 
 # From a package to the folder of the compiled model.
@@ -52,7 +55,8 @@ def compile_program(path: Path, compiler: Compiler | None = None) -> None:
         compiler: What compiles; None is Core ML.
     """
     compiles = core_ml_compiler if compiler is None else compiler
-    file = deserialize_pte_binary(path.read_bytes())
+    # A file may be most of the memory: it is mapped, and written piece by piece.
+    file = deserialize_pte_binary(_Mapped(np.memmap(path, mode="r")))
     ours = [
         delegate
         for plan in file.program.execution_plan
@@ -73,7 +77,28 @@ def compile_program(path: Path, compiler: Compiler | None = None) -> None:
     for buffer in {file.named_data.pte_data[key].buffer_index for key in shared}:
         model = bytes(file.named_data.buffers[buffer])
         file.named_data.buffers[buffer] = _compiled(model, compiles)
-    path.write_bytes(bytes(serialize_pte_binary(file, extract_delegate_segments=True)))
+    with draft_file(path.parent) as draft:
+        with draft.open("wb") as out:
+            serialize_pte_binary(file, extract_delegate_segments=True).write_to_file(out)
+        draft.replace(path)
+
+
+@final
+class _Mapped:
+    """The bytes of a file from an offset on: a slice to the end is mapped, too, others are bytes.
+
+    ExecuTorch's reader takes the rest of a file and cuts parts out of that, each of them a copy.
+    """
+
+    def __init__(self, octets: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
+        self._octets = octets
+
+    def __len__(self) -> int:
+        return len(self._octets)
+
+    def __getitem__(self, part: slice) -> Any:
+        cut = self._octets[part]
+        return _Mapped(cut) if part.stop is None else cut.tobytes()
 
 
 def _compiled(blob: bytes, compiler: Compiler) -> bytes:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, final
 
@@ -241,6 +241,14 @@ class Twin(Lowering):
     def fits(cls, job: Job) -> bool:
         """Return whether it is XNNPACK."""
         return job.backend == cls.backend
+
+    @classmethod
+    def describe(
+        cls, job: Job, spec: DecoderSpec, constants: dict[str, Constant], cut: Cut
+    ) -> Description:
+        """Return what the program offers: a range where one is asked for, see `Lowering`."""
+        found = super().describe(job, spec, constants, cut)
+        return replace(found, form=RANGE) if job.shapes.ranged else found
 
     def write(self, decoder: Decoder, path: Path, on_progress: OnProgress = lambda _: None) -> None:
         """Write the program, see `Lowering.write`; it takes little time, and is not told of."""

@@ -203,7 +203,8 @@ def _in_a_row(calls: Sequence[CoreMLCall], results: int) -> Program:
         *caches: torch.Tensor,
     ) -> torch.Tensor | tuple[torch.Tensor, ...]:
         given: tuple[torch.Tensor, ...] = (tokens,)
-        left, returned = iter(caches), list[torch.Tensor]()
+        returned: list[torch.Tensor] = []
+        left = iter(caches)
         for call in calls:
             count = results if call is calls[-1] else 1
             names = {port.name for port in call.signature.inputs}

@@ -10,6 +10,10 @@ from collections.abc import Mapping
 
 import torch
 
+from llm_coreml.errors import ArtifactError
+from llm_coreml.reference.method.method import LoadedMethod
+from llm_coreml.reference.program.coreml_program import CoreMLProgram
+
 # What the states of a partition are called: by its first layer, and as the decoder calls them.
 _OF_PART = re.compile(r"layers_\d+_(.+)")
 
@@ -37,3 +41,25 @@ def divided(states: Mapping[str, torch.Tensor], rows: Mapping[str, int]) -> dict
         if whole in given and len(given[whole]) == sum(counts):
             given |= dict(zip(names, torch.split(given.pop(whole), counts), strict=True))
     return given
+
+
+def own_states(method: LoadedMethod, states: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return what the programs of a method are to remember, by their names; nothing of nothing.
+
+    Raises:
+        ArtifactError: a state is missing or unknown.
+    """
+    programs = method.in_a_row or method.programs
+    rows = {each.name: each.shape[0] for program in programs for each in program.states}
+    own = divided(states, rows)
+    if states and own.keys() != rows.keys():
+        raise ArtifactError(f"The states are {sorted(own)}; the program has {sorted(rows)}.")
+    return own
+
+
+def of_program(
+    program: CoreMLProgram, states: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Return those of the states that a program has."""
+    own = {each.name for each in program.states}
+    return {name: value for name, value in states.items() if name in own}

@@ -48,7 +48,7 @@ class EveryRow(Runner):
         if not runner.every_row:
             for name, method in runner.methods.items():
                 if runner.description.methods[name].seq_lengths != (1,):
-                    program, wide = _widest(method)
+                    program, wide = _widest(method, runner.vocab_size)
                     self._wide[program] = wide
                     self._logits[program] = program.outputs[0].name
         self._rows: torch.Tensor | None = None
@@ -91,13 +91,20 @@ class EveryRow(Runner):
         return {**outputs, name: self._rows[:, -1:]}
 
 
-def _widest(method: LoadedMethod) -> tuple[CoreMLProgram, CoreMLProgram]:
-    """Return the program of a method that slices its last row, and the same without the slice."""
-    for program in reversed(method.programs):
-        wide = program.widened()
-        if wide is not None:
-            return program, wide
-    raise CannotWidenError(f"method '{method.name}' takes no last row that it could do without")
+def _widest(method: LoadedMethod, width: int) -> tuple[CoreMLProgram, CoreMLProgram]:
+    """Return the program of a method that gives the logits, and the same without its slice.
+
+    Of several programs in a row it must be the last that takes the last row: the rows of another
+    are no logits.
+    """
+    program = method.programs[-1]
+    wide = program.widened()
+    if wide is None or program.outputs[0].shape[-1:] not in ((), (width,)):
+        raise CannotWidenError(
+            f"the program that gives the logits of method '{method.name}' takes no last row that "
+            "it could do without"
+        )
+    return program, wide
 
 
 def pads(runner: ReferenceRunner) -> bool:
@@ -140,7 +147,7 @@ def prove(reader: EveryRow, runner: ReferenceRunner, tokens: Sequence[int]) -> s
     def answer(
         program: CoreMLProgram, given: Mapping[str, torch.Tensor]
     ) -> Mapping[str, torch.Tensor]:
-        rows.count = max((v.shape[1] for v in given.values() if v.dim() == 2), default=1)
+        rows.count = max((v.shape[1] for v in given.values() if v.dim() in (2, 3)), default=1)
         return steady[program](given)
 
     with contextlib.ExitStack() as stack:

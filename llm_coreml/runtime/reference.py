@@ -25,6 +25,7 @@ from llm_coreml.errors import ArtifactError
 from llm_coreml.reference.load import load_methods
 from llm_coreml.reference.method.memory import dtype_of
 from llm_coreml.reference.method.method import LoadedMethod
+from llm_coreml.reference.observe.series import Series
 from llm_coreml.reference.program.constants import PackedWeight
 from llm_coreml.reference.program.coreml_program import CoreMLProgram
 from llm_coreml.reference.program.execution import Execution
@@ -32,7 +33,7 @@ from llm_coreml.reference.program.interface import INTERFACE_TYPES
 from llm_coreml.reference.program.side_by_side import OnRows
 from llm_coreml.runtime.carried_caches import carried
 from llm_coreml.runtime.chosen import spread
-from llm_coreml.runtime.divided_states import divided
+from llm_coreml.runtime.divided_states import divided, of_program, own_states
 from llm_coreml.runtime.runner import Runner
 from llm_coreml.runtime.signatures import as_given, check_signature, head_of
 
@@ -97,6 +98,7 @@ class ReferenceRunner(Runner):
 
     Attributes:
         description: What the file offers.
+        methods: The methods that read tokens, by name.
         programs: The Core ML programs of all methods.
 
     Raises:
@@ -115,23 +117,23 @@ class ReferenceRunner(Runner):
         if description is not None:
             description.check_one_sequence()
         names = (MAIN_METHOD,) if description is None else tuple(description.methods)
-        self._methods = load_methods(path, execution, names)
+        self.methods = load_methods(path, execution, names)
         self.label = "reference runtime" + execution_suffix(execution)
-        for method in self._methods.values():
+        for method in self.methods.values():
             check_signature(method, path)
         if description is None:
-            description = _describe(self._methods[MAIN_METHOD], path)
+            description = _describe(self.methods[MAIN_METHOD], path)
         else:
-            _check_description(description, self._methods, path)
+            _check_description(description, self.methods, path)
         self.description = description
-        self.programs = tuple(item for method in self._methods.values() for item in method.programs)
+        self.programs = tuple(item for method in self.methods.values() for item in method.programs)
         self.seq_lengths = description.seq_lengths
         self.ranged = description.ranged
         self.every_row = description.every_row
         self.context = description.context
         self.rewinds = description.rewinds
         self.head = description.head
-        main = self._methods[description.main]
+        main = self.methods[description.main]
         width = main.outputs[0].shape[2]
         chosen = self.head.count is not None
         self.vocab_size = _constant(main.constants, "get_vocab_size", path) if chosen else width
@@ -139,19 +141,21 @@ class ReferenceRunner(Runner):
         self._clear()
 
     @property
-    def methods(self) -> Mapping[str, LoadedMethod]:
-        """The methods that read tokens, by name."""
-        return self._methods
+    def program(self) -> CoreMLProgram | Series:
+        """The Core ML program, or the partitions in a row, for observers.
 
-    @property
-    def program(self) -> CoreMLProgram:
-        """The only Core ML program, for observers. Raises ArtifactError if there are several."""
-        if len(self.programs) != 1:
+        Raises:
+            ArtifactError: there are several programs that do not run one after the other.
+        """
+        if len(self.programs) == 1:
+            return self.programs[0]
+        in_a_row = self.methods[self.description.main].in_a_row
+        if len(self.methods) > 1 or not in_a_row:
             raise ArtifactError(
                 f"The file holds {len(self.programs)} Core ML programs; only a single one can be "
-                "watched."
+                "watched, or the partitions of a single method."
             )
-        return self.programs[0]
+        return Series(in_a_row)
 
     def constants(self) -> Iterator[tuple[str, torch.Tensor | PackedWeight]]:
         """Yield the constants of all programs, see `CoreMLProgram.constants`."""
@@ -159,7 +163,7 @@ class ReferenceRunner(Runner):
 
     def page_out(self) -> None:
         """Take the file's pages out of memory; what is needed of them is read again."""
-        for method in self._methods.values():
+        for method in self.methods.values():
             method.page_out()
 
     def read(
@@ -177,19 +181,19 @@ class ReferenceRunner(Runner):
         Raises:
             ArtifactError: the program contradicts itself.
         """
-        main = self._methods[self.description.main]
-        if len(self._methods) > 1 or not main.in_a_row or self._caches:
+        main = self.methods[self.description.main]
+        if len(self.methods) > 1 or not main.in_a_row or self._caches:
             return [text.read_by(self) for text in sequences]
         calls = [list(text.calls()) for text in sequences]
         # Of every call of every text, what the programs so far have given.
         given: list[list[list[Outputs]]] = [[[] for _ in text] for text in calls]
-        states = [_own_states(main, text.states or {}) for text in sequences]
+        states = [own_states(main, text.states or {}) for text in sequences]
         for program in main.in_a_row:
             inputs = [
                 [main.inputs_of(before, *call) for before, call in zip(*text, strict=True)]
                 for text in zip(given, calls, strict=True)
             ]
-            own = [_of_program(program, each) for each in states]
+            own = [of_program(program, each) for each in states]
             outputs = program.side_by_side(list(zip(own, inputs, strict=True)), on_rows)
             for befores, results in zip(given, outputs, strict=True):
                 for before, found in zip(befores, results, strict=True):
@@ -203,7 +207,7 @@ class ReferenceRunner(Runner):
         ]
 
     def _forward(self, tokens: torch.Tensor, start_pos: torch.Tensor) -> torch.Tensor:
-        method = self._methods[self.description.method_for(tokens.shape[1])]
+        method = self.methods[self.description.method_for(tokens.shape[1])]
         given = method.run(tokens, start_pos, *self._caches.values())
         caches = given[len(self.head.gives) :]
         self._caches = dict(zip(self._caches, caches, strict=True))
@@ -216,10 +220,10 @@ class ReferenceRunner(Runner):
         return spread(given[0].cpu(), given[1].cpu(), self.vocab_size)
 
     def _clear(self) -> None:
-        for method in self._methods.values():
+        for method in self.methods.values():
             method.reset()
         # As the method declares them, which may be wider where nothing is rounded.
-        specs = self._methods[self.description.main].inputs[len(INPUTS) :]
+        specs = self.methods[self.description.main].inputs[len(INPUTS) :]
         self._caches = {
             name: torch.zeros(spec.shape, dtype=dtype_of(spec))
             for name, spec in zip(self.description.caches, specs, strict=True)
@@ -231,35 +235,11 @@ class ReferenceRunner(Runner):
             rows = {name: len(cache) for name, cache in self._caches.items()}
             self._caches = carried(self._caches, divided(states, rows))
             return
-        for method in self._methods.values():
-            own = _own_states(method, states)
+        for method in self.methods.values():
+            own = own_states(method, states)
             for program in method.programs:
                 if program.states:
-                    program.remember(_of_program(program, own))
-
-
-def _own_states(
-    method: LoadedMethod, states: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """Return what the programs of a method are to remember, by their names; nothing of nothing.
-
-    Raises:
-        ArtifactError: a state is missing or unknown.
-    """
-    programs = method.in_a_row or method.programs
-    rows = {each.name: each.shape[0] for program in programs for each in program.states}
-    own = divided(states, rows)
-    if states and own.keys() != rows.keys():
-        raise ArtifactError(f"The states are {sorted(own)}; the program has {sorted(rows)}.")
-    return own
-
-
-def _of_program(
-    program: CoreMLProgram, states: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """Return those of the states that a program has."""
-    own = {each.name for each in program.states}
-    return {name: value for name, value in states.items() if name in own}
+                    program.remember(of_program(program, own))
 
 
 def _describe(method: LoadedMethod, path: Path) -> Description:

@@ -160,12 +160,14 @@ def test_earlier_manifests_are_read(own_bundle: Path) -> None:
     assert Manifest.from_json(recorded).description.every_row
 
 
-def test_a_bundle_is_printed_in_a_line(bundle: Path) -> None:
+def test_a_bundle_is_printed_as_a_small_table(bundle: Path) -> None:
     opened = open_bundle(bundle)
     size = opened.program.stat().st_size
-    for text in (str(opened), repr(opened)):
-        assert str(bundle) in text and len(text) < 250 + len(str(bundle)) and "\n" not in text
-    assert f"for coreml, int4 group 32, {size:,} bytes" in str(opened)
+    assert str(bundle) in repr(opened) and "\n" not in repr(opened)
+    assert len(repr(opened)) < 250 + len(str(bundle))
+    title, program, weights, *rest = str(opened).splitlines()
+    assert title.startswith(f"{bundle}: ") and program.endswith(f"{size:,} bytes")
+    assert "int4 group 32" in weights and len(rest) == 3
 
 
 @dataclass(frozen=True)

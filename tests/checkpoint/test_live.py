@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import random
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -174,6 +175,20 @@ def test_what_is_active_is_merged(change: Wrap, told: str | None, tmp_path: Path
 def test_the_model_inside_of_a_peft_model_has_its_adapters(inside: Wrap, tmp_path: Path) -> None:
     live = trained(llama(), peft.LoraConfig(**LORA))
     assert_saved(inside(live), copy.deepcopy(live).merge_and_unload(), tmp_path / "m")
+
+
+def test_nothing_is_copied_but_the_layer_that_is_read() -> None:
+    live = trained(llama(), peft.LoraConfig(**LORA))
+    opened, own = open_checkpoint(live), dict(live.named_parameters())
+    for name in opened.names():
+        plain = own.get(f"base_model.model.{name}")
+        if plain is not None:
+            assert opened.stored(name).data_ptr() == plain.data_ptr()
+    adapted = opened.names() - {name.removeprefix("base_model.model.") for name in own}
+    assert len(adapted) == 2
+    for name in adapted:
+        made = weakref.ref(opened.stored(name))
+        assert made() is None, "a merged matrix is held by nobody"
 
 
 def test_an_adapter_that_was_put_into_a_plain_model(tmp_path: Path) -> None:

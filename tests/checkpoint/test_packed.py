@@ -164,6 +164,13 @@ BAD: list[tuple[dict[str, Any], Any, Change, type[LlmCoreMLError], str]] = [
     (TERNARY, bitnet(False), put("weight", entry(255)), CheckpointError, r"weight has a code of 3"),
     (BITNET, bitnet(True), put("weight_scale", entry(0)), CheckpointError, r"weight_scale is 0"),
     (
+        TERNARY,
+        bitnet(False),
+        put("weight_scale", lambda t: torch.full((1,), 1e-9)),
+        CheckpointError,
+        r"makes all of it 1e-09, which fp16 holds as 0",
+    ),
+    (
         {"quantization_config": {"quant_method": "bitnet", "quantization_mode": "online"}},
         bitnet(True),
         lambda _: None,

@@ -33,7 +33,7 @@ from transformers import (
 
 from gguf_files import tiny, write
 from llm_coreml.checkpoint.layouts import ordinary_names
-from llm_coreml.checkpoint.wrappers import text_part
+from llm_coreml.checkpoint.wrappers import is_tied, text_part
 from llm_coreml.errors import CheckpointError, UnsupportedError
 from llm_coreml.model import open_model
 from llm_coreml.quantize.quantized import build_original
@@ -312,3 +312,8 @@ def test_quantized_matrices_are_taken_as_they_are(
 def configure(folder: Path, **changes: Any) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(("model_type", "tied"), [("gemma4_assistant", True), ("nougat", False)])
+def test_a_type_that_cannot_be_built_of_nothing(model_type: str, tied: bool) -> None:
+    assert is_tied({"model_type": model_type}) is tied

@@ -50,6 +50,7 @@ REQUIRED = {
     "inspect": ("gone", "--numerics"),
     "lm-eval": ("-m", "gone", "-t", "gone"),
     "ls": (),
+    "report": ("gone", "-o", "page.html"),
 }
 CODES = {0, 2, 4, 5, 6, 7}
 

@@ -80,6 +80,13 @@ def test_without_a_new_enough_cmake(
     assert "pip install 'llm-coreml[cpp]'" in str(refused.value)
 
 
+def test_a_cmake_that_cannot_be_started(path: Callable[..., Path]) -> None:
+    folder = path(**{"c++": "true", "cmake": "true"})
+    (folder / "cmake").write_bytes(b"\x7fELF no program")
+    with pytest.raises(ConfigError, match="the one here is broken;"):
+        built_runner()
+
+
 def test_a_cmake_beside_python_is_found(
     path: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

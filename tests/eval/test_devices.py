@@ -115,6 +115,19 @@ def test_another_evaluation_keeps_the_devices_of_this_program(
         assert llm_coreml.evaluate(own, text=text_file, tokens=2, artifact_only=True).devices == ()
 
 
+def test_devices_that_are_lost_are_told(
+    own: Path,
+    text_file: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = ("eval", own, "--text", text_file, "--tokens", "9", "--artifact-only")
+    (own / "results.json").write_text("{")
+    found = in_process(capfd, monkeypatch, *words)
+    assert found.code == 0 and "devices in it are not kept" in " ".join(found.err.split())
+    assert "not kept" not in in_process(capfd, monkeypatch, *words).err
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [

@@ -190,6 +190,7 @@ HOSTILE: dict[str, tuple[Edit, str]] = {
     "a terminal's command": (with_file("Data/a\x1b[2J"), "no exporter gives"),
     "a name that is no text": (with_file(f"Data/{UNTOLD.decode()}"), "no exporter gives"),
     "a name without end": (with_file("Data/" + 300 * "x"), "no exporter gives"),
+    "a path of long letters": (with_file("Data/" + "/".join(6 * [100 * "é"])), "no exporter gives"),
     "files without end": (many, "model of 30. files"),
     "no model": (lambda files: files.clear(), "no readable metadata"),
 }

@@ -32,6 +32,8 @@ JOIN = "llm_coreml::join_slices"
         ({"passes": ("-a", "b")}, "names passes to run and passes to leave out"),
         ({"passes": ()}, "--passes holds no name"),
         ({"passes": ("-",)}, "--passes holds no name"),
+        ({"passes": ("--a::b",)}, "holds '--a::b'; one hyphen leaves a pass out: '-a::b'"),
+        ({"passes": ("a::b", "c", "a::b")}, "names 'a::b' twice"),
         ({"compile_specs": ("compute_units=all",)}, "compute_units is decided by --target"),
         ({"compile_specs": ("min_deployment_target=8",)}, "decided by --minimum-os"),
         ({"compile_specs": ("pass_pipeline=[]",)}, "decided by --passes"),

@@ -13,7 +13,9 @@ from artifacts import Artifact, lower
 from cases import cases
 from llm_coreml.artifact.mil import Feature
 from llm_coreml.config import ExportConfig, resolve
+from llm_coreml.config.job import resolve_shapes
 from llm_coreml.errors import ConfigError, UnsupportedError
+from llm_coreml.lower.forms import form_for
 from llm_coreml.reference.program.execution import Execution
 from llm_coreml.runtime.eager import EagerRunner
 from llm_coreml.runtime.reference import ReferenceRunner
@@ -135,6 +137,15 @@ def test_a_range_is_kept_as_it_was_given() -> None:
     assert (shapes.seq_lengths, shapes.ranged, shapes.spare) == ((1, 11), True, 0)
 
 
+def test_a_runner_may_pad_to_the_longest_of_methods_that_stand_apart() -> None:
+    def spare(**lengths: Any) -> int:
+        return resolve_shapes(ExportConfig(context=512, **lengths), 512).spare
+
+    assert spare(seq_lengths=(1, 64, 512)) == 448, "a method pads to the next length itself"
+    assert spare(functions="a:512,b:64,c:1") == 512
+    assert spare(functions="a:512,c:1") == spare(seq_lengths=(1, 512)) == 512
+
+
 def test_lengths_over_the_context_are_refused() -> None:
     for lengths in ("1..65", (65,)):
         config = ExportConfig(context=64, seq_lengths=lengths)
@@ -160,3 +171,10 @@ def opened(artifact: Artifact) -> Any:
     job = artifact.job
     description = form_for(job, artifact.decoder.spec, bos_id=1, eos_ids=(2, 5)).description
     return program_runner(artifact.path, description, Execution(mode="fp32"))
+
+
+def test_a_twin_of_a_range_is_one_too() -> None:
+    config = ExportConfig(context=32, seq_lengths="1..8", backend="xnnpack")
+    spec = small_spec()
+    described = form_for(resolve(config, spec), spec, None, ()).description
+    assert described.ranged and described.lengths == "1 to 8"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,19 @@ from llm_coreml import export
 from llm_coreml.artifact.inmemoryfs import unpack
 from llm_coreml.artifact.method_plan import Delegate
 from llm_coreml.bundle.bundle_runner import open_runner
-from llm_coreml.config import ExportConfig
+from llm_coreml.config import ExportConfig, resolve
+from llm_coreml.errors import ConfigError, UnsupportedError
+from llm_coreml.eval.pair import read_in_pairs
+from llm_coreml.lower import shares
 from llm_coreml.lower.forms import form_for
 from llm_coreml.lower.shares import cut_of
 from llm_coreml.progress import Silent
+from llm_coreml.quantize import make_plan
 from llm_coreml.reference.program.execution import Execution
 from llm_coreml.runtime.eager import EagerRunner
 from llm_coreml.runtime.program_runner import program_runner
-from tiny import BASE, expected_logits, llama, randomize, tokens_for
+from llm_coreml.runtime.reference import ReferenceRunner
+from tiny import BASE, expected_logits, llama, randomize, small_spec, tokens_for
 
 # What fp16 makes of a row's logits, relative to the largest of them.
 FP16 = 2e-2
@@ -180,3 +185,69 @@ class Notes(Silent):
 def weights(delegate: Delegate) -> list[memoryview]:
     """Return the weight files of a delegate."""
     return [data for path, data in unpack(delegate.data).items() if path.endswith("weight.bin")]
+
+
+def test_two_exports_part_nowhere_whether_or_not_one_is_cut(
+    artifacts: Callable[[str], Artifact], tmp_path: Path
+) -> None:
+    cut = artifacts("split, enumerated")
+    job, spec = cut.job, cut.decoder.spec
+    whole_form = form_for(job, spec, 1, (2, 5))
+    whole_form.write(cut.decoder, tmp_path / "whole.pte")
+    form = form_for(job, spec, 1, (2, 5), cut_of(job, spec, cut.plan))
+    execution = Execution(mode="fp32")
+    runners = (
+        ReferenceRunner(tmp_path / "whole.pte", execution, whole_form.description),
+        ReferenceRunner(cut.path, execution, form.description),
+    )
+    found = read_in_pairs(*runners, [TOKENS[:18]])
+    assert all(len(watch.operations) > 100 for watch in found.watches)
+    assert found.paired > 0.9 * len(found.watches[0].operations)
+    assert max(entry.error for entry in found.parting.operations) < 1e-4
+    assert [item.layer for item in found.watches[1].operations][-1] == 4
+
+
+def test_more_than_two_gigabytes_are_cut_without_being_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    spec = small_spec(num_hidden_layers=6, vocab_size=96)
+    job = resolve(ExportConfig(context=64, **PLAIN), spec)
+    plan = make_plan(job, spec)
+    assert cut_of(job, spec, plan).partitions == ()
+    monkeypatch.setattr(shares, "MOST_WEIGHTS", 150_000)
+    cut = cut_of(job, spec, plan)
+    assert [each.told for each in cut.shares][:2] == ["token table, layers 0 to 1", "layers 2 to 3"]
+    assert all(size <= 150_000 for size in cut.sizes)
+    assert cut.why.endswith("more than the 2 GB of one delegate")
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"partition_size": 1000}, r"head takes [\d,]+ alone; give --partition-size \d+ or"),
+        ({"partition_size": 10**6, "backend": "xnnpack"}, "about Core ML's delegates"),
+        ({"split": ("head",), "backend": "xnnpack"}, "about Core ML's delegates"),
+        ({"partition_size": "much"}, "partition_size is 'much'"),
+        ({"partition_size": 0}, "must be at least 1"),
+        ({"split": ("heads",)}, "embedding and head. Did you mean 'head'"),
+        ({"split": ()}, "names nothing"),
+        ({"constants": "inputs"}, "take_over_constant_data=False"),
+    ],
+)
+def test_what_cannot_be_cut(settings: dict[str, Any], told: str) -> None:
+    spec = small_spec()
+    with pytest.raises((ConfigError, UnsupportedError), match=told):
+        job = resolve(ExportConfig(context=64, **PLAIN, **settings), spec)
+        cut_of(job, spec, make_plan(job, spec))
+
+
+def test_layers_that_share_keys_and_values_stay_together() -> None:
+    spec = small_spec(num_hidden_layers=4)
+    mixers = [
+        replace(layer.mixer, shares=1 if at == 3 else None) for at, layer in enumerate(spec.layers)
+    ]
+    pairs = zip(spec.layers, mixers, strict=True)
+    spec = replace(spec, layers=tuple(replace(layer, mixer=mixer) for layer, mixer in pairs))
+    job = resolve(ExportConfig(context=64, partition_size=200_000, **PLAIN), spec)
+    cut = cut_of(job, spec, make_plan(job, spec))
+    assert range(1, 4) in [each.layers for each in cut.shares]

@@ -47,6 +47,10 @@ class BitNet(PackedFormat):
         if self.divides and not bool(scale.all()):
             raise parts.error("weight_scale is 0, by which codes are divided")
         each = (1 / scale if self.divides else scale).expand(rows, 1).contiguous()
+        if bool(((each != 0) & (each.to(torch.float16) == 0)).any()):
+            raise parts.error(
+                f"weight_scale makes all of it {float(each.max()):g}, which fp16 holds as 0"
+            )
         return Affine(2, each, torch.zeros_like(each), ends=(-1, 1))
 
     def codes(self, parts: Parts) -> torch.Tensor:

@@ -64,7 +64,8 @@ def linear_scheme(job: Job) -> Scheme:
         )
     if bits is not None and plain.bits not in (None, bits):
         raise ConfigError(
-            f"--bits is {bits}, and --scheme is {plain.text}; they say the same, so drop one."
+            f"--bits is {bits}, and --scheme is {plain.text}; each says how many bits the "
+            "weights have, so drop one."
         )
     own, flag = (bits, "--bits") if plain.bits is None else (plain.bits, "--scheme")
     return _build(plain, own, job, flag)

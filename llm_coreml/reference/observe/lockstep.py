@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from llm_coreml.reference.observe.series import Series
 from llm_coreml.reference.program.coreml_program import CoreMLProgram
 from llm_coreml.reference.program.steps import Observer, Step, Values
 
@@ -51,8 +52,8 @@ class Lockstep:
 
     def __init__(
         self,
-        first: CoreMLProgram,
-        second: CoreMLProgram,
+        first: CoreMLProgram | Series,
+        second: CoreMLProgram | Series,
         pairs: Sequence[tuple[int, int]],
         compare: Compare,
         watches: tuple[Observer, Observer],

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
+from llm_coreml.reference.observe.series import Series
 from llm_coreml.reference.program.coreml_program import CoreMLProgram
 from llm_coreml.reference.program.steps import Step, Values
 
@@ -71,7 +72,7 @@ class Watch:
         operations: results in the order of the program.
     """
 
-    def __init__(self, program: CoreMLProgram) -> None:
+    def __init__(self, program: CoreMLProgram | Series) -> None:
         self._constants = program.constant_places
         self._of_constant: dict[int, _Facts] = {}
         self._of_result: dict[int, _Facts] = {}

@@ -28,10 +28,8 @@ from llm_coreml.reference.program.specialize import Specialized, analyse, specia
 from llm_coreml.reference.program.steps import Observer, Step, Values, run_all
 from llm_coreml.reference.program.widened import Rows, steady, widened
 
-Tensors = Mapping[str, torch.Tensor]
 # Programs for that many combinations of input shapes are kept.
-_MOST_SHAPES = 32
-_MOST_NUMBERS = 1 << 10
+_MOST_SHAPES, _MOST_NUMBERS = 32, 1 << 10
 
 
 class CoreMLProgram:
@@ -136,9 +134,8 @@ class CoreMLProgram:
             ArtifactError: an input is not what the model declares, or the program contradicts
                 itself. States may then be half updated; `reset` makes them valid again.
         """
-        given = {**(inputs or {}), **named}
+        compiled, given = self._compiled, {**(inputs or {}), **named}
         self._check_inputs(given)
-        compiled = self._compiled
         compiled.rounds.reset()
         shapes = tuple(given[name].shape for name in compiled.inputs)
         special = None if self._observe else self._specialized.get(shapes)
@@ -266,6 +263,11 @@ class CoreMLProgram:
     def constant_places(self) -> frozenset[int]:
         """The places among an observer's values that hold constants."""
         return frozenset(at for at, value in enumerate(self._compiled.initial) if value is not None)
+
+    @property
+    def borders(self) -> tuple[Mapping[str, int], Mapping[str, int]]:
+        """The places of inputs and of outputs, by name."""
+        return self._compiled.inputs, self._compiled.outputs
 
     def snapshot(self) -> dict[str, torch.Tensor]:
         """Return copies of all states, for `restore`."""

@@ -116,7 +116,7 @@ class Rows:
 
 
 def steady(ops: Mapping[str, Spec], rows: Rows) -> dict[str, Spec]:
-    """Return operations whose products of a single row are computed among `rows.count` of them."""
+    """Return operations that compute the product of a single row among as many as `rows` says."""
     among = {
         name: replace(ops[name], function=_among(ops[name].function, axis, rows))
         for name, axis in _PRODUCTS.items()

@@ -193,7 +193,8 @@ def test_tables_beside_the_blocks_have_names_too_and_come_back_from_a_plan() -> 
         (
             {"bits": 4, "scheme": "codebook:6"},
             ConfigError,
-            "--bits is 4, and --scheme is codebook:6; they say the same, so drop one.",
+            "--bits is 4, and --scheme is codebook:6; each says how many bits the "
+            "weights have, so drop one.",
         ),
     ],
     ids=str,
