@@ -133,8 +133,8 @@ def test_nothing_is_wider_than_it_may_be(name: str, made: Callable[[str], Artifa
     assert ("linear" in kinds) == ("layout" not in CASES[name])
     computed = [op for op in operations if op.type != "const"]
     wide = [op.type for op in computed if "fp32" in {dtype_of(each) for each in op.outputs}]
-    # No number is fp32 in a program of fp16 but what it gives.
-    assert artifact.job.precision.name == "fp32" or wide == ["cast"]
+    # Nothing is computed in fp32 in a program of fp16, its logits among the rest.
+    assert artifact.job.precision.name == "fp32" or not wide
     for state in state_specs(artifact.decoder.spec, artifact.shapes.extent):
         assert state.shape[-1] == (32 if "pad_heads" in CASES[name] else 16)
 
