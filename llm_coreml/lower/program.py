@@ -7,14 +7,16 @@ is written.
 
 from __future__ import annotations
 
+import contextlib
 import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import coremltools as ct
+import numpy
 from executorch.backends.apple.coreml.compiler import CoreMLBackend
 from executorch.exir.backend.compile_spec_schema import CompileSpec
 from torch.export import ExportedProgram
@@ -129,10 +131,20 @@ def _converted(exported: ExportedProgram, specs: list[CompileSpec]) -> Any:
         UnsupportedError: the system that the program is for cannot have it.
     """
     target = CoreMLBackend.min_deployment_target_from_compile_specs(specs)
-    with no_bars(), advised(exported, target.name):
+    with no_bars(), _numbers_undrawn(), advised(exported, target.name):
         model = CoreMLBackend._convert_to_mlmodel(exported, specs)
     check_systems(parse(map_folder(Path(model.package_path)), ""), exported, target.name)
     # The MIL program, whose operations refer to each other, holds all weights.
     model._mil_program = None
     gc.collect()
     return model
+
+
+@contextlib.contextmanager
+def _numbers_undrawn() -> Iterator[None]:
+    """Leave the caller's sequence of random numbers: coremltools' pass `fuse_prelu` draws some."""
+    state = numpy.random.get_state()
+    try:
+        yield
+    finally:
+        numpy.random.set_state(state)

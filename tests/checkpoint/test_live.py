@@ -414,6 +414,7 @@ def state_of(model: Any) -> dict[str, Any]:
         "config": json.dumps(model.config.to_dict(), default=str),
         "random": (
             random.getstate(),
+            [str(part) for part in numpy.random.get_state()],
             numpy.random.get_state()[1].tobytes(),  # type: ignore[union-attr]
             torch.get_rng_state().numpy().tobytes(),
         ),

@@ -511,6 +511,8 @@ TABLE: dict[str, Entry] = {
             "tied": {"tie_word_embeddings": True, "head_dim": 16, "rope_parameters": DYNAMIC},
         },
         {**_PADDED, "head_dim": 16},
+        # Which its configuration refuses without the others.
+        unread=frozenset({"biases of attention"}),
     ),
     "iquestcoder": Entry(
         {
