@@ -265,8 +265,8 @@ def _tell_of_the_states(run: _Run, model: Model, job: Job) -> None:
     for rule in broken_by_states(job.target, shapes) if BACKENDS[job.backend].has_targets else []:
         run.progress.note(
             f"--target {job.target.name}: {rule.sentence}, and this model's are "
-            f"{' and '.join(str(list(shape)) for shape in dict.fromkeys(shapes))}; {rule.instead} "
-            "has no such limit."
+            f"{' and '.join(str(list(shape)) for shape in dict.fromkeys(shapes))}; "
+            f"give {rule.instead}."
         )
 
 

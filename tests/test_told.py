@@ -54,7 +54,7 @@ def test_states_that_the_neural_engine_refuses(tmp_path: Path) -> None:
     sentence = (
         "the Neural Engine's compiler has been reported to refuse states whose width, which is the "
         "model's head_dim, is no multiple of 32 (coremltools issue 2631), and this model's are "
-        "[1, 2, 64, 20]; --target gpu has no such limit."
+        "[1, 2, 64, 20]; give --pad-heads or --target gpu."
     )
     for target in ("ane", "all"):
         assert f"--target {target}: {sentence}" in told(folder, tmp_path / "out", target=target)
