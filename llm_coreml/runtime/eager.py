@@ -25,7 +25,6 @@ class EagerRunner(Runner):
 
     def __init__(self, decoder: Decoder, label: str) -> None:
         super().__init__()
-        decoder.logits = "all"
         self.decoder = decoder
         self.context = decoder.context
         self.vocab_size = decoder.spec.vocab_size
