@@ -15,9 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jsonschema
-
-from llm_coreml.bundle.strict_json import parse
+from llm_coreml.bundle.strict_json import parse, validator
 from llm_coreml.bundle.typed_json import read_record
 from llm_coreml.config.setting import brief
 from llm_coreml.errors import ConfigError
@@ -117,10 +115,7 @@ def check_record(value: Any, schema: Mapping[str, Any]) -> None:
     Raises:
         ValueError: it does not fit; the message names the first place.
     """
-    plain = jsonschema.Draft202012Validator
-    types = plain.TYPE_CHECKER.redefine("integer", lambda _, value: type(value) is int)
-    extend: Any = jsonschema.validators.extend  # untyped
-    error = next(extend(plain, type_checker=types)(schema).iter_errors(value), None)
+    error = next(validator(schema).iter_errors(value), None)
     if error is not None:
         told = error.message
         if len(told) > _LONGEST:

@@ -7,7 +7,6 @@ read.windows[0], read.sizes[0].words
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -31,7 +30,7 @@ class HeldOut:
 
     Attributes:
         name: Of the text.
-        sha256: Of all of it; of the tokens, where there is no text.
+        sha256: Of all of it.
         windows: The first token of each is given, the others are scored.
         sizes: What each scores.
     """
@@ -57,9 +56,10 @@ def read_heldout(
     """
     opened = _opened(tokenizer)
     name, content = read_text(None if text is None else Path(text))
-    windows = cut_to_context(opened.encode(content), context, opened.beginning, limit)
+    tokens, after = opened.encode_with_ends(content)
+    windows = cut_to_context(tokens, context, opened.beginning, limit)
     given = len(opened.beginning)
-    ends = [0, *opened.ends(content)]
+    ends = [0, *after]
     # Where the scored part of each window begins and ends, in tokens of the text.
     borders = [0 if given else 1]
     for window in windows:
@@ -72,13 +72,6 @@ def read_heldout(
         sizes.append(Window(len(window) - 1, words, len(content[start:stop].encode())))
     sha256 = hashlib.sha256(content.encode()).hexdigest()
     return HeldOut(name, sha256, tuple(map(tuple, windows)), tuple(sizes))
-
-
-def heldout_tokens(name: str, windows: Sequence[Sequence[int]]) -> HeldOut:
-    """Return windows of tokens that come without a text."""
-    digest = hashlib.sha256(json.dumps([list(window) for window in windows]).encode())
-    sizes = tuple(Window(len(window) - 1, 0, 0) for window in windows)
-    return HeldOut(name, digest.hexdigest(), tuple(map(tuple, windows)), sizes)
 
 
 def _opened(tokenizer: Path | None) -> Tokenizer:

@@ -68,19 +68,6 @@ class Stretch:
 
 
 @dataclass(frozen=True)
-class LayerError:
-    """How far the residual stream is from the original's.
-
-    Attributes:
-        layer: After which layer.
-        error: Root mean square of the difference, as a share of the original's.
-    """
-
-    layer: int
-    error: float
-
-
-@dataclass(frozen=True)
 class NotFinite:
     """Rows of logits that hold inf or NaN, of which no mean is taken.
 
@@ -98,23 +85,6 @@ class NotFinite:
 
 
 @dataclass(frozen=True)
-class NoiseFloor:
-    """The original beside itself with noise after each layer, as large as bf16 rounds.
-
-    Attributes:
-        mean_kl: Mean divergence in nats.
-        p99_kl: Its 99th percentile.
-        top1_agreement: Share of tokens with the same most likely next one.
-        tokens: How many were read.
-    """
-
-    mean_kl: float
-    p99_kl: float
-    top1_agreement: float
-    tokens: int
-
-
-@dataclass(frozen=True)
 class Measures:
     """What is found out beyond the figures of `METRICS`.
 
@@ -125,9 +95,7 @@ class Measures:
         statistics: What llama-perplexity prints, under its names.
         buckets: By the confidence of the original.
         positions: By position in the window.
-        layers: By layer, of the quantized model alone.
         not_finite: Rows that are no numbers; then there is no figure.
-        noise_floor: What noise alone does to the original.
     """
 
     figures: Mapping[str, float] = field(default_factory=dict)
@@ -136,6 +104,4 @@ class Measures:
     statistics: Mapping[str, Statistic] | None = field(default=None, metadata=LEFT_OUT)
     buckets: tuple[Bucket, ...] | None = field(default=None, metadata=LEFT_OUT)
     positions: tuple[Stretch, ...] | None = field(default=None, metadata=LEFT_OUT)
-    layers: tuple[LayerError, ...] | None = field(default=None, metadata=LEFT_OUT)
     not_finite: NotFinite | None = field(default=None, metadata=LEFT_OUT)
-    noise_floor: NoiseFloor | None = field(default=None, metadata=LEFT_OUT)

@@ -16,7 +16,7 @@ from llm_coreml.eval.metrics import METRICS, Metric, Predictions
 from llm_coreml.eval.results import Quality, Window
 from llm_coreml.runtime.runner import Runner
 
-# The least that is asked of a model: what all measures are made of.
+# Of each window, what is known of its tokens, by name.
 Columns = dict[str, list[torch.Tensor]]
 
 

@@ -19,17 +19,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jsonschema
-
-from llm_coreml.bundle.folder import RESULTS
-from llm_coreml.bundle.strict_json import parse
+from llm_coreml.bundle.strict_json import parse, validator
 from llm_coreml.config.setting import brief
 from llm_coreml.errors import ConfigError, OutputError
+from llm_coreml.eval.result_places import no_results, result_files
 from llm_coreml.eval.results import RESULTS_VERSION
 from llm_coreml.output import check_name, output_error
 
 LINES = "results.jsonl"
-_SUFFIXES = (".json", ".jsonl")
 # A window takes a hundred bytes or so for each model, and no text has a hundred thousand of them.
 _LARGEST = 1 << 24
 _LONGEST = 160
@@ -114,12 +111,10 @@ def read_results(place: Path) -> list[dict[str, Any]]:
     Raises:
         ConfigError: there is none, or one is damaged or of another version.
     """
-    files = list(_files(place))
+    # What is no folder is read as it is: a pipe, too.
+    files = result_files(place) if place.is_dir() else [place]
     if not files:
-        raise ConfigError(
-            f"'{place}' holds no results; make some with llm-coreml eval BUNDLE --results "
-            f"'{place}'."
-        )
+        raise no_results(place)
     return [document for path in files for document in _documents(path)]
 
 
@@ -130,21 +125,6 @@ def latest_result(place: Path) -> dict[str, Any]:
         ConfigError: as `read_results`.
     """
     return max(read_results(place), key=lambda document: str(document["created"]))
-
-
-def _files(place: Path) -> Iterator[Path]:
-    if not place.is_dir():
-        yield place
-        return
-    if (place / "manifest.json").exists():
-        # The only file of a bundle that is one of ours.
-        yield from (place / name for name in (RESULTS,) if (place / name).is_file())
-        return
-    for path in sorted(place.iterdir()):
-        if path.suffix in _SUFFIXES and path.is_file():
-            yield path
-        elif (path / RESULTS).is_file():
-            yield path / RESULTS
 
 
 def _documents(path: Path) -> Iterator[dict[str, Any]]:
@@ -192,8 +172,4 @@ def results_schema() -> dict[str, Any]:
 
 @functools.cache
 def _validator() -> Any:
-    """Return what holds a document against the schema, where 1.0 is no integer."""
-    plain = jsonschema.Draft202012Validator
-    types = plain.TYPE_CHECKER.redefine("integer", lambda _, value: type(value) is int)
-    extend: Any = jsonschema.validators.extend  # untyped
-    return extend(plain, type_checker=types)(results_schema())
+    return validator(results_schema())

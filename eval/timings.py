@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
-from llm_coreml.bundle.typed_json import LEFT_OUT
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -16,16 +14,12 @@ class Latency:
         tokens: Length of the call; 1 is decode.
         seconds: Median.
         runs: Calls timed, after one that is not.
-        p90: The 90th percentile of the seconds.
-        p99: The 99th.
     """
 
     runtime: str
     tokens: int
     seconds: float
     runs: int
-    p90: float | None = field(default=None, metadata=LEFT_OUT)
-    p99: float | None = field(default=None, metadata=LEFT_OUT)
 
     @property
     def tokens_per_second(self) -> float:

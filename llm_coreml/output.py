@@ -16,13 +16,13 @@ import errno
 import json
 import os
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from llm_coreml.drafts import draft_file, draft_folder, uninterrupted
 from llm_coreml.errors import OutputError
+from llm_coreml.shared_change import SharedChange
 
 # Where less than this can be written, it is no use to write weights.
 _LEAST = 1 << 20
@@ -66,7 +66,7 @@ def folder_beside(output: Path, check: Callable[[Path], None]) -> Iterator[Path]
         place = stack.enter_context(draft_folder(output.parent, rescue=_put_back))
         draft = place / "draft"
         draft.mkdir()
-        with _SCRATCH.beside(output.parent):
+        with _SCRATCH(output.parent):
             yield draft
         check(output)
         with uninterrupted():
@@ -84,36 +84,19 @@ def folder_beside(output: Path, check: Callable[[Path], None]) -> Iterator[Path]
                     folder.rmdir()
 
 
-class _Scratch:
-    """Where temporary files of this process go while folders are made, of all threads.
-
-    `tempfile` has one place for all, so that whoever comes first makes it, and the last that leaves
-    removes it.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._inside = 0
-        self._stack = contextlib.ExitStack()
-
-    @contextlib.contextmanager
-    def beside(self, parent: Path) -> Iterator[None]:
-        with self._lock:
-            if self._inside == 0:
-                folder = self._stack.enter_context(draft_folder(parent, rescue=_put_back))
-                self._stack.callback(setattr, tempfile, "tempdir", tempfile.tempdir)
-                tempfile.tempdir = str(folder)
-            self._inside += 1
+@contextlib.contextmanager
+def _temporary_files_beside(parent: Path) -> Iterator[None]:
+    with draft_folder(parent, rescue=_put_back) as folder:
+        previous = tempfile.tempdir
+        tempfile.tempdir = str(folder)
         try:
             yield
         finally:
-            with self._lock:
-                self._inside -= 1
-                if self._inside == 0:
-                    self._stack.close()
+            tempfile.tempdir = previous
 
 
-_SCRATCH = _Scratch()
+# `tempfile` has one place for all threads.
+_SCRATCH = SharedChange(_temporary_files_beside)
 
 
 def _replace(output: Path, draft: Path) -> None:

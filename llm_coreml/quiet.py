@@ -17,12 +17,13 @@ import functools
 import importlib
 import logging
 import sys
-import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextvars import ContextVar
 from pathlib import PurePath
 from typing import Any
+
+from llm_coreml.shared_change import SharedChange
 
 _LIBRARIES = frozenset(
     {"accelerate", "bitsandbytes", "coremltools", "executorch", "peft", "torch", "torchao"}
@@ -52,37 +53,6 @@ def loud() -> Iterator[None]:
 def is_loud() -> bool:
     """Say whether this runs inside of `loud`."""
     return _LOUD.get()
-
-
-class _Shared:
-    """A change of the whole process that holds while any thread is inside of it.
-
-    Args:
-        change: Makes it, and takes it back.
-    """
-
-    def __init__(self, change: Callable[[], contextlib.AbstractContextManager[None]]) -> None:
-        self._change = change
-        self._lock = threading.RLock()
-        self._inside = 0
-        self._stack = contextlib.ExitStack()
-
-    @contextlib.contextmanager
-    def __call__(self) -> Iterator[None]:
-        if _LOUD.get():
-            yield
-            return
-        with self._lock:
-            if self._inside == 0:
-                self._stack.enter_context(self._change())
-            self._inside += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._inside -= 1
-                if self._inside == 0:
-                    self._stack.close()
 
 
 @contextlib.contextmanager
@@ -161,7 +131,18 @@ def _without_bars() -> Iterator[None]:
             setattr(found, name, bar)
 
 
-quiet = _Shared(_quietly)
-quiet.__doc__ = "Drop warnings and log lines of the libraries below inside the block."
-no_bars = _Shared(_without_bars)
-no_bars.__doc__ = "Drop the progress bars of coremltools, which is loaded, inside the block."
+_QUIET, _NO_BARS = SharedChange(_quietly), SharedChange(_without_bars)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Drop warnings and log lines of the libraries below inside the block."""
+    with contextlib.nullcontext() if is_loud() else _QUIET():
+        yield
+
+
+@contextlib.contextmanager
+def no_bars() -> Iterator[None]:
+    """Drop the progress bars of coremltools, which is loaded, inside the block."""
+    with contextlib.nullcontext() if is_loud() else _NO_BARS():
+        yield

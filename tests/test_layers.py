@@ -27,6 +27,7 @@ FOLDERS = {
 LAYERS = (
     ("printable",),
     ("errors",),
+    ("shared_change",),
     (
         "drafts",
         "output",

@@ -19,8 +19,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from llm_coreml.errors import ConfigError
 from llm_coreml.eval.compared import name_of, tokens_per_second
+from llm_coreml.eval.result_places import no_results, result_files
 from llm_coreml.printable import printable
 
 # A line of results takes some thousand bytes for each hundred windows.
@@ -111,38 +111,14 @@ def collect(place: Path) -> Collected:
         else:
             problems.append(found)
     if not rows and not problems:
-        raise ConfigError(
-            f"'{place}' holds no results; make some with llm-coreml eval BUNDLE --results "
-            f"'{place}'."
-        )
+        raise no_results(place)
     rows.sort(key=lambda row: row.created)
     judged = _with_regressions(_with_front(rows))
     return Collected(tuple(reversed(judged)), tuple(problems))
 
 
-def files_of(place: Path) -> list[Path]:
-    """Return the files in `place` that may hold results.
-
-    Raises:
-        ConfigError: it cannot be read.
-    """
-    try:
-        if place.is_file():
-            return [place]
-        if (place / "manifest.json").is_file():
-            return [place / "results.json"] if (place / "results.json").is_file() else []
-        listed = sorted(place.iterdir())
-        inner = [path / "results.json" for path in listed if path.is_dir()]
-        files = [path for path in listed if path.suffix in (".json", ".jsonl") and path.is_file()]
-        return files + [path for path in inner if path.is_file()]
-    except OSError as error:
-        raise ConfigError(
-            f"'{place}' cannot be read: {error.strerror}. Give a file or folder of results."
-        ) from None
-
-
 def _read(place: Path) -> Iterator[Row | str]:
-    for path in files_of(place):
+    for path in result_files(place):
         try:
             with path.open("rb") as opened:
                 lines: Iterator[bytes] | list[bytes] = opened

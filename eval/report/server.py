@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 
 from llm_coreml.errors import ConfigError
 from llm_coreml.eval.report.page import INSTALL, check_installed, render
-from llm_coreml.eval.report.rows import Collected, collect, files_of
+from llm_coreml.eval.report.rows import Collected, collect
+from llm_coreml.eval.result_places import result_files
 
 if TYPE_CHECKING:  # an optional extra
     from starlette.applications import Starlette
@@ -46,7 +47,7 @@ class LivePage:
         """Return what changes when a result lands; nothing of a folder that cannot be read."""
         found = []
         with contextlib.suppress(ConfigError):
-            for path in files_of(self.place):
+            for path in result_files(self.place):
                 with contextlib.suppress(OSError):
                     status = path.stat()
                     found.append((str(path), status.st_size, status.st_mtime_ns))

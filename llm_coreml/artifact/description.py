@@ -142,6 +142,11 @@ class Description:
         return self.form == RANGE
 
     @property
+    def outputs_by_row(self) -> int:
+        """How many of the first outputs of a call have a row for each of its tokens."""
+        return len(self.head.gives) if self.every_row else 0
+
+    @property
     def lengths(self) -> str:
         """Every length that a call may have, in words."""
         told = list(map(str, self.seq_lengths))

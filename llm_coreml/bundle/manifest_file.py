@@ -12,11 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jsonschema
-
 from llm_coreml.bundle.manifest import CHECKSUM, READ_VERSIONS, Manifest, manifest_schema
 from llm_coreml.bundle.seal import REMEDY, checksum
-from llm_coreml.bundle.strict_json import parse
+from llm_coreml.bundle.strict_json import parse, validator
 from llm_coreml.config import ExportConfig
 from llm_coreml.config.setting import brief
 from llm_coreml.errors import ArtifactError, ConfigError, UnsupportedError
@@ -82,11 +80,7 @@ def _parsed(path: Path) -> Any:
 
 @functools.cache
 def _validator() -> Any:
-    """Return what holds a manifest against its schema, where 1.0 is no integer."""
-    plain = jsonschema.Draft202012Validator
-    types = plain.TYPE_CHECKER.redefine("integer", lambda _, value: type(value) is int)
-    extend: Any = jsonschema.validators.extend  # untyped
-    return extend(plain, type_checker=types)(manifest_schema())
+    return validator(manifest_schema())
 
 
 def _complaint(recorded: Mapping[str, Any]) -> str | None:

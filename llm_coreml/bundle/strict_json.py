@@ -1,6 +1,7 @@
 """JSON from a file that nobody vouches for: parsed only as far as an honest file goes.
 
     manifest = parse(path.read_bytes())
+    error = next(validator(schema).iter_errors(manifest), None)
 
 Beyond what `json` checks, a key stands once in its object, numbers are finite and fit 64 bits,
 strings are whole and of bounded length, and nothing nests deeper than any record here does.
@@ -10,8 +11,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+import jsonschema
 
 # No number of 64 bits has more digits, its sign included.
 _DIGITS = 20
@@ -46,6 +49,14 @@ def parse(data: bytes) -> Any:
         if isinstance(inner, str):
             _check_text(inner, where)
     return value
+
+
+def validator(schema: Mapping[str, Any]) -> Any:
+    """Return what holds a value against a schema, by which 1.0 is no integer."""
+    plain = jsonschema.Draft202012Validator
+    types = plain.TYPE_CHECKER.redefine("integer", lambda _, value: type(value) is int)
+    extend: Any = jsonschema.validators.extend  # untyped
+    return extend(plain, type_checker=types)(schema)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

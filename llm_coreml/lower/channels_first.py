@@ -15,6 +15,8 @@ from coremltools.converters.mil import Builder as mb
 from coremltools.converters.mil.mil.passes.graph_pass import AbstractGraphPass
 from coremltools.converters.mil.mil.passes.pass_registry import register_pass
 
+from llm_coreml.lower.packed_constants import rebuilt
+
 _UNARY = frozenset(
     {
         *("abs", "silu", "sigmoid", "tanh", "relu", "exp", "sqrt", "square", "rsqrt"),
@@ -139,22 +141,12 @@ def _numbers(op: Any) -> dict[str, Any]:
 
 def _as_kernel(weight: Any, before: Any) -> Any:
     """Return a constant `[out, in]` as `[out, in, 1, 1]`, packed as it is packed."""
-    op = weight.op
 
     def widened(part: Any) -> Any:
-        if part.op.op_type.startswith("constexpr_"):
-            return _as_kernel(part, before)
         return part.val.reshape(*part.shape, 1, 1)
 
-    if op.op_type == "constexpr_lut_to_dense":
-        vectors = {} if op.vector_axis is None else {"vector_axis": op.vector_axis.val}
-        rows, columns, *entries = op.lut.shape
-        lut = op.lut.val.reshape(rows, columns, 1, 1, *entries)
-        indices = widened(op.indices)
-        return mb.constexpr_lut_to_dense(indices=indices, lut=lut, **vectors, before_op=before)
-    if op.op_type == "constexpr_blockwise_shift_scale":
-        offset = {} if op.offset is None else {"offset": widened(op.offset)}
-        return mb.constexpr_blockwise_shift_scale(
-            data=widened(op.data), scale=widened(op.scale), **offset, before_op=before
-        )
-    return mb.const(val=weight.val.reshape(*weight.shape, 1, 1), before_op=before)
+    def table(lut: Any) -> Any:
+        rows, columns, *entries = lut.shape
+        return lut.val.reshape(rows, columns, 1, 1, *entries)
+
+    return rebuilt(weight, widened, table, before)

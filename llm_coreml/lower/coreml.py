@@ -63,8 +63,9 @@ def lower_coreml(
         del exported
         call = CoreMLCall(MAIN_FUNCTION, signature_of(description, MAIN_METHOD))
         padding = None if description.ranged else lengths
-        rows = len(description.head.gives) if description.every_row else 0
-        method = method_around(calling(call), description.context, padding, rows)
+        method = method_around(
+            calling(call), description.context, padding, description.outputs_by_row
+        )
         traced = {MAIN_METHOD: trace_method(method, lengths[-1], list(caches.values()))}
         edge = edge_methods(traced, {call.name: specs}, description.constant_methods)
         write_methods(edge.to_executorch(), {call.name: blob}, path)

@@ -16,6 +16,7 @@ from coremltools.converters.mil.mil.passes.graph_pass import AbstractGraphPass
 from coremltools.converters.mil.mil.passes.pass_registry import PASS_REGISTRY
 
 from llm_coreml.cuts import Cuts, ranges, unit_of_blocks
+from llm_coreml.lower.packed_constants import rebuilt
 
 _NAME = re.compile(r"llm_coreml::(cut_linears|cut_tables|cut_choices)_(\d+)_(\d+)")
 # What may lie between a linear layer and the choice among its outputs, each number by itself.
@@ -193,26 +194,14 @@ def _unit(weight: Any) -> int:
 
 def _rows(weight: Any, start: int, stop: int, before: Any) -> Any:
     """Return rows of a constant, packed as it is packed."""
-    op, rows = weight.op, weight.shape[0]
+    rows = weight.shape[0]
 
     def cut(part: Any) -> Any:
         """Return what the rows read of `part`, whose first axis has as many or fewer blocks."""
         count = part.shape[0]
-        if part.op.op_type.startswith("constexpr_"):
-            return _rows(part, start, stop, before)
         return part.val if count == 1 else part.val[start * count // rows : stop * count // rows]
 
-    if op.op_type == "constexpr_lut_to_dense":
-        vectors = {} if op.vector_axis is None else {"vector_axis": op.vector_axis.val}
-        return mb.constexpr_lut_to_dense(
-            indices=cut(op.indices), lut=cut(op.lut), **vectors, before_op=before
-        )
-    if op.op_type == "constexpr_blockwise_shift_scale":
-        offset = {} if op.offset is None else {"offset": cut(op.offset)}
-        return mb.constexpr_blockwise_shift_scale(
-            data=cut(op.data), scale=cut(op.scale), **offset, before_op=before
-        )
-    return mb.const(val=weight.val[start:stop], before_op=before)
+    return rebuilt(weight, cut, cut, before)
 
 
 def _replace(function: Any, op: Any, var: Any) -> None:

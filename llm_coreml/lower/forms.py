@@ -101,7 +101,7 @@ class Lowering(ABC):
         """Return the element type of caches that are inputs: a state's, but fp32 beside fp32."""
         return "float32" if job.precision.name == "fp32" else cls.state_dtype
 
-    @abstractmethod
+    @final
     def write(self, decoder: Decoder, path: Path, on_progress: OnProgress = lambda _: None) -> None:
         """Write the program; equal decoders give equal bytes.
 
@@ -110,12 +110,18 @@ class Lowering(ABC):
             path: Where to write the `.pte`.
             on_progress: Called with the share of the usual time that is over, 0 to 1.
         """
-
-    def _write_partitions(self, decoder: Decoder, path: Path, on_progress: OnProgress) -> None:
-        """Write a program of several partitions."""
+        if not self.shares:
+            self._write(decoder, path, on_progress)
+            return
         from llm_coreml.lower.partitions import lower_partitions
 
         lower_partitions(decoder, self.job, self.description, self.shares, path, on_progress)
+
+    def _write(self, decoder: Decoder, path: Path, on_progress: OnProgress) -> None:
+        """Write a program that is not cut; see `write`."""
+        from llm_coreml.lower.coreml import lower_coreml
+
+        lower_coreml(decoder, self.job, self.description, path, on_progress)
 
 
 # Backends are imported where they are called: they load coremltools and XNNPACK, and an export
@@ -139,15 +145,6 @@ class Enumerated(Lowering):
         several = len(shapes.seq_lengths) > 1 and not shapes.ranged and not job.functions
         return job.backend == cls.backend and several
 
-    def write(self, decoder: Decoder, path: Path, on_progress: OnProgress = lambda _: None) -> None:
-        """Write the program, see `Lowering.write`."""
-        if self.shares:
-            self._write_partitions(decoder, path, on_progress)
-            return
-        from llm_coreml.lower.coreml import lower_coreml
-
-        lower_coreml(decoder, self.job, self.description, path, on_progress)
-
 
 @final
 class Multifunction(Lowering):
@@ -167,11 +164,8 @@ class Multifunction(Lowering):
         """Return whether it is Core ML with several methods."""
         return job.backend == cls.backend and bool(job.functions)
 
-    def write(self, decoder: Decoder, path: Path, on_progress: OnProgress = lambda _: None) -> None:
+    def _write(self, decoder: Decoder, path: Path, on_progress: OnProgress) -> None:
         """Write the program, see `Lowering.write`."""
-        if self.shares:
-            self._write_partitions(decoder, path, on_progress)
-            return
         from llm_coreml.lower.multifunction import lower_functions
 
         lower_functions(decoder, self.job, self.description, path, on_progress)
@@ -192,15 +186,6 @@ class Ranged(Lowering):
         """Return whether it is Core ML with a range of lengths."""
         return job.backend == cls.backend and job.shapes.ranged
 
-    def write(self, decoder: Decoder, path: Path, on_progress: OnProgress = lambda _: None) -> None:
-        """Write the program, see `Lowering.write`."""
-        if self.shares:
-            self._write_partitions(decoder, path, on_progress)
-            return
-        from llm_coreml.lower.coreml import lower_coreml
-
-        lower_coreml(decoder, self.job, self.description, path, on_progress)
-
 
 @final
 class Static(Lowering):
@@ -216,15 +201,6 @@ class Static(Lowering):
     def fits(cls, job: Job) -> bool:
         """Return whether it is Core ML with one length."""
         return job.backend == cls.backend and len(job.shapes.seq_lengths) == 1
-
-    def write(self, decoder: Decoder, path: Path, on_progress: OnProgress = lambda _: None) -> None:
-        """Write the program, see `Lowering.write`."""
-        if self.shares:
-            self._write_partitions(decoder, path, on_progress)
-            return
-        from llm_coreml.lower.coreml import lower_coreml
-
-        lower_coreml(decoder, self.job, self.description, path, on_progress)
 
 
 @final
@@ -250,7 +226,7 @@ class Twin(Lowering):
         found = super().describe(job, spec, constants, cut)
         return replace(found, form=RANGE) if job.shapes.ranged else found
 
-    def write(self, decoder: Decoder, path: Path, on_progress: OnProgress = lambda _: None) -> None:
+    def _write(self, decoder: Decoder, path: Path, on_progress: OnProgress) -> None:
         """Write the program, see `Lowering.write`; it takes little time, and is not told of."""
         from llm_coreml.lower.xnnpack import lower_xnnpack
 

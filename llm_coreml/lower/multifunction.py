@@ -43,8 +43,9 @@ def lower_functions(
             packages[name] = Path(folder, f"{name}.mlpackage")
             save_package(exported, specs[name], packages[name])
             call = CoreMLCall(name, signature_of(description, name))
-            rows = len(description.head.gives) if description.every_row else 0
-            around = method_around(calling(call), description.context, form.seq_lengths, rows)
+            around = method_around(
+                calling(call), description.context, form.seq_lengths, description.outputs_by_row
+            )
             methods[name] = trace_method(around, form.seq_lengths[-1], list(caches.values()))
             on_progress(len(methods) / (1 + len(description.methods)))
         blob = Path(folder, "blob")

@@ -69,10 +69,9 @@ def lower_partitions(
         methods = {}
         for name, form in description.methods.items():
             padding = None if description.ranged else form.seq_lengths
-            results = len(description.head.gives)
-            rows = results if description.every_row else 0
+            program = _in_a_row(calls[name], len(description.head.gives))
             around = method_around(
-                _in_a_row(calls[name], results), description.context, padding, rows
+                program, description.context, padding, description.outputs_by_row
             )
             methods[name] = trace_method(around, form.seq_lengths[-1], caches)
         edge = edge_methods(methods, work.specs, description.constant_methods)

@@ -117,17 +117,14 @@ def _pieces(job: Job, spec: DecoderSpec, plan: QuantizationPlan) -> tuple[list[_
         for together in _inseparable(spec)
     ]
     first = _Piece(Share(embedding=True), found["embedding"])
-    tables = sum(buffer.numel() * buffer.element_size() for _, buffer in _tables(decoder))
+    # Tables of positions, and of what follows from them, lie beside the modules.
+    beside = decoder.buffers(recurse=False)
+    tables = sum(buffer.numel() * buffer.element_size() for buffer in beside)
     return [first, *layers, _Piece(Share(head=True), found["head"])], tables
 
 
 def _end_of(name: str) -> str:
     return "head" if name.partition(".")[0] in ("norm", "lm_head") else "embedding"
-
-
-def _tables(decoder: Decoder) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield what lies beside the modules: tables of positions and of what follows from them."""
-    yield from decoder.named_buffers(recurse=False)
 
 
 def _inseparable(spec: DecoderSpec) -> Iterator[range]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Literal, SupportsIndex, final
 
 import torch
@@ -217,13 +217,16 @@ class Runner(ABC):
         self.check_every_logit()
         self.reset(position)
         self._check_room(len(tokens))
-        lengths = self.seq_lengths if self.every_row else (1,)
-        rows, start = [], 0
-        ranged = self.ranged and self.every_row
-        for length in split_lengths(len(tokens), lengths, ranged=ranged):
-            rows.append(self.step(tokens[start : start + length]))
-            start += length
+        rows = list(self._rows_of(tokens))
         return torch.cat(rows) if rows else torch.empty(0, self.vocab_size)
+
+    def _rows_of(self, tokens: Sequence[int]) -> Iterator[torch.Tensor]:
+        """Read `tokens` in calls that give a row for each, and yield what each call gives."""
+        lengths = self.seq_lengths if self.every_row else (1,)
+        start = 0
+        for length in split_lengths(len(tokens), lengths, ranged=self.ranged and self.every_row):
+            yield self.step(tokens[start : start + length])
+            start += length
 
     @final
     def check_every_logit(self) -> None:
@@ -278,13 +281,10 @@ class Runner(ABC):
             self.feed(tokens[start:first])
             start = first
         rows = []
-        lengths = self.seq_lengths if self.every_row else (1,)
-        ranged = self.ranged and self.every_row
-        for length in split_lengths(len(tokens) - start, lengths, ranged=ranged):
-            read = self.step(tokens[start : start + length])
+        for read in self._rows_of(tokens[start:]):
             # A chunk's rows before the first are of no use, and take much memory.
-            rows.append(read[max(0, first - start) :] if self.every_row else read)
-            start += length
+            rows.append(read[max(0, first - start) :])
+            start += len(read)
         return torch.cat(rows)
 
     @final

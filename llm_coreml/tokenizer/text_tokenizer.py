@@ -11,10 +11,14 @@ import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llm_coreml.errors import CheckpointError, ConfigError
 from llm_coreml.tokenizer.failures import raised_as
 from llm_coreml.tokenizer.trial import try_apart
+
+if TYPE_CHECKING:
+    import tokenizers
 
 # One of these is read by any tokenizer, if only as an unknown word.
 _PROBES = ("a", "0", " ", "\n", "\u4e2d")
@@ -56,7 +60,7 @@ class Tokenizer:
 
     def _beginning(self) -> tuple[int, ...]:
         for probe in _PROBES:
-            plain, marked = self.encode(probe), self._encode(probe, special=True)
+            plain, marked = self.encode(probe), self._encode(probe, special=True).ids
             found = [at for at in range(len(marked)) if marked[at : at + len(plain)] == plain]
             if plain and found:
                 return tuple(marked[: found[0]])
@@ -98,19 +102,21 @@ class Tokenizer:
             ConfigError: the text holds half of a surrogate pair.
             CheckpointError: the tokenizer has no token for a part of it.
         """
-        return self._encode(text, special=False)
+        ids: list[int] = self._encode(text, special=False).ids
+        return ids
 
-    def ends(self, text: str) -> list[int]:
-        """Return where in `text` each of its tokens, as `encode` has them, ends.
+    def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
+        """Return the tokens of `text`, as `encode` has them, and where in it each of them ends.
 
         Raises:
+            ConfigError: see `encode`.
             CheckpointError: see `encode`.
         """
-        with _native(f"The tokenizer cannot read {text[:40]!r}", "Give a text that it knows."):
-            spans = self._tokenizer.encode(text, add_special_tokens=False).offsets
-        return [end for _, end in spans]
+        encoded = self._encode(text, special=False)
+        return encoded.ids, [end for _, end in encoded.offsets]
 
-    def _encode(self, text: str, special: bool) -> list[int]:
+    def _encode(self, text: str, special: bool) -> tokenizers.Encoding:
+        """Return the library's own record of the tokens of `text`; see `encode`."""
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -119,8 +125,7 @@ class Tokenizer:
                 "and no character; give valid Unicode."
             ) from None
         with _native(f"The tokenizer cannot read {text[:40]!r}", "Give a text that it knows."):
-            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=special).ids
-        return ids
+            return self._tokenizer.encode(text, add_special_tokens=special)
 
     def prompt(self, text: str) -> list[int]:
         """Return the tokens of `text` as a model reads it: with the beginning tokens, if any.

@@ -2,30 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 
+from fake_clock import clock
 from fake_runner import FakeRunner
-from llm_coreml.eval import latency as timing
 from llm_coreml.eval.latency import measure_latency
 from llm_coreml.eval.timings import Latency
 
 TABLE = torch.zeros(9, 9)
-
-
-def clock(monkeypatch: pytest.MonkeyPatch, *steps: float) -> None:
-    """Let every timed call take the next of `steps`, over and over."""
-    now = 0.0
-    ticks = itertools.cycle(itertools.chain.from_iterable((0.0, step) for step in steps))
-
-    def perf_counter() -> float:
-        nonlocal now
-        now += next(ticks)
-        return now
-
-    monkeypatch.setattr(timing.time, "perf_counter", perf_counter)
 
 
 def test_every_length_is_timed_and_the_median_told(monkeypatch: pytest.MonkeyPatch) -> None:

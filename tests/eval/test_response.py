@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 
+from fake_clock import clock
 from fake_runner import FakeRunner
-from llm_coreml.eval import response
 from llm_coreml.eval.response import measure_response
 
 TABLE = torch.eye(9)
-
-
-def clock(monkeypatch: pytest.MonkeyPatch, *steps: float) -> None:
-    """Let every timed call take the next of `steps`, over and over."""
-    now = 0.0
-    ticks = itertools.cycle(itertools.chain.from_iterable((0.0, step) for step in steps))
-
-    def perf_counter() -> float:
-        nonlocal now
-        now += next(ticks)
-        return now
-
-    monkeypatch.setattr(response.time, "perf_counter", perf_counter)
 
 
 def test_prompts_are_read_from_an_empty_cache_and_percentiles_told(
