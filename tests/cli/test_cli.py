@@ -35,8 +35,8 @@ from llm_coreml.recipes import recipe_names
 from llm_coreml.targets import TARGETS
 
 COMMANDS = (
-    *("compare", "dashboard", "diff", "eval", "export", "extract", "generate", "inspect"),
-    *("lm-eval", "ls", "report", "run", "show"),
+    *("apply", "compare", "dashboard", "delta", "diff", "eval", "export", "extract", "generate"),
+    *("inspect", "lm-eval", "ls", "report", "run", "show"),
 )
 STAGES = (
     "opening the checkpoint ...",
