@@ -54,6 +54,21 @@ def _engine(config: ExportConfig) -> list[Setting]:
 
 CONTRADICTIONS = (
     Contradiction(
+        lambda config, target: config.skip_ops is not None and config.backend == "xnnpack",
+        "--skip-ops {skip_ops} leaves operations out of Core ML's programs, and --backend xnnpack "
+        "has none; drop one of them.",
+    ),
+    Contradiction(
+        lambda config, target: config.skip_ops is not None and config.functions is not None,
+        "--skip-ops {skip_ops} has the method read the token table, which --functions {functions} "
+        "would store once for each method; drop one of them.",
+    ),
+    Contradiction(
+        lambda config, target: config.skip_ops is not None and "embedding" in (config.split or ()),
+        "--skip-ops {skip_ops} leaves the token table out of Core ML, and --split {split} gives it "
+        "a partition of Core ML's; drop one of them.",
+    ),
+    Contradiction(
         lambda config, target: config.constants == "inputs",
         "--constants inputs would give Core ML every weight as an input of each call "
         "(ExecuTorch's take_over_constant_data=False): inputs are plain fp16 or fp32 numbers, so "

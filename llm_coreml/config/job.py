@@ -103,6 +103,7 @@ class Job:
         shapes: Context and chunk lengths.
         partition_size: Bytes of weights that a partition may have; None leaves it to their sum.
         split: Parts that have a partition of their own, of `values.SPLIT`.
+        skip_ops: Operations that ExecuTorch's kernels run; see `values.checked_skips`.
         passes: What coremltools is to run, or to leave out, see `checked_passes`; None is as usual.
         compile_specs: Further compile specs, each `key=value`.
         model_type: `model`, or `compiled_model`.
@@ -127,6 +128,7 @@ class Job:
     shapes: Shapes
     partition_size: int | None
     split: tuple[str, ...]
+    skip_ops: tuple[str, ...]
     passes: tuple[str, ...] | None
     compile_specs: tuple[str, ...]
     model_type: Literal["model", "compiled_model"]
@@ -173,6 +175,7 @@ def resolve(config: ExportConfig, spec: DecoderSpec) -> Job:
         ),
         partition_size=config.partition_size,
         split=config.split or (),
+        skip_ops=config.skip_ops or (),
         passes=config.passes,
         compile_specs=config.compile_specs or (),
         model_type=config.model_type,

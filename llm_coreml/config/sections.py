@@ -34,6 +34,7 @@ from llm_coreml.config.values import (
     checked_functions,
     checked_lengths,
     checked_passes,
+    checked_skips,
     checked_specs,
     checked_split,
     checked_system,
@@ -316,6 +317,13 @@ class ProgramSettings(Section):
         "Give the token table, the head or both a partition of its own.",
         metavar="embedding,head",
         check=checked_split,
+        read=read_names,
+    )
+    skip_ops: tuple[str, ...] | None = setting(
+        None,
+        "Have ExecuTorch's kernels run these in the place of Core ML: aten.embedding.default.",
+        metavar="NAME,NAME,...",
+        check=checked_skips,
         read=read_names,
     )
     constants: Literal["delegate", "inputs"] = setting(

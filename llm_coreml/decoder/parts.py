@@ -40,11 +40,13 @@ class Share:
         layers: Consecutive ones.
         embedding: It takes tokens.
         head: It gives logits.
+        rows: The token table lies elsewhere: it is given rows of that in the place of tokens.
     """
 
     layers: range = range(0)
     embedding: bool = False
     head: bool = False
+    rows: bool = False
 
     @property
     def told(self) -> str:
@@ -52,11 +54,16 @@ class Share:
         first, last = self.layers.start, self.layers.stop - 1
         layers = f"layer {first}" if first == last else f"layers {first} to {last}"
         parts = (
-            "token table" if self.embedding else "",
+            "token table" if self.takes_tokens else "",
             layers if self.layers else "",
             "head" if self.head else "",
         )
         return ", ".join(part for part in parts if part)
+
+    @property
+    def takes_tokens(self) -> bool:
+        """Whether it begins with the token table."""
+        return self.embedding and not self.rows
 
     def ends(self, spec: DecoderSpec) -> bool:
         """Return whether it has the last layer."""
@@ -145,6 +152,10 @@ class Part(nn.Module):
             x = self.decoder.embed(tokens, start_pos, last_pos)
         else:
             x = hidden.to(torch.float32)
+            if self.share.embedding:
+                rows = x
+                # Whatever stands for the tokens: they have been looked up.
+                x = self.decoder.embed(rows[:, :, 0], start_pos, last_pos, lambda *_: rows)
         returned: list[torch.Tensor] = []
         if self.layers:
             assert start_pos is not None
@@ -198,4 +209,6 @@ def _beside_layers(decoder: Decoder, share: Share) -> Decoder:
     kept = (*(_BEFORE if share.embedding else ()), *(_BEHIND if share.head else ()))
     bare = copy.copy(decoder)
     bare._modules = {name: part for name, part in decoder._modules.items() if name in kept}
+    if share.rows:
+        bare._modules["embed_tokens"] = nn.Identity()
     return bare

@@ -9,16 +9,18 @@ Partitions are filled in the order in which they run, each with as much as the b
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from llm_coreml.artifact.description import Partition
 from llm_coreml.config import Job
+from llm_coreml.config.values import SKIPPED
 from llm_coreml.decoder import Decoder, DecoderSpec
 from llm_coreml.decoder.parts import Share
-from llm_coreml.errors import ConfigError
+from llm_coreml.errors import ConfigError, UnsupportedError
+from llm_coreml.quantize.formats.schemes import Unquantized
 from llm_coreml.quantize.plan.plan import QuantizationPlan
 from llm_coreml.targets import BACKENDS
 
@@ -41,6 +43,11 @@ class Cut:
     shares: tuple[Share, ...]
     sizes: tuple[int, ...] = (0,)
     why: str = ""
+
+    @property
+    def apart(self) -> bool:
+        """Whether it is other than the decoder as a whole."""
+        return len(self.shares) > 1 or self.shares[0].rows
 
     @property
     def partitions(self) -> tuple[Partition, ...]:
@@ -69,11 +76,13 @@ def cut_of(job: Job, spec: DecoderSpec, plan: QuantizationPlan) -> Cut:
     """
     if BACKENDS[job.backend].stores_dense:
         return whole(spec)
+    _check_skipped(job, spec, plan)
     pieces, beside = _pieces(job, spec, plan)
-    tied = pieces[-1].size if plan.tied else 0
+    tied = pieces[-1].size if plan.tied and not job.skip_ops else 0
     total = sum(piece.size for piece in pieces) + beside - tied
     if not job.split and total <= (job.partition_size or MOST_WEIGHTS):
-        return whole(spec)
+        everything = whole(spec).shares[0]
+        return Cut((replace(everything, rows=bool(job.skip_ops)),))
     budget = job.partition_size or (None if total <= MOST_WEIGHTS else MOST_WEIGHTS)
     if job.partition_size is not None:
         _check_budget(pieces, beside, job.partition_size)
@@ -117,10 +126,30 @@ def _pieces(job: Job, spec: DecoderSpec, plan: QuantizationPlan) -> tuple[list[_
         for together in _inseparable(spec)
     ]
     first = _Piece(Share(embedding=True), found["embedding"])
+    if job.skip_ops:
+        # What is left before the layers is done with the first of them.
+        rest = found["embedding"] - sizes["embed_tokens.weight"]
+        share = replace(layers[0].share, embedding=True, rows=True)
+        layers[0] = _Piece(share, layers[0].size + rest)
     # Tables of positions, and of what follows from them, lie beside the modules.
     beside = decoder.buffers(recurse=False)
     tables = sum(buffer.numel() * buffer.element_size() for buffer in beside)
-    return [first, *layers, _Piece(Share(head=True), found["head"])], tables
+    before = [] if job.skip_ops else [first]
+    return [*before, *layers, _Piece(Share(head=True), found["head"])], tables
+
+
+def _check_skipped(job: Job, spec: DecoderSpec, plan: QuantizationPlan) -> None:
+    """Refuse a token table that the kernels outside of Core ML do not read."""
+    if job.skip_ops and spec.per_layer is not None:
+        raise UnsupportedError(
+            "--skip-ops: this model has a second token table, a part of which each layer is "
+            "given; its tables stay in Core ML. Leave --skip-ops out."
+        )
+    if job.skip_ops and not isinstance(plan.embedding, Unquantized):
+        raise ConfigError(
+            f"--skip-ops {SKIPPED} has ExecuTorch's kernels read the token table, and these read "
+            f"plain numbers, no {plan.embedding.label}; give --embedding none."
+        )
 
 
 def _end_of(name: str) -> str:
@@ -180,6 +209,7 @@ def _joined(part: Sequence[_Piece]) -> Share:
     return Share(
         range(layers[0], layers[-1] + 1) if layers else range(0),
         embedding=any(piece.share.embedding for piece in part),
+        rows=any(piece.share.rows for piece in part),
         head=any(piece.share.head for piece in part),
     )
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from artifacts import Artifact, lower, method
 from cases import cases
@@ -17,6 +18,7 @@ from llm_coreml.artifact.inmemoryfs import unpack
 from llm_coreml.artifact.method_plan import Delegate
 from llm_coreml.bundle.bundle_runner import open_runner
 from llm_coreml.config import ExportConfig, resolve
+from llm_coreml.config.values import SKIPPED
 from llm_coreml.errors import ConfigError, UnsupportedError
 from llm_coreml.eval.pair import read_in_pairs
 from llm_coreml.lower import shares
@@ -90,6 +92,21 @@ CASES = {
     "one token, head, ane": Case(
         {"split": ("head",), "seq_lengths": (1,), "target": "ane"},
         ("token table, layers 0 to 3", "head"),
+    ),
+    "table on a kernel, rings": Case(
+        {"skip_ops": (SKIPPED,), "seq_lengths": (1, 8), "partition_size": 80_000},
+        ("layers 0 to 1", "layers 2 to 3, head"),
+        make=gemma3,
+    ),
+    "table on a kernel, fp32": Case(
+        {
+            "skip_ops": (SKIPPED,),
+            "seq_lengths": (1, 8),
+            "compute_precision": "fp32",
+            "logits": "all",
+            "kv_cache": "inputs",
+        },
+        (),
     ),
     "inputs, fp32": Case(
         {"split": SPLIT, "seq_lengths": (1, 8), "kv_cache": "inputs", "compute_precision": "fp32"},
@@ -172,6 +189,26 @@ def test_an_export_verifies_every_partition_and_tells_of_them(tmp_path: Path) ->
         assert 0.7 * each.weight_bytes < size <= each.weight_bytes
 
 
+def test_an_export_finds_a_table_on_a_kernel_bit_by_bit(tmp_path: Path) -> None:
+    model = llama(**SIZES, tie_word_embeddings=True)
+    flags = {"skip_ops": (SKIPPED,), "embedding": "none", "lm_head": "int8-channel"}
+    config = ExportConfig(context=64, seq_lengths=(1, 8), **flags)
+    bundle = export(model, output=tmp_path / "out", config=config, cache=False)
+    told = bundle.manifest.program
+    assert told.why is not None and told.why.endswith("outside of Core ML, as --skip-ops asks")
+    assert bundle.manifest.verification.passed
+    runner = open_runner(bundle)
+    assert isinstance(runner, ReferenceRunner)
+    named = dict(runner.constants())
+    (table,) = [value for name, value in named.items() if name.endswith("of method 'forward'")]
+    assert isinstance(table, torch.Tensor)
+    assert torch.equal(table, model.get_input_embeddings().weight.half())
+    kernels = [step.target for step in method(bundle.program).instructions if step.kind == "kernel"]
+    assert "aten::embedding.out" in kernels
+    # The file tells as much without its manifest.
+    assert ReferenceRunner(bundle.program).seq_lengths == (1, 8)
+
+
 class Notes(Silent):
     """Keeps what is told."""
 
@@ -231,13 +268,20 @@ def test_more_than_two_gigabytes_are_cut_without_being_asked(
         ({"partition_size": 0}, "must be at least 1"),
         ({"split": ("heads",)}, "embedding and head. Did you mean 'head'"),
         ({"split": ()}, "names nothing"),
+        ({"skip_ops": (SKIPPED,), "embedding": "int8-channel"}, "give --embedding none"),
+        ({"skip_ops": (SKIPPED,), "backend": "xnnpack"}, "drop one of them"),
+        ({"skip_ops": (SKIPPED,), "functions": "a:8,b:1"}, "drop one of them"),
+        ({"skip_ops": (SKIPPED,), "split": ("embedding",)}, "drop one of them"),
+        ({"skip_ops": ("aten.linear.default",)}, "what can be skipped is aten.embedding.default"),
+        ({"skip_ops": ("aten.embeding.default",)}, "Did you mean 'aten.embedding.default'"),
+        ({"skip_ops": ()}, "names nothing"),
         ({"constants": "inputs"}, "take_over_constant_data=False"),
     ],
 )
 def test_what_cannot_be_cut(settings: dict[str, Any], told: str) -> None:
     spec = small_spec()
     with pytest.raises((ConfigError, UnsupportedError), match=told):
-        job = resolve(ExportConfig(context=64, **PLAIN, **settings), spec)
+        job = resolve(ExportConfig(**{"context": 64, **PLAIN, **settings}), spec)
         cut_of(job, spec, make_plan(job, spec))
 
 

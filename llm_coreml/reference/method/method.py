@@ -82,6 +82,14 @@ class LoadedMethod:
         for program in self.programs:
             program.reset()
 
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the floating-point constants that the plan's kernels read."""
+        for number, value in enumerate(self._method.values):
+            if isinstance(value, TensorSpec) and value.constant:
+                found = self._memory.values()[number]
+                if isinstance(found, torch.Tensor) and found.is_floating_point():
+                    yield f"constant {number} of method '{self.name}'", found
+
     def page_out(self) -> None:
         """Take the file's pages out of memory, which weights that stay packed are read from."""
         for delegate in self._method.delegates:
