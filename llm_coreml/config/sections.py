@@ -29,6 +29,7 @@ from llm_coreml.config.values import (
     MOST_BYTES,
     MOST_POSITIONS,
     MOST_STEPS,
+    SKIPPED,
     checked_bits,
     checked_context,
     checked_functions,
@@ -321,8 +322,8 @@ class ProgramSettings(Section):
     )
     skip_ops: tuple[str, ...] | None = setting(
         None,
-        "Have ExecuTorch's kernels run these in the place of Core ML: aten.embedding.default.",
-        metavar="NAME,NAME,...",
+        "Have ExecuTorch's kernels run the token table or the head's matrix, and not Core ML.",
+        metavar=",".join(SKIPPED),
         check=checked_skips,
         read=read_names,
     )

@@ -20,7 +20,9 @@ MOST_STEPS = 1_000_000
 # What can have a partition of its own.
 SPLIT = ("embedding", "head")
 # What ExecuTorch's kernels can run in the place of Core ML, and all that decoders are made of.
-SKIPPED = "aten.embedding.default"
+SKIP_TABLE = "aten.embedding.default"
+SKIP_HEAD = "lm_head:aten.linear.default"
+SKIPPED = (SKIP_TABLE, SKIP_HEAD)
 OPERATIONS = frozenset(
     f"aten.{name}"
     for name in (
@@ -187,21 +189,23 @@ def checked_skips(names: tuple[str, ...]) -> tuple[str, ...]:
         UnsupportedError: it is in the midst of a Core ML program.
     """
     if not names:
-        raise ConfigError(f"--skip-ops names nothing; give {SKIPPED}, or leave it out.")
+        raise ConfigError(
+            f"--skip-ops names nothing; give {' or '.join(SKIPPED)}, or leave it out."
+        )
     for name in names:
-        if name not in OPERATIONS:
+        if name not in OPERATIONS and name not in SKIPPED:
             raise ConfigError(
                 f"--skip-ops names {brief(name)}, and no decoder has such an operation."
-                f"{nearest(name, OPERATIONS)}"
+                f"{nearest(name, [*OPERATIONS, *SKIPPED])}"
             )
-        if name != SKIPPED:
+        if name not in SKIPPED:
             raise UnsupportedError(
-                f"--skip-ops {name}: what can be skipped is {SKIPPED}, the token table, which is "
-                "read before a program begins. All layers and the head are converted as whole "
-                "programs; to leave an operation in their midst out would cut every layer in two. "
-                "--split head gives the head a partition of its own."
+                f"--skip-ops {name}: what can be skipped stands at the ends of a program, "
+                f"{SKIP_TABLE}, the token table, and {SKIP_HEAD}, the head's matrix. Layers are "
+                "converted as a whole; to leave an operation in their midst out would cut each of "
+                "them in pieces. Name one of these, or both."
             )
-    return (SKIPPED,)
+    return tuple(name for name in SKIPPED if name in names)
 
 
 def checked_split(names: tuple[str, ...]) -> tuple[str, ...]:

@@ -82,8 +82,8 @@ class Lowering(ABC):
         }
         only = MethodForm(inputs, output, job.shapes.seq_lengths, count * cls.functions)
         cache = "is handed from call to call" if given else "is the program's state"
-        table = "; its token table is read outside of Core ML, as --skip-ops asks"
-        outside = table if cut.shares[0].rows else ""
+        kept = f"; {cut.outside} left to ExecuTorch's kernels, as --skip-ops asks"
+        outside = kept if cut.outside else ""
         several = f"; in {count} partitions, as {cut.why}" if cut.partitions else ""
         return Description(
             form=cls.name,

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from executorch.exir.backend.compile_spec_schema import CompileSpec
 from torch import nn
 from torch.export import ExportedProgram
@@ -25,6 +24,7 @@ from torch.export import ExportedProgram
 from llm_coreml.artifact.description import HIDDEN, LAST_POS, START_POS, TOKENS, Description
 from llm_coreml.config import Job
 from llm_coreml.decoder import Decoder
+from llm_coreml.decoder.ends import Products, Rows
 from llm_coreml.decoder.parts import Part, Share
 from llm_coreml.decoder.states import state_specs
 from llm_coreml.lower.coreml import head_outputs, uncollected
@@ -68,11 +68,12 @@ def lower_partitions(
                 calls[method].append(call)
             on_progress((number + 1) / (len(shares) + 1))
         caches = list(empty(description.caches).values())
-        table = decoder.embed_tokens.weight if shares[0].rows else None
+        first = Rows(decoder) if shares[0].table_outside else None
+        last = Products(decoder) if shares[-1].head_outside else None
         methods = {}
         for name, form in description.methods.items():
             padding = None if description.ranged else form.seq_lengths
-            program = _InARow(calls[name], len(description.head.gives), table)
+            program = _InARow(calls[name], len(description.head.gives), first, last)
             around = method_around(
                 program, description.context, padding, description.outputs_by_row
             )
@@ -181,7 +182,7 @@ class _Work:
             names = (START_POS, LAST_POS) if longest > 1 else (START_POS,)
             positions = tuple(f"{name} int32 [1]" for name in names)
         left: tuple[str, ...] = (f"{HIDDEN} {dtype} [1, {given}, {share.leaving(spec)}]",)
-        if share.head:
+        if share.gives_results:
             left = head_outputs(self.description, given)
         return Signature((first, *caches, *positions), (*left, *caches))
 
@@ -196,17 +197,18 @@ class _InARow(nn.Module):
     Args:
         calls: Of the programs.
         results: How many things the last one gives before its caches.
-        table: The token table, where the first program is given rows of it, which a kernel of
-            ExecuTorch looks up; else None.
+        first: What ExecuTorch's kernels do before the programs, None if nothing.
+        last: What they do behind them.
     """
 
     def __init__(
-        self, calls: Sequence[CoreMLCall], results: int, table: torch.Tensor | None
+        self, calls: Sequence[CoreMLCall], results: int, first: Rows | None, last: Products | None
     ) -> None:
         super().__init__()
         self._calls = tuple(calls)
         self._results = results
-        self.table = None if table is None else nn.Parameter(table, requires_grad=False)
+        self.first = first
+        self.last = last
 
     def forward(
         self,
@@ -216,7 +218,7 @@ class _InARow(nn.Module):
         *caches: torch.Tensor,
     ) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """Return what the last call gives, and what becomes of the caches."""
-        first = tokens if self.table is None else F.embedding(tokens, self.table)
+        first = tokens if self.first is None else self.first(tokens)
         given: tuple[torch.Tensor, ...] = (first,)
         returned: list[torch.Tensor] = []
         left = iter(caches)
@@ -226,8 +228,8 @@ class _InARow(nn.Module):
             own = itertools.islice(left, len(call.signature.gives) - count)
             told = {START_POS: start_pos, LAST_POS: last_pos}
             positions = [value for name, value in told.items() if name in names]
-            last = [value for value in positions if value is not None]
-            found = call(given[0], *own, *last)
+            found = call(given[0], *own, *[value for value in positions if value is not None])
             given = found[:count]
             returned += found[count:]
+        given = given if self.last is None else (self.last(given[0]),)
         return (*given, *returned) if len(given) + len(returned) > 1 else given[0]
