@@ -325,7 +325,7 @@ def test_export_flags_reach_the_config(
         "allow_inexact": True,
         "force": True,
     }
-    others = {"size", "plan", "pt2e", "functions", "backend", "constants"}
+    others = {"size", "plan", "pt2e", "functions", "backend", "constants", "skip_ops"}
     assert settings.keys() | others == asdict(ExportConfig()).keys()
     words: list[str] = []
     for name, value in settings.items():
