@@ -261,8 +261,13 @@ def _tell_of_the_states(run: _Run, model: Model, job: Job) -> None:
     """Tell what is known not to work of such states on the target, before work is done."""
     if job.kv_cache != "state":
         return
-    shapes = [state.shape for state in state_specs(model.spec, job.shapes.extent)]
-    for rule in broken_by_states(job.target, shapes) if BACKENDS[job.backend].has_targets else []:
+    shares = cut_of(job, model.spec, plan_without_weights(job, model.spec)).shares
+    programs = [
+        [state.shape for state in state_specs(model.spec, job.shapes.extent, share.layers)]
+        for share in shares
+    ]
+    shapes = [shape for states in programs for shape in states]
+    for rule in broken_by_states(job.target, programs) if BACKENDS[job.backend].has_targets else []:
         run.progress.note(
             f"--target {job.target.name}: {rule.sentence}, and this model's are "
             f"{' and '.join(str(list(shape)) for shape in dict.fromkeys(shapes))}; "

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llm_coreml.artifact.compatibility import MIXED_ADVICE
+from llm_coreml.artifact.description import WEIGHTS
 from llm_coreml.bundle.card import rotated_spaces, tuned
 from llm_coreml.bundle.manifest import (
     Allocation,
@@ -301,6 +302,8 @@ def contents_table(found: Contents) -> Group:
         }
         parts += [listing_table("breaks the rules", rows), Text("")]
     constants = {name: str(value) for name, value in found.constant_methods.items()}
+    if size := found.weights_outside:
+        constants["weights outside of Core ML"] = f"{size:,} bytes"
     parts.append(listing_table(f"program, {found.bytes:,} bytes", constants))
     for method, delegates in found.methods.items():
         for delegate in delegates:
@@ -352,13 +355,15 @@ def _delegate_rows(delegate: DelegateContents) -> dict[str, str]:
     rows = {"runs from": f"{model.declared or 'a newer system'} on; {used}"}
     features = {"input": model.inputs, "output": model.outputs, "state": model.states}
     for kind, shapes in features.items():
-        rows |= {f"{kind} {name}": shape for name, shape in shapes.items()}
+        own = {name: shape for name, shape in shapes.items() if not name.startswith(WEIGHTS)}
+        rows |= {f"{kind} {name}": shape for name, shape in own.items()}
+        if handed := len(shapes) - len(own):
+            rows["further inputs"] = f"{handed} weights, which the method holds"
     for name, count in model.files.items():
         rows[name.rsplit("/", 1)[-1]] = f"{count:,} bytes"
     counts = {op: count for op, count in model.ops.items() if op != "const"}
     if model.ops:
-        told = ", ".join(f"{count} {op}" for op, count in counts.items())
-        rows[f"{sum(counts.values())} ops"] = told
+        rows[f"{sum(counts.values())} ops"] = ", ".join(f"{n} {op}" for op, n in counts.items())
     return rows
 
 

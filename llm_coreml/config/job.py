@@ -106,6 +106,7 @@ class Job:
         partition_size: Bytes of weights that a partition may have; None leaves it to their sum.
         split: Parts that have a partition of their own, of `values.SPLIT`.
         skip_ops: What ExecuTorch's kernels run, of `values.SKIPPED`.
+        constants: Where the weights lie: in the programs, or in the method, which hands them over.
         passes: What coremltools is to run, or to leave out, see `checked_passes`; None is as usual.
         compile_specs: Further compile specs, each `key=value`.
         model_type: `model`, or `compiled_model`.
@@ -131,6 +132,7 @@ class Job:
     partition_size: int | None
     split: tuple[str, ...]
     skip_ops: tuple[str, ...]
+    constants: Literal["delegate", "inputs"]
     passes: tuple[str, ...] | None
     compile_specs: tuple[str, ...]
     model_type: Literal["model", "compiled_model"]
@@ -178,6 +180,7 @@ def resolve(config: ExportConfig, spec: DecoderSpec) -> Job:
         partition_size=config.partition_size,
         split=config.split or (),
         skip_ops=config.skip_ops or (),
+        constants=config.constants,
         passes=config.passes,
         compile_specs=config.compile_specs or (),
         model_type=config.model_type,

@@ -42,6 +42,8 @@ class Products(nn.Module):
         decoder: Whose head it is, of plain numbers.
     """
 
+    multiplier: torch.Tensor | None
+
     def __init__(self, decoder: Decoder) -> None:
         super().__init__()
         head = decoder.lm_head

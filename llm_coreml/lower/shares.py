@@ -16,16 +16,14 @@ from torch import nn
 
 from llm_coreml.artifact.description import Partition
 from llm_coreml.config import Job
-from llm_coreml.config.values import SKIP_HEAD, SKIP_TABLE
+from llm_coreml.config.values import MOST_WEIGHTS, SKIP_HEAD, SKIP_TABLE
 from llm_coreml.decoder import Decoder, DecoderSpec
 from llm_coreml.decoder.parts import Share
 from llm_coreml.errors import ConfigError, UnsupportedError
 from llm_coreml.quantize.formats.schemes import Unquantized
-from llm_coreml.quantize.plan.plan import QuantizationPlan
+from llm_coreml.quantize.plan.plan import QuantizationPlan, beside_blocks, matrices
 from llm_coreml.targets import BACKENDS
 
-# More weights are cut into partitions, whether or not that is asked for.
-MOST_WEIGHTS = 2_000_000_000
 # What a weight file has beside numbers, of codes and of scales: a head, and room up to the next.
 _ROOM = 256
 
@@ -38,16 +36,18 @@ class Cut:
         shares: What each partition has, in the order in which they run.
         sizes: Bytes of weights of each.
         why: What asks for several; empty if there is one.
+        handed: The weights are inputs of the programs.
     """
 
     shares: tuple[Share, ...]
     sizes: tuple[int, ...] = (0,)
     why: str = ""
+    handed: bool = False
 
     @property
     def apart(self) -> bool:
-        """Whether it is other than the decoder as a whole."""
-        return len(self.shares) > 1 or bool(self.outside)
+        """Whether it is other than the decoder as a whole, with its weights."""
+        return len(self.shares) > 1 or self.handed or bool(self.outside)
 
     @property
     def outside(self) -> str:
@@ -86,17 +86,20 @@ def cut_of(job: Job, spec: DecoderSpec, plan: QuantizationPlan) -> Cut:
     if BACKENDS[job.backend].stores_dense:
         return whole(spec)
     _check_skipped(job, spec, plan)
+    handed = job.constants == "inputs"
+    if handed:
+        _check_plain(plan, spec)
     pieces, beside = _pieces(job, spec, plan)
     tied = pieces[-1].size if plan.tied and not job.skip_ops else 0
     total = sum(piece.size for piece in pieces) + beside - tied
     if not job.split and total <= (job.partition_size or MOST_WEIGHTS):
-        return Cut((_without(whole(spec).shares[0], job),))
+        return Cut((_without(whole(spec).shares[0], job),), handed=handed)
     budget = job.partition_size or (None if total <= MOST_WEIGHTS else MOST_WEIGHTS)
     if job.partition_size is not None:
         _check_budget(pieces, beside, job.partition_size)
     filled = _filled(pieces, beside, budget, job.split)
     sizes = tuple(sum(piece.size for piece in part) + _shared(part, beside) for part in filled)
-    return Cut(tuple(map(_joined, filled)), sizes, _reason(job, total))
+    return Cut(tuple(map(_joined, filled)), sizes, _reason(job, total), handed)
 
 
 @dataclass(frozen=True)
@@ -176,6 +179,20 @@ def _check_skipped(job: Job, spec: DecoderSpec, plan: QuantizationPlan) -> None:
             raise ConfigError(
                 f"--skip-ops {name} has ExecuTorch's kernels read the {what}, and these read plain "
                 f"numbers, no {scheme.label}; give {flag} none."
+            )
+
+
+def _check_plain(plan: QuantizationPlan, spec: DecoderSpec) -> None:
+    """Refuse weights that cannot be inputs of a program, which are plain numbers."""
+    named = [name for name, _ in (*beside_blocks(spec), *matrices(spec))]
+    for name in ("embed_tokens", *named, "lm_head"):
+        scheme = plan.scheme_of(name)
+        if not isinstance(scheme, Unquantized):
+            raise UnsupportedError(
+                f"--constants inputs hands Core ML every weight in each call, and {name} would be "
+                f"stored as {scheme.label}: an input of Core ML is plain fp16 or fp32 numbers; "
+                "codes are expanded where they are constants of the program alone. Give --bits "
+                "16, or leave --constants delegate."
             )
 
 

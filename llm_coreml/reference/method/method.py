@@ -71,6 +71,8 @@ class LoadedMethod:
             for item in self._lowered
         ]
         self._answer: Answer = lambda program, given: program(given)
+        # Of every program, what is the same in each call.
+        self._fixed: dict[CoreMLProgram, dict[str, torch.Tensor]] = {}
         self._steps = [
             self._step(number, instruction)
             for number, instruction in enumerate(method.instructions)
@@ -167,13 +169,15 @@ class LoadedMethod:
         answers = iter(given)
 
         def answer(
-            _: CoreMLProgram, inputs: Mapping[str, torch.Tensor]
+            program: CoreMLProgram, inputs: Mapping[str, torch.Tensor]
         ) -> Mapping[str, torch.Tensor]:
             outputs = next(answers, None)
             if outputs is not None:
                 return outputs
-            # The method's memory is used again by the next call.
-            found.update({name: value.clone() for name, value in inputs.items()})
+            # The method's memory is used again by the next call, but for constants.
+            fixed = self._fixed[program]
+            own = {name: value.clone() for name, value in inputs.items() if name not in fixed}
+            found.update(fixed | own)
             raise _HaltedError
 
         with self.answered(answer), contextlib.suppress(_HaltedError):
@@ -238,12 +242,21 @@ class LoadedMethod:
         expected = {name: _tensor_spec(self._method, number) for name, number in results.items()}
 
         wanted = {feature.name: program.taken(feature) for feature in program.inputs}
+        held = self._memory.values()
+        fixed = {
+            name: convert(self._present(held, number), wanted[name])
+            for name, number in sources.items()
+            if _tensor_spec(self._method, number).constant
+        }
+        self._fixed[program] = fixed
 
         # ExecuTorch's delegate converts between the plan's types and the program's as it copies
         # values in and out, and gives a tensor without dimensions one.
         def step(values: Values) -> None:
-            given = {}
+            given = dict(fixed)
             for name, number in sources.items():
+                if name in fixed:
+                    continue
                 value = _exact(self._present(values, number), wanted[name], f"The input '{name}'")
                 given[name] = value if value.ndim else value.reshape(1)
             outputs = self._answer(program, given)
