@@ -21,7 +21,6 @@ from llm_coreml.config.values import (
     DEFAULT_CONTEXT,
     DEFAULT_SEQ_LENGTHS,
     SKIP_HEAD,
-    SKIP_TABLE,
     functions_of,
     range_of,
 )
@@ -189,17 +188,9 @@ def resolve(config: ExportConfig, spec: DecoderSpec) -> Job:
 
 
 def _with_tables(weights: WeightSettings, skipped: Sequence[str]) -> WeightSettings:
-    """Return the settings with what tables are stored as; ExecuTorch's kernels read plain numbers.
-
-    A head that is the token table stays what it was where the table alone is skipped.
-    """
-    head = weights.lm_head
-    if SKIP_HEAD in skipped:
-        head = head or "none"
-    elif SKIP_TABLE in skipped:
-        head = head or weights.table
-    plain = SKIP_TABLE in skipped and weights.embedding is None
-    return replace(weights, embedding="none" if plain else weights.table, lm_head=head)
+    """Return the settings with what tables are stored as; a head outside has plain numbers."""
+    head = weights.lm_head or ("none" if SKIP_HEAD in skipped else None)
+    return replace(weights, embedding=weights.table, lm_head=head)
 
 
 def _fitting_head(head: Head, vocab_size: int) -> Head:

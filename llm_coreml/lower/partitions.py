@@ -20,6 +20,7 @@ import torch
 from executorch.exir.backend.compile_spec_schema import CompileSpec
 from torch import nn
 from torch.export import ExportedProgram
+from torchao.quantization import IntxUnpackedToInt8Tensor
 
 from llm_coreml.artifact.description import (
     HIDDEN,
@@ -75,7 +76,7 @@ def lower_partitions(
                 calls[method].append(call)
             on_progress((number + 1) / (len(shares) + 1))
         caches = list(empty(description.caches).values())
-        first = Rows(decoder) if shares[0].table_outside else None
+        first = _rows(decoder, work.border) if shares[0].table_outside else None
         last = Products(decoder) if shares[-1].head_outside else None
         methods = {}
         for name, form in description.methods.items():
@@ -119,7 +120,7 @@ class _Work:
 
     def write(self, number: int, share: Share) -> dict[str, CoreMLCall]:
         """Write a part, and return what each method calls."""
-        part = Part(self.decoder, share, self._border)
+        part = Part(self.decoder, share, self.border)
         weights = self._weights(part)
         self.handed.append(nn.ParameterList(weights.values()))
         names = {method: f"{method}_{number}" for method in self.description.methods}
@@ -148,7 +149,7 @@ class _Work:
         }
 
     @property
-    def _border(self) -> torch.dtype:
+    def border(self) -> torch.dtype:
         """The type of what goes from part to part: what a program computes with."""
         return torch.float16 if self.job.precision.name == "fp16" else torch.float32
 
@@ -168,7 +169,7 @@ class _Work:
         if self.job.constants != "inputs":
             return {}
         return {
-            name: nn.Parameter(weight.detach().to(self._border), requires_grad=False)
+            name: nn.Parameter(weight.detach().to(self.border), requires_grad=False)
             for name, weight in part.weights.items()
         }
 
@@ -202,7 +203,7 @@ class _Work:
         every_row = self.decoder.logits == "all"
         taken = size if share.takes_rows(every_row) else 1
         given = size if share.gives_rows(spec, every_row) else 1
-        dtype = str(self._border).removeprefix("torch.")
+        dtype = str(self.border).removeprefix("torch.")
         caches = tuple(f"{name} {text}" for name, text in self._caches(share).items())
         first = f"{TOKENS} int32 [1, {taken}]"
         if not share.takes_tokens:
@@ -223,6 +224,14 @@ class _Work:
 
 def _entering(share: Share) -> str:
     return TOKENS if share.takes_tokens else HIDDEN
+
+
+def _rows(decoder: Decoder, dtype: torch.dtype) -> Rows:
+    """Return what reads the token table outside of Core ML."""
+    table = decoder.embed_tokens.weight
+    if isinstance(table, IntxUnpackedToInt8Tensor):
+        return Rows(table.qdata, table.scale, dtype)
+    return Rows(table, None, dtype)
 
 
 class _InARow(nn.Module):

@@ -19,8 +19,10 @@ from llm_coreml.config import Job
 from llm_coreml.config.values import MOST_WEIGHTS, SKIP_HEAD, SKIP_TABLE
 from llm_coreml.decoder import Decoder, DecoderSpec
 from llm_coreml.decoder.parts import Share
+from llm_coreml.decoder.spec import Extent
+from llm_coreml.decoder.states import state_specs
 from llm_coreml.errors import ConfigError, UnsupportedError
-from llm_coreml.quantize.formats.schemes import Unquantized
+from llm_coreml.quantize.formats.schemes import IntChannel, Unquantized
 from llm_coreml.quantize.plan.plan import QuantizationPlan, beside_blocks, matrices
 from llm_coreml.targets import BACKENDS
 
@@ -57,6 +59,13 @@ class Cut:
             "the head's matrix"
         ] * last.head_outside
         return " and ".join(found)
+
+    def states(self, spec: DecoderSpec, extent: Extent) -> list[list[tuple[int, ...]]]:
+        """Return the sizes of what each program remembers."""
+        return [
+            [state.shape for state in state_specs(spec, extent, share.layers)]
+            for share in self.shares
+        ]
 
     @property
     def partitions(self) -> tuple[Partition, ...]:
@@ -171,15 +180,20 @@ def _check_skipped(job: Job, spec: DecoderSpec, plan: QuantizationPlan) -> None:
             f"--skip-ops {SKIP_TABLE}: this model has a second token table, a part of which each "
             "layer is given; its tables stay in Core ML. Leave it out."
         )
-    for name, what, scheme, flag in (
-        (SKIP_TABLE, "token table", plan.embedding, "--embedding"),
-        (SKIP_HEAD, "head's matrix", plan.lm_head, "--lm-head"),
-    ):
-        if name in job.skip_ops and not isinstance(scheme, Unquantized):
-            raise ConfigError(
-                f"--skip-ops {name} has ExecuTorch's kernels read the {what}, and these read plain "
-                f"numbers, no {scheme.label}; give {flag} none."
-            )
+    table, head = plan.embedding, plan.lm_head
+    codes = isinstance(table, IntChannel) and (table.bits, table.zero_point) == (8, "none")
+    read = codes or isinstance(table, Unquantized)
+    if SKIP_TABLE in job.skip_ops and not read:
+        raise ConfigError(
+            f"--skip-ops {SKIP_TABLE} has ExecuTorch's kernels read the token table, and these "
+            f"read int8 per channel or plain numbers, no {table.label}; give --embedding "
+            "int8-channel or none."
+        )
+    if SKIP_HEAD in job.skip_ops and not isinstance(head, Unquantized):
+        raise ConfigError(
+            f"--skip-ops {SKIP_HEAD} has ExecuTorch's kernels read the head's matrix, and these "
+            f"read plain numbers, no {head.label}; give --lm-head none."
+        )
 
 
 def _check_plain(plan: QuantizationPlan, spec: DecoderSpec) -> None:

@@ -16,7 +16,7 @@ from cases import cases
 from llm_coreml import export
 from llm_coreml.artifact.description import WEIGHTS
 from llm_coreml.artifact.inmemoryfs import unpack
-from llm_coreml.artifact.method_plan import Delegate
+from llm_coreml.artifact.method_plan import Delegate, TensorSpec
 from llm_coreml.bundle.bundle_runner import open_runner
 from llm_coreml.config import ExportConfig, resolve
 from llm_coreml.config.values import SKIP_HEAD, SKIP_TABLE, SKIPPED
@@ -223,12 +223,12 @@ def test_an_export_verifies_every_partition_and_tells_of_them(tmp_path: Path) ->
     assert verification.conversion is not None and verification.conversion.weights > 30
     runner = open_runner(bundle)
     assert len(list(runner.generate(TOKENS[:11], max_new_tokens=3))) == 3
-    assert notes.told == [note], "no partition breaks a rule about states"
-    kinds = [delegate.model for delegate in contents(bundle.path).methods["forward"]]
+    assert not any("states" in note for note in notes.told), "each partition has two"
+    kinds = [delegate.model for delegate in contents(tmp_path / "out").methods["forward"]]
     assert [list(kind.outputs.items()) for kind in kinds if kind] == [
         [("hidden_out", "fp16 [1, ?, 32]")],
         [("hidden_out", "fp16 [1, 1, 32]")],
-        [("values", "fp32 [1, 1, 5]"), ("ids", "int32 [1, 1, 5]")],
+        [("topk_0", "fp16 [1, 1, 5]"), ("ids", "int32 [1, 1, 5]")],
     ]
     assert kinds[1] is not None and kinds[1].ops["conv"] > 4 * 7, "cut, and turned"
     spec = open_model(model).spec
@@ -271,6 +271,27 @@ def test_an_export_finds_what_lies_outside_of_core_ml_bit_by_bit(tmp_path: Path)
     assert {"aten::embedding.out", "aten::mm.out"} <= set(kernels)
     # The file tells as much without its manifest.
     assert ReferenceRunner(bundle.program).seq_lengths == (1, 8)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("settings", [{}, {"compute_precision": "fp32", "seq_lengths": "1..8"}])
+def test_an_export_scales_codes_of_a_table_outside(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    model = llama(**SIZES, tie_word_embeddings=True)
+    config = ExportConfig(
+        **{"context": 64, "seq_lengths": (1, 8), "skip_ops": (SKIP_TABLE,), **settings}
+    )
+    bundle = export(model, output=tmp_path / "out", config=config, cache=False)
+    stored = bundle.manifest.quantization
+    assert (stored.embedding.label, stored.lm_head.label) == 2 * ("int8 per channel",)
+    assert bundle.manifest.verification.passed
+    # Codes, and a scale for each row.
+    assert contents(tmp_path / "out").weights_outside == 96 * 2
+    values = [value for value in method(bundle.program).values if isinstance(value, TensorSpec)]
+    assert [value.shape for value in values if value.constant and value.dtype == "int8"] == [
+        (96, 32)
+    ]
 
 
 class Notes(Silent):
@@ -332,7 +353,7 @@ def test_more_than_two_gigabytes_are_cut_without_being_asked(
         ({"partition_size": 0}, "must be at least 1"),
         ({"split": ("heads",)}, "embedding and head. Did you mean 'head'"),
         ({"split": ()}, "names nothing"),
-        ({"skip_ops": (SKIP_TABLE,), "embedding": "int8-channel"}, "give --embedding none"),
+        ({"skip_ops": (SKIP_TABLE,), "embedding": "int4-channel"}, "int8-channel or none"),
         ({"skip_ops": (SKIP_HEAD,), "lm_head": "int8-channel"}, "give --lm-head none"),
         ({"skip_ops": (SKIP_TABLE,), "backend": "xnnpack"}, "has none; drop one of them"),
         ({"skip_ops": (SKIP_TABLE,), "split": ("embedding",)}, "a partition of Core ML's; drop"),
@@ -345,7 +366,6 @@ def test_more_than_two_gigabytes_are_cut_without_being_asked(
         ({"skip_ops": ()}, "names nothing"),
         ({"constants": "inputs", "scheme": "int8-channel"}, r"stored as int8 .* Give --bits 16"),
         ({"constants": "inputs", "backend": "xnnpack"}, "has none; drop one of them"),
-        ({"constants": "inputs", "pt2e": "weights"}, "as plain numbers; drop one of them"),
         ({"constants": "inputs", "layout": "conv"}, "hands them over in each call; drop one"),
     ],
 )
