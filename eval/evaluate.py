@@ -6,8 +6,9 @@ result = evaluate("out/", model=live_model)    # a model that is not on disk
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,26 +20,29 @@ from llm_coreml.bundle.seal import file_sha256
 from llm_coreml.config.values import checked_count
 from llm_coreml.eval.devices import devices_of
 from llm_coreml.eval.heldout import HeldOut, read_heldout
+from llm_coreml.eval.kept import Kept
 from llm_coreml.eval.latency import measure_latency
 from llm_coreml.eval.metrics import METRICS, Metric
 from llm_coreml.eval.originals import originals
-from llm_coreml.eval.quality import measure_quality
 from llm_coreml.eval.response import measure_response
 from llm_coreml.eval.results import Evaluation, Export, Quality, Subject
 from llm_coreml.eval.results_file import append_result, check_results_folder
+from llm_coreml.eval.scoring import Scoring
 from llm_coreml.eval.sizes import measure_bytes
 from llm_coreml.eval.surroundings import now, this_machine, this_tool
 from llm_coreml.eval.timings import Latency, Timing
-from llm_coreml.eval.whole_rows import whole_rows
 from llm_coreml.output import check_writable, write_json
-from llm_coreml.progress import Progress, Silent
+from llm_coreml.progress import Progress
+from llm_coreml.progress_bar import EVALUATION, Step, listening
+from llm_coreml.quantize.cache import default_folder
+from llm_coreml.quiet import quiet
 from llm_coreml.reference.program.execution import Execution
 from llm_coreml.runtime.reference import DECLARED
-from llm_coreml.runtime.runner import Runner
 
 DEFAULT_TOKENS = 2048
 
 
+@quiet()
 def evaluate(
     bundle: str | Path,
     *,
@@ -50,7 +54,9 @@ def evaluate(
     execution: Execution = DECLARED,
     checked: bool = True,
     results: str | Path | None = None,
-    progress: Progress | None = None,
+    cache: str | Path | bool = True,
+    jobs: int | None = None,
+    progress: Progress | bool | Callable[[Step], object] | None = None,
 ) -> Evaluation:
     """Measure the artifact and write `results.json` beside it.
 
@@ -64,7 +70,13 @@ def evaluate(
         execution: Numerics, device and memory of the reference runtime.
         checked: Refuse files that have changed since the export wrote them.
         results: Folder to whose lines the results are appended, too, see `append_result`.
-        progress: Told of stages and shares.
+        cache: Folder that keeps what the original makes of a text, and windows that were scored
+            before an interruption; True takes `quantize.cache.default_folder()`, False keeps
+            nothing.
+        jobs: Windows to read at a time; None takes as many as cores and memory allow. Figures are
+            the same whatever it is.
+        progress: Told of stages, shares and notes: True draws one bar, a function is called with
+            each `progress_bar.Step`, None and False are silent.
 
     Raises:
         ArtifactError: the bundle or its program is damaged.
@@ -73,32 +85,51 @@ def evaluate(
         OutputError: the results cannot be written; they are not measured then.
     """
     checked_count("--tokens", tokens)
-    progress = progress or Silent()
-    progress.stage("open")
-    opened = open_bundle(Path(bundle), checked)
-    check_writable(opened.folder, RESULTS)
-    if results is not None:
-        check_results_folder(Path(results))
-    begun = time.perf_counter()
-    artifact = open_runner(opened, execution)
-    load_seconds = time.perf_counter() - begun
-    artifact.check_every_logit()
-    tokenizer = opened.tokenizer if opened.tokenizer.is_file() else None
-    read = read_heldout(text, tokenizer, artifact.context, tokens)
-    runners: dict[str, Runner] = {} if artifact_only else dict(originals(opened, model, progress))
-    runners["artifact"] = artifact
-    progress.stage("score")
-    scored = {**runners, "artifact": whole_rows(artifact, read.windows[0], progress.note)}
-    qualities = measure_quality(scored, read.windows, progress.advance, metrics, read.sizes)
-    progress.stage("time")
-    latencies = measure_latency(artifact, read.windows[0], progress.advance)
-    response = measure_response(artifact, load_seconds, read.windows[0])
-    result = _evaluation(opened, read, qualities, (latencies, response), execution, progress)
-    written = result.to_json()
-    write_json(opened.folder / RESULTS, written)
-    if results is not None:
-        append_result(Path(results), written)
+    if jobs is not None:
+        checked_count("--jobs", jobs)
+    kept = _kept(cache)
+    with listening(progress, EVALUATION) as listener:
+        listener.stage("open")
+        opened = open_bundle(Path(bundle), checked)
+        check_writable(opened.folder, RESULTS)
+        if results is not None:
+            check_results_folder(Path(results))
+        begun = time.perf_counter()
+        artifact = open_runner(opened, execution)
+        load_seconds = time.perf_counter() - begun
+        artifact.check_every_logit()
+        tokenizer = opened.tokenizer if opened.tokenizer.is_file() else None
+        read = read_heldout(text, tokenizer, artifact.context, tokens)
+        sources = {} if artifact_only else originals(opened, model, listener)
+        scoring = Scoring(read, metrics, kept, jobs, execution)
+        found = scoring.measure(sources, artifact, _facts(opened), listener)
+        listener.stage("time")
+        latencies = measure_latency(artifact, read.windows[0], listener.advance)
+        response = measure_response(artifact, load_seconds, read.windows[0])
+        result = _evaluation(opened, read, found, (latencies, response), execution, listener)
+        written = result.to_json()
+        write_json(opened.folder / RESULTS, written)
+        if results is not None:
+            append_result(Path(results), written)
+        scoring.forget()
     return result
+
+
+def _kept(cache: str | Path | bool) -> Kept | None:
+    """Return where an evaluation keeps what it need not make again."""
+    if cache is False:
+        return None
+    folder = default_folder() if cache is True else Path(cache)
+    return Kept(folder / "evaluations")
+
+
+def _facts(bundle: Bundle) -> dict[str, str]:
+    """Return what the figures of a bundle's models follow from."""
+    return {
+        "source": bundle.manifest.source.sha256,
+        "program": file_sha256(bundle.program),
+        "manifest": json.dumps(bundle.manifest.to_json(), sort_keys=True),
+    }
 
 
 def _evaluation(

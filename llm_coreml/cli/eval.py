@@ -31,6 +31,14 @@ if TYPE_CHECKING:  # rich, which --help does without
 @click.option(
     "--results", type=PATH, metavar="DIR", help="Append a line to DIR/results.jsonl, too."
 )
+@click.option("--jobs", type=int, metavar="N", help="Windows at a time.  [default: by cores]")
+@click.option(
+    "--cache",
+    type=PATH,
+    help="Keep what the original makes of a text here.  [default: $LLM_COREML_CACHE or "
+    "~/.cache/llm-coreml]",
+)
+@click.option("--no-cache", is_flag=True, help="Keep nothing, and go on from nothing.")
 @click.option(
     "--import",
     "device_run",
@@ -51,6 +59,9 @@ def eval_command(
     tokens: int,
     artifact_only: bool,
     results: Path | None,
+    jobs: int | None,
+    cache: Path | None,
+    no_cache: bool,
     device_run: Path | None,
     device_name: str | None,
     gate_options: GateOptions,
@@ -74,6 +85,8 @@ def eval_command(
 
     if (device_run is None) != (device_name is None):
         raise click.UsageError("--import and --device-name belong together; give both or none.")
+    if cache is not None and no_cache:
+        raise click.UsageError("--cache and --no-cache contradict each other; give one of them.")
     with terminal(verbose) as screen:
         if device_run is not None and device_name is not None:
             _import(screen, bundle, device_run, device_name, not unchecked, form)
@@ -92,6 +105,8 @@ def eval_command(
             execution=Execution(mode, device),
             checked=not unchecked,
             results=results,
+            cache=cache or not no_cache,
+            jobs=jobs,
             progress=screen.progress,
         )
         document = result.to_json()

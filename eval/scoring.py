@@ -1,0 +1,121 @@
+"""The models of an evaluation on its text: who reads, what is remembered, and how cores are shared.
+
+scoring = Scoring(read_heldout(...), METRICS, Kept(folder), jobs=None, execution=Execution())
+qualities = scoring.measure(originals(bundle, None, progress), runner, facts, progress)
+scoring.forget()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from llm_coreml.eval.cores import Share, share
+from llm_coreml.eval.finished import FinishedWindows
+from llm_coreml.eval.heldout import HeldOut
+from llm_coreml.eval.kept import Kept
+from llm_coreml.eval.metrics import METRICS, Metric
+from llm_coreml.eval.quality import measure_quality
+from llm_coreml.eval.remembered import RememberedReader
+from llm_coreml.eval.results import Quality
+from llm_coreml.eval.whole_rows import whole_rows
+from llm_coreml.eval.window_scores import Reader
+from llm_coreml.progress import Progress
+from llm_coreml.reference.program.execution import Execution
+from llm_coreml.runtime.eager import EagerRunner
+from llm_coreml.runtime.runner import Runner
+
+# A few tokens have a program expand its weights, before there are processes that each would.
+_FEW = 2
+
+
+class Scoring:
+    """The figures of models on one text.
+
+    Args:
+        read: The text.
+        metrics: What to measure of each model.
+        kept: Where is kept what need not be made again; None is nowhere.
+        jobs: Windows at a time; None takes as many as cores and memory allow.
+        execution: How the program is executed.
+    """
+
+    def __init__(
+        self,
+        read: HeldOut,
+        metrics: Sequence[Metric],
+        kept: Kept | None,
+        jobs: int | None,
+        execution: Execution,
+    ) -> None:
+        self._read, self._metrics, self._kept = read, metrics, kept
+        self._jobs, self._execution = jobs, execution
+        self._finished: FinishedWindows | None = None
+
+    def measure(
+        self,
+        originals: Mapping[str, EagerRunner],
+        artifact: Runner,
+        facts: Mapping[str, str],
+        progress: Progress,
+    ) -> tuple[Quality, ...]:
+        """Score the text by every model, the artifact last.
+
+        Args:
+            originals: The models that it is compared to, by name.
+            artifact: Runs what is measured.
+            facts: What their figures follow from; `source` is the hash of the original's weights.
+            progress: Told of the share of windows that are read.
+        """
+        windows = self._read.windows
+        progress.stage("score")
+        shared = share((*originals.values(), artifact), windows, self._jobs, self._execution.device)
+        if self._jobs is not None and shared.jobs < min(self._jobs, len(windows)):
+            progress.note(
+                "Windows are read one after the other: in parallel the reference runtime reads "
+                "them on a CPU, under Linux."
+            )
+        readers: dict[str, Reader] = dict(originals)
+        if self._kept is not None and "original" in originals:
+            readers["original"] = RememberedReader(
+                originals["original"], facts["source"], self._kept, shared.threads
+            )
+        readers["artifact"] = whole_rows(artifact, windows[0], progress.note)
+        if shared.jobs > 1:
+            readers["artifact"].logits(windows[0][:_FEW])
+        self._finished = self._before(readers, facts, shared)
+        return measure_quality(
+            readers,
+            windows,
+            progress.advance,
+            self._metrics,
+            self._read.sizes,
+            share=shared,
+            finished=self._finished,
+            note=progress.note,
+        )
+
+    def forget(self) -> None:
+        """Remove what was kept for going on after an interruption: the results are written."""
+        if self._finished is not None:
+            self._finished.forget()
+
+    def _before(
+        self, readers: Mapping[str, Reader], facts: Mapping[str, str], shared: Share
+    ) -> FinishedWindows | None:
+        """Return the windows that are finished; none where a metric is not one of ours."""
+        if self._kept is None or not all(metric in METRICS for metric in self._metrics):
+            return None
+        return FinishedWindows(
+            self._kept,
+            {
+                **facts,
+                "what": "scores",
+                "models": repr([(name, each.label) for name, each in readers.items()]),
+                "metrics": repr([metric.name for metric in self._metrics]),
+                "execution": repr(self._execution),
+                "threads": str(shared.threads),
+                "processor": torch.backends.cpu.get_cpu_capability(),
+            },
+        )
