@@ -38,6 +38,7 @@ from llm_coreml.quantize.cache import default_folder
 from llm_coreml.quiet import quiet
 from llm_coreml.reference.program.execution import Execution
 from llm_coreml.runtime.reference import DECLARED
+from llm_coreml.runtime.runner import Runner
 
 DEFAULT_TOKENS = 2048
 
@@ -90,29 +91,52 @@ def evaluate(
     kept = _kept(cache)
     with listening(progress, EVALUATION) as listener:
         listener.stage("open")
-        opened = open_bundle(Path(bundle), checked)
-        check_writable(opened.folder, RESULTS)
-        if results is not None:
-            check_results_folder(Path(results))
-        begun = time.perf_counter()
-        artifact = open_runner(opened, execution)
-        load_seconds = time.perf_counter() - begun
-        artifact.check_every_logit()
+        opened = _opened(bundle, checked, results)
+        artifact, load_seconds = _loaded(opened, execution)
         tokenizer = opened.tokenizer if opened.tokenizer.is_file() else None
         read = read_heldout(text, tokenizer, artifact.context, tokens)
         sources = {} if artifact_only else originals(opened, model, listener)
         scoring = Scoring(read, metrics, kept, jobs, execution)
         found = scoring.measure(sources, artifact, _facts(opened), listener)
-        listener.stage("time")
-        latencies = measure_latency(artifact, read.windows[0], listener.advance)
-        response = measure_response(artifact, load_seconds, read.windows[0])
-        result = _evaluation(opened, read, found, (latencies, response), execution, listener)
-        written = result.to_json()
-        write_json(opened.folder / RESULTS, written)
-        if results is not None:
-            append_result(Path(results), written)
+        timed = _timed(artifact, read, load_seconds, listener)
+        result = _evaluation(opened, read, found, timed, execution, listener)
+        _write(result, opened, results)
         scoring.forget()
     return result
+
+
+def _opened(bundle: str | Path, checked: bool, results: str | Path | None) -> Bundle:
+    """Open a bundle, if its results can be written."""
+    opened = open_bundle(Path(bundle), checked)
+    check_writable(opened.folder, RESULTS)
+    if results is not None:
+        check_results_folder(Path(results))
+    return opened
+
+
+def _loaded(bundle: Bundle, execution: Execution) -> tuple[Runner, float]:
+    """Return what runs the program, and the seconds until it could."""
+    begun = time.perf_counter()
+    artifact = open_runner(bundle, execution)
+    seconds = time.perf_counter() - begun
+    artifact.check_every_logit()
+    return artifact, seconds
+
+
+def _timed(
+    artifact: Runner, read: HeldOut, load_seconds: float, progress: Progress
+) -> tuple[tuple[Latency, ...], Timing]:
+    """Return the time of single calls, and of what a user waits for."""
+    progress.stage("time")
+    latencies = measure_latency(artifact, read.windows[0], progress.advance)
+    return latencies, measure_response(artifact, load_seconds, read.windows[0])
+
+
+def _write(result: Evaluation, bundle: Bundle, results: str | Path | None) -> None:
+    written = result.to_json()
+    write_json(bundle.folder / RESULTS, written)
+    if results is not None:
+        append_result(Path(results), written)
 
 
 def _kept(cache: str | Path | bool) -> Kept | None:
