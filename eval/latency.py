@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Sequence
 
+from llm_coreml.eval.llama_statistics import percentiles
 from llm_coreml.eval.timings import Latency
 from llm_coreml.runtime.runner import Runner
 
@@ -36,4 +36,5 @@ def _time(runner: Runner, chunk: list[int]) -> Latency:
         start = time.perf_counter()
         runner.step(chunk)
         seconds.append(time.perf_counter() - start)
-    return Latency(runner.label, len(chunk), statistics.median(seconds), len(seconds))
+    p50, p90, p99 = percentiles(seconds)
+    return Latency(runner.label, len(chunk), p50, len(seconds), p90, p99)

@@ -10,9 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-import torch
-
-from llm_coreml.eval.llama_statistics import percentile
+from llm_coreml.eval.llama_statistics import percentiles
 from llm_coreml.eval.timings import Decoding, FirstToken, Timing
 from llm_coreml.machine import peak_memory
 from llm_coreml.runtime.runner import Runner
@@ -58,7 +56,7 @@ def _first_token(runner: Runner, prompt: Sequence[int]) -> FirstToken:
         start = time.perf_counter()
         runner.feed(prompt)
         seconds.append(time.perf_counter() - start)
-    return FirstToken(len(prompt), *_percentiles(seconds), len(seconds))
+    return FirstToken(len(prompt), *percentiles(seconds), len(seconds))
 
 
 def _decoding(runner: Runner, prompt: Sequence[int]) -> Decoding:
@@ -71,9 +69,4 @@ def _decoding(runner: Runner, prompt: Sequence[int]) -> Decoding:
         start = time.perf_counter()
         row = runner.step([int(row.argmax())])[-1]
         seconds.append(time.perf_counter() - start)
-    return Decoding(len(seconds), *_percentiles(seconds), len(seconds) / sum(seconds))
-
-
-def _percentiles(seconds: Sequence[float]) -> tuple[float, float, float]:
-    ordered = torch.tensor(sorted(seconds), dtype=torch.float64)
-    return percentile(ordered, 0.5), percentile(ordered, 0.9), percentile(ordered, 0.99)
+    return Decoding(len(seconds), *percentiles(seconds), len(seconds) / sum(seconds))

@@ -8,9 +8,11 @@ scoring.forget()
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
+from llm_coreml.eval.by_layer import layer_errors, noise_floor
 from llm_coreml.eval.cores import Share, share
 from llm_coreml.eval.finished import FinishedWindows
 from llm_coreml.eval.heldout import HeldOut
@@ -28,6 +30,8 @@ from llm_coreml.runtime.runner import Runner
 
 # A few tokens have a program expand its weights, before there are processes that each would.
 _FEW = 2
+# The noise floor changes little with the text, and takes as long as reading it twice.
+_FLOOR_WINDOWS = 2
 
 
 class Scoring:
@@ -85,7 +89,7 @@ class Scoring:
         if shared.jobs > 1:
             readers["artifact"].logits(windows[0][:_FEW])
         self._finished = self._before(readers, facts, shared)
-        return measure_quality(
+        found = measure_quality(
             readers,
             windows,
             progress.advance,
@@ -95,6 +99,22 @@ class Scoring:
             finished=self._finished,
             note=progress.note,
         )
+        progress.stage("layers")
+        return tuple(self._deeper(quality, originals) for quality in found)
+
+    def _deeper(self, quality: Quality, originals: Mapping[str, EagerRunner]) -> Quality:
+        """Return a model's figures with what happens inside of it, where that can be seen."""
+        measures, windows = quality.measures, self._read.windows
+        original = originals.get("original")
+        if measures is None or measures.not_finite is not None or original is None:
+            return quality
+        if quality.name == "original":
+            floor = noise_floor(original, windows[:_FLOOR_WINDOWS])
+            return replace(quality, measures=replace(measures, noise_floor=floor))
+        if quality.name in originals:
+            layers = layer_errors(original, originals[quality.name], windows[0])
+            return replace(quality, measures=replace(measures, layers=layers))
+        return quality
 
     def forget(self) -> None:
         """Remove what was kept for going on after an interruption: the results are written."""

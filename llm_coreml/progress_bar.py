@@ -26,7 +26,7 @@ EXPORT = {
     "open": 0.0, "allocate": 0.02, "quantize": 0.05, "calibrate": 0.05, "tune": 0.3, "read": 0.4,
     "lower": 0.5, "verify": 0.7,
 }  # fmt: skip
-EVALUATION = {"open": 0.0, "score": 0.05, "time": 0.9}
+EVALUATION = {"open": 0.0, "score": 0.05, "layers": 0.85, "time": 0.9}
 # Seconds between two lines about one stage in a log.
 _PAUSE = 30.0
 # Below this share of a stage, nobody knows what is left of it.

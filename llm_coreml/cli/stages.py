@@ -43,6 +43,7 @@ _LABELS = {
     "tasks": "listing tasks",
     "answer": "having bundles answer",
     "score": "scoring text",
+    "layers": "measuring layer by layer",
     "time": "timing calls",
     "watch": "watching every operation",
     "compare": "comparing every operation",

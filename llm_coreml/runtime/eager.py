@@ -6,14 +6,17 @@ EagerRunner(decoder, "quantized").logits([1, 42, 7])
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import final
 
 import torch
 import torch.nn.functional as F
 
 from llm_coreml.decoder import Decoder
+from llm_coreml.decoder.carried import Layout
 from llm_coreml.decoder.matrices import Embedding
+from llm_coreml.errors import ConfigError
 from llm_coreml.quantize.formats.round import dense_rows
 from llm_coreml.runtime.runner import Runner, split_lengths
 
@@ -61,6 +64,36 @@ class EagerRunner(Runner):
         with torch.no_grad():
             found = [self._head(rows[None, start:end])[0] for start, end in self._calls(len(rows))]
         return torch.cat(found) if found else torch.empty(0, self.vocab_size)
+
+    def streams(
+        self, tokens: Sequence[int], change: Callable[[torch.Tensor], torch.Tensor] | None = None
+    ) -> Iterator[torch.Tensor]:
+        """Yield the residual stream after each block, float32 `[len(tokens), hidden]`.
+
+        The tokens are all there is; what is in the cache stays there.
+
+        Args:
+            tokens: A text that fits the context.
+            change: Makes what the next block gets of what a block gives.
+
+        Raises:
+            ConfigError: a token outside the vocabulary, or more than fit.
+        """
+        decoder, count = self.decoder, len(tokens)
+        if count > self.context:
+            raise ConfigError(f"{count} tokens do not fit a context of {self.context} positions.")
+        numbers = torch.tensor([[self._checked(token) for token in tokens]], dtype=torch.int64)
+        with torch.no_grad():
+            x = decoder.embed(numbers, torch.tensor([0]), look_up=_look_up)
+            chunk = decoder.window(count)
+            for index in range(len(decoder.spec.layers)):
+                x = decoder.block(index)(x, chunk)
+                layout = Layout.of(decoder.spec, index + 1)
+                carried = layout.taken_apart(x)
+                if change is not None:
+                    carried = replace(carried, stream=change(carried.stream))
+                    x = layout.put_together(carried)
+                yield carried.stream[0]
 
     def _calls(self, count: int) -> Iterator[tuple[int, int]]:
         """Yield where calls begin and end that read so many tokens, as `logits` makes them."""
