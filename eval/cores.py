@@ -14,6 +14,7 @@ import torch
 from llm_coreml.eval.workers import can_fork
 from llm_coreml.machine import machine_memory
 from llm_coreml.runtime.eager import EagerRunner
+from llm_coreml.runtime.package_runner import PackageRunner
 from llm_coreml.runtime.reference import ReferenceRunner
 from llm_coreml.runtime.runner import Runner
 
@@ -62,4 +63,4 @@ def share(
 
 def _forks(runner: Runner) -> bool:
     """Return whether a runner works in a process that was forked: ExecuTorch has threads."""
-    return isinstance(runner, (EagerRunner, ReferenceRunner))
+    return isinstance(runner, (EagerRunner, PackageRunner, ReferenceRunner))

@@ -106,8 +106,10 @@ def _number(holds: Callable[[Any, Any], bool], told: Any) -> Fits:
     return lambda value: type(value) not in (int, float) or holds(value, told)
 
 
-def _length(kind: type, holds: Callable[[Any, Any], bool], told: Any) -> Fits:
-    return lambda value: type(value) is not kind or holds(len(value), told)
+def _length(
+    kind: type[list[Any]] | type[str], holds: Callable[[Any, Any], bool], told: Any
+) -> Fits:
+    return lambda value: not isinstance(value, kind) or holds(len(value), told)
 
 
 _MAKERS: dict[str, Callable[[Any, Mapping[str, Any], Callable[[Any, str], bool]], Fits]] = {

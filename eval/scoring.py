@@ -1,7 +1,7 @@
 """The models of an evaluation on its text: who reads, what is remembered, and how cores are shared.
 
 scoring = Scoring(read_heldout(...), METRICS, Kept(folder), jobs=None, execution=Execution())
-qualities = scoring.measure(originals(bundle, None, progress), runner, facts, progress)
+qualities = scoring.measure(opened, progress)
 scoring.forget()
 """
 
@@ -17,6 +17,7 @@ from llm_coreml.eval.cores import Share, share
 from llm_coreml.eval.finished import FinishedWindows
 from llm_coreml.eval.heldout import HeldOut
 from llm_coreml.eval.kept import Kept
+from llm_coreml.eval.measurable import Measurable
 from llm_coreml.eval.metrics import METRICS, Metric
 from llm_coreml.eval.quality import measure_quality
 from llm_coreml.eval.remembered import RememberedReader
@@ -26,7 +27,6 @@ from llm_coreml.eval.window_scores import Reader
 from llm_coreml.progress import Progress
 from llm_coreml.reference.program.execution import Execution
 from llm_coreml.runtime.eager import EagerRunner
-from llm_coreml.runtime.runner import Runner
 
 # A few tokens have a program expand its weights, before there are processes that each would.
 _FEW = 2
@@ -57,22 +57,15 @@ class Scoring:
         self._jobs, self._execution = jobs, execution
         self._finished: FinishedWindows | None = None
 
-    def measure(
-        self,
-        originals: Mapping[str, EagerRunner],
-        artifact: Runner,
-        facts: Mapping[str, str],
-        progress: Progress,
-    ) -> tuple[Quality, ...]:
-        """Score the text by every model, the artifact last.
+    def measure(self, opened: Measurable, progress: Progress) -> tuple[Quality, ...]:
+        """Score the text by every model, what is measured last.
 
         Args:
-            originals: The models that it is compared to, by name.
-            artifact: Runs what is measured.
-            facts: What their figures follow from; `source` is the hash of the original's weights.
+            opened: What is measured, and the models that it is compared to.
             progress: Told of the share of windows that are read.
         """
-        windows = self._read.windows
+        windows, originals, artifact = self._read.windows, opened.originals, opened.runner
+        facts = opened.facts
         progress.stage("score")
         shared = share((*originals.values(), artifact), windows, self._jobs, self._execution.device)
         if self._jobs is not None and shared.jobs < min(self._jobs, len(windows)):
@@ -87,7 +80,7 @@ class Scoring:
             )
         readers["artifact"] = whole_rows(artifact, windows[0], progress.note)
         if shared.jobs > 1:
-            readers["artifact"].logits(windows[0][:_FEW])
+            artifact.logits(windows[0][:_FEW])
         self._finished = self._before(readers, facts, shared)
         found = measure_quality(
             readers,

@@ -18,13 +18,32 @@ from llm_coreml.cli.options import (
     VERBOSE,
 )
 
+# As in `eval.runtimes`, which would bring torch.
+RUNTIMES = ("auto", "reference", "executorch", "eager")
+
 if TYPE_CHECKING:  # rich, which --help does without
     from llm_coreml.cli.terminal import Screen
 
 
 @click.command("eval")
-@click.argument("bundle", type=PATH)
-@click.option("--model", "-m", metavar="ID_OR_DIR", help="The original, if it was moved.")
+@click.argument("bundle", metavar="BUNDLE_OR_MODEL", type=PATH)
+@click.option(
+    "--model",
+    "-m",
+    metavar="ID_OR_DIR",
+    help="The original, if it was moved, or nothing tells which it is.",
+)
+@click.option(
+    "--tokenizer", type=PATH, help="A tokenizer.json or its folder, where none belongs to it."
+)
+@click.option(
+    "--runtime",
+    type=click.Choice(RUNTIMES),
+    default=RUNTIMES[0],
+    show_default=True,
+    help="What runs it: the reference runtime, ExecuTorch (Core ML on macOS, the XNNPACK twin "
+    "anywhere), or PyTorch.",
+)
 @TEXT
 @click.option("--tokens", type=int, default=2048, show_default=True, help="Most tokens to score.")
 @click.option("--artifact-only", is_flag=True, help="Do not load the original.")
@@ -55,6 +74,8 @@ if TYPE_CHECKING:  # rich, which --help does without
 def eval_command(
     bundle: Path,
     model: str | None,
+    tokenizer: Path | None,
+    runtime: str,
     text: Path | None,
     tokens: int,
     artifact_only: bool,
@@ -71,13 +92,15 @@ def eval_command(
     form: str,
     verbose: bool,
 ) -> None:
-    """Measure an export: quality, latency and size.
+    """Measure an export or a model: quality, latency and size.
 
     Perplexity, divergence from the original, time of a call, bytes of every part. Runs the program
-    inside the .pte on this machine and writes results.json into the folder.
+    inside the .pte on this machine and writes results.json into the folder. Takes a bundle, a .pte,
+    a .mlpackage, a model's folder or its hub id.
 
     \b
     llm-coreml eval out
+    llm-coreml eval model-0.mlpackage --tokenizer out --model meta-llama/Llama-3.2-1B
     llm-coreml eval out --max-kl 0.05 --against baseline.json --junit gates.xml
     llm-coreml eval out --import device.json --device-name "iPhone 16 Pro"
     """
@@ -98,7 +121,9 @@ def eval_command(
         gates = gate_options.gates(artifact_only)
         result = evaluate(
             bundle,
+            tokenizer,
             model=model,
+            runtime=runtime,
             text=text,
             tokens=tokens,
             artifact_only=artifact_only,
