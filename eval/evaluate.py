@@ -94,7 +94,7 @@ def evaluate(
         with open_measurable(subject, choice, listener) as opened:
             opened.runner.check_every_logit()
             read = read_heldout(text, opened.tokenizer, opened.runner.context, tokens)
-            scoring = Scoring(read, metrics, _kept(cache), jobs, execution)
+            scoring = Scoring(read, metrics, _kept(cache, listener), jobs, execution)
             found = scoring.measure(opened, listener)
             result = _evaluation(opened, read, found, execution, listener)
         _write(result, opened.bundle, results)
@@ -118,12 +118,12 @@ def _write(result: Evaluation, bundle: Bundle | None, results: str | Path | None
         append_result(Path(results), written)
 
 
-def _kept(cache: str | Path | bool) -> Kept | None:
+def _kept(cache: str | Path | bool, progress: Progress) -> Kept | None:
     """Return where an evaluation keeps what it need not make again."""
     if cache is False:
         return None
     folder = default_folder() if cache is True else Path(cache)
-    return Kept(folder / "evaluations")
+    return Kept(folder / "evaluations", progress.note)
 
 
 def _evaluation(

@@ -17,7 +17,7 @@ import functools
 import hashlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import llm_coreml
@@ -38,14 +38,30 @@ class Kept:
     """A folder of such files.
 
     Args:
-        folder: Made when something is stored.
+        folder: Made if it is not there.
+        note: Told of a folder that cannot be written to.
         largest: Bytes that all entries may take.
     """
 
-    def __init__(self, folder: Path, largest: int = _LARGEST) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        note: Callable[[str], None] = lambda _: None,
+        largest: int = _LARGEST,
+    ) -> None:
         check_name(folder)
         self.folder = folder
         self._largest = largest
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            writable = os.access(folder, os.W_OK | os.X_OK)
+        except OSError:
+            writable = False
+        if not writable:
+            note(
+                f"The cache in '{folder}' cannot be written: an evaluation that is interrupted "
+                "will begin again. Give another --cache."
+            )
         self.tidy()
 
     def load(self, key: str) -> bytes | None:
@@ -62,7 +78,6 @@ class Kept:
     def store(self, key: str, data: bytes) -> bool:
         """Write an entry, and return whether it could be done."""
         try:
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             with file_beside(self._path(key)) as draft, draft.open("wb") as file:
                 file.write(hashlib.sha256(data).digest())
                 file.write(data)

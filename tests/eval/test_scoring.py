@@ -18,10 +18,11 @@ from llm_coreml.eval.cores import Share, share
 from llm_coreml.eval.finished import FinishedWindows
 from llm_coreml.eval.heldout import HeldOut
 from llm_coreml.eval.kept import Kept
+from llm_coreml.eval.measurable import Measurable
 from llm_coreml.eval.metrics import METRICS, Metric
 from llm_coreml.eval.quality import measure_quality
 from llm_coreml.eval.remembered import RememberedReader
-from llm_coreml.eval.results import Quality, Window
+from llm_coreml.eval.results import Quality, Subject, Window
 from llm_coreml.eval.scoring import Scoring
 from llm_coreml.eval.workers import in_parallel
 from llm_coreml.model import open_model
@@ -57,6 +58,22 @@ def test_windows_in_processes_give_what_they_give_one_by_one() -> None:
     parallel = measure_quality(fake(), WINDOWS, shares.append, sizes=SIZES, share=Share(3, 1))
     assert figures(parallel) == figures(serial)
     assert shares == [pytest.approx(part / 5) for part in range(1, 6)]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_no_number_is_named_from_another_process(value: float) -> None:
+    broken = TABLE.clone()
+    broken[6, 3] = value
+    runners = {"original": FakeRunner(TABLE), "artifact": FakeRunner(broken)}
+    original, artifact = measure_quality(runners, WINDOWS, sizes=SIZES, share=Share(3, 1))
+    assert original.figures and not artifact.figures and artifact.measures is not None
+    found = artifact.measures.not_finite
+    assert found is not None and (found.rows, found.window, found.position, found.token) == (
+        4,
+        1,
+        0,
+        6,
+    )
 
 
 def test_what_a_process_cannot_do_is_done_here(tmp_path: Path) -> None:
@@ -170,7 +187,9 @@ def test_a_folder_is_bounded_and_one_that_takes_nothing_is_done_without(tmp_path
     assert [bounded.load(key) is not None for key in keys] == [True, False, False, True]
     assert (tmp_path / "own" / "mine.txt").exists()
     (tmp_path / "file").write_text("")
-    nowhere = Kept(tmp_path / "file" / "below")
+    notes: list[str] = []
+    nowhere = Kept(tmp_path / "file" / "below", notes.append)
+    assert notes == [text for text in notes if "cannot be written" in text] != []
     assert not nowhere.store(keys[0], b"x") and nowhere.load(keys[0]) is None
 
 
@@ -194,7 +213,9 @@ def test_scoring_remembers_and_forgets(decoder: Decoder, tmp_path: Path) -> None
     def measured(metrics: tuple[Metric, ...] = METRICS, jobs: int | None = None) -> Found:
         artifact, notes = FakeRunner(torch.randn(VOCABULARY, VOCABULARY)), Notes()
         scoring = Scoring(READ, metrics, Kept(tmp_path), jobs, Execution())
-        found = scoring.measure({"original": EagerRunner(decoder, "x")}, artifact, FACTS, notes)
+        others, subject = {"original": EagerRunner(decoder, "x")}, Subject("pte", "a", "2" * 64)
+        opened = Measurable(subject, artifact, 0.1, None, others, FACTS, {}, 0)
+        found = scoring.measure(opened, notes)
         kept.append(len(list(tmp_path.iterdir())))
         scoring.forget()
         kept.append(len(list(tmp_path.iterdir())))
