@@ -5,7 +5,7 @@ runner = bundle_runner(bundle, "auto", Execution())
 
 from __future__ import annotations
 
-import sys
+import platform
 from pathlib import Path
 
 from llm_coreml.artifact.description import Description
@@ -73,7 +73,7 @@ def _executorch(
         )
     if BACKENDS[description.backend].runtime != "reference":
         return ExecutorchRunner(path, description, apart=apart)
-    if sys.platform != "darwin":
+    if platform.system() != "Darwin":
         raise SystemUnfitError(
             f"--runtime executorch runs '{path}' on Core ML, which macOS alone has; use "
             "--runtime reference here, or export with --backend xnnpack."

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -156,10 +155,10 @@ def test_executorch_runs_core_ml_on_macos_alone(
         lambda: bundle_runner(opened, "executorch", Execution()),
         lambda: program_runner_of(opened.program, "executorch", Execution()),
     ):
-        monkeypatch.setattr(sys, "platform", "linux")
+        monkeypatch.setattr(runtimes.platform, "system", lambda: "Linux")
         with pytest.raises(SystemUnfitError, match="which macOS alone has"):
             run()
-        monkeypatch.setattr(runtimes.sys, "platform", "darwin")
+        monkeypatch.setattr(runtimes.platform, "system", lambda: "Darwin")
         monkeypatch.setattr(executorch, "Apart", StandIn)
         assert run().label == "Core ML, run by ExecuTorch on macOS"
     with pytest.raises(ConfigError, match="no choice of mode or device"):
