@@ -86,7 +86,7 @@ class Measurable:
     runner: Runner
     load_seconds: float
     tokenizer: Path | None
-    originals: Mapping[str, EagerRunner]
+    originals: dict[str, EagerRunner]
     facts: Mapping[str, str]
     sizes: dict[str, int]
     program_bytes: int

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from llm_coreml.eval.llama_statistics import percentiles
 from llm_coreml.eval.timings import Decoding, FirstToken, Timing
-from llm_coreml.machine import peak_memory
+from llm_coreml.machine import forget_peak, free_memory, peak_memory
 from llm_coreml.runtime.runner import Runner
 
 _WARMUPS = 1
@@ -31,17 +31,20 @@ def measure_response(runner: Runner, load_seconds: float, tokens: Sequence[int])
         load_seconds: What it took to load, which was measured before.
         tokens: A text, repeated where it is short.
     """
+    free_memory()
+    forget_peak()
     most = max(1, runner.context // 2)
     lengths = sorted({min(length, most) for length in _PROMPTS})
     text = (list(tokens) * (lengths[-1] // len(tokens) + 1))[: lengths[-1]]
     first = tuple(_first_token(runner, text[:length]) for length in lengths)
+    decode = _decoding(runner, text[: lengths[0]])
     return Timing(
         runtime=runner.label,
         warmups=_WARMUPS,
         trials=min(each.trials for each in first),
         load_seconds=load_seconds,
         first_token=first,
-        decode=_decoding(runner, text[: lengths[0]]),
+        decode=decode,
         peak_memory_bytes=peak_memory(),
     )
 

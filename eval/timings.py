@@ -82,7 +82,8 @@ class Timing:
         load_seconds: Until it was ready for a first call.
         first_token: By length of the prompt, ascending.
         decode: Of single tokens, one after the other.
-        peak_memory_bytes: Most memory that the process had until then.
+        peak_memory_bytes: Most memory that the process had meanwhile, libraries and mapped files
+            included; where the system does not tell, since it began.
     """
 
     runtime: str
