@@ -20,6 +20,7 @@ from llm_coreml.eval.results import Evaluation
 from llm_coreml.eval.results_file import read_results
 from llm_coreml.eval.runtimes import bundle_runner, program_runner_of
 from llm_coreml.inspect.extraction import extract
+from llm_coreml.progress_bar import Step
 from llm_coreml.reference.program.execution import Execution
 from llm_coreml.runtime import executorch
 from llm_coreml.runtime.executorch_engine import Engine
@@ -68,13 +69,8 @@ def test_a_package_is_read_as_the_program_around_it(
     package = tmp_path / "models" / "model-0.mlpackage"
     with pytest.raises(llm_coreml.LlmCoreMLError, match="tokenizer"):
         measured(package, text_file)
-    steps: list[str] = []
-    found = measured(
-        package,
-        text_file,
-        bundle / "tokenizer.json",
-        progress=lambda step: steps.append(step.stage),
-    )
+    steps: list[Step] = []
+    found = measured(package, text_file, bundle / "tokenizer.json", progress=steps.append)
     assert found.subject is not None and found.subject.kind == "mlpackage"
     # One token at a time, so that sums come in another order than in chunks.
     assert found.artifact.perplexity == pytest.approx(whole.artifact.perplexity, rel=5e-3)
