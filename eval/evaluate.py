@@ -75,15 +75,13 @@ def evaluate(
         results: Folder to whose lines the results are appended, too, see `append_result`.
         cache: Folder that keeps what the original makes of a text, and windows that were scored
             before an interruption; True takes `default_folder()`, False keeps nothing.
-        jobs: Windows to read at a time; None takes as many as cores and memory allow. Figures are
-            the same whatever it is.
+        jobs: Windows to read at a time; None takes as many as cores and memory allow.
         progress: Told of stages, shares and notes: True draws one bar, a function is called with
             each `progress_bar.Step`, None and False are silent.
 
     Raises:
-        LlmCoreMLError: see `errors`: what is measured or compared to is damaged, absent or another
-            model; the text cannot be used; or the results cannot be written, which is known before
-            anything is measured.
+        LlmCoreMLError: see `errors`: something is damaged, absent or another model; the text cannot
+            be used; or the results cannot be written, which is known before.
     """
     _check(tokens, jobs, runtime)
     choice = Choice(model, tokenizer, runtime, execution, checked, artifact_only)

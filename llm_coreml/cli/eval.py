@@ -96,7 +96,7 @@ def eval_command(
 
     Perplexity, divergence from the original, time of a call, bytes of every part. Runs the program
     inside the .pte on this machine and writes results.json into the folder. Takes a bundle, a .pte,
-    a .mlpackage, a model's folder or its hub id.
+    a .mlpackage, a model's folder or hub id.
 
     \b
     llm-coreml eval out
@@ -106,10 +106,7 @@ def eval_command(
     """
     from llm_coreml.cli.terminal import terminal
 
-    if (device_run is None) != (device_name is None):
-        raise click.UsageError("--import and --device-name belong together; give both or none.")
-    if cache is not None and no_cache:
-        raise click.UsageError("--cache and --no-cache contradict each other; give one of them.")
+    _check_together(device_run, device_name, cache, no_cache)
     with terminal(verbose) as screen:
         if device_run is not None and device_name is not None:
             _import(screen, bundle, device_run, device_name, not unchecked, form)
@@ -137,6 +134,16 @@ def eval_command(
         document = result.to_json()
         screen.show(form, document, lambda: evaluation_table(result))
         gate_options.judge(gates, str(bundle), document)
+
+
+def _check_together(
+    device_run: Path | None, device_name: str | None, cache: Path | None, no_cache: bool
+) -> None:
+    """Refuse options that mean nothing without another, or with it."""
+    if (device_run is None) != (device_name is None):
+        raise click.UsageError("--import and --device-name belong together; give both or none.")
+    if cache is not None and no_cache:
+        raise click.UsageError("--cache and --no-cache contradict each other; give one of them.")
 
 
 def _import(screen: Screen, bundle: Path, run: Path, device: str, checked: bool, form: str) -> None:
