@@ -94,23 +94,21 @@ def eval_command(
 ) -> None:
     """Measure an export or a model: quality, latency and size.
 
-    Perplexity, divergence from the original, time of a call, bytes of every part. Runs the program
-    inside the .pte on this machine and writes results.json into the folder. Takes a bundle, a .pte,
-    a .mlpackage, a model's folder or hub id.
+    Perplexity, divergence from the original, time of a call, bytes of every part: of a bundle,
+    which gets a results.json, a .pte, a .mlpackage, or a model by folder or hub id.
 
     \b
     llm-coreml eval out
-    llm-coreml eval model-0.mlpackage --tokenizer out --model meta-llama/Llama-3.2-1B
+    llm-coreml eval model-0.mlpackage --tokenizer out --model models/llama
     llm-coreml eval out --max-kl 0.05 --against baseline.json --junit gates.xml
     llm-coreml eval out --import device.json --device-name "iPhone 16 Pro"
     """
+    _check_together(device_run, device_name, cache, no_cache)
     from llm_coreml.cli.terminal import terminal
 
-    _check_together(device_run, device_name, cache, no_cache)
     with terminal(verbose) as screen:
         if device_run is not None and device_name is not None:
-            _import(screen, bundle, device_run, device_name, not unchecked, form)
-            return
+            return _import(screen, bundle, device_run, device_name, not unchecked, form)
         from llm_coreml.cli.tables import evaluation_table
         from llm_coreml.eval.evaluate import evaluate
         from llm_coreml.reference.program.execution import Execution
@@ -131,9 +129,8 @@ def eval_command(
             jobs=jobs,
             progress=screen.progress,
         )
-        document = result.to_json()
-        screen.show(form, document, lambda: evaluation_table(result))
-        gate_options.judge(gates, str(bundle), document)
+        screen.show(form, result.to_json(), lambda: evaluation_table(result))
+        gate_options.judge(gates, str(bundle), result.to_json())
 
 
 def _check_together(
