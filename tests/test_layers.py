@@ -68,6 +68,7 @@ LAYERS = (
     ("pretrained",),
     ("eval",),
     ("training",),
+    ("delta",),
     ("cli",),
 )
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}
