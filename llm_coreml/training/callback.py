@@ -67,7 +67,29 @@ def _survived(event: Event) -> Event:
 class CoreMLExportCallback(TrainerCallback):  # type: ignore[misc]
     """Exports and measures a model while it is trained, and keeps the best bundle.
 
-    In each `output` there is `best`, a bundle, and `results.jsonl` with the figures of all.
+    In its folder there is `best`, a bundle, and the figures of all as lines of JSON.
+
+    Args:
+        output: Folder, made when it is needed.
+        when: `evaluate`, after every evaluation; `save`, of every checkpoint; `best`, whenever
+            the trainer has a new best; `end`; a number of steps between two exports; or steps.
+        tokenizer: As `export` takes it; None takes the trainer's.
+        bits: Bits per weight, 4 if neither `config` nor this says other.
+        target: Compute unit, the Neural Engine if nothing else is said.
+        config: All other settings.
+        text: UTF-8 file to measure on; None takes the held-out text that ships in the package.
+        tokens: Most tokens to score.
+        best_by: `perplexity` or `mean_kl` from the model of that step, the least; `gate`, the
+            newest that holds the gates.
+        gates: What is not held is not kept.
+        blocking: Let the training wait for each export. Otherwise one runs beside it, one
+            waits, and a third takes the place of the one that waits.
+        memory: Bytes that the process of an export may allocate; None is half of the machine's.
+        timeout: Seconds that it may take.
+
+    Raises:
+        ConfigError: a value that cannot be; all else is told in the midst of the training.
+        OutputError: no folder can have this name.
     """
 
     def __init__(
@@ -87,30 +109,7 @@ class CoreMLExportCallback(TrainerCallback):  # type: ignore[misc]
         memory: int | None = None,
         timeout: float = 3600.0,
     ) -> None:
-        """Say when to export, how, and what the best is.
-
-        Args:
-            output: Folder, made when it is needed.
-            when: `evaluate`, after every evaluation; `save`, of every checkpoint; `best`, whenever
-                the trainer has a new best; `end`; a number of steps between two exports; or steps.
-            tokenizer: As `export` takes it; None takes the trainer's.
-            bits: Bits per weight, 4 if neither `config` nor this says other.
-            target: Compute unit, the Neural Engine if nothing else is said.
-            config: All other settings.
-            text: UTF-8 file to measure on; None takes the held-out text that ships in the package.
-            tokens: Most tokens to score.
-            best_by: `perplexity` or `mean_kl` from the model of that step, the least; `gate`, the
-                newest that holds the gates.
-            gates: What is not held is not kept.
-            blocking: Let the training wait for each export. Otherwise one runs beside it, one
-                waits, and a third takes the place of the one that waits.
-            memory: Bytes that the process of an export may allocate; None is half of the machine's.
-            timeout: Seconds that it may take.
-
-        Raises:
-            ConfigError: a value that cannot be; all else is told in the midst of the training.
-            OutputError: no folder can have this name.
-        """
+        """Take the arguments; what is wrong with them is told now."""
         super().__init__()
         check_name(Path(output))
         if tokenizer is not None:
@@ -127,7 +126,7 @@ class CoreMLExportCallback(TrainerCallback):  # type: ignore[misc]
             text=None if text is None else str(Path(text).absolute()),
             tokens=checked_count("tokens", tokens),
             bounds=Bounds(
-                checked_count("memory", memory or most // 2, 1 << 20, max(most, 1 << 20)),
+                checked_count("memory", most // 2 if memory is None else memory, 1 << 20, most),
                 timeout,
                 nice=not blocking,
             ),
