@@ -1,4 +1,4 @@
-"""The quick reading of the schema says what the library for schemas says, of what is and what is not."""
+"""What holds results against their schema quickly says what the library with the sentences says."""
 
 from __future__ import annotations
 
