@@ -11,7 +11,6 @@ from rich.table import Table
 from rich.text import Text
 
 from llm_coreml.artifact.compatibility import MIXED_ADVICE
-from llm_coreml.artifact.description import WEIGHTS
 from llm_coreml.bundle.card import rotated_spaces, tuned
 from llm_coreml.bundle.manifest import (
     Allocation,
@@ -23,6 +22,7 @@ from llm_coreml.bundle.manifest import (
     Rotations,
 )
 from llm_coreml.cli.cells import devices_table, line, plain
+from llm_coreml.cli.models_table import delegate_rows
 from llm_coreml.verify.verification import Conversion, PlainFp16
 
 if TYPE_CHECKING:  # they bring torch, which a list does not need
@@ -30,8 +30,7 @@ if TYPE_CHECKING:  # they bring torch, which a list does not need
     from llm_coreml.eval.inspection import Inspection
     from llm_coreml.eval.metrics import Metric
     from llm_coreml.eval.results import Evaluation, Quality
-    from llm_coreml.inspect.contents import Contents, DelegateContents
-    from llm_coreml.inspect.extraction import Extraction
+    from llm_coreml.inspect.contents import Contents
     from llm_coreml.inspect.systems_of import PartSystems
 
 
@@ -309,7 +308,7 @@ def contents_table(found: Contents) -> Group:
     for method, delegates in found.methods.items():
         for delegate in delegates:
             title = f"{method}: {delegate.backend}, {delegate.bytes:,} bytes"
-            parts += [Text(""), listing_table(title, _delegate_rows(delegate))]
+            parts += [Text(""), listing_table(title, delegate_rows(delegate))]
     return Group(*parts)
 
 
@@ -331,41 +330,8 @@ def systems_table(parts: Sequence[PartSystems]) -> Group:
     return Group(*shown[:-1])
 
 
-def extraction_table(found: Extraction) -> Group:
-    """Return which models were written, and what runs them."""
-    table = plain("model", "bytes", "run by", numeric=["bytes"])
-    for model in found.models:
-        calls = (
-            f"{use.method}, partition {use.partition}: {use.function or 'its default function'}"
-            for use in model.used_by
-        )
-        size = f"{sum(model.files.values()):,}"
-        table.add_row(f"{found.folder}/{model.path}", size, "\n".join(calls))
-    return Group(table)
-
-
 def _counted(matrices: int) -> str:
     return f"{matrices} matrices: " if matrices else ""
-
-
-def _delegate_rows(delegate: DelegateContents) -> dict[str, str]:
-    model = delegate.model
-    if model is None:
-        return {}
-    used = f"what it uses begins with {model.needed or 'a newer one'}"
-    rows = {"runs from": f"{model.declared or 'a newer system'} on; {used}"}
-    features = {"input": model.inputs, "output": model.outputs, "state": model.states}
-    for kind, shapes in features.items():
-        own = {name: shape for name, shape in shapes.items() if not name.startswith(WEIGHTS)}
-        rows |= {f"{kind} {name}": shape for name, shape in own.items()}
-        if handed := len(shapes) - len(own):
-            rows["further inputs"] = f"{handed} weights, which the method holds"
-    for name, count in model.files.items():
-        rows[name.rsplit("/", 1)[-1]] = f"{count:,} bytes"
-    counts = {op: count for op, count in model.ops.items() if op != "const"}
-    if model.ops:
-        rows[f"{sum(counts.values())} ops"] = ", ".join(f"{n} {op}" for op, n in counts.items())
-    return rows
 
 
 def listing_table(title: str, rows: dict[str, str]) -> Table:

@@ -134,7 +134,10 @@ def _pieces(job: Job, spec: DecoderSpec, plan: QuantizationPlan) -> tuple[list[_
         if isinstance(module, (nn.Linear, nn.Embedding)):
             rows, columns = module.weight.shape
             bits = plan.scheme_of(name).stored_bits((rows, columns))
-            sizes[f"{name}.weight"] = -(-bits // 8)
+            cut = job.cuts.of_table if isinstance(module, nn.Embedding) else job.cuts.of_linear
+            # Each part is stored by itself.
+            further = len(cut(rows, unit=1)) - 2
+            sizes[f"{name}.weight"] = -(-bits // 8) + _ROOM * further
     for name, parameter in decoder.named_parameters():
         sizes.setdefault(name, parameter.numel() * number)
     found: dict[str, int] = {}
