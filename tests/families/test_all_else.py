@@ -57,6 +57,8 @@ _PARTS = [
     "smollm3",
 ]
 EXPORTED = cases(["llama", *_PARTS], _PARTS)
+# `test_lowered_options.py` lowers each part for XNNPACK; here are slopes, and tables of layers.
+_TWINS = {"bloom", "gemma4_text", "llama"}
 
 
 def test_the_table_has_every_family() -> None:
@@ -152,13 +154,15 @@ def test_diff_inspect_and_the_twin(family: str, tmp_path: Path) -> None:
     made(source, family)
     settings = ExportConfig(bits=4, **USUAL)
     first = export(source, output=tmp_path / "first", config=settings, cache=False)
-    twin = ExportConfig(bits=4, backend="xnnpack", **USUAL)
-    other = export(source, output=tmp_path / "twin", config=twin, cache=False)
-    tokens = tokens_for(VOCABULARY, 12)
-    # Without rounding: random layers of some families magnify that of fp16 beyond any bound. Gains,
-    # biases and tables are of fp16 in the program, and of fp32 in its twin: four roundings' worth.
-    one, two = load(first.folder, UNROUNDED).logits(tokens), load(other.folder).logits(tokens)
-    assert (one - two).abs().max() < 2e-3 * two.abs().max(), "the twin holds the same weights"
+    if family in _TWINS:
+        twin = ExportConfig(bits=4, backend="xnnpack", **USUAL)
+        other = export(source, output=tmp_path / "twin", config=twin, cache=False)
+        tokens = tokens_for(VOCABULARY, 12)
+        # Without rounding: random layers of some families magnify that of fp16 beyond any bound.
+        # Gains, biases and tables are of fp16 in the program, and of fp32 in its twin: four
+        # roundings' worth.
+        one, two = load(first.folder, UNROUNDED).logits(tokens), load(other.folder).logits(tokens)
+        assert (one - two).abs().max() < 2e-3 * two.abs().max(), "the twin holds the same weights"
     assert diff(first.folder, first.folder, tokens=16).equal
     found = inspect_numerics(first.folder, tokens=16)
     assert found.operations and not found.overflows
