@@ -20,6 +20,8 @@ from llm_coreml.artifact.method_plan import Delegate, TensorSpec
 from llm_coreml.bundle.bundle_runner import open_runner
 from llm_coreml.config import ExportConfig, resolve
 from llm_coreml.config.values import SKIP_HEAD, SKIP_TABLE, SKIPPED
+from llm_coreml.decoder import Decoder
+from llm_coreml.decoder.ends import Products, Rows
 from llm_coreml.errors import ConfigError, UnsupportedError
 from llm_coreml.eval.pair import read_in_pairs
 from llm_coreml.inspect.contents import contents
@@ -293,6 +295,41 @@ def test_an_export_scales_codes_of_a_table_outside(
     assert [value.shape for value in values if value.constant and value.dtype == "int8"] == [
         (96, 32)
     ]
+
+
+class Ends(torch.nn.Module):
+    """Token table and head with nothing between."""
+
+    def __init__(self, first: Rows, last: Products) -> None:
+        super().__init__()
+        self.first, self.last = first, last
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.last(self.first(tokens))
+        return logits
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_the_ends_run_on_executorch_s_own_kernels(dtype: torch.dtype) -> None:
+    from executorch.exir import to_edge_transform_and_lower
+    from executorch.runtime import Runtime
+
+    spec = small_spec(vocab_size=96, num_hidden_layers=1)
+    decoder = Decoder(replace(spec, head_bias=True, logits_softcap=30.0), context=8)
+    shape = (96, spec.hidden_size)
+    decoder.lm_head.weight = torch.nn.Parameter(torch.randn(shape).to(dtype))
+    decoder.lm_head.bias = torch.nn.Parameter(torch.randn(96).to(dtype))
+    codes = torch.randint(-128, 128, shape, dtype=torch.int8)
+    scales = torch.rand(96, 1, dtype=torch.float16) / 128
+    ends = Ends(Rows(codes, scales, dtype), Products(decoder)).eval()
+    tokens = torch.tensor([[5, 0, 95]], dtype=torch.int32)
+    traced = torch.export.export(ends, (tokens,))
+    program = to_edge_transform_and_lower(traced).to_executorch().buffer
+    (given,) = Runtime.get().load_program(program).load_method("forward").execute([tokens])
+    expected = decoder.leaving(
+        (codes * scales.float())[tokens.long()].to(dtype).float() @ decoder.lm_head.weight.float().T
+    )
+    torch.testing.assert_close(given, expected.detach(), rtol=1e-5, atol=1e-5)
 
 
 class Notes(Silent):
