@@ -45,6 +45,17 @@ class Step:
     note: str | None = None
 
 
+def share_done(step: Step) -> float:
+    """Return which share of an export is done, more or less."""
+    begins = _BEGINS.get(step.stage, 0.0)
+    return begins + step.share * (_end_of(begins) - begins)
+
+
+def _end_of(begins: float) -> float:
+    """Return which share is done when the stage ends that began at one."""
+    return min((at for at in _BEGINS.values() if at > begins), default=1.0)
+
+
 class _Listener(Progress, Protocol):
     """A listener that is told of the end."""
 
@@ -116,7 +127,7 @@ class _Bar:
 
     def stage(self, name: str) -> None:
         self._begins = max(self._bar.n, _BEGINS.get(name, self._ends))
-        self._ends = min((at for at in _BEGINS.values() if at > self._begins), default=1.0)
+        self._ends = _end_of(self._begins)
         self._bar.set_description(name, refresh=False)
         self._move(self._begins)
 

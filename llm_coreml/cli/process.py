@@ -44,6 +44,7 @@ class Interruption:
         when: Time of the last that was heeded, of `time.monotonic`.
         over: What was asked for is done, or has failed; nothing is left but to tell of it.
         late: The first signal that does not interrupt any more.
+        kept: What becomes of the work so far, for whoever interrupts it.
         unread: Nobody reads what was to be told; what is still buffered must not be waited for.
     """
 
@@ -51,6 +52,7 @@ class Interruption:
     when: float = 0.0
     over: bool = False
     late: int | None = None
+    kept: str = "nothing was written"
     unread: bool = False
     _telling: bool = field(default=False, repr=False)
 
