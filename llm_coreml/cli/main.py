@@ -19,6 +19,7 @@ from typing import Any
 import click
 
 from llm_coreml.cli.compare import compare_command
+from llm_coreml.cli.delta import apply_command, delta_command
 from llm_coreml.cli.diff import diff_command
 from llm_coreml.cli.eval import eval_command
 from llm_coreml.cli.export import export_command
@@ -98,6 +99,8 @@ for command in (
     inspect_command,
     run_command,
     extract_command,
+    delta_command,
+    apply_command,
 ):
     cli.add_command(command)
 
