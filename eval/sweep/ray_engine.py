@@ -62,11 +62,11 @@ def run_on_ray(
     import ray
 
     with _connected(address):
-        remote = ray.remote(_try).options(max_retries=_TRIES)
-        running = {
-            remote.options(num_cpus=task.cores or 1, memory=task.memory).remote(task): task
-            for task in tasks
-        }
+        remote = ray.remote(_try)
+        running = {}
+        for task in tasks:
+            takes = {"num_cpus": task.cores or 1, "memory": task.memory}
+            running[remote.options(max_retries=_TRIES, **takes).remote(task)] = task
         try:
             while running:
                 ready, _ = ray.wait(list(running), timeout=_LOOK)

@@ -17,6 +17,7 @@ import pytest
 
 import llm_coreml
 from exported import Run, in_process
+from llm_coreml.bundle.folder import open_bundle
 from llm_coreml.errors import ConfigError, OutputError
 from llm_coreml.eval.failed_cells import failures_in
 from llm_coreml.eval.results_file import read_results
@@ -95,7 +96,7 @@ def test_cells_are_made_once_and_failures_are_kept_beside_them(
     assert document["qualities"][-1]["perplexity"] == first["figures"]["perplexity"]
     assert document["subject"]["name"] == good.replace(" ", "-") and document["tokens"] == 40
     kept = Path(first["folder"]) / document["subject"]["name"]
-    assert llm_coreml.load(kept).bundle.manifest.source.sha256 == document["source"]["sha256"]
+    assert open_bundle(kept).manifest.source.sha256 == document["source"]["sha256"]
     (failure,) = failures_in(results)
     assert (failure.label, failure.sentence, failure.exit_code) == (bad, second["sentence"], 5)
     assert not [path for path in results.iterdir() if path.name.startswith(".")]
