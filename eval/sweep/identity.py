@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from llm_coreml.bundle.seal import file_sha256
+from llm_coreml.config import ExportConfig
+from llm_coreml.config.setting import settings_of
 from llm_coreml.errors import ConfigError
 from llm_coreml.eval.heldout import read_text
 from llm_coreml.eval.results import RESULTS_VERSION
@@ -83,8 +85,14 @@ def _hashes(model: Model) -> tuple[str, str]:
 
 
 def _facts_of_settings(cell: Cell) -> dict[str, Any]:
-    """Return a cell's settings, files among them by what they hold."""
-    settings = asdict(cell.config)
+    """Return a cell's settings, files among them by what they hold.
+
+    Defaults are left out: a release with a setting more leaves keys as they are.
+    """
+    defaults = {each.name: each.default for each in settings_of(ExportConfig)}
+    settings = {
+        name: value for name, value in asdict(cell.config).items() if value != defaults[name]
+    }
     if cell.config.calibrate is not None:
         settings["calibrate"] = _hash(read_content(cell.config.calibrate))
     if cell.config.plan is not None:
