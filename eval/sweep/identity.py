@@ -45,6 +45,7 @@ def tasks_of(
         LlmCoreMLError: a model or a text cannot be read.
     """
     measured, tool = sweep.measured, this_tool().version
+    text = None if measured.text is None else _absolute(measured.text)
     common = {"version": [tool, RESULTS_VERSION], "measured": _facts_of_measuring(measured)}
     known: dict[tuple[str, str | None], tuple[str, str]] = {}
     tasks = []
@@ -61,7 +62,7 @@ def tasks_of(
                 slug=cell.slug,
                 model=_absolute(cell.model),
                 settings=cell.config.to_json(),
-                measured={**asdict(measured), "text": _absolute(measured.text)},
+                measured={**asdict(measured), "text": text},
                 weights=weights,
                 tool=tool,
                 folder=str(folder.absolute()),
@@ -111,6 +112,6 @@ def _facts_of_measuring(measured: Measured) -> dict[str, Any]:
     return {**asdict(measured), "text": _hash(read_text(text)[1])}
 
 
-def _absolute(name: str | None) -> str | None:
+def _absolute(name: str) -> str:
     """Return the whole path of what is on this disk, anything else as it is."""
-    return None if name is None else str(Path(name).absolute()) if Path(name).exists() else name
+    return str(Path(name).absolute()) if Path(name).exists() else name

@@ -109,7 +109,7 @@ def _missing(
     retry_failed: bool,
 ) -> list[Task]:
     """Return the cells to try, of several with the same key the first."""
-    missing = {}
+    missing: dict[str, Task] = {}
     for task in tasks:
         outcome = found[task.key]
         again = outcome is None or (retry_failed and outcome.state == "failed")
