@@ -30,14 +30,14 @@ from llm_coreml.machine import keep_one_heap, peak_memory
 from llm_coreml.own_process import bound_further_memory
 from llm_coreml.pipeline import export
 from llm_coreml.printable import MESSAGE, printable
-from llm_coreml.progress_bar import share_done
+from llm_coreml.progress_bar import EVALUATION, EXPORT, share_done
 from llm_coreml.quiet import quiet
 from llm_coreml.reference.program.execution import Execution
 
 # Seconds between two lines about how far it is.
 _PAUSE = 1.0
 # Which share of a cell's time the export takes, more or less.
-_EXPORT = 0.6
+_EXPORTED = 0.6
 # Seconds in which an interrupted process cleans up.
 _GRACE = 20.0
 
@@ -140,7 +140,7 @@ def _measure(task: Task, place: Path, reports: _Reports) -> dict[str, Any]:
         config=ExportConfig.from_json(task.settings),
         overwrite=True,
         cache=task.cache,
-        progress=lambda step: reports.share(_EXPORT * share_done(step)),
+        progress=lambda step: reports.share(_EXPORTED * share_done(step, EXPORT)),
     )
     measured = task.measured
     text = measured["text"]
@@ -151,27 +151,12 @@ def _measure(task: Task, place: Path, reports: _Reports) -> dict[str, Any]:
         tokens=measured["tokens"],
         artifact_only=measured["artifact_only"],
         execution=Execution(measured["mode"], measured["device"]),
-        progress=_Scoring(reports),
+        cache=task.cache,
+        jobs=task.cores,
+        progress=lambda step: reports.share(
+            _EXPORTED + (1.0 - _EXPORTED) * share_done(step, EVALUATION)
+        ),
     )
     if result.source is not None and result.source["sha256"] != task.weights:
         raise ConfigError("The model has changed while the sweep ran; start the sweep again.")
     return result.to_json()
-
-
-class _Scoring:
-    """Hears how far an evaluation is, which is the rest of a cell."""
-
-    def __init__(self, reports: _Reports) -> None:
-        self._reports, self._stage = reports, ""
-
-    def stage(self, name: str) -> None:
-        """Remember the stage."""
-        self._stage = name
-
-    def advance(self, share: float) -> None:
-        """Tell how far it is; the text takes most of it."""
-        if self._stage == "score":
-            self._reports.share(_EXPORT + (1.0 - _EXPORT) * share)
-
-    def note(self, text: str) -> None:
-        """Pass a note over."""

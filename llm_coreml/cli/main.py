@@ -34,7 +34,7 @@ from llm_coreml.cli.run import run_command
 from llm_coreml.cli.show import show_command
 from llm_coreml.cli.sweep import sweep_command
 from llm_coreml.errors import LlmCoreMLError
-from llm_coreml.machine import keep_one_heap
+from llm_coreml.machine import collect_rarely, keep_one_heap
 from llm_coreml.printable import MESSAGE, printable
 
 
@@ -108,6 +108,7 @@ for command in (
 def main() -> None:
     """Run the command line and exit with its code."""
     keep_one_heap()
+    collect_rarely()
     try:
         code = cli.main(standalone_mode=False) or 0
         INTERRUPTION.finish()
