@@ -7,7 +7,7 @@ swept.failures
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -23,10 +23,13 @@ from llm_coreml.eval.sweep.store import Store
 from llm_coreml.eval.sweep.sweep_file import Sweep, read_sweep
 from llm_coreml.eval.sweep.swept import Swept, SweptCell
 from llm_coreml.eval.sweep.task import Outcome, Task
-from llm_coreml.progress import Progress, Silent
+from llm_coreml.progress import Progress
+from llm_coreml.progress_bar import Step, listening
 
 RESULTS_FOLDER = "results"
 _MOST_JOBS = 256
+# Which share of a sweep is done when a stage begins.
+_STAGES = {"open": 0.0, "sweep": 0.01}
 
 
 def sweep(
@@ -40,7 +43,7 @@ def sweep(
     limit: int | None = None,
     plan: bool = False,
     cache: str | Path | bool = True,
-    progress: Progress | None = None,
+    progress: Progress | bool | Callable[[Step], object] | None = None,
 ) -> Swept:
     """Export and evaluate every cell of a sweep that is missing in `results`.
 
@@ -57,7 +60,8 @@ def sweep(
         limit: Most cells to try now; None tries all that are missing.
         plan: Try none, and tell how all stand.
         cache: Folder of quantized weights, as `export` takes it.
-        progress: Told of the share that is done, and in a note of each cell that ends.
+        progress: Told of the share that is done, and in a note of each cell that ends: True draws a
+            bar, a function is called with each `progress_bar.Step`, None and False are silent.
 
     Raises:
         ConfigError: the file is wrong, or settings contradict each other.
@@ -67,23 +71,24 @@ def sweep(
     if limit is not None:
         checked_count("--limit", limit)
     asked = file if isinstance(file, Sweep) else read_sweep(Path(file))
-    progress, store, cells = progress or Silent(), Store(Path(results)), cells_of(asked)
+    store, cells = Store(Path(results)), cells_of(asked)
     if not plan:
         check_results_folder(store.folder)
     if ray is not None:
         check_installed()
-    progress.stage("open")
-    tasks = tasks_of(asked, cells, store.folder, progress.advance)
-    found = {task.key: store.load(task) for task in tasks}
-    missing = [] if plan else _missing(tasks, found, store, keep, retry_failed)
-    told = _Told(progress, missing[:limit], len(found) - len(missing), len(found))
-    chosen = cache if isinstance(cache, bool) else str(Path(cache).absolute())
-    progress.stage("sweep")
-    placed = [_placed(task, store, keep, chosen) for task in missing[:limit]]
-    for task, outcome in _run(placed, jobs, ray, told):
-        store.save(task, outcome)
-        found[task.key] = outcome
-        told.ended(task, outcome)
+    with listening(progress, _STAGES) as listener:
+        listener.stage("open")
+        tasks = tasks_of(asked, cells, store.folder, listener.advance)
+        found = {task.key: store.load(task) for task in tasks}
+        missing = [] if plan else _missing(tasks, found, store, keep, retry_failed)
+        told = _Told(listener, missing[:limit], len(found) - len(missing), len(found))
+        chosen = cache if isinstance(cache, bool) else str(Path(cache).absolute())
+        listener.stage("sweep")
+        placed = [_placed(task, store, keep, chosen) for task in missing[:limit]]
+        for task, outcome in _run(placed, jobs, ray, told):
+            store.save(task, outcome)
+            found[task.key] = outcome
+            told.ended(task, outcome)
     return _swept(asked.name, tasks, found, {task.key for task in placed}, store)
 
 
