@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from llm_coreml.eval.sweep import attempt as attempting
 from llm_coreml.eval.sweep.attempt import attempt
 from llm_coreml.eval.sweep.local_engine import run_here
 from llm_coreml.eval.sweep.ray_engine import run_on_ray
@@ -64,7 +65,9 @@ def tried(folder: Path, word: str, **settings: float) -> Outcome:
     return found
 
 
-def test_every_end_of_a_process_is_an_outcome(tmp_path: Path) -> None:
+def test_every_end_of_a_process_is_an_outcome(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     heard: list[float] = []
     done = attempt(task(tmp_path, "slow0.1"), heard.append, threading.Event())
     assert done is not None and done.state == "done" and heard == [0.5]
@@ -81,6 +84,8 @@ def test_every_end_of_a_process_is_an_outcome(tmp_path: Path) -> None:
     late = tried(tmp_path, "hang", seconds=0.6)
     assert "was not done after 0.01 minutes" in late.sentence
     assert late.exit_code == 128 + signal.SIGXCPU and late.seconds < 10
+    monkeypatch.setattr(attempting, "_GRACE", 0.3)
+    assert "was not done after" in tried(tmp_path, "deaf", seconds=0.6).sentence
     assert not any(is_alive(process) for _, process, _ in tries(tmp_path))
 
 
