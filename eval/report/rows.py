@@ -156,8 +156,8 @@ def _row_or_problem(line: bytes, where: str) -> Row | str:
 def _version() -> int:
     """Return the version of results that is read; their module would bring torch."""
     schema = importlib.resources.files("llm_coreml.eval").joinpath("results.schema.json")
-    version: int = json.loads(schema.read_text("utf-8"))["properties"]["version"]["const"]
-    return version
+    (version,) = json.loads(schema.read_text("utf-8"))["properties"]["version"]["enum"]
+    return int(version)
 
 
 def _row(document: Mapping[str, Any]) -> Row:
