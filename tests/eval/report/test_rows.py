@@ -11,6 +11,7 @@ import pytest
 
 from llm_coreml.errors import ConfigError
 from llm_coreml.eval.failed_cells import failures_in
+from llm_coreml.eval.report.charts import charts_of
 from llm_coreml.eval.report.rows import collect, facts_of
 from llm_coreml.eval.results_file import append_result
 from result_documents import document, write_failure
@@ -108,6 +109,17 @@ def test_cells_that_failed_are_beside_the_results(tmp_path: Path) -> None:
     assert found.rows == () and [each.label for each in found.failures] == ["a bits 3", "a bits 4"]
     assert found.failures[1].sentence == r"It crashed\n." and found.failures[1].exit_code == 5
     assert failures_in(tmp_path / "gone") == []
+
+
+@pytest.mark.parametrize(("cost", "scale"), [(2.5, None), (9.0, "log")])
+def test_perplexities_that_are_far_apart_have_a_scale_for_it(
+    tmp_path: Path, cost: float, scale: str | None
+) -> None:
+    lines = [json.dumps(document(nll=(each,) * 4)) for each in (2.0, cost)]
+    (tmp_path / "results.jsonl").write_text("\n".join(lines))
+    drawn = {each.name: each.spec["layer"] for each in charts_of(collect(tmp_path).rows)}
+    found = [drawn[name][0]["encoding"]["y"]["scale"] for name in ("size", "speed", "history")]
+    assert [each.get("type") for each in found] == [scale] * 3
 
 
 def test_a_folder_without_results_is_refused(tmp_path: Path) -> None:
