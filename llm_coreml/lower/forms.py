@@ -84,6 +84,8 @@ class Lowering(ABC):
         cache = "is handed from call to call" if given else "is the program's state"
         kept = f"; {cut.outside} left to ExecuTorch's kernels, as --skip-ops asks"
         outside = kept if cut.outside else ""
+        if cut.handed:
+            outside += "; its weights are inputs of what Core ML runs, as --constants inputs asks"
         several = f"; in {count} partitions, as {cut.why}" if cut.partitions else ""
         return Description(
             form=cls.name,
