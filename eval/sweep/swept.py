@@ -90,7 +90,7 @@ class Swept:
     def table(self) -> PlainTable:
         """Return a row for each cell."""
         title = (
-            f"{self.name}: {self.count('done')} cells done, {self.count('failed')} failed, "
+            f"{self.name}: {self.count('done')} done, {self.count('failed')} failed, "
             f"{self.count('missing')} missing"
         )
         head = ("cell", "state", *(each.label for each in FIGURES), "")

@@ -108,7 +108,9 @@ def test_cells_are_made_once_and_failures_are_kept_beside_them(
     again = call(real, "-o", results, "--format", "json")
     assert again.code == 11 and states(again) == states(done)
     moved = shutil.copytree(checkpoint, tmp_path / "moved")
-    elsewhere = written(tmp_path / "moved.yaml", real.read_text().replace(str(checkpoint), moved))
+    elsewhere = written(
+        tmp_path / "moved.yaml", real.read_text().replace(str(checkpoint), str(moved))
+    )
     assert set(
         states(call(elsewhere, "-o", results, "--dry-run", "--format", "json")).values()
     ) == {
@@ -116,7 +118,7 @@ def test_cells_are_made_once_and_failures_are_kept_beside_them(
         "failed",
     }
     shown = call(real, "-o", results)
-    assert shown.code == 11 and "1 cells done, 1 failed, 0 missing" in shown.out
+    assert shown.code == 11 and "1 done, 1 failed, 0 missing" in shown.out
 
     told = in_process(capfd, monkeypatch, "report", results, "-o", tmp_path / "page.html")
     assert told.code == 0 and f"failed  {bad}: " in " ".join(told.out.split("\n"))
@@ -238,7 +240,7 @@ def test_a_sweep_that_is_killed_goes_on(stubs: None, tmp_path: Path, interruptib
     assert tried(results) == ["slow0", "hang", "hang"]
     swept = llm_coreml.sweep(file, results=results, plan=True)
     assert [cell.state for cell in swept.cells] == ["done", "missing"]
-    assert swept.failures == () and "1 cells done, 0 failed, 1 missing" in str(swept)
+    assert swept.failures == () and "1 done, 0 failed, 1 missing" in str(swept)
     assert "<td>missing</td>" in swept._repr_html_()
 
 
