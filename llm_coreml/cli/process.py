@@ -26,6 +26,8 @@ from llm_coreml.errors import LlmCoreMLError
 # Of no other temporary folder: what has it and is not locked is removed.
 _TEMPORARY = "llm-coreml-process-"
 
+# What is told of the work so far, unless a command keeps some of it.
+_NOTHING = "nothing was written"
 # Who presses Ctrl-C again within these seconds does not stop the cleaning up.
 _PATIENCE = 3.0
 # A reader who is only slow gets these seconds to take what is printed.
@@ -44,6 +46,7 @@ class Interruption:
         when: Time of the last that was heeded, of `time.monotonic`.
         over: What was asked for is done, or has failed; nothing is left but to tell of it.
         late: The first signal that does not interrupt any more.
+        kept: What becomes of the work so far, for whoever interrupts it.
         unread: Nobody reads what was to be told; what is still buffered must not be waited for.
     """
 
@@ -51,6 +54,7 @@ class Interruption:
     when: float = 0.0
     over: bool = False
     late: int | None = None
+    kept: str = _NOTHING
     unread: bool = False
     _telling: bool = field(default=False, repr=False)
 
@@ -86,7 +90,7 @@ class Interruption:
     def finish(self) -> None:
         """From now on, let nothing interrupt but what prints, in `telling`."""
         self.late = self.late or self.number
-        self.number, self.over = None, True
+        self.number, self.over, self.kept = None, True, _NOTHING
 
     @contextlib.contextmanager
     def telling(self) -> Iterator[None]:

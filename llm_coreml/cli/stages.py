@@ -48,6 +48,7 @@ _LABELS = {
     "watch": "watching every operation",
     "compare": "comparing every operation",
     "build": "building the C++ runner",
+    "sweep": "running cells",
     "run": "running the program on ExecuTorch",
 }
 # Seconds between two signs of life in a log.
