@@ -19,7 +19,15 @@ from typing import Any
 import torch
 
 from llm_coreml.bundle.bundled_tokenizer import write_tokenizer
-from llm_coreml.bundle.folder import PROGRAM, RESULTS, TOKENIZER, Bundle, is_bundle, open_bundle
+from llm_coreml.bundle.folder import (
+    PROGRAM,
+    RESULTS,
+    TOKENIZER,
+    Bundle,
+    is_bundle,
+    may_be_bundle,
+    open_bundle,
+)
 from llm_coreml.bundle.seal import file_sha256
 from llm_coreml.errors import CheckpointError, ConfigError
 from llm_coreml.eval.originals import EAGER, originals
@@ -124,11 +132,15 @@ def open_measurable(what: Weights, choice: Choice, progress: Progress) -> Iterat
 
 
 def kind_of(what: Weights) -> str:
-    """Return what something is: `bundle`, `pte`, `mlpackage` or `eager`."""
+    """Return what something is: `bundle`, `pte`, `mlpackage` or `eager`.
+
+    Raises:
+        ArtifactError: nobody may look, or no file can have such a name.
+    """
     if isinstance(what, torch.nn.Module):
         return "eager"
     path = Path(what)
-    if is_bundle(path):
+    if may_be_bundle(path) and is_bundle(path):
         return "bundle"
     if path.suffix == ".mlpackage" or (path / "Manifest.json").is_file():
         return "mlpackage"
