@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from llm_coreml.errors import LlmCoreMLError
     from llm_coreml.eval.evaluate import evaluate
     from llm_coreml.eval.results import Evaluation
+    from llm_coreml.eval.trackers.tracking import track
     from llm_coreml.inspect.extraction import extract
     from llm_coreml.pipeline import export
     from llm_coreml.pretrained import push_to_hub_coreml, save_pretrained_coreml
@@ -39,6 +40,7 @@ _HOMES = {
     "push_to_hub_coreml": "llm_coreml.pretrained",
     "qat_config": "llm_coreml.qat",
     "save_pretrained_coreml": "llm_coreml.pretrained",
+    "track": "llm_coreml.eval.trackers.tracking",
 }
 
 # These bring no torch.
@@ -57,6 +59,7 @@ __all__ = [
     "push_to_hub_coreml",
     "qat_config",
     "save_pretrained_coreml",
+    "track",
 ]
 
 

@@ -10,6 +10,7 @@
       VerificationError       8   the artifact does not compute what the model computes
       SystemUnfitError        9   the operating system lacks what this package needs of it
       UnmeasuredError        10   a gate asks for a figure that was not measured
+      TrackerError           11   measured and kept, but a tracker could not be told
 
 A message is one sentence or two: the value, the rule it breaks, and what to do next.
 Ctrl-C exits with 130, SIGHUP with 129, SIGTERM with 143.
@@ -100,6 +101,12 @@ class UnmeasuredError(LlmCoreMLError):
     """A gate asks for a figure that was not measured, so that nobody knows whether it holds."""
 
     exit_code = 10
+
+
+class TrackerError(LlmCoreMLError):
+    """A tracker could not be told of an evaluation, which is kept."""
+
+    exit_code = 11
 
 
 def nearest(value: str, known: Iterable[str]) -> str:

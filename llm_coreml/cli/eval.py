@@ -17,6 +17,7 @@ from llm_coreml.cli.options import (
     UNCHECKED,
     VERBOSE,
 )
+from llm_coreml.cli.track_options import TrackOptions, telling, tracked
 
 if TYPE_CHECKING:  # rich, which --help does without
     from llm_coreml.cli.terminal import Screen
@@ -39,6 +40,7 @@ if TYPE_CHECKING:  # rich, which --help does without
 )
 @click.option("--device-name", help="With --import: what to call the device.")
 @gated
+@tracked
 @MODE
 @DEVICE
 @UNCHECKED
@@ -54,6 +56,7 @@ def eval_command(
     device_run: Path | None,
     device_name: str | None,
     gate_options: GateOptions,
+    track_options: TrackOptions,
     mode: str,
     device: str,
     unchecked: bool,
@@ -68,6 +71,7 @@ def eval_command(
     \b
     llm-coreml eval out
     llm-coreml eval out --max-kl 0.05 --against baseline.json --junit gates.xml
+    llm-coreml eval out --results results --track wandb:my-project --track tensorboard:runs
     llm-coreml eval out --import device.json --device-name "iPhone 16 Pro"
     """
     from llm_coreml.cli.terminal import terminal
@@ -76,13 +80,14 @@ def eval_command(
         raise click.UsageError("--import and --device-name belong together; give both or none.")
     with terminal(verbose) as screen:
         if device_run is not None and device_name is not None:
-            _import(screen, bundle, device_run, device_name, not unchecked, form)
+            _import(screen, bundle, (device_run, device_name), track_options, not unchecked, form)
             return
         from llm_coreml.cli.tables import evaluation_table
         from llm_coreml.eval.evaluate import evaluate
         from llm_coreml.reference.program.execution import Execution
 
         gates = gate_options.gates(artifact_only)
+        trackers = track_options.trackers(screen)
         result = evaluate(
             bundle,
             model=model,
@@ -95,14 +100,25 @@ def eval_command(
             progress=screen.progress,
         )
         document = result.to_json()
+        failure = track_options.tell(screen, trackers, document, bundle)
         screen.show(form, document, lambda: evaluation_table(result))
-        gate_options.judge(gates, str(bundle), document)
+        with telling(failure):
+            gate_options.judge(gates, str(bundle), document)
 
 
-def _import(screen: Screen, bundle: Path, run: Path, device: str, checked: bool, form: str) -> None:
+def _import(
+    screen: Screen,
+    bundle: Path,
+    device: tuple[Path, str],
+    track_options: TrackOptions,
+    checked: bool,
+    form: str,
+) -> None:
     """Put a device's figures into a bundle's results, and show those of all devices."""
     from llm_coreml.cli.cells import devices_table
     from llm_coreml.eval.devices import import_device_run
 
-    results, devices = import_device_run(bundle, run, device, checked)
-    screen.show(form, results, lambda: devices_table(devices))
+    trackers = track_options.trackers(screen)
+    results, devices = import_device_run(bundle, *device, checked)
+    with telling(track_options.tell(screen, trackers, results, bundle)):
+        screen.show(form, results, lambda: devices_table(devices))

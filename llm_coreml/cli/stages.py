@@ -42,6 +42,7 @@ _LABELS = {
     "answer": "having bundles answer",
     "score": "scoring text",
     "time": "timing calls",
+    "track": "telling a tracker",
     "watch": "watching every operation",
     "compare": "comparing every operation",
     "build": "building the C++ runner",

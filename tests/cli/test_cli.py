@@ -36,7 +36,7 @@ from llm_coreml.targets import TARGETS
 
 COMMANDS = (
     *("compare", "dashboard", "diff", "eval", "export", "extract", "generate", "inspect"),
-    *("lm-eval", "ls", "report", "run", "show"),
+    *("lm-eval", "ls", "report", "run", "show", "track"),
 )
 STAGES = (
     "opening the checkpoint ...",

@@ -51,6 +51,7 @@ REQUIRED = {
     "lm-eval": ("-m", "gone", "-t", "gone"),
     "ls": (),
     "report": ("gone", "-o", "page.html"),
+    "track": ("gone", "--to", "wandb"),
 }
 CODES = {0, 2, 4, 5, 6, 7}
 
