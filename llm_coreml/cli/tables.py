@@ -164,7 +164,8 @@ def evaluation_table(result: Evaluation) -> Group:
     size = plain("part", "bytes")
     for name, count in result.bytes.items():
         size.add_row(f"  {name.split('/')[1]}" if "/" in name else name, f"{count:,}")
-    size.add_row("bits per weight", f"{result.bits_per_weight:.2f}")
+    if result.bits_per_weight is not None:
+        size.add_row("bits per weight", f"{result.bits_per_weight:.2f}")
     text = f"{result.tokens:,} tokens of {result.text}, windows of up to {result.window}"
     devices = [devices_table(result.devices)] if result.devices else []
     further = [line(told) for row in result.qualities for told in _further(row)]

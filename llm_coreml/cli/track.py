@@ -58,6 +58,6 @@ def track_command(
             table.add_row(*run.values())
         shown = {"runs": runs, "failures": list(failures.values())}
         screen.show(form, shown, lambda: table)
-        failure = failed(failures, list(results))
+        failure = failed(failures, *results)
         if failure is not None:
             raise failure

@@ -50,20 +50,35 @@ class TrackOptions:
         return read_trackers(self.track, screen)
 
     def tell(
-        self, screen: Screen, trackers: list[Tracker], document: dict[str, Any], bundle: Path
+        self,
+        screen: Screen,
+        trackers: list[Tracker],
+        document: dict[str, Any],
+        measured: Path,
+        results: Path | None,
     ) -> TrackerError | None:
-        """Tell trackers of an evaluation that is written, and return what to say of failures."""
+        """Tell trackers of an evaluation that is written, and return what to say of failures.
+
+        Args:
+            screen: Draws the waiting.
+            trackers: Whom to tell.
+            document: The evaluation.
+            measured: What was measured.
+            results: Folder to which it was appended.
+        """
         if not trackers:
             return None
         from llm_coreml.eval.trackers.record import record_of
 
+        folder = measured.parent if measured.is_file() else measured
+        bundle = folder if document["subject"]["kind"] == "bundle" else None
         record = record_of(document, bundle, self.run_name or "")
         failures: dict[Tracker, str] = {}
         for tracker in trackers:
             told = tell(screen, tracker, [record])
             if isinstance(told, str):
                 failures[tracker] = told
-        return failed(failures, [bundle])
+        return failed(failures, bundle or results)
 
 
 def read_trackers(given: tuple[str, ...], screen: Screen) -> list[Tracker]:
@@ -101,15 +116,23 @@ def tell(screen: Screen, tracker: Tracker, records: list[Record]) -> list[str] |
     return places
 
 
-def failed(failures: dict[Tracker, str], places: list[Path]) -> TrackerError | None:
-    """Return what to say of trackers that were not told, and how to tell them again."""
+def failed(failures: dict[Tracker, str], *places: Path | None) -> TrackerError | None:
+    """Return what to say of trackers that were not told, and how to tell them again.
+
+    Args:
+        failures: Why each was not.
+        places: Where the results are kept; None if they were printed alone.
+    """
     if not failures:
         return None
-    words = ["llm-coreml", "track", *map(str, places)]
-    for tracker in failures:
-        words += ["--to", str(tracker)]
-    again = shlex.join(words)
-    return TrackerError(f"{' '.join(failures.values())} The results are kept; tell again: {again}")
+    kept = [str(place) for place in places if place is not None]
+    again = [word for tracker in failures for word in ("--to", str(tracker))]
+    told = (
+        f"The results are kept; tell again: {shlex.join(['llm-coreml', 'track', *kept, *again])}"
+        if kept
+        else "The results are those printed; --results DIR keeps them for llm-coreml track."
+    )
+    return TrackerError(f"{' '.join(failures.values())} {told}")
 
 
 @contextmanager
