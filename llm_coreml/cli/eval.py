@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -17,13 +17,14 @@ from llm_coreml.cli.options import (
     UNCHECKED,
     VERBOSE,
 )
-from llm_coreml.cli.track_options import TrackOptions, telling, tracked
+from llm_coreml.cli.track_options import Telling, TrackOptions, tracked
 
 # As in `eval.runtimes`, which would bring torch.
 RUNTIMES = ("auto", "reference", "executorch", "eager")
 
 if TYPE_CHECKING:  # rich, which --help does without
     from llm_coreml.cli.terminal import Screen
+    from llm_coreml.eval.results import Evaluation
 
 
 @click.command("eval")
@@ -88,7 +89,7 @@ def eval_command(
     device_run: Path | None,
     device_name: str | None,
     gate_options: GateOptions,
-    track_options: TrackOptions,
+    tracking: TrackOptions,
     mode: str,
     device: str,
     unchecked: bool,
@@ -101,7 +102,6 @@ def eval_command(
     which gets a results.json, a .pte, a .mlpackage, or a model by folder or hub id.
 
     \b
-    llm-coreml eval out
     llm-coreml eval model-0.mlpackage --tokenizer out --model models/llama
     llm-coreml eval out --max-kl 0.05 --against baseline.json --junit gates.xml
     llm-coreml eval out --results results --track wandb:my-project --track tensorboard:runs
@@ -110,16 +110,13 @@ def eval_command(
     _check_together(device_run, device_name, cache, no_cache)
     from llm_coreml.cli.terminal import terminal
 
-    with terminal(verbose) as screen:
+    with terminal(verbose) as screen, tracking.telling(screen) as trackers:
         if device_run is not None and device_name is not None:
-            run = (device_run, device_name)
-            return _import(screen, bundle, run, track_options, not unchecked, form)
-        from llm_coreml.cli.tables import evaluation_table
+            return _import(screen, bundle, device_run, device_name, trackers, not unchecked, form)
         from llm_coreml.eval.evaluate import evaluate
         from llm_coreml.reference.program.execution import Execution
 
         gates = gate_options.gates(artifact_only)
-        trackers = track_options.trackers(screen)
         result = evaluate(
             bundle,
             tokenizer,
@@ -135,10 +132,20 @@ def eval_command(
             jobs=jobs,
             progress=screen.progress,
         )
-        failure = track_options.tell(screen, trackers, result.to_json(), bundle, results)
-        screen.show(form, result.to_json(), lambda: evaluation_table(result))
-        with telling(failure):
-            gate_options.judge(gates, str(bundle), result.to_json())
+        document = _tell(trackers, result, bundle, results, form)
+        gate_options.judge(gates, str(bundle), document)
+
+
+def _tell(
+    trackers: Telling, result: Evaluation, measured: Path, results: Path | None, form: str
+) -> dict[str, Any]:
+    """Tell trackers of an evaluation, show it, and return its document."""
+    from llm_coreml.cli.tables import evaluation_table
+
+    document = result.to_json()
+    trackers.tell(document, measured, results)
+    trackers.screen.show(form, document, lambda: evaluation_table(result))
+    return document
 
 
 def _check_together(
@@ -154,8 +161,9 @@ def _check_together(
 def _import(
     screen: Screen,
     bundle: Path,
-    device: tuple[Path, str],
-    track_options: TrackOptions,
+    run: Path,
+    device: str,
+    trackers: Telling,
     checked: bool,
     form: str,
 ) -> None:
@@ -163,7 +171,6 @@ def _import(
     from llm_coreml.cli.cells import devices_table
     from llm_coreml.eval.devices import import_device_run
 
-    trackers = track_options.trackers(screen)
-    results, devices = import_device_run(bundle, *device, checked)
-    with telling(track_options.tell(screen, trackers, results, bundle, None)):
-        screen.show(form, results, lambda: devices_table(devices))
+    results, devices = import_device_run(bundle, run, device, checked)
+    trackers.tell(results, bundle)
+    screen.show(form, results, lambda: devices_table(devices))

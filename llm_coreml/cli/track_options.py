@@ -41,44 +41,62 @@ class TrackOptions:
         if self.run_name is not None and not self.track:
             raise click.UsageError("--run-name is what trackers call a run; give one with --track.")
 
-    def trackers(self, screen: Screen) -> list[Tracker]:
-        """Return the trackers; of those that are not installed, a note tells before the work.
+    @contextmanager
+    def telling(self, screen: Screen) -> Iterator[Telling]:
+        """Give what tells trackers, and raise what failed behind the block, or with what ends it.
 
         Raises:
-            ConfigError: one that is not known.
+            ConfigError: a tracker that is not known; nothing is measured then.
+            TrackerError: one could not be told.
         """
-        return read_trackers(self.track, screen)
+        telling = Telling(screen, read_trackers(self.track, screen), self.run_name or "")
+        try:
+            yield telling
+        except LlmCoreMLError as error:
+            if telling.failure is None:
+                raise
+            raise type(error)(f"{error} {telling.failure}") from None
+        if telling.failure is not None:
+            raise telling.failure
 
-    def tell(
-        self,
-        screen: Screen,
-        trackers: list[Tracker],
-        document: dict[str, Any],
-        measured: Path,
-        results: Path | None,
-    ) -> TrackerError | None:
-        """Tell trackers of an evaluation that is written, and return what to say of failures.
+
+@dataclass
+class Telling:
+    """Tells trackers of an evaluation that is written.
+
+    Attributes:
+        screen: Draws the waiting.
+        trackers: Whom to tell.
+        run_name: What they call the run; empty for the name of what was measured.
+        failure: What to say of those that were not told.
+    """
+
+    screen: Screen
+    trackers: list[Tracker]
+    run_name: str
+    failure: TrackerError | None = None
+
+    def tell(self, document: dict[str, Any], measured: Path, results: Path | None = None) -> None:
+        """Tell all of them, whichever fails.
 
         Args:
-            screen: Draws the waiting.
-            trackers: Whom to tell.
             document: The evaluation.
             measured: What was measured.
             results: Folder to which it was appended.
         """
-        if not trackers:
-            return None
+        if not self.trackers:
+            return
         from llm_coreml.eval.trackers.record import record_of
 
         folder = measured.parent if measured.is_file() else measured
         bundle = folder if document["subject"]["kind"] == "bundle" else None
-        record = record_of(document, bundle, self.run_name or "")
+        record = record_of(document, bundle, self.run_name)
         failures: dict[Tracker, str] = {}
-        for tracker in trackers:
-            told = tell(screen, tracker, [record])
+        for tracker in self.trackers:
+            told = tell(self.screen, tracker, [record])
             if isinstance(told, str):
                 failures[tracker] = told
-        return failed(failures, bundle or results)
+        self.failure = failed(failures, bundle or results)
 
 
 def read_trackers(given: tuple[str, ...], screen: Screen) -> list[Tracker]:
@@ -135,25 +153,12 @@ def failed(failures: dict[Tracker, str], *places: Path | None) -> TrackerError |
     return TrackerError(f"{' '.join(failures.values())} {told}")
 
 
-@contextmanager
-def telling(failure: TrackerError | None) -> Iterator[None]:
-    """Raise a tracker's failure behind the block, or with what ends the block."""
-    try:
-        yield
-    except LlmCoreMLError as error:
-        if failure is None:
-            raise
-        raise type(error)(f"{error} {failure}") from None
-    if failure is not None:
-        raise failure
-
-
 def tracked(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options of trackers to a command, which is given them as `track_options`."""
+    """Add the options of trackers to a command, which is given them as `tracking`."""
 
     @functools.wraps(command)
     def call(track: tuple[str, ...], run_name: str | None, **given: Any) -> Any:
-        return command(track_options=TrackOptions(track, run_name), **given)
+        return command(tracking=TrackOptions(track, run_name), **given)
 
     option = click.option(
         "--track",
