@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from llm_coreml.delta.making import make_delta
     from llm_coreml.errors import LlmCoreMLError
     from llm_coreml.eval.evaluate import evaluate
+    from llm_coreml.eval.publish import push_to_hub
     from llm_coreml.eval.results import Evaluation
     from llm_coreml.eval.trackers.tracking import track
     from llm_coreml.inspect.extraction import extract
@@ -41,6 +42,7 @@ _HOMES = {
     "extract": "llm_coreml.inspect.extraction",
     "load": "llm_coreml.bundle.language_model",
     "make_delta": "llm_coreml.delta.making",
+    "push_to_hub": "llm_coreml.eval.publish",
     "push_to_hub_coreml": "llm_coreml.pretrained",
     "qat_config": "llm_coreml.qat",
     "save_pretrained_coreml": "llm_coreml.pretrained",
@@ -62,6 +64,7 @@ __all__ = [
     "extract",
     "load",
     "make_delta",
+    "push_to_hub",
     "push_to_hub_coreml",
     "qat_config",
     "save_pretrained_coreml",

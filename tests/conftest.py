@@ -17,7 +17,7 @@ from llm_coreml.config import ExportConfig
 from shared import Shared
 from tiny import llama
 
-pytest_plugins = ["exported"]
+pytest_plugins = ["exported", "hub_server"]
 
 # Tiny operations gain nothing from threads, and lose much to them beside other work.
 torch.set_num_threads(1)

@@ -29,6 +29,7 @@ from llm_coreml.cli.inspect import inspect_command
 from llm_coreml.cli.listing import ls_command
 from llm_coreml.cli.lm_eval import lm_eval_command
 from llm_coreml.cli.process import INTERRUPTION, check_folder
+from llm_coreml.cli.push import push_command
 from llm_coreml.cli.report import dashboard_command, report_command
 from llm_coreml.cli.run import run_command
 from llm_coreml.cli.show import show_command
@@ -96,6 +97,7 @@ for command in (
     report_command,
     dashboard_command,
     track_command,
+    push_command,
     inspect_command,
     run_command,
     extract_command,

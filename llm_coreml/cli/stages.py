@@ -46,6 +46,7 @@ _LABELS = {
     "layers": "measuring layer by layer",
     "time": "timing calls",
     "track": "telling a tracker",
+    "push": "uploading to the hub",
     "watch": "watching every operation",
     "compare": "comparing every operation",
     "build": "building the C++ runner",

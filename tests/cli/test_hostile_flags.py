@@ -52,6 +52,7 @@ REQUIRED = {
     "inspect": ("gone", "--numerics"),
     "lm-eval": ("-m", "gone", "-t", "gone"),
     "ls": (),
+    "push": ("gone", "me/mine"),
     "report": ("gone", "-o", "page.html"),
     "track": ("gone", "--to", "wandb"),
 }
