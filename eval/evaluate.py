@@ -94,8 +94,6 @@ def evaluate(
             read = read_heldout(text, opened.tokenizer, opened.runner.context, tokens)
             scoring = Scoring(read, metrics, _kept(cache, listener), jobs, execution)
             found = scoring.measure(opened, listener)
-            # Their memory is none of what is timed.
-            opened.originals.clear()
             result = _evaluation(opened, read, found, execution, listener)
         _write(result, opened.bundle, results)
         scoring.forget()

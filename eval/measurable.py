@@ -11,7 +11,7 @@ import hashlib
 import json
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,15 @@ from typing import Any
 import torch
 
 from llm_coreml.bundle.bundled_tokenizer import write_tokenizer
-from llm_coreml.bundle.folder import PROGRAM, RESULTS, TOKENIZER, Bundle, is_bundle, open_bundle
+from llm_coreml.bundle.folder import (
+    PROGRAM,
+    RESULTS,
+    TOKENIZER,
+    Bundle,
+    is_bundle,
+    may_be_bundle,
+    open_bundle,
+)
 from llm_coreml.bundle.seal import file_sha256
 from llm_coreml.errors import CheckpointError, ConfigError
 from llm_coreml.eval.originals import EAGER, originals
@@ -37,6 +45,7 @@ from llm_coreml.runtime.package_runner import PackageRunner
 from llm_coreml.runtime.reference import DECLARED
 from llm_coreml.runtime.runner import Runner
 
+Originals = tuple[dict[str, EagerRunner], str]
 Weights = str | Path | torch.nn.Module
 # Windows are shorter, and prompts that are timed.
 _CONTEXT = 2048
@@ -73,8 +82,9 @@ class Measurable:
         runner: Reads tokens.
         load_seconds: Until it could.
         tokenizer: Its `tokenizer.json`, None without one.
-        originals: The models that it is compared to, by name.
-        facts: What figures follow from, by name; `source` is the hash of the original's weights.
+        originals: Opens the models that it is compared to: by name, and the hash of the original's
+            weights.
+        facts: What its own figures follow from, by name.
         sizes: Bytes of every part.
         program_bytes: What a device loads.
         source: What it was made from, None if nobody knows.
@@ -86,7 +96,7 @@ class Measurable:
     runner: Runner
     load_seconds: float
     tokenizer: Path | None
-    originals: dict[str, EagerRunner]
+    originals: Callable[[], Originals]
     facts: Mapping[str, str]
     sizes: dict[str, int]
     program_bytes: int
@@ -122,11 +132,15 @@ def open_measurable(what: Weights, choice: Choice, progress: Progress) -> Iterat
 
 
 def kind_of(what: Weights) -> str:
-    """Return what something is: `bundle`, `pte`, `mlpackage` or `eager`."""
+    """Return what something is: `bundle`, `pte`, `mlpackage` or `eager`.
+
+    Raises:
+        ArtifactError: nobody may look, or no file can have such a name.
+    """
     if isinstance(what, torch.nn.Module):
         return "eager"
     path = Path(what)
-    if is_bundle(path):
+    if may_be_bundle(path) and is_bundle(path):
         return "bundle"
     if path.suffix == ".mlpackage" or (path / "Manifest.json").is_file():
         return "mlpackage"
@@ -147,24 +161,23 @@ def _bundle(path: Path, choice: Choice, progress: Progress) -> Measurable:
     bundle = open_bundle(path, choice.checked)
     check_writable(bundle.folder, RESULTS)
     begun = time.perf_counter()
-    runner: Runner | None = None
-    if choice.runtime != EAGERLY:
-        runner = bundle_runner(bundle, choice.runtime, choice.execution)
-    seconds = time.perf_counter() - begun
-    others: dict[str, EagerRunner] = {}
-    if not choice.alone or runner is None:
-        others = originals(bundle, choice.model, progress)
-    if runner is None:
-        begun = time.perf_counter()
-        runner = others.pop("quantized", None)
-        if runner is None:
+    source, made = bundle.manifest.source, dict[str, EagerRunner]()
+    if choice.runtime == EAGERLY:
+        made = originals(bundle, choice.model, progress)
+        if "quantized" not in made:
             raise ConfigError(
                 "The quantized model of this bundle cannot be made again, so that there is none to "
                 "run with --runtime eager; leave it out."
             )
-        others = {} if choice.alone else others
+    runner = made.pop("quantized", None) or bundle_runner(bundle, choice.runtime, choice.execution)
+    seconds = time.perf_counter() - begun
+
+    def others() -> Originals:
+        if choice.alone:
+            return {}, ""
+        return made or originals(bundle, choice.model, progress), source.sha256
+
     sizes, program = measure_bytes(bundle), file_sha256(bundle.program)
-    source = bundle.manifest.source
     return Measurable(
         subject=Subject("bundle", bundle.folder.resolve().name, program),
         runner=runner,
@@ -172,7 +185,6 @@ def _bundle(path: Path, choice: Choice, progress: Progress) -> Measurable:
         tokenizer=bundle.tokenizer if bundle.tokenizer.is_file() else None,
         originals=others,
         facts={
-            "source": source.sha256,
             "program": program,
             "manifest": json.dumps(bundle.manifest.to_json(), sort_keys=True),
         },
@@ -201,14 +213,13 @@ def _program(path: Path, kind: str, choice: Choice) -> Measurable:
         files = (each for each in sorted(path.rglob("*")) if each.is_file())
         sizes = {f"{path.name}/{each.relative_to(path)}": each.stat().st_size for each in files}
     seconds = time.perf_counter() - begun
-    others, source = _original(choice, runner)
     return Measurable(
         subject=Subject("pte" if kind == "pte" else "mlpackage", path.name, sha256),
         runner=runner,
         load_seconds=seconds,
         tokenizer=_tokenizer(choice.tokenizer, path.parent),
-        originals=others,
-        facts={"source": source, "program": sha256},
+        originals=lambda: _original(choice, runner),
+        facts={"program": sha256},
         sizes=sizes,
         program_bytes=sum(sizes.values()),
         program_sha256=sha256 if kind == "pte" else None,
@@ -232,7 +243,6 @@ def _eager(what: Weights, choice: Choice, place: Path, progress: Progress) -> Me
     if live or choice.tokenizer is None:
         write_tokenizer(model, place, progress.note)
     own = place / TOKENIZER
-    others, source = _original(choice, runner)
     size = sum(value.numel() * value.element_size() for value in decoder.parameters())
     sha256 = model.sha256()
     return Measurable(
@@ -240,15 +250,15 @@ def _eager(what: Weights, choice: Choice, place: Path, progress: Progress) -> Me
         runner=runner,
         load_seconds=seconds,
         tokenizer=own if own.is_file() else _tokenizer(choice.tokenizer, None),
-        originals=others,
-        facts={"source": source, "program": sha256, "spec": repr(model.spec)},
+        originals=lambda: _original(choice, runner),
+        facts={"program": sha256, "spec": repr(model.spec)},
         sizes={"weights": size},
         program_bytes=size,
         source=asdict(model.source),
     )
 
 
-def _original(choice: Choice, runner: Runner) -> tuple[dict[str, EagerRunner], str]:
+def _original(choice: Choice, runner: Runner) -> Originals:
     """Return the original that the user names, and the hash of its weights; nothing without."""
     if choice.model is None or choice.alone:
         return {}, ""

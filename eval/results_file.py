@@ -19,10 +19,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import fastjsonschema
+
 from llm_coreml.bundle.strict_json import parse, validator
 from llm_coreml.config.setting import brief
 from llm_coreml.errors import ConfigError, OutputError
-from llm_coreml.eval.quick_schema import Fits, compiled
 from llm_coreml.eval.result_places import no_results, result_files
 from llm_coreml.eval.results import RESULTS_VERSION
 from llm_coreml.output import check_name, output_error
@@ -157,7 +158,7 @@ def _document(data: bytes, who: str) -> dict[str, Any]:
             f"{RESULTS_VERSION}. Evaluate again, or use the release that wrote it."
         )
     # The library for schemas has the last word; of ten thousand documents it needs eight seconds.
-    wrong = None if _quick()(found) else next(_validator().iter_errors(found), None)
+    wrong = None if fits(found) else next(_validator().iter_errors(found), None)
     if wrong is not None:
         told = wrong.message if len(wrong.message) <= _LONGEST else f"breaks {wrong.validator}"
         raise ConfigError(f"{who} is damaged at {wrong.json_path}: {told}. Evaluate again.")
@@ -172,9 +173,20 @@ def results_schema() -> dict[str, Any]:
     return schema
 
 
+def fits(document: object) -> bool:
+    """Return whether results have the form of the schema: quickly, and without saying why not."""
+    try:
+        _quick()(document)
+    except fastjsonschema.JsonSchemaValueException:
+        return False
+    return True
+
+
 @functools.cache
-def _quick() -> Fits:
-    return compiled(results_schema())
+def _quick() -> Any:
+    # By draft 4, unlike later ones, 1.0 is no integer; the schema has no keyword that is younger.
+    older = {"$schema": "http://json-schema.org/draft-04/schema#"}
+    return fastjsonschema.compile(results_schema() | older)
 
 
 @functools.cache

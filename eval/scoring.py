@@ -64,8 +64,9 @@ class Scoring:
             opened: What is measured, and the models that it is compared to.
             progress: Told of the share of windows that are read.
         """
-        windows, originals, artifact = self._read.windows, opened.originals, opened.runner
-        facts = opened.facts
+        windows, artifact = self._read.windows, opened.runner
+        originals, source = opened.originals()
+        facts = {**opened.facts, "source": source}
         progress.stage("score")
         shared = share((*originals.values(), artifact), windows, self._jobs, self._execution.device)
         if self._jobs is not None and shared.jobs < min(self._jobs, len(windows)):
@@ -76,7 +77,7 @@ class Scoring:
         readers: dict[str, Reader] = dict(originals)
         if self._kept is not None and "original" in originals:
             readers["original"] = RememberedReader(
-                originals["original"], facts["source"], self._kept, shared.threads
+                originals["original"], source, self._kept, shared.threads
             )
         readers["artifact"] = whole_rows(artifact, windows[0], progress.note)
         if shared.jobs > 1:

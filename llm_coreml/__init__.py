@@ -29,8 +29,10 @@ if TYPE_CHECKING:
     from llm_coreml.pretrained import push_to_hub_coreml, save_pretrained_coreml
     from llm_coreml.qat import qat_config
     from llm_coreml.runtime.sampling import Sampling
+    from llm_coreml.training.callback import CoreMLExportCallback
 
 _HOMES = {
+    "CoreMLExportCallback": "llm_coreml.training.callback",
     "Evaluation": "llm_coreml.eval.results",
     "ExportConfig": "llm_coreml.config",
     "LanguageModel": "llm_coreml.bundle.language_model",
@@ -53,6 +55,7 @@ _HOMES = {
 _LIGHT = frozenset({"ExportConfig", "LlmCoreMLError"})
 
 __all__ = [
+    "CoreMLExportCallback",
     "Evaluation",
     "ExportConfig",
     "LanguageModel",

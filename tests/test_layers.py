@@ -67,6 +67,7 @@ LAYERS = (
     ("pipeline",),
     ("pretrained",),
     ("eval",),
+    ("training",),
     ("delta",),
     ("cli",),
 )

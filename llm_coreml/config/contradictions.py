@@ -89,13 +89,20 @@ CONTRADICTIONS = (
         "{skip_ops} leaves it out of that; drop one of them.",
     ),
     Contradiction(
-        lambda config, target: config.constants == "inputs",
-        "--constants inputs would give Core ML every weight as an input of each call "
-        "(ExecuTorch's take_over_constant_data=False): inputs are plain fp16 or fp32 numbers, so "
-        "that no format of few bits could be stored, all weights would be copied for each token, "
-        "and ExecuTorch refuses it beside lower_full_graph, without which it has no enumerated "
-        "lengths. Leave --constants delegate.",
-        error=UnsupportedError,
+        lambda config, target: config.constants == "inputs" and config.backend == "xnnpack",
+        "--constants {constants} is about Core ML's delegates, and --backend xnnpack has none; "
+        "drop one of them.",
+    ),
+    Contradiction(
+        lambda config, target: config.constants == "inputs" and config.pt2e != "none",
+        "--pt2e {pt2e} makes codes of the weights, and --constants {constants} hands them over as "
+        "plain numbers; drop one of them.",
+    ),
+    Contradiction(
+        lambda config, target: config.constants == "inputs" and bool(_engine(config)),
+        "--linear-split, --head-split, --gather-split, --layout, --pad-heads and --profile are for "
+        "weights that are constants of a program, and --constants {constants} hands them over in "
+        "each call; drop one of them.",
     ),
     Contradiction(
         lambda config, target: _too_old(config) and config.functions is not None,

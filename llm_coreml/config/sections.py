@@ -328,7 +328,7 @@ class ProgramSettings(Section):
         read=read_names,
     )
     constants: Literal["delegate", "inputs"] = setting(
-        "delegate", "Where the weights lie: in Core ML's programs; inputs is refused, with reasons."
+        "delegate", "Where the weights lie: in Core ML's programs, or beside them as their inputs."
     )
 
 

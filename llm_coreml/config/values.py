@@ -17,6 +17,8 @@ CONTEXT_MULTIPLE = 32
 MOST_POSITIONS = 2**31 - 1
 MOST_BYTES = 2**63 - 1
 MOST_STEPS = 1_000_000
+# More weights are cut into partitions, whether or not that is asked for.
+MOST_WEIGHTS = 2_000_000_000
 # What can have a partition of its own.
 SPLIT = ("embedding", "head")
 # What ExecuTorch's kernels can run in the place of Core ML, and all that decoders are made of.

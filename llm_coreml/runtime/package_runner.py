@@ -12,6 +12,7 @@ import torch
 
 from llm_coreml.artifact.description import PAST
 from llm_coreml.artifact.mil import Feature
+from llm_coreml.config.job import Shapes
 from llm_coreml.errors import ArtifactError
 from llm_coreml.reference.load import load
 from llm_coreml.reference.program.coreml_program import CoreMLProgram
@@ -73,15 +74,15 @@ class PackageRunner(Runner):
         return tuple(sorted(shape[1] for shape in self._tokens.enumerated or (self._tokens.shape,)))
 
     def _positions(self, path: Path) -> int:
-        """Return the positions that the program certainly has: pads of a call may need the rest."""
+        """Return the positions of a context: states have some beyond it, which pads may reach."""
         held = [each.shape[2] for each in self._program.states if len(each.shape) == 4]
         if not held:
             raise ArtifactError(
                 f"'{path}' has no states [layers, heads, positions, size] that hold keys and "
                 "values, so that nobody knows its context; give the .pte or the bundle."
             )
-        longest = self.seq_lengths[-1]
-        return max(held) - longest if max(held) > longest else max(held)
+        beyond = Shapes(max(held), self.seq_lengths, ranged=self.ranged).spare
+        return max(held) - beyond if max(held) > beyond else max(held)
 
     def _forward(self, tokens: torch.Tensor, start_pos: torch.Tensor) -> torch.Tensor:
         given = {self._tokens.name: tokens, _START: start_pos}

@@ -26,7 +26,7 @@ from llm_coreml.runtime import executorch
 from llm_coreml.runtime.executorch_engine import Engine
 from tiny import llama, save
 
-TOKENS = 40
+TOKENS = 90
 
 
 def measured(what: Any, text: Path, tokenizer: Any = None, **settings: Any) -> Evaluation:
@@ -45,7 +45,10 @@ def test_a_bare_program_has_the_figures_of_its_bundle(
     bundle: Path, checkpoint: Path, text_file: Path, tmp_path: Path, whole: Evaluation
 ) -> None:
     bare = Path(shutil.copy(bundle / "model.pte", tmp_path / "bare.pte"))
-    found = measured(bare, text_file, bundle, model=checkpoint, results=tmp_path / "results")
+    places = {"model": checkpoint, "results": tmp_path / "results"}
+    # Its two windows are read in two processes.
+    found = measured(bare, text_file, bundle, jobs=2, **places)
+    assert len(found.windows) == 2
     assert found.artifact.figures == whole.artifact.figures
     assert [each.name for each in found.qualities] == ["original", "artifact"]
     (written,) = read_results(tmp_path / "results")
@@ -72,6 +75,7 @@ def test_a_package_is_read_as_the_program_around_it(
     steps: list[Step] = []
     found = measured(package, text_file, bundle / "tokenizer.json", progress=steps.append)
     assert found.subject is not None and found.subject.kind == "mlpackage"
+    assert found.windows == whole.windows
     # One token at a time, so that sums come in another order than in chunks.
     assert found.artifact.perplexity == pytest.approx(whole.artifact.perplexity, rel=5e-3)
     assert found.artifact.runtime == "reference runtime" and found.program_sha256 is None

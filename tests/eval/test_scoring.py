@@ -214,7 +214,7 @@ def test_scoring_remembers_and_forgets(decoder: Decoder, tmp_path: Path) -> None
         artifact, notes = FakeRunner(torch.randn(VOCABULARY, VOCABULARY)), Notes()
         scoring = Scoring(READ, metrics, Kept(tmp_path), jobs, Execution())
         others, subject = {"original": EagerRunner(decoder, "x")}, Subject("pte", "a", "2" * 64)
-        opened = Measurable(subject, artifact, 0.1, None, others, FACTS, {}, 0)
+        opened = Measurable(subject, artifact, 0.1, None, lambda: (others, "1"), FACTS, {}, 0)
         found = scoring.measure(opened, notes)
         kept.append(len(list(tmp_path.iterdir())))
         scoring.forget()
