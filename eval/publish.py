@@ -91,7 +91,7 @@ def evaluation_section(record: Record) -> str:
     """Return what a card says of an evaluation: a table with a row for each model."""
     columns, rows = record.models
     shown = [name for name in _FIGURES if name in columns]
-    cells = [
+    cells: list[list[str | float | None]] = [
         ["model", *(name.replace("_", " ") for name in shown)],
         ["---"] * (1 + len(shown)),
         *([row[0], *(row[columns.index(name)] for name in shown)] for row in rows),
