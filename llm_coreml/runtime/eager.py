@@ -83,17 +83,19 @@ class EagerRunner(Runner):
         if count > self.context:
             raise ConfigError(f"{count} tokens do not fit a context of {self.context} positions.")
         numbers = torch.tensor([[self._checked(token) for token in tokens]], dtype=torch.int64)
+        # Never while somebody else runs, who would find and leave the mode of another reader.
         with torch.no_grad():
             x = decoder.embed(numbers, torch.tensor([0]), look_up=_look_up)
             chunk = decoder.window(count)
-            for index in range(len(decoder.spec.layers)):
+        for index in range(len(decoder.spec.layers)):
+            with torch.no_grad():
                 x = decoder.block(index)(x, chunk)
                 layout = Layout.of(decoder.spec, index + 1)
                 carried = layout.taken_apart(x)
                 if change is not None:
                     carried = replace(carried, stream=change(carried.stream))
                     x = layout.put_together(carried)
-                yield carried.stream[0]
+            yield carried.stream[0]
 
     def _calls(self, count: int) -> Iterator[tuple[int, int]]:
         """Yield where calls begin and end that read so many tokens, as `logits` makes them."""

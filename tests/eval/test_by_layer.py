@@ -37,6 +37,17 @@ def test_streams_are_those_that_the_logits_come_from(original: EagerRunner) -> N
         next(original.streams(TOKENS * 2))
 
 
+def test_readers_side_by_side_leave_the_callers_mode(original: EagerRunner) -> None:
+    """Of two modes that are left in the order of their beginning, the second stays."""
+    readers = [original.streams(TOKENS) for _ in range(2)]
+    for reader in readers:
+        next(reader)
+        assert torch.is_grad_enabled()
+    for reader in readers:
+        list(reader)
+    assert torch.is_grad_enabled()
+
+
 def test_a_layer_that_differs_is_told_from_those_before(original: EagerRunner) -> None:
     other = EagerRunner(copy.deepcopy(original.decoder), "other")
     mlp = other.decoder.block(1).mlp
