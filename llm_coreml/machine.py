@@ -94,6 +94,19 @@ def settled() -> Iterator[None]:
                     gc.unfreeze()
 
 
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Collect no garbage but when asked: graphs live long, and going through them takes time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        with settled():
+            yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def collect_rarely() -> None:
     """Look for garbage after so many new objects only; for programs, not for libraries."""
     gc.set_threshold(_NEW_OBJECTS, *gc.get_threshold()[1:])

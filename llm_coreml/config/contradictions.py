@@ -59,6 +59,31 @@ def _skips(config: ExportConfig, name: str) -> bool:
 
 CONTRADICTIONS = (
     Contradiction(
+        lambda config, target: config.adapters == "beside" and config.rotate != "none",
+        "--adapters beside leaves an adapter's matrices as they are, and --rotate {rotate} turns "
+        "what they read and write; drop one of them.",
+    ),
+    Contradiction(
+        lambda config, target: config.adapters == "beside" and config.recover is not None,
+        "--recover {recover} trains what --adapters beside takes from the adapter; drop one of "
+        "them.",
+    ),
+    Contradiction(
+        lambda config, target: (
+            (config.adapters == "beside" or config.recover is not None) and config.pt2e != "none"
+        ),
+        "--pt2e {pt2e} says how a matrix is stored and what it gives as a whole, and --adapters "
+        "beside and --recover add a product to it; drop one of them.",
+    ),
+    Contradiction(
+        lambda config, target: (
+            (config.adapters == "beside" or config.recover is not None)
+            and config.linear_split is not None
+        ),
+        "--linear-split {linear_split} cuts matrices by rows, and --adapters beside and --recover "
+        "add products that are not cut; drop one of them.",
+    ),
+    Contradiction(
         lambda config, target: config.skip_ops is not None and config.backend == "xnnpack",
         "--skip-ops {skip_ops} leaves operations out of Core ML's programs, and --backend xnnpack "
         "has none; drop one of them.",

@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
+from llm_coreml.config.calibration_settings import CalibrationSettings
 from llm_coreml.config.contradictions import check_together
 from llm_coreml.config.export_config import ExportConfig
 from llm_coreml.config.profiles import PROFILES
-from llm_coreml.config.sections import CalibrationSettings, WeightSettings
+from llm_coreml.config.sections import WeightSettings
 from llm_coreml.config.values import (
     CONTEXT_MULTIPLE,
     DEFAULT_CONTEXT,

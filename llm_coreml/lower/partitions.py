@@ -35,7 +35,7 @@ from llm_coreml.decoder import Decoder
 from llm_coreml.decoder.ends import Products, Rows
 from llm_coreml.decoder.parts import Part, Share
 from llm_coreml.decoder.states import state_specs
-from llm_coreml.lower.coreml import head_outputs, uncollected
+from llm_coreml.lower.coreml import head_outputs
 from llm_coreml.lower.method import CoreMLCall, edge_methods, write_methods
 from llm_coreml.lower.multifunction import reference
 from llm_coreml.lower.padded import method_around
@@ -48,6 +48,7 @@ from llm_coreml.lower.program import (
 )
 from llm_coreml.lower.signature import Signature, empty
 from llm_coreml.lower.traced import name_results, trace_method, trace_part
+from llm_coreml.machine import uncollected
 
 
 def lower_partitions(
