@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 from llm_coreml.config.contradictions import check_together
 from llm_coreml.config.export_config import ExportConfig
-from llm_coreml.config.profiles import PROFILES
+from llm_coreml.config.profiles import PROFILES, Profile
 from llm_coreml.config.sections import CalibrationSettings, WeightSettings
 from llm_coreml.config.values import (
     CONTEXT_MULTIPLE,
@@ -28,7 +28,7 @@ from llm_coreml.errors import ConfigError
 from llm_coreml.heads import Head
 from llm_coreml.machine import machine_memory
 from llm_coreml.systems import STATE_SYSTEM, older, opset_of
-from llm_coreml.targets import BACKENDS, PRECISIONS, Layout, Precision, Target, get_target
+from llm_coreml.targets import BACKENDS, PRECISIONS, Layout, NormForm, Precision, Target, get_target
 
 if TYPE_CHECKING:  # the decoder's package would bring torch
     from llm_coreml.decoder.spec import DecoderSpec, Extent
@@ -98,6 +98,7 @@ class Job:
         head: What a row gives.
         cuts: Which matrices are cut.
         layout: What linear layers are.
+        norm: How norms are computed.
         kv_cache: It is a `state`, or `inputs` and outputs of the method.
         functions: The length of each method by name, where there are several.
         shapes: Context and chunk lengths.
@@ -122,6 +123,7 @@ class Job:
     head: Head
     cuts: Cuts
     layout: Layout
+    norm: NormForm
     kv_cache: Literal["state", "inputs"]
     functions: Mapping[str, int]
     shapes: Shapes
@@ -148,6 +150,9 @@ def resolve(config: ExportConfig, spec: DecoderSpec) -> Job:
     # a scale that fp16 does not hold.
     fused = backend.fused_attention and not older(opset_of(config.minimum_os), STATE_SYSTEM)
     weights, profile = config.section(WeightSettings), PROFILES[config.profile]
+    shapes = _fitting(
+        resolve_shapes(config, spec.max_position_embeddings, spec.longest_context), spec
+    )
     return Job(
         config=config,
         weights=replace(weights, embedding=weights.table),
@@ -166,11 +171,10 @@ def resolve(config: ExportConfig, spec: DecoderSpec) -> Job:
             config.head_split or profile.cuts.widest,
             config.gather_split or profile.cuts.gather,
         ),
+        norm=config.norm or _profile_norm(profile, shapes),
         kv_cache=kv_cache,
         functions=functions_of(config.functions) if config.functions else {},
-        shapes=_fitting(
-            resolve_shapes(config, spec.max_position_embeddings, spec.longest_context), spec
-        ),
+        shapes=shapes,
         partition_size=config.partition_size,
         split=config.split or (),
         passes=config.passes,
@@ -178,6 +182,16 @@ def resolve(config: ExportConfig, spec: DecoderSpec) -> Job:
         model_type=config.model_type,
         force=config.force,
     )
+
+
+def _profile_norm(profile: Profile, shapes: Shapes) -> NormForm:
+    """Return how norms are computed where nothing is given.
+
+    A layer norm has been reported to keep a program of several lengths off the Neural Engine
+    (coremltools issue 1909).
+    """
+    enumerated = len(shapes.seq_lengths) > 1 and not shapes.ranged and not shapes.apart
+    return "l2" if profile.norm == "layer" and enumerated else profile.norm or "scaled"
 
 
 def _fitting_head(head: Head, vocab_size: int) -> Head:

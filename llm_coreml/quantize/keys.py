@@ -61,5 +61,7 @@ class Keys:
         entering = [name for name in names if name.startswith(before)]
         owners = ["embed_tokens", *(name for name, _ in beside_blocks(self._decoder.spec))]
         table = self.block(entering, owners, calibrated=False)
-        decoder = repr((self._decoder.spec, self._decoder.attention))
+        form = self._decoder.norm.form
+        forms = self._decoder.attention, *(() if form == "scaled" else (form,))
+        decoder = repr((self._decoder.spec, *forms))
         return make_key({"table": table, "decoder": decoder, "text": repr(self._windows)})

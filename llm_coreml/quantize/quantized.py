@@ -16,6 +16,7 @@ import torch
 
 from llm_coreml.config import Job
 from llm_coreml.decoder import Decoder
+from llm_coreml.decoder.norm import take_form
 from llm_coreml.errors import ConfigError
 from llm_coreml.model import Model
 from llm_coreml.progress import Progress
@@ -190,6 +191,7 @@ def build_decoder(
         shapes.multiple,
     )
     storage = torch.float16 if job.precision.bits == 16 else torch.float32
+    take_form(decoder, job.norm, storage)
     for buffer in decoder.buffers():
         # Tables and numbers too are what the program holds, so that only activations differ.
         if buffer.is_floating_point():

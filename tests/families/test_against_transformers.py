@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from family_table import CASES, TABLE, checkpoint, their_model, write_config
 from llm_coreml.config import ExportConfig, resolve
 from llm_coreml.decoder import Decoder
+from llm_coreml.decoder.norm import take_form
 from llm_coreml.families import known_model_types
 from llm_coreml.model import Model, open_model
 from llm_coreml.quantize import make_plan
@@ -68,6 +69,11 @@ def test_every_family_in_every_split(family: str, case: str, tmp_path: Path) -> 
         for name, parts in SPLITS.items():
             error = (run(decoder, tokens, parts) - expected).abs().max()
             assert error < BOUND, f"{attention}, {name}: {error}"
+    for form in ("l2", "layer"):
+        # With the numbers that a program of fp16 holds.
+        take_form(decoder, form, torch.float16)
+        error = (run(decoder, tokens, SPLITS["whole"]) - expected).abs().max()
+        assert error < BOUND, f"norms as {form}: {error}"
     windows = [layer.mixer.window for layer in model.spec.layers]
     ringed = build(model, "fused", "all", longest=8)
     rings = any(state.ring for state in ringed.states.values())

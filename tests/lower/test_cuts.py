@@ -37,9 +37,14 @@ SIZES: dict[str, Any] = {
 PARTS: dict[str, Any] = {"linear_split": 32, "head_split": 64, "gather_split": 100}
 # What a matrix is stored as, and how it is cut.
 CASES: dict[str, dict[str, Any]] = {
-    "palettes": {"bits": 4, "scheme": "codebook", "target": "ane"},
+    "palettes": {"bits": 4, "scheme": "codebook", "target": "ane", "norm": "layer"},
     "grouped": {"scheme": "int4-group", "embedding": "int4-group"},
-    "per channel, tied": {"scheme": "int4-channel", "tied": True, "gather_split": 32},
+    "per channel, tied": {
+        "scheme": "int4-channel",
+        "tied": True,
+        "gather_split": 32,
+        "norm": "l2",
+    },
     "plain fp32, biases": {"scheme": "none", "compute_precision": "fp32", "biases": True},
     "tables of half a matrix": {
         "scheme": "codebook:3",
@@ -55,7 +60,12 @@ CASES |= {
     "conv, grouped, every row": {**CASES["grouped"], "layout": "conv", "logits": "all"},
     "conv, plain fp32, biases": {**CASES["plain fp32, biases"], "layout": "conv"},
     "conv, vectors": {**CASES["vectors"], "layout": "conv"},
-    "conv, topk, window": {**CASES["topk, window"], "layout": "conv", "pad_heads": True},
+    "conv, topk, window": {
+        **CASES["topk, window"],
+        "layout": "conv",
+        "pad_heads": True,
+        "norm": "l2",
+    },
     "padded, given caches": {**CASES["caches that are given"], "pad_heads": True},
 }
 FURTHER = (
@@ -206,11 +216,17 @@ def test_older_systems_have_no_parts_of_packed_weights() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "attention"), [("ane-ios18", "fused"), ("ane-ios26", "decomposed")]
+    ("name", "attention", "norm"),
+    [("ane-ios18", "fused", "layer"), ("ane-ios26", "decomposed", "l2")],
 )
-def test_a_profile_is_what_is_not_given(name: Any, attention: str) -> None:
+def test_a_profile_is_what_is_not_given(name: Any, attention: str, norm: str) -> None:
     spec = small_spec()
     job = resolve(ExportConfig(target="ane", profile=name), spec)
+    # No layer norm in a program of several lengths.
+    assert job.norm == "l2"
+    for one in ({"seq_lengths": (8,)}, {"functions": "prefill:8,decode:1"}):
+        assert resolve(ExportConfig(target="ane", profile=name, **one), spec).norm == norm
+    assert resolve(ExportConfig(target="ane", profile=name, norm="scaled"), spec).norm == "scaled"
     assert job.cuts == Cuts(1024, 16384, 16384) and job.attention == attention
     assert job.shapes.extent.multiple == 32 and job.layout == "linear"
     own = resolve(ExportConfig(target="ane", profile=name, linear_split=512), spec)
