@@ -19,6 +19,8 @@ from llm_coreml.errors import ConfigError, nearest
 Layout = Literal["linear", "conv"]
 # How a norm is computed, see `decoder.norm`.
 NormForm = Literal["scaled", "l2", "layer"]
+# Whether a program does the same in as few operations as are known.
+Operations = Literal["usual", "fewest"]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from llm_coreml.config.profiles import Name
 from llm_coreml.config.setting import Section, setting
 from llm_coreml.config.values import MOST_POSITIONS
-from llm_coreml.targets import Layout, NormForm
+from llm_coreml.targets import Layout, NormForm, Operations
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,11 @@ class EngineSettings(Section):
         None,
         "Norms step by step, as one Euclidean norm, or as the layer norm of [x, -x].",
         shown="scaled; the profile's",
+    )
+    operations: Operations | None = setting(
+        None,
+        "fewest gives the same numbers by fewer operations of Core ML.",
+        shown="usual; the profile's",
     )
     linear_split: int | None = setting(
         None,

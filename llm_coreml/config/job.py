@@ -28,7 +28,16 @@ from llm_coreml.errors import ConfigError
 from llm_coreml.heads import Head
 from llm_coreml.machine import machine_memory
 from llm_coreml.systems import STATE_SYSTEM, older, opset_of
-from llm_coreml.targets import BACKENDS, PRECISIONS, Layout, NormForm, Precision, Target, get_target
+from llm_coreml.targets import (
+    BACKENDS,
+    PRECISIONS,
+    Layout,
+    NormForm,
+    Operations,
+    Precision,
+    Target,
+    get_target,
+)
 
 if TYPE_CHECKING:  # the decoder's package would bring torch
     from llm_coreml.decoder.spec import DecoderSpec, Extent
@@ -99,6 +108,7 @@ class Job:
         cuts: Which matrices are cut.
         layout: What linear layers are.
         norm: How norms are computed.
+        operations: Whether they are as few as are known.
         kv_cache: It is a `state`, or `inputs` and outputs of the method.
         functions: The length of each method by name, where there are several.
         shapes: Context and chunk lengths.
@@ -124,6 +134,7 @@ class Job:
     cuts: Cuts
     layout: Layout
     norm: NormForm
+    operations: Operations
     kv_cache: Literal["state", "inputs"]
     functions: Mapping[str, int]
     shapes: Shapes
@@ -172,6 +183,7 @@ def resolve(config: ExportConfig, spec: DecoderSpec) -> Job:
             config.gather_split or profile.cuts.gather,
         ),
         norm=config.norm or _profile_norm(profile, shapes),
+        operations=config.operations or profile.operations,
         kv_cache=kv_cache,
         functions=functions_of(config.functions) if config.functions else {},
         shapes=shapes,

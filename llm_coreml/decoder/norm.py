@@ -64,6 +64,7 @@ class RMSNorm(nn.Module):
     inverse_range: torch.Tensor
     shrink: torch.Tensor
     grow: torch.Tensor
+    _behind: float
     weight: nn.Parameter | None
     bias: nn.Parameter | None
 
@@ -117,7 +118,8 @@ class RMSNorm(nn.Module):
     def _normed(self, x: torch.Tensor) -> torch.Tensor:
         if self.form == "l2":
             row = F.pad(x * self.shrink, (0, _BEHIND), value=self._behind)
-            return x / (torch.linalg.vector_norm(row, dim=-1, keepdim=True) * self.grow)
+            length: torch.Tensor = torch.linalg.vector_norm(row, dim=-1, keepdim=True)
+            return x / (length * self.grow)
         largest = torch.maximum(x.abs().amax(dim=-1, keepdim=True), self.smallest_scale)
         scale = largest * self.inverse_range
         scaled = x / scale

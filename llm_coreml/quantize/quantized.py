@@ -189,6 +189,7 @@ def build_decoder(
         shapes.longest,
         job.head,
         shapes.multiple,
+        job.operations,
     )
     storage = torch.float16 if job.precision.bits == 16 else torch.float32
     take_form(decoder, job.norm, storage)

@@ -37,7 +37,13 @@ SIZES: dict[str, Any] = {
 PARTS: dict[str, Any] = {"linear_split": 32, "head_split": 64, "gather_split": 100}
 # What a matrix is stored as, and how it is cut.
 CASES: dict[str, dict[str, Any]] = {
-    "palettes": {"bits": 4, "scheme": "codebook", "target": "ane", "norm": "layer"},
+    "palettes": {
+        "bits": 4,
+        "scheme": "codebook",
+        "target": "ane",
+        "norm": "layer",
+        "operations": "fewest",
+    },
     "grouped": {"scheme": "int4-group", "embedding": "int4-group"},
     "per channel, tied": {
         "scheme": "int4-channel",
@@ -51,7 +57,12 @@ CASES: dict[str, dict[str, Any]] = {
         "codebook_rows": 32,
         "embedding": "codebook:4",
     },
-    "vectors": {"scheme": "codebook:2", "codebook_vector": 4, "minimum_os": "iOS26"},
+    "vectors": {
+        "scheme": "codebook:2",
+        "codebook_vector": 4,
+        "minimum_os": "iOS26",
+        "operations": "fewest",
+    },
     "topk, window": {"scheme": "int8-channel", "head": "topk:6", "window": 7},
     "caches that are given": {"scheme": "int8-channel", "kv_cache": "inputs"},
 }
@@ -223,7 +234,7 @@ def test_a_profile_is_what_is_not_given(name: Any, attention: str, norm: str) ->
     spec = small_spec()
     job = resolve(ExportConfig(target="ane", profile=name), spec)
     # No layer norm in a program of several lengths.
-    assert job.norm == "l2"
+    assert job.norm == "l2" and job.operations == "fewest"
     for one in ({"seq_lengths": (8,)}, {"functions": "prefill:8,decode:1"}):
         assert resolve(ExportConfig(target="ane", profile=name, **one), spec).norm == norm
     assert resolve(ExportConfig(target="ane", profile=name, norm="scaled"), spec).norm == "scaled"
