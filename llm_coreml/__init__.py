@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llm_coreml.bundle.language_model import LanguageModel, load
     from llm_coreml.config import ExportConfig
+    from llm_coreml.delta.applying import apply_delta
+    from llm_coreml.delta.making import make_delta
     from llm_coreml.errors import LlmCoreMLError
     from llm_coreml.eval.evaluate import evaluate
     from llm_coreml.eval.results import Evaluation
@@ -32,10 +34,12 @@ _HOMES = {
     "LanguageModel": "llm_coreml.bundle.language_model",
     "LlmCoreMLError": "llm_coreml.errors",
     "Sampling": "llm_coreml.runtime.sampling",
+    "apply_delta": "llm_coreml.delta.applying",
     "evaluate": "llm_coreml.eval.evaluate",
     "export": "llm_coreml.pipeline",
     "extract": "llm_coreml.inspect.extraction",
     "load": "llm_coreml.bundle.language_model",
+    "make_delta": "llm_coreml.delta.making",
     "push_to_hub_coreml": "llm_coreml.pretrained",
     "qat_config": "llm_coreml.qat",
     "save_pretrained_coreml": "llm_coreml.pretrained",
@@ -50,10 +54,12 @@ __all__ = [
     "LanguageModel",
     "LlmCoreMLError",
     "Sampling",
+    "apply_delta",
     "evaluate",
     "export",
     "extract",
     "load",
+    "make_delta",
     "push_to_hub_coreml",
     "qat_config",
     "save_pretrained_coreml",

@@ -3,6 +3,8 @@
 machine_memory()       # bytes
 free_memory()
 peak_memory()          # bytes
+with settled():        # what is there already is not looked through for garbage
+    ...
 """
 
 from __future__ import annotations
@@ -14,8 +16,24 @@ import gc
 import os
 import resource
 import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 _M_ARENA_MAX = -8  # of glibc's malloc.h
+# A program that loads half a million objects that stay looks for garbage after so many new ones.
+_NEW_OBJECTS = 10_000
+
+
+@dataclass
+class _Settled:
+    """How many blocks of `settled` are open, in all threads."""
+
+    blocks: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+_SETTLED = _Settled()
 
 
 @functools.cache
@@ -40,6 +58,34 @@ def trim_memory() -> None:
     """Give the system back what the C library keeps of freed tensors."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)  # glibc alone has it
+
+
+@contextlib.contextmanager
+def settled() -> Iterator[None]:
+    """Have the search for garbage pass over what is there when the block begins, until it ends.
+
+    Python goes through all objects of a process for it: of the libraries that an export loads they
+    are so many that it takes most of a second each time. A block within a block adds what has come
+    since. Where the process has frozen objects itself, they stay frozen, and nothing is added.
+    """
+    with _SETTLED.lock:
+        ours = _SETTLED.blocks > 0 or gc.get_freeze_count() == 0
+        if ours:
+            _SETTLED.blocks += 1
+            gc.freeze()
+    try:
+        yield
+    finally:
+        if ours:
+            with _SETTLED.lock:
+                _SETTLED.blocks -= 1
+                if not _SETTLED.blocks:
+                    gc.unfreeze()
+
+
+def collect_rarely() -> None:
+    """Look for garbage after so many new objects only; for programs, not for libraries."""
+    gc.set_threshold(_NEW_OBJECTS, *gc.get_threshold()[1:])
 
 
 def keep_one_heap() -> None:

@@ -40,7 +40,7 @@ from llm_coreml.decoder.states import state_specs
 from llm_coreml.errors import UnsupportedError, VerificationError
 from llm_coreml.lower.forms import form_for
 from llm_coreml.lower.shares import Cut, cut_of
-from llm_coreml.machine import free_memory, trim_memory
+from llm_coreml.machine import free_memory, settled, trim_memory
 from llm_coreml.model import Model, open_model
 from llm_coreml.output import write_json
 from llm_coreml.progress import Progress
@@ -131,7 +131,8 @@ def export(
         if run.config.calibrate is not None:
             read_content(run.config.calibrate)  # what is wrong with it is told before work is done
         opened = run.open(model, tokenizer, revision, local_files_only)
-        _make(run, opened, Path(output), overwrite)
+        with settled():
+            _make(run, opened, Path(output), overwrite)
     return open_bundle(Path(output))
 
 

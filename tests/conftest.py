@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -21,6 +22,8 @@ pytest_plugins = ["exported"]
 # Tiny operations gain nothing from threads, and lose much to them beside other work.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+
+_last_path: Path | None = None  # of the file whose tests run
 
 
 @pytest.fixture
@@ -71,6 +74,19 @@ def three_layers(shared: Shared) -> Artifact:
     model = llama(num_hidden_layers=3, vocab_size=257, tie_word_embeddings=True)
     config = ExportConfig(context=32, seq_lengths=(1, 16), **UNQUANTIZED)
     return lower(model, config, shared)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Have the search for garbage pass over the libraries, and what earlier files have left.
+
+    A search through these takes most of a second, and every export asks for several.
+    """
+    global _last_path
+    if item.path != _last_path:
+        _last_path = item.path
+        gc.collect()
+        gc.freeze()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -67,6 +67,7 @@ LAYERS = (
     ("pipeline",),
     ("pretrained",),
     ("eval",),
+    ("delta",),
     ("cli",),
 )
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}

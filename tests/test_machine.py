@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 
-from llm_coreml.machine import machine_memory, peak_memory
+from llm_coreml.machine import machine_memory, peak_memory, settled
 
 # Prints the C library's own account of its heaps, after a thread has allocated.
 _HEAPS = """
@@ -40,3 +42,50 @@ def test_threads_share_the_heap(argument: str, one: bool) -> None:
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=plain)
     told = done.stdout
     assert (told.count("<heap nr=") == 1) == one
+
+
+@pytest.fixture
+def thawed() -> Iterator[None]:
+    """Nothing frozen at first, as in a process that has not asked; searched when a test says so."""
+    gc.unfreeze()
+    gc.disable()
+    yield
+    gc.enable()
+    gc.freeze()
+
+
+class Loop:
+    """What only the search for garbage frees."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
+def loops() -> int:
+    return sum(type(held) is Loop for held in gc.get_objects())
+
+
+def test_a_settled_process_is_searched_for_new_garbage_alone(thawed: None) -> None:
+    Loop()
+    with settled():
+        assert not loops() and gc.get_freeze_count()
+        gc.collect()
+        Loop()
+        assert loops() == 1
+        with settled():
+            gc.collect()
+            assert gc.get_freeze_count()
+        assert gc.get_freeze_count(), "the block around it goes on"
+    assert not gc.get_freeze_count() and loops() == 2
+    gc.collect()
+    assert not loops()
+
+
+def test_what_a_process_has_frozen_itself_stays_so(thawed: None) -> None:
+    gc.freeze()
+    frozen = gc.get_freeze_count()
+    with settled():
+        Loop()
+        gc.collect()
+        assert not loops()
+    assert gc.get_freeze_count() == frozen

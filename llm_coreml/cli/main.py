@@ -19,6 +19,7 @@ from typing import Any
 import click
 
 from llm_coreml.cli.compare import compare_command
+from llm_coreml.cli.delta import apply_command, delta_command
 from llm_coreml.cli.diff import diff_command
 from llm_coreml.cli.eval import eval_command
 from llm_coreml.cli.export import export_command
@@ -32,7 +33,7 @@ from llm_coreml.cli.report import dashboard_command, report_command
 from llm_coreml.cli.run import run_command
 from llm_coreml.cli.show import show_command
 from llm_coreml.errors import LlmCoreMLError
-from llm_coreml.machine import keep_one_heap
+from llm_coreml.machine import collect_rarely, keep_one_heap
 from llm_coreml.printable import MESSAGE, printable
 
 
@@ -96,6 +97,8 @@ for command in (
     inspect_command,
     run_command,
     extract_command,
+    delta_command,
+    apply_command,
 ):
     cli.add_command(command)
 
@@ -103,6 +106,7 @@ for command in (
 def main() -> None:
     """Run the command line and exit with its code."""
     keep_one_heap()
+    collect_rarely()
     try:
         code = cli.main(standalone_mode=False) or 0
         INTERRUPTION.finish()

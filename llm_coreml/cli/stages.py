@@ -38,6 +38,7 @@ _LABELS = {
     "read": "reading a text with the quantized model",
     "lower": "lowering to an ExecuTorch program",
     "verify": "verifying the artifact",
+    "delta": "finding what differs",
     "tasks": "listing tasks",
     "answer": "having bundles answer",
     "score": "scoring text",

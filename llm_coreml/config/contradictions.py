@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from llm_coreml.config.engine import EngineSettings
 from llm_coreml.config.export_config import ExportConfig
 from llm_coreml.config.setting import Setting, settings_of
+from llm_coreml.config.values import SKIP_HEAD, SKIP_TABLE
 from llm_coreml.errors import ConfigError, LlmCoreMLError, UnsupportedError
 from llm_coreml.systems import STATE_SYSTEM, older, opset_of
 from llm_coreml.targets import Target
@@ -52,7 +53,41 @@ def _engine(config: ExportConfig) -> list[Setting]:
     ]
 
 
+def _skips(config: ExportConfig, name: str) -> bool:
+    return name in (config.skip_ops or ())
+
+
 CONTRADICTIONS = (
+    Contradiction(
+        lambda config, target: config.skip_ops is not None and config.backend == "xnnpack",
+        "--skip-ops {skip_ops} leaves operations out of Core ML's programs, and --backend xnnpack "
+        "has none; drop one of them.",
+    ),
+    Contradiction(
+        lambda config, target: _skips(config, SKIP_TABLE) and "embedding" in (config.split or ()),
+        "--skip-ops {skip_ops} leaves the token table out of Core ML, and --split {split} gives it "
+        "a partition of Core ML's; drop one of them.",
+    ),
+    Contradiction(
+        lambda config, target: _skips(config, SKIP_HEAD) and "head" in (config.split or ()),
+        "--skip-ops {skip_ops} leaves the head's matrix out of Core ML, and --split {split} gives "
+        "it a partition of Core ML's; drop one of them.",
+    ),
+    Contradiction(
+        lambda config, target: _skips(config, SKIP_HEAD) and config.head != "logits",
+        "--head {head} has Core ML's program choose tokens by their logits, and --skip-ops "
+        "{skip_ops} computes these behind it; drop one of them.",
+    ),
+    Contradiction(
+        lambda config, target: _skips(config, SKIP_HEAD) and config.head_split is not None,
+        "--head-split {head_split} cuts the head's matrix in Core ML's program, and --skip-ops "
+        "{skip_ops} leaves it out of that; drop one of them.",
+    ),
+    Contradiction(
+        lambda config, target: _skips(config, SKIP_TABLE) and config.gather_split is not None,
+        "--gather-split {gather_split} cuts the token table in Core ML's program, and --skip-ops "
+        "{skip_ops} leaves it out of that; drop one of them.",
+    ),
     Contradiction(
         lambda config, target: config.constants == "inputs",
         "--constants inputs would give Core ML every weight as an input of each call "

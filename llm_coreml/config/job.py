@@ -7,7 +7,7 @@ job.weights.group_size                  # a section, where there is nothing left
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
@@ -20,6 +20,8 @@ from llm_coreml.config.values import (
     CONTEXT_MULTIPLE,
     DEFAULT_CONTEXT,
     DEFAULT_SEQ_LENGTHS,
+    SKIP_HEAD,
+    SKIP_TABLE,
     functions_of,
     range_of,
 )
@@ -114,6 +116,7 @@ class Job:
         shapes: Context and chunk lengths.
         partition_size: Bytes of weights that a partition may have; None leaves it to their sum.
         split: Parts that have a partition of their own, of `values.SPLIT`.
+        skip_ops: What ExecuTorch's kernels run, of `values.SKIPPED`.
         passes: What coremltools is to run, or to leave out, see `checked_passes`; None is as usual.
         compile_specs: Further compile specs, each `key=value`.
         model_type: `model`, or `compiled_model`.
@@ -140,6 +143,7 @@ class Job:
     shapes: Shapes
     partition_size: int | None
     split: tuple[str, ...]
+    skip_ops: tuple[str, ...]
     passes: tuple[str, ...] | None
     compile_specs: tuple[str, ...]
     model_type: Literal["model", "compiled_model"]
@@ -166,7 +170,7 @@ def resolve(config: ExportConfig, spec: DecoderSpec) -> Job:
     )
     return Job(
         config=config,
-        weights=replace(weights, embedding=weights.table),
+        weights=_with_tables(weights, config.skip_ops or ()),
         calibration=config.section(CalibrationSettings),
         target=target,
         minimum_os=config.minimum_os,
@@ -189,6 +193,7 @@ def resolve(config: ExportConfig, spec: DecoderSpec) -> Job:
         shapes=shapes,
         partition_size=config.partition_size,
         split=config.split or (),
+        skip_ops=config.skip_ops or (),
         passes=config.passes,
         compile_specs=config.compile_specs or (),
         model_type=config.model_type,
@@ -204,6 +209,20 @@ def _profile_norm(profile: Profile, shapes: Shapes) -> NormForm:
     """
     enumerated = len(shapes.seq_lengths) > 1 and not shapes.ranged and not shapes.apart
     return "l2" if profile.norm == "layer" and enumerated else profile.norm or "scaled"
+
+
+def _with_tables(weights: WeightSettings, skipped: Sequence[str]) -> WeightSettings:
+    """Return the settings with what tables are stored as; ExecuTorch's kernels read plain numbers.
+
+    A head that is the token table stays what it was where the table alone is skipped.
+    """
+    head = weights.lm_head
+    if SKIP_HEAD in skipped:
+        head = head or "none"
+    elif SKIP_TABLE in skipped:
+        head = head or weights.table
+    plain = SKIP_TABLE in skipped and weights.embedding is None
+    return replace(weights, embedding="none" if plain else weights.table, lm_head=head)
 
 
 def _fitting_head(head: Head, vocab_size: int) -> Head:

@@ -29,11 +29,13 @@ from llm_coreml.config.values import (
     MOST_BYTES,
     MOST_POSITIONS,
     MOST_STEPS,
+    SKIPPED,
     checked_bits,
     checked_context,
     checked_functions,
     checked_lengths,
     checked_passes,
+    checked_skips,
     checked_specs,
     checked_split,
     checked_system,
@@ -316,6 +318,13 @@ class ProgramSettings(Section):
         "Give the token table, the head or both a partition of its own.",
         metavar="embedding,head",
         check=checked_split,
+        read=read_names,
+    )
+    skip_ops: tuple[str, ...] | None = setting(
+        None,
+        "Have ExecuTorch's kernels run the token table or the head's matrix, and not Core ML.",
+        metavar=",".join(SKIPPED),
+        check=checked_skips,
         read=read_names,
     )
     constants: Literal["delegate", "inputs"] = setting(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from llm_coreml.config.setting import brief
-from llm_coreml.errors import ConfigError, nearest
+from llm_coreml.errors import ConfigError, UnsupportedError, nearest
 from llm_coreml.systems import opset_of
 from llm_coreml.targets import get_target
 
@@ -19,6 +19,25 @@ MOST_BYTES = 2**63 - 1
 MOST_STEPS = 1_000_000
 # What can have a partition of its own.
 SPLIT = ("embedding", "head")
+# What ExecuTorch's kernels can run in the place of Core ML, and all that decoders are made of.
+SKIP_TABLE = "aten.embedding.default"
+SKIP_HEAD = "lm_head:aten.linear.default"
+SKIPPED = (SKIP_TABLE, SKIP_HEAD)
+OPERATIONS = frozenset(
+    f"aten.{name}"
+    for name in (
+        *("_softmax.default", "_to_copy.default", "abs.default", "add.tensor", "amax.default"),
+        *("arange.default", "bmm.default", "cat.default", "clamp.default", "div.tensor"),
+        *("embedding.default", "expand_copy.default", "gelu.default", "gt.tensor", "le.tensor"),
+        *("index_select.default", "linear.default", "lt.scalar", "matmul.default"),
+        *("maximum.default", "mean.dim", "minimum.default", "mul.tensor", "neg.default"),
+        *("permute_copy.default", "pow.tensor_scalar", "relu.default", "rsqrt.default"),
+        *("scaled_dot_product_attention.default", "select_copy.int", "sigmoid.default"),
+        *("silu.default", "slice_copy.tensor", "softmax.int", "split_with_sizes_copy.default"),
+        *("squeeze_copy.dims", "sub.tensor", "sum.dim_intlist", "tanh.default"),
+        *("unsqueeze_copy.default", "view_copy.default"),
+    )
+)
 # What None comes to.
 DEFAULT_CODEBOOK_ROWS = 16
 DEFAULT_CONTEXT = 2048
@@ -160,6 +179,33 @@ def functions_of(text: str) -> dict[str, int]:
     """Return the length of each function that `checked_functions` has checked, by name."""
     pairs = (part.split(":") for part in text.split(","))
     return {name: int(length) for name, length in pairs}
+
+
+def checked_skips(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the operations that Core ML is not to run.
+
+    Raises:
+        ConfigError: no decoder is made of such an operation, or none is named.
+        UnsupportedError: it is in the midst of a Core ML program.
+    """
+    if not names:
+        raise ConfigError(
+            f"--skip-ops names nothing; give {' or '.join(SKIPPED)}, or leave it out."
+        )
+    for name in names:
+        if name not in OPERATIONS and name not in SKIPPED:
+            raise ConfigError(
+                f"--skip-ops names {brief(name)}, and no decoder has such an operation."
+                f"{nearest(name, [*OPERATIONS, *SKIPPED])}"
+            )
+        if name not in SKIPPED:
+            raise UnsupportedError(
+                f"--skip-ops {name}: what can be skipped stands at the ends of a program, "
+                f"{SKIP_TABLE}, the token table, and {SKIP_HEAD}, the head's matrix. Layers are "
+                "converted as a whole; to leave an operation in their midst out would cut each of "
+                "them in pieces. Name one of these, or both."
+            )
+    return tuple(name for name in SKIPPED if name in names)
 
 
 def checked_split(names: tuple[str, ...]) -> tuple[str, ...]:

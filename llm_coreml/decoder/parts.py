@@ -40,11 +40,16 @@ class Share:
         layers: Consecutive ones.
         embedding: It takes tokens.
         head: It gives logits.
+        table_outside: The token table lies elsewhere: it is given rows of that, and no tokens.
+        head_outside: The head's matrix lies elsewhere: it gives what that is multiplied with, and
+            no logits.
     """
 
     layers: range = range(0)
     embedding: bool = False
     head: bool = False
+    table_outside: bool = False
+    head_outside: bool = False
 
     @property
     def told(self) -> str:
@@ -52,11 +57,21 @@ class Share:
         first, last = self.layers.start, self.layers.stop - 1
         layers = f"layer {first}" if first == last else f"layers {first} to {last}"
         parts = (
-            "token table" if self.embedding else "",
+            "token table" if self.takes_tokens else "",
             layers if self.layers else "",
-            "head" if self.head else "",
+            "head" if self.gives_results else "",
         )
         return ", ".join(part for part in parts if part)
+
+    @property
+    def takes_tokens(self) -> bool:
+        """Whether it begins with the token table."""
+        return self.embedding and not self.table_outside
+
+    @property
+    def gives_results(self) -> bool:
+        """Whether it ends with the head's matrix."""
+        return self.head and not self.head_outside
 
     def ends(self, spec: DecoderSpec) -> bool:
         """Return whether it has the last layer."""
@@ -137,14 +152,18 @@ class Part(nn.Module):
             last_pos: See `Decoder.forward`.
 
         Returns:
-            What the next part takes, of a part with the head what a call gives; then what each of
-            `past` has become.
+            What the next part takes, of a part with the head what a call gives, or what `Products`
+            takes; then what each of `past` has become.
         """
         if hidden is None:
             assert tokens is not None
             x = self.decoder.embed(tokens, start_pos, last_pos)
         else:
             x = hidden.to(torch.float32)
+            if self.share.embedding:
+                rows = x
+                # Whatever stands for the tokens: they have been looked up.
+                x = self.decoder.embed(rows[:, :, 0], start_pos, last_pos, lambda *_: rows)
         returned: list[torch.Tensor] = []
         if self.layers:
             assert start_pos is not None
@@ -152,8 +171,10 @@ class Part(nn.Module):
         # What the last layer leaves is for the head, which gives the logits of one row, or of all.
         if self.share.ends(self.decoder.spec) and self.decoder.logits == "last":
             x = x[:, -1:]
-        given = self.decoder.results(x) if self.share.head else (x.to(self.border),)
-        return *given, *returned
+        if self.share.gives_results:
+            return *self.decoder.results(x), *returned
+        x = self.decoder.norm(x) if self.share.head else x
+        return x.to(self.border), *returned
 
     def _through(
         self,
@@ -198,4 +219,8 @@ def _beside_layers(decoder: Decoder, share: Share) -> Decoder:
     kept = (*(_BEFORE if share.embedding else ()), *(_BEHIND if share.head else ()))
     bare = copy.copy(decoder)
     bare._modules = {name: part for name, part in decoder._modules.items() if name in kept}
+    if share.table_outside:
+        bare._modules["embed_tokens"] = nn.Identity()
+    if share.head_outside:
+        del bare._modules["lm_head"]
     return bare

@@ -27,6 +27,7 @@ from llm_coreml.lower.padded import Program, method_around
 from llm_coreml.lower.program import compile_specs, write_program
 from llm_coreml.lower.signature import Signature, empty
 from llm_coreml.lower.traced import trace_method, trace_program
+from llm_coreml.machine import settled
 
 # Share of a lowering's time, as measured on models of 4 and 16 layers.
 _TRACED = 0.4
@@ -114,7 +115,8 @@ def uncollected() -> Iterator[None]:
     enabled = gc.isenabled()
     gc.disable()
     try:
-        yield
+        with settled():
+            yield
     finally:
         if enabled:
             gc.enable()

@@ -82,10 +82,12 @@ class Lowering(ABC):
         }
         only = MethodForm(inputs, output, job.shapes.seq_lengths, count * cls.functions)
         cache = "is handed from call to call" if given else "is the program's state"
+        kept = f"; {cut.outside} left to ExecuTorch's kernels, as --skip-ops asks"
+        outside = kept if cut.outside else ""
         several = f"; in {count} partitions, as {cut.why}" if cut.partitions else ""
         return Description(
             form=cls.name,
-            why=f"{cls.why}; the cache {cache}{several}",
+            why=f"{cls.why}; the cache {cache}{several}{outside}",
             backend=cls.backend,
             methods=methods or {MAIN_METHOD: only},
             every_row=every_row,
@@ -258,12 +260,12 @@ def form_for(
     kind = next(kind for kind in FORMS if kind.fits(job))
     constants = constant_methods(spec, job.shapes, bos_id, eos_ids)
     cut = cut or whole(spec)
-    shares = cut.shares if cut.partitions else ()
+    shares = cut.shares if cut.apart else ()
     return kind(job, kind.describe(job, spec, constants, cut), shares)
 
 
 def _caches(spec: DecoderSpec, shapes: Shapes, dtype: str, cut: Cut) -> dict[str, str]:
     """Return every cache, those of each partition by names of their own."""
-    within = [share.layers for share in cut.shares] if cut.partitions else [None]
+    within = [share.layers for share in cut.shares] if cut.apart else [None]
     states = [state for layers in within for state in state_specs(spec, shapes.extent, layers)]
     return {state.name: f"{dtype} {list(state.shape)}" for state in states}

@@ -18,17 +18,19 @@ from pathlib import Path
 
 import torch
 from executorch.exir.backend.compile_spec_schema import CompileSpec
+from torch import nn
 from torch.export import ExportedProgram
 
 from llm_coreml.artifact.description import HIDDEN, LAST_POS, START_POS, TOKENS, Description
 from llm_coreml.config import Job
 from llm_coreml.decoder import Decoder
+from llm_coreml.decoder.ends import Products, Rows
 from llm_coreml.decoder.parts import Part, Share
 from llm_coreml.decoder.states import state_specs
 from llm_coreml.lower.coreml import head_outputs, uncollected
 from llm_coreml.lower.method import CoreMLCall, edge_methods, write_methods
 from llm_coreml.lower.multifunction import reference
-from llm_coreml.lower.padded import Program, method_around
+from llm_coreml.lower.padded import method_around
 from llm_coreml.lower.program import (
     compile_specs,
     enumerated,
@@ -66,10 +68,12 @@ def lower_partitions(
                 calls[method].append(call)
             on_progress((number + 1) / (len(shares) + 1))
         caches = list(empty(description.caches).values())
+        first = Rows(decoder) if shares[0].table_outside else None
+        last = Products(decoder) if shares[-1].head_outside else None
         methods = {}
         for name, form in description.methods.items():
             padding = None if description.ranged else form.seq_lengths
-            program = _in_a_row(calls[name], len(description.head.gives))
+            program = _InARow(calls[name], len(description.head.gives), first, last)
             around = method_around(
                 program, description.context, padding, description.outputs_by_row
             )
@@ -146,7 +150,7 @@ class _Work:
 
     def _traced(self, part: Part, method: str) -> ExportedProgram:
         share, ranged = part.share, self.description.ranged
-        width = None if share.embedding else share.entering(self.decoder.spec)
+        width = None if share.takes_tokens else share.entering(self.decoder.spec)
         lengths, caches = self._lengths(share, method), empty(self._caches(share))
         # coremltools wants the writes of the states among the results.
         exported = trace_part(part, width, lengths, ranged, caches)
@@ -157,7 +161,7 @@ class _Work:
         specs = compile_specs(exported, self.job, ())
         lengths = self._lengths(share, self.description.main)
         if len(lengths) > 1 and not self.description.ranged:
-            last = () if share.embedding else (share.entering(self.decoder.spec),)
+            last = () if share.takes_tokens else (share.entering(self.decoder.spec),)
             shapes = {_entering(share): [(1, length, *last) for length in lengths]}
             specs.append(enumerated(exported, shapes))
         return specs
@@ -171,49 +175,61 @@ class _Work:
         dtype = str(self._border).removeprefix("torch.")
         caches = tuple(f"{name} {text}" for name, text in self._caches(share).items())
         first = f"{TOKENS} int32 [1, {taken}]"
-        if not share.embedding:
+        if not share.takes_tokens:
             first = f"{HIDDEN} {dtype} [1, {taken}, {share.entering(spec)}]"
         positions: tuple[str, ...] = ()
         if share.takes_positions(spec):
             names = (START_POS, LAST_POS) if longest > 1 else (START_POS,)
             positions = tuple(f"{name} int32 [1]" for name in names)
         left: tuple[str, ...] = (f"{HIDDEN} {dtype} [1, {given}, {share.leaving(spec)}]",)
-        if share.head:
+        if share.gives_results:
             left = head_outputs(self.description, given)
         return Signature((first, *caches, *positions), (*left, *caches))
 
 
 def _entering(share: Share) -> str:
-    return TOKENS if share.embedding else HIDDEN
+    return TOKENS if share.takes_tokens else HIDDEN
 
 
-def _in_a_row(calls: Sequence[CoreMLCall], results: int) -> Program:
-    """Return the calls one after the other, as one program; see `padded.Program`.
+class _InARow(nn.Module):
+    """The calls one after the other, as one program; see `padded.Program`.
 
     Args:
         calls: Of the programs.
         results: How many things the last one gives before its caches.
+        first: What ExecuTorch's kernels do before the programs, None if nothing.
+        last: What they do behind them.
     """
 
-    def program(
+    def __init__(
+        self, calls: Sequence[CoreMLCall], results: int, first: Rows | None, last: Products | None
+    ) -> None:
+        super().__init__()
+        self._calls = tuple(calls)
+        self._results = results
+        self.first = first
+        self.last = last
+
+    def forward(
+        self,
         tokens: torch.Tensor,
         start_pos: torch.Tensor,
         last_pos: torch.Tensor | None,
         *caches: torch.Tensor,
     ) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        given: tuple[torch.Tensor, ...] = (tokens,)
+        """Return what the last call gives, and what becomes of the caches."""
+        first = tokens if self.first is None else self.first(tokens)
+        given: tuple[torch.Tensor, ...] = (first,)
         returned: list[torch.Tensor] = []
         left = iter(caches)
-        for call in calls:
-            count = results if call is calls[-1] else 1
+        for call in self._calls:
+            count = self._results if call is self._calls[-1] else 1
             names = {port.name for port in call.signature.inputs}
             own = itertools.islice(left, len(call.signature.gives) - count)
             told = {START_POS: start_pos, LAST_POS: last_pos}
             positions = [value for name, value in told.items() if name in names]
-            last = [value for value in positions if value is not None]
-            found = call(given[0], *own, *last)
+            found = call(given[0], *own, *[value for value in positions if value is not None])
             given = found[:count]
             returned += found[count:]
+        given = given if self.last is None else (self.last(given[0]),)
         return (*given, *returned) if len(given) + len(returned) > 1 else given[0]
-
-    return program

@@ -9,16 +9,18 @@ Partitions are filled in the order in which they run, each with as much as the b
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from llm_coreml.artifact.description import Partition
 from llm_coreml.config import Job
+from llm_coreml.config.values import SKIP_HEAD, SKIP_TABLE
 from llm_coreml.decoder import Decoder, DecoderSpec
 from llm_coreml.decoder.parts import Share
-from llm_coreml.errors import ConfigError
+from llm_coreml.errors import ConfigError, UnsupportedError
+from llm_coreml.quantize.formats.schemes import Unquantized
 from llm_coreml.quantize.plan.plan import QuantizationPlan
 from llm_coreml.targets import BACKENDS
 
@@ -41,6 +43,20 @@ class Cut:
     shares: tuple[Share, ...]
     sizes: tuple[int, ...] = (0,)
     why: str = ""
+
+    @property
+    def apart(self) -> bool:
+        """Whether it is other than the decoder as a whole."""
+        return len(self.shares) > 1 or bool(self.outside)
+
+    @property
+    def outside(self) -> str:
+        """What is left to kernels of ExecuTorch, in words; empty if nothing is."""
+        first, last = self.shares[0], self.shares[-1]
+        found = ["its token table"] * first.table_outside + [
+            "the head's matrix"
+        ] * last.head_outside
+        return " and ".join(found)
 
     @property
     def partitions(self) -> tuple[Partition, ...]:
@@ -69,11 +85,12 @@ def cut_of(job: Job, spec: DecoderSpec, plan: QuantizationPlan) -> Cut:
     """
     if BACKENDS[job.backend].stores_dense:
         return whole(spec)
+    _check_skipped(job, spec, plan)
     pieces, beside = _pieces(job, spec, plan)
-    tied = pieces[-1].size if plan.tied else 0
+    tied = pieces[-1].size if plan.tied and not job.skip_ops else 0
     total = sum(piece.size for piece in pieces) + beside - tied
     if not job.split and total <= (job.partition_size or MOST_WEIGHTS):
-        return whole(spec)
+        return Cut((_without(whole(spec).shares[0], job),))
     budget = job.partition_size or (None if total <= MOST_WEIGHTS else MOST_WEIGHTS)
     if job.partition_size is not None:
         _check_budget(pieces, beside, job.partition_size)
@@ -117,10 +134,49 @@ def _pieces(job: Job, spec: DecoderSpec, plan: QuantizationPlan) -> tuple[list[_
         for together in _inseparable(spec)
     ]
     first = _Piece(Share(embedding=True), found["embedding"])
+    last = _Piece(Share(head=True), found["head"])
+    # What a skipped matrix leaves before the layers, or behind them, is done with those beside it.
+    if SKIP_TABLE in job.skip_ops:
+        rest = first.size - sizes["embed_tokens.weight"]
+        share = _without(replace(layers[0].share, embedding=True), job)
+        layers[0] = _Piece(share, layers[0].size + rest)
+    if SKIP_HEAD in job.skip_ops:
+        rest = last.size - sizes["lm_head.weight"]
+        share = _without(replace(layers[-1].share, head=True), job)
+        layers[-1] = _Piece(share, layers[-1].size + rest)
     # Tables of positions, and of what follows from them, lie beside the modules.
     beside = decoder.buffers(recurse=False)
     tables = sum(buffer.numel() * buffer.element_size() for buffer in beside)
-    return [first, *layers, _Piece(Share(head=True), found["head"])], tables
+    before = [] if SKIP_TABLE in job.skip_ops else [first]
+    behind = [] if SKIP_HEAD in job.skip_ops else [last]
+    return [*before, *layers, *behind], tables
+
+
+def _without(share: Share, job: Job) -> Share:
+    """Return a share whose ends, where it has them, lie outside as settings ask."""
+    return replace(
+        share,
+        table_outside=share.embedding and SKIP_TABLE in job.skip_ops,
+        head_outside=share.head and SKIP_HEAD in job.skip_ops,
+    )
+
+
+def _check_skipped(job: Job, spec: DecoderSpec, plan: QuantizationPlan) -> None:
+    """Refuse matrices that the kernels outside of Core ML do not read."""
+    if SKIP_TABLE in job.skip_ops and spec.per_layer is not None:
+        raise UnsupportedError(
+            f"--skip-ops {SKIP_TABLE}: this model has a second token table, a part of which each "
+            "layer is given; its tables stay in Core ML. Leave it out."
+        )
+    for name, what, scheme, flag in (
+        (SKIP_TABLE, "token table", plan.embedding, "--embedding"),
+        (SKIP_HEAD, "head's matrix", plan.lm_head, "--lm-head"),
+    ):
+        if name in job.skip_ops and not isinstance(scheme, Unquantized):
+            raise ConfigError(
+                f"--skip-ops {name} has ExecuTorch's kernels read the {what}, and these read plain "
+                f"numbers, no {scheme.label}; give {flag} none."
+            )
 
 
 def _end_of(name: str) -> str:
@@ -180,6 +236,8 @@ def _joined(part: Sequence[_Piece]) -> Share:
     return Share(
         range(layers[0], layers[-1] + 1) if layers else range(0),
         embedding=any(piece.share.embedding for piece in part),
+        table_outside=any(piece.share.table_outside for piece in part),
+        head_outside=any(piece.share.head_outside for piece in part),
         head=any(piece.share.head for piece in part),
     )
 

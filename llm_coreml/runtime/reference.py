@@ -14,6 +14,7 @@ from typing import final
 import torch
 
 from llm_coreml.artifact.description import (
+    HIDDEN,
     INPUTS,
     MAIN_METHOD,
     PAST,
@@ -158,8 +159,10 @@ class ReferenceRunner(Runner):
         return Series(in_a_row)
 
     def constants(self) -> Iterator[tuple[str, torch.Tensor | PackedWeight]]:
-        """Yield the constants of all programs, see `CoreMLProgram.constants`."""
-        return itertools.chain.from_iterable(program.constants() for program in self.programs)
+        """Yield the constants of all programs and kernels, see `CoreMLProgram.constants`."""
+        of_programs = (program.constants() for program in self.programs)
+        of_kernels = (method.weights() for method in self.methods.values())
+        return itertools.chain.from_iterable((*of_programs, *of_kernels))
 
     def page_out(self) -> None:
         """Take the file's pages out of memory; what is needed of them is read again."""
@@ -334,7 +337,8 @@ def _lengths(method: LoadedMethod, path: Path) -> tuple[int, ...]:
     tokens = [
         feature
         for feature in program.inputs
-        if len(feature.shape) == 2 and not feature.name.startswith(PAST)
+        if (len(feature.shape) == 2 and not feature.name.startswith(PAST))
+        or feature.name == HIDDEN  # a row of the token table for each token
     ]
     if len(tokens) != 1:
         raise ArtifactError(

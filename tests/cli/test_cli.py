@@ -35,8 +35,8 @@ from llm_coreml.recipes import recipe_names
 from llm_coreml.targets import TARGETS
 
 COMMANDS = (
-    *("compare", "dashboard", "diff", "eval", "export", "extract", "generate", "inspect"),
-    *("lm-eval", "ls", "report", "run", "show"),
+    *("apply", "compare", "dashboard", "delta", "diff", "eval", "export", "extract", "generate"),
+    *("inspect", "lm-eval", "ls", "report", "run", "show"),
 )
 STAGES = (
     "opening the checkpoint ...",
@@ -327,7 +327,7 @@ def test_export_flags_reach_the_config(
         "allow_inexact": True,
         "force": True,
     }
-    others = {"size", "plan", "pt2e", "functions", "backend", "constants"}
+    others = {"size", "plan", "pt2e", "functions", "backend", "constants", "skip_ops"}
     assert settings.keys() | others == asdict(ExportConfig()).keys()
     words: list[str] = []
     for name, value in settings.items():

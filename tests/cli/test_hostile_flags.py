@@ -43,6 +43,8 @@ VALUES = (
     ),
 )
 REQUIRED = {
+    "apply": ("gone", "gone", "-o", "out"),
+    "delta": ("gone", "gone", "-o", "out"),
     "export": ("gone-model", "-o", "out"),
     "extract": ("gone", "-o", "out"),
     "generate": ("gone", "-p", "The"),

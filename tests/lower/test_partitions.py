@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from artifacts import Artifact, lower, method
 from cases import cases
@@ -17,6 +18,7 @@ from llm_coreml.artifact.inmemoryfs import unpack
 from llm_coreml.artifact.method_plan import Delegate
 from llm_coreml.bundle.bundle_runner import open_runner
 from llm_coreml.config import ExportConfig, resolve
+from llm_coreml.config.values import SKIP_HEAD, SKIP_TABLE, SKIPPED
 from llm_coreml.errors import ConfigError, UnsupportedError
 from llm_coreml.eval.pair import read_in_pairs
 from llm_coreml.lower import shares
@@ -90,6 +92,28 @@ CASES = {
     "one token, head, ane": Case(
         {"split": ("head",), "seq_lengths": (1,), "target": "ane"},
         ("token table, layers 0 to 3", "head"),
+    ),
+    "ends on kernels, rings": Case(
+        {"skip_ops": SKIPPED, "seq_lengths": (1, 8), "partition_size": 80_000},
+        ("layers 0 to 1", "layers 2 to 3"),
+        make=gemma3,
+    ),
+    "ends on kernels, functions": Case(
+        {"skip_ops": SKIPPED, "functions": "prefill:8,decode:1"}, ()
+    ),
+    "head on a kernel, range": Case(
+        {"skip_ops": (SKIP_HEAD,), "seq_lengths": "1..8", "split": ("embedding",)},
+        ("token table", "layers 0 to 3"),
+    ),
+    "table on a kernel, fp32": Case(
+        {
+            "skip_ops": (SKIP_TABLE,),
+            "seq_lengths": (1, 8),
+            "compute_precision": "fp32",
+            "logits": "all",
+            "kv_cache": "inputs",
+        },
+        (),
     ),
     "inputs, fp32": Case(
         {"split": SPLIT, "seq_lengths": (1, 8), "kv_cache": "inputs", "compute_precision": "fp32"},
@@ -172,6 +196,29 @@ def test_an_export_verifies_every_partition_and_tells_of_them(tmp_path: Path) ->
         assert 0.7 * each.weight_bytes < size <= each.weight_bytes
 
 
+def test_an_export_finds_what_kernels_multiply_with_bit_by_bit(tmp_path: Path) -> None:
+    model = llama(**SIZES, tie_word_embeddings=True)
+    config = ExportConfig(context=64, seq_lengths=(1, 8), skip_ops=SKIPPED)
+    bundle = export(model, output=tmp_path / "out", config=config, cache=False)
+    told = bundle.manifest.program
+    assert told.why is not None
+    assert told.why.endswith(
+        "; its token table and the head's matrix left to ExecuTorch's kernels, as --skip-ops asks"
+    )
+    assert bundle.manifest.verification.passed
+    runner = open_runner(bundle)
+    assert isinstance(runner, ReferenceRunner)
+    named = dict(runner.constants())
+    held = [value for name, value in named.items() if name.endswith("of method 'forward'")]
+    table = model.get_input_embeddings().weight.half()
+    assert [value.dtype for value in held] == [torch.float16, torch.float32]
+    assert all(isinstance(value, torch.Tensor) and torch.equal(value, table) for value in held)
+    kernels = [step.target for step in method(bundle.program).instructions if step.kind == "kernel"]
+    assert {"aten::embedding.out", "aten::mm.out"} <= set(kernels)
+    # The file tells as much without its manifest.
+    assert ReferenceRunner(bundle.program).seq_lengths == (1, 8)
+
+
 class Notes(Silent):
     """Keeps what is told."""
 
@@ -231,13 +278,24 @@ def test_more_than_two_gigabytes_are_cut_without_being_asked(
         ({"partition_size": 0}, "must be at least 1"),
         ({"split": ("heads",)}, "embedding and head. Did you mean 'head'"),
         ({"split": ()}, "names nothing"),
+        ({"skip_ops": (SKIP_TABLE,), "embedding": "int8-channel"}, "give --embedding none"),
+        ({"skip_ops": (SKIP_HEAD,), "lm_head": "int8-channel"}, "give --lm-head none"),
+        ({"skip_ops": (SKIP_TABLE,), "backend": "xnnpack"}, "has none; drop one of them"),
+        ({"skip_ops": (SKIP_TABLE,), "split": ("embedding",)}, "a partition of Core ML's; drop"),
+        ({"skip_ops": (SKIP_HEAD,), "split": ("head",)}, "a partition of Core ML's; drop"),
+        ({"skip_ops": (SKIP_HEAD,), "head": "topk:4"}, "computes these behind it; drop"),
+        ({"skip_ops": (SKIP_HEAD,), "head_split": 32}, "leaves it out of that; drop"),
+        ({"skip_ops": (SKIP_TABLE,), "gather_split": 32}, "leaves it out of that; drop"),
+        ({"skip_ops": ("aten.linear.default",)}, "stands at the ends of a program"),
+        ({"skip_ops": ("aten.embeding.default",)}, "Did you mean 'aten.embedding.default'"),
+        ({"skip_ops": ()}, "names nothing"),
         ({"constants": "inputs"}, "take_over_constant_data=False"),
     ],
 )
 def test_what_cannot_be_cut(settings: dict[str, Any], told: str) -> None:
     spec = small_spec()
     with pytest.raises((ConfigError, UnsupportedError), match=told):
-        job = resolve(ExportConfig(context=64, **PLAIN, **settings), spec)
+        job = resolve(ExportConfig(**{"context": 64, **PLAIN, **settings}), spec)
         cut_of(job, spec, make_plan(job, spec))
 
 

@@ -20,7 +20,7 @@ from llm_coreml.artifact.mapped import page_out
 from llm_coreml.artifact.method_plan import Constant, Instruction, Method, TensorSpec
 from llm_coreml.artifact.packages import Lowered, Packages
 from llm_coreml.errors import ArtifactError
-from llm_coreml.reference.method.kernels import convert, kernel, present
+from llm_coreml.reference.method.kernels import COPIES, convert, kernel, present
 from llm_coreml.reference.method.memory import MethodMemory, Values, dtype_of
 from llm_coreml.reference.program.constants import ConstantPool
 from llm_coreml.reference.program.coreml_program import CoreMLProgram
@@ -81,6 +81,20 @@ class LoadedMethod:
         self._memory.reset()
         for program in self.programs:
             program.reset()
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the floating-point constants that kernels read; of a product, the matrix turned.
+
+        So it has the rows of outputs that weights have, and not those of inputs.
+        """
+        steps = self._method.instructions
+        turned = {step.args[1] for step in steps if step.target == "aten::mm.out"}
+        for number, value in enumerate(self._method.values):
+            if isinstance(value, TensorSpec) and value.constant:
+                found = self._memory.values()[number]
+                if isinstance(found, torch.Tensor) and found.is_floating_point():
+                    who = f"constant {number} of method '{self.name}'"
+                    yield who, found.t() if number in turned else found
 
     def page_out(self) -> None:
         """Take the file's pages out of memory, which weights that stay packed are read from."""
@@ -267,16 +281,23 @@ def _unrounded(method: Method) -> Method:
     """Return the method with fp32 for the fp16 of its arguments and results.
 
     Where nothing is rounded, what goes from call to call is not either, and neither is what goes
-    from program to program alone.
+    from program to program alone, or from one to a kernel that copies it.
     """
-    kernels, programs = (
-        {place for step in method.instructions if step.kind in kinds for place in step.args}
-        for kinds in (("kernel", "move"), ("delegate",))
-    )
+    kernels = {
+        place
+        for step in method.instructions
+        if step.kind in ("kernel", "move")
+        for place in (step.args[1:] if step.target in COPIES else step.args)
+    }
+    delegates = (step for step in method.instructions if step.kind == "delegate")
+    programs = {place for step in delegates for place in step.args}
     borders = {*method.inputs, *method.outputs, *(programs - kernels)}
     values = tuple(
         replace(value, dtype="float32", place=None, nbytes=2 * (value.nbytes or 0))
-        if number in borders and isinstance(value, TensorSpec) and value.dtype == "float16"
+        if number in borders
+        and isinstance(value, TensorSpec)
+        and value.dtype == "float16"
+        and not value.constant
         else value
         for number, value in enumerate(method.values)
     )

@@ -1,0 +1,302 @@
+"""What a fine-tune changes of a base, as a folder: small, run, and the very bytes once applied."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import lzma
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import llm_coreml
+from exported import files_of, in_process, make_model, save_model
+from llm_coreml.artifact.mapped import map_folder
+from llm_coreml.bundle.folder import open_bundle
+from llm_coreml.bundle.seal import checksum
+from llm_coreml.config import ExportConfig
+from llm_coreml.delta import making
+from llm_coreml.delta.delta_record import CHANGES, RECORD
+from llm_coreml.delta.parts import Part, build, changes, compare, merged
+from llm_coreml.delta.places import Place, places
+from llm_coreml.errors import ArtifactError, GateError, OutputError
+from shared import Shared
+
+SETTINGS = ExportConfig(context=64, seq_lengths=(1, 8), bits=4)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {name: bytes(content) for name, content in map_folder(folder).items()}
+
+
+@pytest.fixture(scope="session")
+def tuned_model() -> Any:
+    """The tiny model after a fine-tune of low rank, of its queries alone."""
+    model = make_model()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "q_proj" in name:
+                left, right = (
+                    torch.randn(size, generator=generator) for size in ((32, 2), (2, 32))
+                )
+                weight += 0.03 * left @ right
+    return model
+
+
+@pytest.fixture(scope="session")
+def tuned_folder(shared: Shared, tuned_model: Any) -> Path:
+    return shared.file("tuned-llama", [tuned_model], lambda path: save_model(path, tuned_model))
+
+
+@pytest.fixture(scope="session")
+def tuned(shared: Shared, tuned_folder: Path) -> Path:
+    """Its export, with the settings of `bundle`."""
+
+    def make(path: Path) -> None:
+        llm_coreml.export(tuned_folder, output=path, config=SETTINGS, cache=False)
+
+    return shared.file("tuned-bundle", [tuned_folder, SETTINGS], make)
+
+
+@pytest.fixture(scope="session")
+def delta(tmp_path_factory: pytest.TempPathFactory, bundle: Path, tuned: Path) -> Path:
+    folder = tmp_path_factory.mktemp("delta") / "delta"
+    llm_coreml.make_delta(bundle, tuned, output=folder, tokens=32)
+    return folder
+
+
+def test_base_and_delta_are_the_full_export(
+    bundle: Path,
+    tuned: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = ("delta", bundle, tuned, "-o", tmp_path / "d", "--tokens", "16", "--format", "json")
+    done = in_process(capfd, monkeypatch, *words, "--max-kl", "0")
+    assert done.code == 0, done.err
+    told = json.loads(done.out)
+    sizes = {name: len(content) for name, content in contents(tmp_path / "d").items()}
+    assert set(sizes) == {RECORD, CHANGES} and told["bytes"] == sum(sizes.values())
+    assert told["full_bytes"] == sum(len(content) for content in contents(tuned).values())
+    assert told["new"] == 0 and told["copied"] > 10 * told["changed"] > 0
+    measured = told["measured"]
+    assert (measured["mean_kl"], measured["top1_agreement"]) == (0.0, 1.0)
+    assert measured["base_mean_kl"] > 1e-4 and measured["tokens"] == 16
+    done = in_process(capfd, monkeypatch, "apply", bundle, tmp_path / "d", "-o", tmp_path / "out")
+    assert done.code == 0, done.err
+    assert contents(tmp_path / "out") == contents(tuned)
+    assert "as the delta told" in done.out
+
+
+def test_it_is_a_fraction_of_the_export(delta: Path, tuned: Path) -> None:
+    sizes = [sum(map(len, contents(folder).values())) for folder in (delta, tuned)]
+    assert sizes[0] < sizes[1] / 5
+    # The tokenizer and what the tuning left alone are the base's.
+    record = json.loads((delta / RECORD).read_text())
+    assert [part["how"] for part in record["files"]["tokenizer.json"]["parts"]] == ["copy"]
+    assert {part["how"] for part in record["files"]["model.pte"]["parts"]} == {"copy", "change"}
+
+
+def test_a_model_is_exported_as_the_base_was(
+    bundle: Path,
+    tuned_folder: Path,
+    tuned: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def export(
+        model: Path, tokenizer: None, *, output: Path, config: ExportConfig, **_: Any
+    ) -> Any:
+        assert (model, tokenizer) == (tuned_folder, None)
+        assert config == ExportConfig.from_json(open_bundle(bundle).manifest.config)
+        return open_bundle(shutil.copytree(tuned, output))  # what such an export writes
+
+    monkeypatch.setattr(making, "export", export)
+    with pytest.raises(GateError, match=r"PyTorch eager fp32 is .* asks for 0.00000 at most"):
+        llm_coreml.make_delta(bundle, tuned_folder, output=tmp_path / "d", tokens=8, max_kl=0.0)
+    assert files_of(tmp_path) == set()
+    found = llm_coreml.make_delta(bundle, tuned_folder, output=tmp_path / "d", tokens=8)
+    assert found.measured is not None and found.measured.base_mean_kl is not None
+    assert found.measured.mean_kl is not None
+    assert 0 < found.measured.mean_kl < found.measured.base_mean_kl
+    llm_coreml.apply_delta(bundle, tmp_path / "d", output=tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tuned)
+
+
+def test_weights_have_places_of_their_own(bundle: Path) -> None:
+    program = bundle / "model.pte"
+    found = places(program)
+    assert found[0].start == 0 and found[-1].stop == program.stat().st_size
+    assert all(a.stop == b.start for a, b in itertools.pairwise(found))
+    # Codes of int4 `[64, 32]` and their scales `[64, 1]`, of the feed-forward layer.
+    weights = [place.stop - place.start for place in found if place.weights]
+    assert weights.count(64 * 32 // 2) >= 2 and weights.count(2 * 64) >= 2
+
+
+def test_parts_build_what_they_were_made_of() -> None:
+    base, other = b"aaaabbbbccccdddd", b"aaaaBbbbcccceeeeeedddd"
+    of_base = [Place(at, at + 4, True) for at in range(0, 16, 4)]
+    of_other = [Place(a, b, True) for a, b in ((0, 4), (4, 8), (8, 12), (12, 18), (18, 22))]
+    found = compare(memoryview(base), of_base, memoryview(other), of_other)
+    assert found == [
+        *(Part("copy", 4, 0), Part("change", 4, 4), Part("copy", 4, 8)),
+        *(Part("new", 6), Part("copy", 4, 12)),
+    ]
+    kept = b"".join(changes(memoryview(base), memoryview(other), found))
+    assert kept == bytes([ord("B") ^ ord("b"), 0, 0, 0]) + b"eeeeee"
+    pieces = iter(kept)
+    built = build(memoryview(base), found, lambda n: bytes(next(pieces) for _ in range(n)))
+    assert b"".join(built) == other
+    assert merged([Part("copy", 4, 0), Part("copy", 4, 4), Part("copy", 4, 0)]) == (
+        Part("copy", 8, 0),
+        Part("copy", 4, 0),
+    )
+
+
+# What is refused
+
+Record = dict[str, Any]
+
+
+def _program(record: Record) -> Record:
+    found: Record = record["files"]["model.pte"]
+    return found
+
+
+def _beyond(record: Record) -> None:
+    part = next(part for part in _program(record)["parts"] if part["how"] == "copy")
+    part["start"] = 1 << 40
+
+
+def _endless(record: Record) -> None:
+    _program(record)["parts"] = [{"how": "change", "bytes": 1 << 50, "start": 0}]
+    _program(record)["bytes"] = 1 << 50
+
+
+def _card(record: Record) -> None:
+    for part in record["files"]["README.md"]["parts"]:
+        part["how"] = "copy"
+
+
+def _more(record: Record) -> None:
+    record["files"]["run.sh"] = {**record["files"]["tokenizer.json"]}
+
+
+def _renamed(name: str) -> Callable[[Record], None]:
+    def change(record: Record) -> None:
+        record["files"][name] = record["files"].pop("tokenizer.json")
+
+    return change
+
+
+def _set(*path: Any) -> Callable[[Record], None]:
+    *places, key, value = path
+
+    def change(record: Record) -> None:
+        inner: Any = record
+        for place in places:
+            inner = inner[place]
+        inner[key] = value
+
+    return change
+
+
+HOSTILE: dict[str, tuple[Callable[[Record], None], str]] = {
+    "another base": (_set("base", "0" * 64), "belongs to a program whose SHA-256"),
+    "beyond the base": (_beyond, "takes bytes up to"),
+    "endless": (_endless, "no export does"),
+    "another hash": (_set("files", "model.pte", "sha256", "0" * 64), "than was told"),
+    "parts do not add up": (_set("files", "model.pte", "bytes", 3), "do not add up"),
+    "card of the base": (_card, "nobody vouches for"),
+    "one file more": (_more, "nobody vouches for"),
+    "leaves the folder": (_renamed("../../evil"), "is damaged"),
+    "absolute": (_renamed("/tmp/evil"), "is damaged"),
+    "hidden": (_renamed(".bashrc"), "is damaged"),
+    "negative": (_set("changes", "bytes", -1), "is damaged"),
+    "another version": (_set("version", 2), "is damaged"),
+    "unknown key": (_set("more", 1), "is damaged"),
+    "no manifest": (lambda record: record["files"].pop("manifest.json"), "delta"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_records_end_in_a_sentence(
+    name: str, bundle: Path, delta: Path, tmp_path: Path
+) -> None:
+    change, told = HOSTILE[name]
+    folder = shutil.copytree(delta, tmp_path / "delta")
+    record = json.loads((folder / RECORD).read_text())
+    change(record)
+    record["checksum"] = checksum(record)  # so that nothing but its content refuses it
+    (folder / RECORD).write_text(json.dumps(record))
+    with pytest.raises(ArtifactError, match=told):
+        llm_coreml.apply_delta(bundle, folder, output=tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"delta"}
+
+
+def test_damaged_files_are_found(bundle: Path, tuned: Path, delta: Path, tmp_path: Path) -> None:
+    def refused(told: str, base: Path = bundle) -> None:
+        with pytest.raises(ArtifactError, match=told):
+            llm_coreml.apply_delta(base, folder, output=tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    folder = shutil.copytree(delta, tmp_path / "delta")
+    refused("belongs to a program", base=tuned)
+    kept = (delta / CHANGES).read_bytes()
+    (folder / CHANGES).write_bytes(kept[:-1])
+    refused("bytes, not")
+    (folder / CHANGES).write_bytes(kept[:100] + bytes([kept[100] ^ 1]) + kept[101:])
+    refused("SHA-256 is another's")
+    record = json.loads((delta / RECORD).read_text())
+    plain = lzma.decompress(kept)
+    for changed, told in (
+        (kept[:100] + bytes([kept[100] ^ 1]) + kept[101:], "cannot be unpacked|than was told"),
+        (kept[:-40], "is cut"),
+        (kept + b"x", "does not end as it should"),
+        (lzma.compress(plain + b"x"), "holds more than its parts"),
+        (lzma.compress(plain[:-1]), "holds less than its parts"),
+        (lzma.compress(bytes([plain[0] ^ 1]) + plain[1:]), "than was told"),
+    ):
+        (folder / CHANGES).write_bytes(changed)
+        record["changes"] = {
+            "bytes": len(changed),
+            "sha256": hashlib.sha256(changed).hexdigest(),
+        }
+        (folder / RECORD).write_text(json.dumps({**record, "checksum": checksum(record)}))
+        refused(told)
+    (folder / RECORD).write_text((delta / RECORD).read_text().replace('"new"', '"change"', 1))
+    refused("checksum is another's")
+    (folder / CHANGES).unlink()
+    refused("is damaged|is missing")
+    (folder / RECORD).unlink()
+    refused("holds no delta.json")
+
+
+def test_an_edited_base_makes_nothing(bundle: Path, delta: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(bundle, tmp_path / "base")
+    (base / "README.md").write_text("Mine.")  # anybody may edit the card
+    llm_coreml.apply_delta(base, delta, output=tmp_path / "out")
+    (base / "tokenizer.json").write_text("{}")
+    with pytest.raises(ArtifactError, match="is not the file that its manifest describes"):
+        llm_coreml.apply_delta(base, delta, output=tmp_path / "again")
+
+
+def test_what_is_there_is_left_alone(
+    bundle: Path, tuned: Path, delta: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    out = tmp_path / "out"
+    for overwrite in (False, True):
+        with pytest.raises(OutputError, match=r"exists already|--overwrite leaves"):
+            llm_coreml.make_delta(bundle, tuned, output=out, overwrite=overwrite)
+        with pytest.raises(OutputError, match=r"exists already|--overwrite leaves"):
+            llm_coreml.apply_delta(bundle, delta, output=out, overwrite=overwrite)
+    assert files_of(tmp_path) == {"out", "out/mine.txt"}
