@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -156,6 +157,12 @@ def test_nothing_is_wider_than_it_may_be(name: str, made: Callable[[str], Artifa
     wide = [op.type for op in computed if "fp32" in {dtype_of(each) for each in op.outputs}]
     # Nothing is computed in fp32 in a program of fp16, its logits among the rest.
     assert artifact.job.precision.name == "fp32" or not wide
+    # Masks are -40000, no infinite number is anywhere, nor is there a third state.
+    held = [op.attributes["val"].value() for op in operations if op.type == "const"]
+    numbers = [value for value in held if isinstance(value, np.ndarray) and value.dtype.kind == "f"]
+    assert all(np.isfinite(value).all() for value in numbers)
+    assert min(float(value.min()) for value in numbers if value.size) == -40000
+    assert len(state_specs(artifact.decoder.spec, artifact.shapes.extent)) == 2
     for state in state_specs(artifact.decoder.spec, artifact.shapes.extent):
         assert state.shape[-1] == (32 if "pad_heads" in CASES[name] else 16)
 

@@ -58,14 +58,11 @@ def test_the_same_numbers_by_fewer_operations(name: str, tmp_path: Path) -> None
         counts.append(counted(program(path)))
     assert torch.equal(*rows)
     usual, fewest = counts
-    # Of a rotation of queries and keys 2 products, 2 sums and a cut go, and a join; and of keys
-    # and values a transposition.
-    assert sum(usual.values()) - sum(fewest.values()) >= 3 * 6 - 8
+    # A rotation of queries and one of keys are one, of three operations fewer than either was.
+    assert sum(usual.values()) - sum(fewest.values()) >= 10
     assert usual["sub"] - fewest["sub"] >= 2 * 3
-    if length == 1:
-        assert not fewest["transpose"]
-    else:
-        assert usual["transpose"] - fewest["transpose"] == 2 * 3
+    # Those behind one another stand where there is one token.
+    assert fewest["transpose"] <= (0 if length == 1 else usual["transpose"] - 3)
 
 
 def counted(function: Function) -> Counter[str]:
