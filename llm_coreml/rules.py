@@ -181,7 +181,7 @@ STATE_RULES = (
         "no dimension over 16,384 has been found to be taken by the Neural Engine, which is the "
         "positions of a state here",
         "ANEMLL; coremlmodels",
-        "a --context of 16384 at most or --target gpu",
+        "--context 16384 or --target gpu",
         lambda shapes: any(max(shape) > 16384 for shape in shapes),
     ),
 )

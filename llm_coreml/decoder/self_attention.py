@@ -126,13 +126,13 @@ class Attention(nn.Module):
         """Return what the heads give, side by side: `[1, S, heads * head_dim]`."""
         spec = self.spec
         x = self.q_proj.arrange(x)  # which is that of keys and values, too
-        if self.together:
-            queries, keys, values = self._heads(x, chunk)
-            keys, values = self._remembered(keys, values, chunk, heads)
-        else:
-            queries = self._queries(x, chunk)
-            keys, values = self._attended(x, chunk, heads)
+        # In this order: it is in the bytes of every program.
+        queries, *new = self._heads(x, chunk) if self.together else (self._queries(x, chunk),)
         queries = queries.reshape(1, spec.num_key_value_heads, -1, spec.head_dim)
+        if self.together:
+            keys, values = self._remembered(new[0], new[1], chunk, heads)
+        else:
+            keys, values = self._attended(x, chunk, heads)
         attended = self._attend(queries, keys, values, chunk)
         attended = attended.reshape(1, spec.num_attention_heads, -1, spec.head_dim)
         gated = self._gated(_heads_first(attended), x)
