@@ -16,6 +16,7 @@ install: .venv/installed
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet torch==2.13.0
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps axolotl==0.19.0  # it pins versions that exclude ours; its plugins need none
 	touch $@
 
 # Export the bundled model at 4 bits, verify it, measure it.

@@ -4,8 +4,8 @@ found = compare([read_result(Path("a")), read_result(Path("b"))])
 found.differences[0].value, found.differences[0].interval, found.differences[0].beyond_noise
 
 Two results of the same text are paired: what differs between them is drawn anew window by window,
-the same windows for both (the paired bootstrap; Efron and Tibshirani, An Introduction to the
-Bootstrap, 1993, chapter 8). Results of different texts have no differences in quality.
+the same windows for both, see `bootstrap`. Results of different texts have no differences in
+quality.
 """
 
 from __future__ import annotations
@@ -19,15 +19,13 @@ from typing import Any
 import numpy as np
 
 from llm_coreml.errors import ConfigError
+from llm_coreml.eval.bootstrap import bounds, drawn
 
 Document = Mapping[str, Any]
 Interval = tuple[float, float]
 
 # Every one is beside every other.
 MOST = 32
-_DRAWS = 4000
-_CONFIDENCE = 0.95
-_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -216,15 +214,9 @@ def _interval(figure: Figure, one: Document, other: Document) -> Interval | None
     means = np.array(windows, dtype=np.float64)
     if not np.isfinite(means).all():
         return None
-    generator = np.random.default_rng(_SEED)
-    drawn = generator.multinomial(len(weights), np.full(len(weights), 1 / len(weights)), _DRAWS)
-    weighted = drawn * weights
-    first, second = (weighted @ each / weighted.sum(1) for each in means)
+    first, second = drawn([(weights * each, weights) for each in means])
     # A perplexity is the exponent of a mean cost, and their ratio that of a difference.
-    spread = np.expm1(second - first) if figure.relative else second - first
-    tail = (1.0 - _CONFIDENCE) / 2
-    low, high = np.quantile(spread, (tail, 1.0 - tail))
-    return float(low), float(high)
+    return bounds(np.expm1(second - first) if figure.relative else second - first)
 
 
 def _judged(

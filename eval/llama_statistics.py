@@ -10,6 +10,7 @@ one here. Differences of probability, agreement and correlation are in percent, 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -104,6 +105,12 @@ def percentile(ordered: torch.Tensor, fraction: float) -> float:
     above = min(below + 1, len(ordered) - 1)
     rest = place - below
     return float((1 - rest) * ordered[below] + rest * ordered[above])
+
+
+def percentiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """Return the median, the 90th and the 99th percentile of values in any order."""
+    ordered = torch.tensor(sorted(values), dtype=torch.float64)
+    return percentile(ordered, 0.5), percentile(ordered, 0.9), percentile(ordered, 0.99)
 
 
 def _root_mean_square(moved: torch.Tensor) -> Statistic:

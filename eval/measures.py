@@ -85,6 +85,36 @@ class NotFinite:
 
 
 @dataclass(frozen=True)
+class LayerError:
+    """How far a model is from the original after a layer.
+
+    Attributes:
+        layer: Its number, from 0 on.
+        error: Root of the mean square of what the residual stream is off, by that of the stream.
+    """
+
+    layer: int
+    error: float
+
+
+@dataclass(frozen=True)
+class NoiseFloor:
+    """How far the original is from itself with noise as of bfloat16 after each layer.
+
+    Attributes:
+        mean_kl: Mean divergence, in nats per token.
+        p99_kl: The 99th percentile.
+        top1_agreement: Share of tokens with the same most likely next one.
+        tokens: How many tokens it was measured on.
+    """
+
+    mean_kl: float
+    p99_kl: float
+    top1_agreement: float
+    tokens: int
+
+
+@dataclass(frozen=True)
 class Measures:
     """What is found out beyond the figures of `METRICS`.
 
@@ -95,6 +125,8 @@ class Measures:
         statistics: What llama-perplexity prints, under its names.
         buckets: By the confidence of the original.
         positions: By position in the window.
+        layers: How far each layer is from the original's; of the quantized model alone.
+        noise_floor: What noise does to the original; of it alone.
         not_finite: Rows that are no numbers; then there is no figure.
     """
 
@@ -104,4 +136,6 @@ class Measures:
     statistics: Mapping[str, Statistic] | None = field(default=None, metadata=LEFT_OUT)
     buckets: tuple[Bucket, ...] | None = field(default=None, metadata=LEFT_OUT)
     positions: tuple[Stretch, ...] | None = field(default=None, metadata=LEFT_OUT)
+    layers: tuple[LayerError, ...] | None = field(default=None, metadata=LEFT_OUT)
+    noise_floor: NoiseFloor | None = field(default=None, metadata=LEFT_OUT)
     not_finite: NotFinite | None = field(default=None, metadata=LEFT_OUT)

@@ -23,7 +23,7 @@ from llm_coreml.eval.results import Window
 Columns = Mapping[str, Sequence[torch.Tensor]]
 Function = Callable[[float], float]
 
-_BUCKETS = (0.0, 0.25, 0.5, 0.75, 1.0)
+_BUCKETS = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
 _STRETCHES = 8
 # Names of columns as results have them, where a mean over a window is kept.
 _KEPT = ("nll", "kl", "top1", "top5")

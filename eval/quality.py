@@ -1,95 +1,98 @@
 """Figures of one or more models on the same windows, some of them distances from the first.
 
-All models read a window before any reads the next, so that only one window's logits are held.
+original, artifact = measure_quality({"original": ..., "artifact": ...}, windows)
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 
 import torch
 
+from llm_coreml.eval.cores import Share
+from llm_coreml.eval.finished import FinishedWindows
 from llm_coreml.eval.measuring import measures_of
-from llm_coreml.eval.metrics import METRICS, Metric, Predictions
+from llm_coreml.eval.metrics import METRICS, Metric
 from llm_coreml.eval.results import Quality, Window
-from llm_coreml.runtime.runner import Runner
-
-# Of each window, what is known of its tokens, by name.
-Columns = dict[str, list[torch.Tensor]]
-
-
-@dataclass
-class _Read:
-    """What is kept of a model's predictions.
-
-    Attributes:
-        columns: Of each window, see `token_scores.score`.
-        values: Of each window, what metrics need.
-    """
-
-    columns: Columns = field(default_factory=dict)
-    values: Columns = field(default_factory=dict)
-
-    def add(self, read: Predictions, metrics: Sequence[Metric]) -> None:
-        for name, column in read.scored.items():
-            self.columns.setdefault(name, []).append(column)
-        for metric in metrics:
-            self.values.setdefault(metric.name, []).append(metric.values(read))
+from llm_coreml.eval.window_scores import ModelScores, Reader, packed, score_window, unpacked
+from llm_coreml.eval.workers import in_parallel
 
 
 def measure_quality(
-    runners: Mapping[str, Runner],
+    readers: Mapping[str, Reader],
     windows: Sequence[Sequence[int]],
     on_progress: Callable[[float], None] = lambda _: None,
     metrics: Sequence[Metric] = METRICS,
     sizes: Sequence[Window] | None = None,
+    *,
+    share: Share | None = None,
+    finished: FinishedWindows | None = None,
+    note: Callable[[str], None] = lambda _: None,
 ) -> tuple[Quality, ...]:
-    """Score every window by every runner.
+    """Score every window by every model.
 
     Args:
-        runners: Models by name; those after `original`, if it is among them, are compared to it.
+        readers: Models by name; those after `original`, if it is among them, are compared to it.
         windows: Token windows; the first token of each is given, the others are scored.
-        on_progress: Called with the share done, 0 to 1.
+        on_progress: Called with the share done of what was left to do, 0 to 1.
         metrics: What to measure.
         sizes: Of the windows, for what goes beyond `metrics`; None leaves that out.
+        share: How many windows at a time; None reads one after the other.
+        finished: Windows that need not be read again, and where those that are read are kept.
+        note: Told how many those are.
 
     Returns:
         A record for each model. One whose logits hold inf or NaN has no figures.
     """
-    asked = _asked(tuple(runners), metrics)
-    found = {name: _Read() for name in runners}
-    for done, window in enumerate(windows):
-        targets = torch.tensor(window[1:])
-        original: torch.Tensor | None = None
-        for name, runner in runners.items():
-            logits = runner.logits(window[:-1])
-            read = Predictions(logits, targets, logits if original is None else original)
-            found[name].add(read, asked[name])
-            if name == "original":
-                original = logits
-        on_progress((done + 1) / len(windows))
+    asked = _asked(tuple(readers), metrics)
+    found = {} if finished is None else _before(finished, windows)
+    left = [number for number in range(len(windows)) if number not in found]
+    if found:
+        note(f"{len(found)} of {len(windows)} windows were scored before, and are not read again.")
+
+    share = share or Share(1, torch.get_num_threads())
+
+    def work(number: int) -> bytes:
+        return packed(score_window(readers, windows[number], asked))
+
+    scored = in_parallel(work, left, share.jobs, share.threads)
+    for done, (number, data) in enumerate(scored, 1):
+        if finished is not None:
+            finished.store(windows[number], data)
+        found[number] = unpacked(data)
+        on_progress(done / len(left))
+    ordered = [found[number] for number in range(len(windows))]
     return tuple(
-        _quality(name, runner.label, found[name], metrics, windows, sizes)
-        for name, runner in runners.items()
+        _quality(name, reader.label, [each[name] for each in ordered], metrics, windows, sizes)
+        for name, reader in readers.items()
     )
+
+
+def _before(
+    finished: FinishedWindows, windows: Sequence[Sequence[int]]
+) -> dict[int, dict[str, ModelScores]]:
+    """Return the scores of the windows that were finished, by number."""
+    found = {number: finished.load(window) for number, window in enumerate(windows)}
+    return {number: scores for number, scores in found.items() if scores is not None}
 
 
 def _quality(
     name: str,
     label: str,
-    read: _Read,
+    scores: Sequence[ModelScores],
     metrics: Sequence[Metric],
     windows: Sequence[Sequence[int]],
     sizes: Sequence[Window] | None,
 ) -> Quality:
-    measures = measures_of(read.columns, windows, sizes)
+    columns = {key: [each.columns[key] for each in scores] for key in scores[0].columns}
+    measures = measures_of(columns, windows, sizes)
     figures = {}
     if measures is None or measures.not_finite is None:
         by_name = {metric.name: metric for metric in metrics}
         computed = {
-            key: by_name[key].compute(torch.cat(values)) for key, values in read.values.items()
+            key: by_name[key].compute(torch.cat([each.values[key] for each in scores]))
+            for key in scores[0].values
         }
         # A perplexity may be beyond all numbers, and JSON has none for that.
         figures = {key: value for key, value in computed.items() if math.isfinite(value)}

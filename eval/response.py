@@ -10,11 +10,9 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-import torch
-
-from llm_coreml.eval.llama_statistics import percentile
+from llm_coreml.eval.llama_statistics import percentiles
 from llm_coreml.eval.timings import Decoding, FirstToken, Timing
-from llm_coreml.machine import peak_memory
+from llm_coreml.machine import forget_peak, free_memory, peak_memory
 from llm_coreml.runtime.runner import Runner
 
 _WARMUPS = 1
@@ -33,17 +31,20 @@ def measure_response(runner: Runner, load_seconds: float, tokens: Sequence[int])
         load_seconds: What it took to load, which was measured before.
         tokens: A text, repeated where it is short.
     """
+    free_memory()
+    forget_peak()
     most = max(1, runner.context // 2)
     lengths = sorted({min(length, most) for length in _PROMPTS})
     text = (list(tokens) * (lengths[-1] // len(tokens) + 1))[: lengths[-1]]
     first = tuple(_first_token(runner, text[:length]) for length in lengths)
+    decode = _decoding(runner, text[: lengths[0]])
     return Timing(
         runtime=runner.label,
         warmups=_WARMUPS,
         trials=min(each.trials for each in first),
         load_seconds=load_seconds,
         first_token=first,
-        decode=_decoding(runner, text[: lengths[0]]),
+        decode=decode,
         peak_memory_bytes=peak_memory(),
     )
 
@@ -58,7 +59,7 @@ def _first_token(runner: Runner, prompt: Sequence[int]) -> FirstToken:
         start = time.perf_counter()
         runner.feed(prompt)
         seconds.append(time.perf_counter() - start)
-    return FirstToken(len(prompt), *_percentiles(seconds), len(seconds))
+    return FirstToken(len(prompt), *percentiles(seconds), len(seconds))
 
 
 def _decoding(runner: Runner, prompt: Sequence[int]) -> Decoding:
@@ -71,9 +72,4 @@ def _decoding(runner: Runner, prompt: Sequence[int]) -> Decoding:
         start = time.perf_counter()
         row = runner.step([int(row.argmax())])[-1]
         seconds.append(time.perf_counter() - start)
-    return Decoding(len(seconds), *_percentiles(seconds), len(seconds) / sum(seconds))
-
-
-def _percentiles(seconds: Sequence[float]) -> tuple[float, float, float]:
-    ordered = torch.tensor(sorted(seconds), dtype=torch.float64)
-    return percentile(ordered, 0.5), percentile(ordered, 0.9), percentile(ordered, 0.99)
+    return Decoding(len(seconds), *percentiles(seconds), len(seconds) / sum(seconds))

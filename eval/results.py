@@ -274,7 +274,9 @@ class Evaluation:
             (each.name, *(metric.shown(each.figures.get(metric.name)) for metric in metrics))
             for each in self.qualities
         ]
-        title = f"{self.tokens:,} tokens of {self.text}, {self.bits_per_weight:.2f} bits per weight"
+        bits = self.bits_per_weight
+        told = "" if bits is None else f", {bits:.2f} bits per weight"
+        title = f"{self.tokens:,} tokens of {self.text}{told}"
         return PlainTable(title, ("", *(metric.label for metric in metrics)), tuple(rows))
 
     def quality(self, name: str) -> Quality:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from llm_coreml.bundle.typed_json import LEFT_OUT
 
 
 @dataclass(frozen=True)
@@ -14,12 +16,16 @@ class Latency:
         tokens: Length of the call; 1 is decode.
         seconds: Median.
         runs: Calls timed, after one that is not.
+        p90: The 90th percentile of the seconds.
+        p99: The 99th.
     """
 
     runtime: str
     tokens: int
     seconds: float
     runs: int
+    p90: float | None = field(default=None, metadata=LEFT_OUT)
+    p99: float | None = field(default=None, metadata=LEFT_OUT)
 
     @property
     def tokens_per_second(self) -> float:
@@ -76,7 +82,8 @@ class Timing:
         load_seconds: Until it was ready for a first call.
         first_token: By length of the prompt, ascending.
         decode: Of single tokens, one after the other.
-        peak_memory_bytes: Most memory that the process had until then.
+        peak_memory_bytes: Most memory that the process had meanwhile, libraries and mapped files
+            included; where the system does not tell, since it began.
     """
 
     runtime: str

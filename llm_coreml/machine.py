@@ -1,4 +1,4 @@
-"""Memory: what this machine has, what this process took, and how to give some back.
+"""What this machine has: memory, what this process took of it and how to give some back; cores.
 
 machine_memory()       # bytes
 free_memory()
@@ -19,6 +19,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 _M_ARENA_MAX = -8  # of glibc's malloc.h
 # A program that loads half a million objects that stay looks for garbage after so many new ones.
@@ -42,10 +43,28 @@ def machine_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def usable_cores() -> int:
+    """Return how many cores this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS has none
+        return os.cpu_count() or 1
+
+
 def peak_memory() -> int:
     """Return the most bytes of memory that this process has had resident, mapped files included."""
+    # Linux counts what the process was copied from into the other figure.
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        told = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        return 1024 * int(told.split("VmHWM:")[1].split()[0])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def forget_peak() -> None:
+    """Have `peak_memory` tell of what comes from here on, where the system can: on Linux."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def free_memory() -> None:
@@ -81,6 +100,19 @@ def settled() -> Iterator[None]:
                 _SETTLED.blocks -= 1
                 if not _SETTLED.blocks:
                     gc.unfreeze()
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Collect no garbage but when asked: graphs live long, and going through them takes time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        with settled():
+            yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def collect_rarely() -> None:

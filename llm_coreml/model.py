@@ -22,11 +22,12 @@ from llm_coreml.checkpoint import (
     is_quantized,
     open_checkpoint,
 )
+from llm_coreml.checkpoint.apart import Factors, products_apart
 from llm_coreml.checkpoint.checkpoint import listing
 from llm_coreml.checkpoint.layouts import ordinary_name
 from llm_coreml.checkpoint.weights_view import FamilyWeights, Stored, Weights, expected_tensors
 from llm_coreml.decoder import DecoderSpec, skeleton
-from llm_coreml.errors import LlmCoreMLError, UnknownFamilyError
+from llm_coreml.errors import LlmCoreMLError, UnknownFamilyError, UnsupportedError
 from llm_coreml.families import Family, family_notes, find_family, offer, read_as
 from llm_coreml.families.family import Naming
 from llm_coreml.recipes import BUNDLED, BUNDLED_RECIPE, find_recipe
@@ -60,6 +61,27 @@ class Model:
         stored, _ = _with_lone_head(checkpoint, self.family, self.spec)
         weights = FamilyWeights(checkpoint, stored)
         return replace(self, checkpoint=checkpoint, weights=weights)
+
+    def adapters_beside(self) -> tuple[Model, dict[str, Factors], int]:
+        """Return the model without the products that its adapter adds to matrices of blocks.
+
+        Returns:
+            It, the products as `[rank, inputs]` and `[outputs, rank]`, fp32, by the matrices'
+            names in the decoder, and how many others stay merged.
+
+        Raises:
+            UnsupportedError: there are none, or none that a program can keep apart.
+        """
+        stored, _ = _with_lone_head(self.checkpoint, self.family, self.spec)
+        base, found = products_apart(self.checkpoint, stored)
+        if not found:
+            raise UnsupportedError(
+                f"--adapters beside keeps the LoRA matrices of an adapter's files apart, and "
+                f"'{self.source.name}' has none that can be (DoRA, token tables and transposed "
+                "matrices are merged); give --adapters merged, or save the adapter to a folder."
+            )
+        left = len(base.products)
+        return replace(self, weights=FamilyWeights(base, stored)), found, left
 
     def sha256(self) -> str:
         """Return the hash of the stored tensors that the decoder is made of."""

@@ -36,7 +36,6 @@ from llm_coreml.bundle.seal import sealed, vouch_for
 from llm_coreml.config import ExportConfig, Job, resolve
 from llm_coreml.decoder import Decoder, DecoderSpec
 from llm_coreml.decoder.rope import table_notes
-from llm_coreml.decoder.states import state_specs
 from llm_coreml.errors import UnsupportedError, VerificationError
 from llm_coreml.lower.forms import form_for
 from llm_coreml.lower.shares import Cut, cut_of
@@ -198,16 +197,16 @@ class _Run:
         yield WeightCache(chosen, self.progress.note)
 
     def check(self, spec: DecoderSpec, quantized: bool) -> None:
-        """Refuse settings that cannot work for a model of these sizes."""
+        """Refuse settings that cannot work for a model of these sizes, and tell of what may not."""
         job = resolve(self.config, spec)
         imported = quantized and keeps_codes(job)
-        cut_of(job, spec, plan_without_weights(left_as_is(job) if imported else job, spec))
+        cut = cut_of(job, spec, plan_without_weights(left_as_is(job) if imported else job, spec))
+        _tell_of_the_states(self.progress, job, cut.states(spec, job.shapes.extent))
 
 
 def _write(run: _Run, model: Model, draft: Path, cache: WeightCache) -> None:
     job, progress = resolve(run.config, model.spec), run.progress
     _tell_of_the_context(run, model, job)
-    _tell_of_the_states(run, model, job)
     if job.head.kind == "argmax":
         run.progress.note(f"--head argmax: {ARGMAX}; --head topk:1 gives the same.")
     bos_id, eos_ids = write_tokenizer(model, draft, progress.note)
@@ -258,16 +257,17 @@ def _tell_of_the_context(run: _Run, model: Model, job: Job) -> None:
         run.progress.note(note)
 
 
-def _tell_of_the_states(run: _Run, model: Model, job: Job) -> None:
+def _tell_of_the_states(
+    progress: Progress, job: Job, programs: list[list[tuple[int, ...]]]
+) -> None:
     """Tell what is known not to work of such states on the target, before work is done."""
-    if job.kv_cache != "state":
+    if job.kv_cache != "state" or not BACKENDS[job.backend].has_targets:
         return
-    shapes = [state.shape for state in state_specs(model.spec, job.shapes.extent)]
-    for rule in broken_by_states(job.target, shapes) if BACKENDS[job.backend].has_targets else []:
-        run.progress.note(
+    for rule in broken_by_states(job.target, programs):
+        shapes = dict.fromkeys(str(list(shape)) for states in programs for shape in states)
+        progress.note(
             f"--target {job.target.name}: {rule.sentence}, and this model's are "
-            f"{' and '.join(str(list(shape)) for shape in dict.fromkeys(shapes))}; "
-            f"give {rule.instead}."
+            f"{' and '.join(shapes)}; give {rule.instead}."
         )
 
 

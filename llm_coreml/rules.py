@@ -144,7 +144,7 @@ class StateRule:
         reason: What happens, without a full stop.
         source: The public report.
         instead: What mends it on the command line.
-        check: Whether states of these shapes break the rule.
+        check: Whether a program with states of these shapes breaks the rule.
     """
 
     id: str
@@ -194,9 +194,13 @@ ARGMAX = (
 )
 
 
-def broken_by_states(target: Target, shapes: Sequence[Sequence[int]]) -> list[StateRule]:
-    """Return the rules that states of these shapes break on a target."""
-    return [rule for rule in STATE_RULES if target.neural_engine and rule.check(shapes)]
+def broken_by_states(
+    target: Target, programs: Sequence[Sequence[Sequence[int]]]
+) -> list[StateRule]:
+    """Return the rules that programs with states of these shapes break on a target."""
+    if not target.neural_engine:
+        return []
+    return [rule for rule in STATE_RULES if any(rule.check(shapes) for shapes in programs)]
 
 
 def broken(use: Use) -> list[Rule]:

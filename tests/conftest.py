@@ -14,14 +14,16 @@ import torch
 from artifacts import FURTHER, SCHEMES, TIED, UNQUANTIZED, Artifact, lower
 from cases import cases
 from llm_coreml.config import ExportConfig
+from llm_coreml.machine import collect_rarely
 from shared import Shared
 from tiny import llama
 
-pytest_plugins = ["exported"]
+pytest_plugins = ["exported", "hub_server"]
 
 # Tiny operations gain nothing from threads, and lose much to them beside other work.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+collect_rarely()
 
 _last_path: Path | None = None  # of the file whose tests run
 

@@ -67,6 +67,7 @@ LAYERS = (
     ("pipeline",),
     ("pretrained",),
     ("eval",),
+    ("training",),
     ("delta",),
     ("cli",),
 )
@@ -77,7 +78,7 @@ INNER = {
         ("formats",),
         ("calibrate", "rotate"),
         ("plan",),
-        ("cache", "pt2e", "residual"),
+        ("cache", "low_rank", "pt2e", "residual"),
         ("keys",),
         ("fill",),
         ("quantized",),

@@ -33,6 +33,20 @@ def test_a_process_takes_some_of_the_machine() -> None:
     assert 1 << 20 < peak_memory() < machine_memory()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems remember it")
+def test_a_peak_is_forgotten() -> None:
+    code = """
+from llm_coreml.machine import forget_peak, peak_memory
+held = bytearray(b"x") * (64 << 20)
+before = peak_memory()
+del held
+forget_peak()
+print(before - peak_memory())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 48 << 20
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other libraries have one heap")
 @pytest.mark.parametrize(("argument", "one"), [("one", True), ("usual", False)])
 def test_threads_share_the_heap(argument: str, one: bool) -> None:

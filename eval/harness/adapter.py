@@ -237,7 +237,7 @@ class ExportedModel(SubjectModel):
     """A bundle behind lm-eval's interface, made from lm-eval's `model_args`.
 
     Args:
-        pretrained: Folder that an export wrote.
+        pretrained: Folder that an export wrote; or a model's folder or hub id.
         max_length: As `SubjectModel`.
         add_bos_token: As `SubjectModel`.
         prefix_token_id: As `SubjectModel`.

@@ -1,4 +1,4 @@
-"""A bundle as lm-eval needs it: a program that reads tokens, and what its tokenizer calls things.
+"""A bundle or a model as lm-eval needs it: what reads tokens, and what its tokenizer calls things.
 
 subject = open_subject(Path("out"))
 subject.runner.rows_after(subject.tokenizer.prompt("def add(a, b):"), 1)
@@ -6,18 +6,28 @@ subject.runner.rows_after(subject.tokenizer.prompt("def add(a, b):"), 1)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from llm_coreml.bundle.bundle_runner import open_runner
-from llm_coreml.bundle.folder import Bundle, open_bundle
-from llm_coreml.errors import ArtifactError
+from llm_coreml.bundle.bundled_tokenizer import write_tokenizer
+from llm_coreml.bundle.folder import TOKENIZER, Bundle, open_bundle
+from llm_coreml.errors import ArtifactError, CheckpointError, ConfigError
+from llm_coreml.eval.measurable import kind_of
+from llm_coreml.eval.originals import EAGER
+from llm_coreml.model import open_model
+from llm_coreml.quantize.quantized import build_original
 from llm_coreml.reference.program.execution import Execution
+from llm_coreml.runtime.eager import EagerRunner
 from llm_coreml.runtime.reference import DECLARED
 from llm_coreml.runtime.runner import Runner
 from llm_coreml.tokenizer import Tokenizer
 from llm_coreml.tokenizer.chat_template import ChatTemplate, find_template, named_tokens
+
+# Most positions of a model that is not exported; its own are often more than memory holds.
+_CONTEXT = 4096
 
 
 @dataclass(frozen=True)
@@ -66,18 +76,27 @@ class Subject:
     info: Mapping[str, str | int] = field(default_factory=dict)
 
 
-def open_subject(folder: Path, execution: Execution = DECLARED, checked: bool = True) -> Subject:
-    """Open the bundle in `folder` for lm-eval.
+def open_subject(
+    folder: Path,
+    execution: Execution = DECLARED,
+    checked: bool = True,
+    note: Callable[[str], None] = lambda _: None,
+) -> Subject:
+    """Open a bundle, or the folder or hub id of a model, for lm-eval.
 
     Args:
-        folder: Folder that an export wrote.
+        folder: Folder that an export wrote; or a model, which answers in PyTorch.
         execution: Numerics, device and memory of the reference runtime.
         checked: Refuse files that have changed since the export wrote them.
+        note: Told what a user should know of a model.
 
     Raises:
         ArtifactError: the bundle is damaged, or has no tokenizer.
+        CheckpointError: the model is damaged, or has no tokenizer.
         ConfigError: the execution asks for what is not there.
     """
+    if kind_of(folder) == "eager":
+        return _open_model(folder, execution, note)
     bundle = open_bundle(folder, checked)
     if not bundle.tokenizer.is_file():
         raise ArtifactError(
@@ -90,19 +109,55 @@ def open_subject(folder: Path, execution: Execution = DECLARED, checked: bool = 
         name=bundle.folder.resolve().name,
         runner=open_runner(bundle, execution),
         tokenizer=tokenizer,
-        names=_names(bundle, tokenizer, template),
+        names=_names(bundle.folder, bundle.manifest.description.stop_tokens, tokenizer, template),
         stop=bundle.manifest.description.stop_tokens,
         template=template,
         info=_info(bundle),
     )
 
 
-def _names(bundle: Bundle, tokenizer: Tokenizer, template: ChatTemplate | None) -> NamedTokens:
-    """Return the special tokens of a bundle: its tokenizer's files name them, or the program."""
-    stop = bundle.manifest.description.stop_tokens
+def _open_model(source: Path, execution: Execution, note: Callable[[str], None]) -> Subject:
+    """Open a model that has not been exported."""
+    if execution != DECLARED:
+        raise ConfigError(
+            f"'{source}' is a model, which answers in PyTorch with fp32 on the CPU; leave mode and "
+            "device out, or export it."
+        )
+    model = open_model(source)
+    with tempfile.TemporaryDirectory(prefix="llm-coreml-") as place:
+        files = Path(place)
+        _, stop = write_tokenizer(model, files, note)
+        if not (files / TOKENIZER).is_file():
+            raise CheckpointError(
+                f"'{source}' has no tokenizer that can be read here, and lm-eval's tasks are "
+                "texts; give a model with one."
+            )
+        tokenizer, template = Tokenizer(files / TOKENIZER), find_template(files)
+        names = _names(files, stop, tokenizer, template)
+    decoder = build_original(model, min(_CONTEXT, model.spec.longest_context))
+    return Subject(
+        name=model.source.name.rstrip("/").rpartition("/")[2],
+        runner=EagerRunner(decoder, EAGER),
+        tokenizer=tokenizer,
+        names=names,
+        stop=stop,
+        template=template,
+        info={
+            "model_dtype": "fp32",
+            "model_revision": model.source.revision or "",
+            "model_sha": model.sha256(),
+            "model_source_name": model.source.name,
+        },
+    )
+
+
+def _names(
+    folder: Path, stop: Sequence[int], tokenizer: Tokenizer, template: ChatTemplate | None
+) -> NamedTokens:
+    """Return special tokens: the tokenizer's files in `folder` name them, or the program."""
     unnamed = {"bos_token": tokenizer.beginning[:1], "eos_token": stop[:1]}
     texts = {key: tokenizer.decode(ids, special=True) for key, ids in unnamed.items() if ids}
-    texts |= named_tokens(bundle.folder)
+    texts |= named_tokens(folder)
     known = {
         key: (text, number)
         for key, text in texts.items()

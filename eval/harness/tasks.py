@@ -80,10 +80,10 @@ def run_tasks(
     checked: bool = True,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Run tasks on the program of a bundle.
+    """Run tasks on the program of a bundle, or on a model.
 
     Args:
-        model: Folder that an export wrote.
+        model: Folder that an export wrote; or a model's folder or hub id.
         settings: Which tasks, and how.
         output: Folder for `MODEL/results_DATE.json`, as lm-eval lays it out; None writes nothing.
         samples: Write what was asked and answered beside it, a file for each task.
@@ -106,7 +106,7 @@ def run_tasks(
     from llm_coreml.eval.harness.adapter import SubjectModel
 
     progress.stage("open")
-    subject = open_subject(model, execution, checked)
+    subject = open_subject(model, execution, checked, progress.note)
     language_model = SubjectModel(
         subject, max_length=settings.max_length, on_progress=progress.advance
     )

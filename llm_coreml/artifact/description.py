@@ -35,6 +35,8 @@ INPUTS = (f"{TOKENS} int64 [1, S]", f"{START_POS} int64 [1]")
 
 # How a Core ML program calls a cache that it is given: this and the cache's name.
 PAST = "past_"
+# The same of a weight that is no constant of its own.
+WEIGHTS = "weights_"
 
 
 def _as_stored(value: Constant) -> Constant:
@@ -172,6 +174,15 @@ class Description:
     def state_shapes(self) -> list[tuple[int, ...]]:
         """The sizes of what it remembers, which has one size at least."""
         return _shapes(self.states.values())
+
+    @property
+    def states_by_program(self) -> list[list[tuple[int, ...]]]:
+        """The same of each partition, whose states are called by its first layer."""
+        parts: dict[str, list[tuple[int, ...]]] = {}
+        for name, shape in zip(self.states, self.state_shapes, strict=True):
+            found = re.match(r"layers_[0-9]+_", name)
+            parts.setdefault(found[0] if found else "", []).append(shape)
+        return list(parts.values())
 
     @property
     def cache_shapes(self) -> list[tuple[int, ...]]:

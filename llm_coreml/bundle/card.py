@@ -114,7 +114,7 @@ def _doubts(manifest: Manifest) -> str:
     target = manifest.target
     if not BACKENDS[target.backend].has_targets:
         return ""
-    broken = broken_by_states(get_target(target.name), manifest.description.state_shapes)
+    broken = broken_by_states(get_target(target.name), manifest.description.states_by_program)
     told = "; ".join(rule.sentence for rule in broken)
     return f"| known of such programs | {told} |\n" if told else ""
 

@@ -8,7 +8,7 @@ import os
 import platform
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llm_coreml.artifact.description import Description
@@ -37,6 +37,7 @@ from llm_coreml.heads import LOGITS
 from llm_coreml.quantize.calibrate.text import CalibrationText
 from llm_coreml.quantize.calibrate.tune import Tuning
 from llm_coreml.quantize.formats.schemes import Scheme
+from llm_coreml.quantize.low_rank import factor_bits, largest_rank
 from llm_coreml.quantize.plan.choose import Measured
 from llm_coreml.quantize.plan.imported import ImportReport, import_report, quantized_in
 from llm_coreml.quantize.plan.plan import QuantizationPlan, beside_blocks, matrices
@@ -68,6 +69,7 @@ def make_manifest(
     table = (model.spec.vocab_size, model.spec.hidden_size)
     measured, report = quantized.measured, import_report(model.checkpoint)
     losses = {} if measured is None else measured.losses
+    factors = Beside(largest_rank(quantized.decoder), factor_bits(quantized.decoder))
     return Manifest(
         version=MANIFEST_VERSION,
         source=Source(source.kind, public_name(source), source.revision, model.sha256()),
@@ -75,12 +77,14 @@ def make_manifest(
         config=public_config(job.config).to_json(),
         rebuild=tuple(rebuild_command(source, job.config)),
         quantization=Quantization(
-            linear=_group(_linear(plan, model.spec), dequantized),
+            linear=_with_factors(_group(_linear(plan, model.spec), dequantized), factors),
             embedding=_group([(plan.embedding, table), *_beside(plan, model.spec)], dequantized),
             lm_head=_group([(plan.lm_head, table)], dequantized, elsewhere=plan.tied),
             tied=plan.tied,
             untied_bytes=plan.untied_bytes,
-            bits_per_weight=32.0 if dequantized else bits_per_weight(plan, model.spec),
+            bits_per_weight=32.0
+            if dequantized
+            else bits_per_weight(plan, model.spec, factors.bits),
             rotation=_rotation(job, model.spec),
             calibration=_calibration(job, quantized.calibration, quantized.tuning),
             allocation=None if measured is None else _allocation(measured),
@@ -153,13 +157,45 @@ def public_config(config: ExportConfig) -> ExportConfig:
     return replace(config, calibrate=calibrate, plan=plan)
 
 
-def bits_per_weight(plan: QuantizationPlan, spec: DecoderSpec) -> float:
-    """Return stored bits per weight over all matrices, a tied table counted once."""
+@dataclass(frozen=True)
+class Beside:
+    """What is stored beside matrices.
+
+    Attributes:
+        rank: Of the largest product, 0 where there is none.
+        bits: What all products take, as fp16.
+    """
+
+    rank: int
+    bits: int
+
+
+def _with_factors(group: Group, beside: Beside) -> Group:
+    """Count what is stored beside matrices to them."""
+    if not beside.bits:
+        return group
+    weights = 8 * group.bytes / group.bits_per_weight
+    return replace(
+        group,
+        label=f"{group.label} + fp16 products of rank {beside.rank} beside it",
+        bits_per_weight=group.bits_per_weight + beside.bits / weights,
+        bytes=group.bytes + beside.bits // 8,
+    )
+
+
+def bits_per_weight(plan: QuantizationPlan, spec: DecoderSpec, beside: int = 0) -> float:
+    """Return stored bits per weight over all matrices, a tied table counted once.
+
+    Args:
+        plan: Their formats.
+        spec: Their sizes.
+        beside: Bits that are stored beside them.
+    """
     table = (spec.vocab_size, spec.hidden_size)
     tables = (plan.embedding,) if plan.tied else (plan.embedding, plan.lm_head)
     stored = [*_linear(plan, spec), *_beside(plan, spec), *((scheme, table) for scheme in tables)]
     bits, weights = _cost(stored)
-    return bits / weights
+    return (bits + beside) / weights
 
 
 def _linear(plan: QuantizationPlan, spec: DecoderSpec) -> list[Stored]:

@@ -45,9 +45,10 @@ def parse(data: bytes) -> Any:
         )
     except RecursionError:
         raise ValueError(f"it nests deeper than {_DEEPEST} levels") from None
-    for where, inner in _walk(value):
-        if isinstance(inner, str):
-            _check_text(inner, where)
+    if not _harmless(value):
+        for where, inner in _walk(value):
+            if isinstance(inner, str):
+                _check_text(inner, where)
     return value
 
 
@@ -75,8 +76,26 @@ def _check_text(text: str, where: str) -> None:
     if len(text) > _LONGEST_TEXT:
         raise ValueError(f"{where} is a text of {len(text):,} characters")
     # JSON may escape halves of characters, which nobody can print.
-    if any("\ud800" <= letter <= "\udfff" for letter in text):
+    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
         raise ValueError(f"{where} holds half a character (a lone surrogate)")
+
+
+def _harmless(value: Any) -> bool:
+    """Return whether all texts are short and of ASCII, and nothing nests too deep: most often."""
+    level = [value]
+    for _ in range(_DEEPEST + 1):
+        below: list[Any] = []
+        for inner in level:
+            if isinstance(inner, dict):
+                below += inner.values()
+            elif isinstance(inner, list):
+                below += inner
+            elif isinstance(inner, str) and not (len(inner) <= _LONGEST_TEXT and inner.isascii()):
+                return False
+        if not below:
+            return True
+        level = below
+    return False
 
 
 def _integer(digits: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -19,6 +20,11 @@ _OUTPUT = click.option("--output", "-o", type=PATH, required=True, help="Folder 
 @TEXT
 @click.option("--tokens", type=int, default=256, show_default=True, help="Most tokens to score.")
 @click.option("--max-kl", type=float, help="Gate: largest mean KL from TUNED, in nats.")
+@click.option(
+    "--adapters",
+    type=click.Choice(["merged", "beside"]),
+    help="Of a model that is exported: as with export.  [default: as the base]",
+)
 @FORMAT
 @VERBOSE
 def delta_command(
@@ -29,6 +35,7 @@ def delta_command(
     text: Path | None,
     tokens: int,
     max_kl: float | None,
+    adapters: Literal["merged", "beside"] | None,
     form: str,
     verbose: bool,
 ) -> None:
@@ -40,7 +47,7 @@ def delta_command(
 
     \b
     llm-coreml delta base tuned -o delta
-    llm-coreml delta base ./my-lora -o delta --max-kl 0.05
+    llm-coreml delta base ./my-lora -o delta --adapters beside --max-kl 0.05
     llm-coreml apply base delta -o tuned
     """
     from llm_coreml.cli.terminal import terminal
@@ -56,6 +63,7 @@ def delta_command(
             text=text,
             tokens=tokens,
             max_kl=max_kl,
+            adapters=adapters,
             overwrite=overwrite,
             progress=screen.progress,
         )

@@ -27,7 +27,7 @@ def extract_command(
     from llm_coreml.cli.terminal import terminal
 
     with terminal(verbose) as screen:
-        from llm_coreml.cli.tables import extraction_table
+        from llm_coreml.cli.models_table import extraction_table
         from llm_coreml.inspect.extraction import extract
 
         found = extract(artifact, output, overwrite=overwrite, checked=not unchecked)

@@ -10,7 +10,9 @@ from llm_coreml.cli.options import DEVICE, FORMAT, MODE, PATH, UNCHECKED, VERBOS
 
 
 @click.command("lm-eval")
-@click.option("--model", "-m", type=PATH, required=True, help="The bundle that an export wrote.")
+@click.option(
+    "--model", "-m", type=PATH, required=True, help="The bundle that an export wrote, or a model."
+)
 @click.option("--tasks", "-t", required=True, help="Names, separated by commas; * is any letters.")
 @click.option(
     "--include-path", type=PATH, help="Folder of further tasks: YAML, which may run code."

@@ -28,6 +28,7 @@ from rich.progress import (
 
 from llm_coreml.cli.process import INTERRUPTION
 from llm_coreml.printable import MESSAGE, printable
+from llm_coreml.progress_bar import span, time_left
 
 _LABELS = {
     "open": "opening the checkpoint",
@@ -42,16 +43,18 @@ _LABELS = {
     "tasks": "listing tasks",
     "answer": "having bundles answer",
     "score": "scoring text",
+    "layers": "measuring layer by layer",
     "time": "timing calls",
+    "track": "telling a tracker",
+    "push": "uploading to the hub",
     "watch": "watching every operation",
     "compare": "comparing every operation",
     "build": "building the C++ runner",
+    "sweep": "running cells",
     "run": "running the program on ExecuTorch",
 }
 # Seconds between two signs of life in a log.
 _PAUSE = 30.0
-# Below this share, nobody knows what is left.
-_TOO_EARLY = 0.02
 
 
 class Stages:
@@ -192,18 +195,10 @@ class Lines:
             return
         self._told, passed, share = now, now - self._start, min(self._share, 1.0)
         self._end_line()
-        left = "" if share < _TOO_EARLY else f", {_span(passed * (1 - share) / share)} left"
-        self._console.print(f"  {share:.0%} after {_span(passed)}{left}")
+        left = time_left(passed, share)
+        self._console.print(f"  {share:.0%} after {span(passed)}{left and f', {left}'}")
 
     def _end_line(self) -> None:
         if self._open:
             self._console.print()
         self._open = False
-
-
-def _span(seconds: float) -> str:
-    """Return `40 s`, `12 min` or `1 h 05 min`."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"

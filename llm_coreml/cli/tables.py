@@ -22,6 +22,7 @@ from llm_coreml.bundle.manifest import (
     Rotations,
 )
 from llm_coreml.cli.cells import devices_table, line, plain
+from llm_coreml.cli.models_table import delegate_rows
 from llm_coreml.verify.verification import Conversion, PlainFp16
 
 if TYPE_CHECKING:  # they bring torch, which a list does not need
@@ -29,8 +30,7 @@ if TYPE_CHECKING:  # they bring torch, which a list does not need
     from llm_coreml.eval.inspection import Inspection
     from llm_coreml.eval.metrics import Metric
     from llm_coreml.eval.results import Evaluation, Quality
-    from llm_coreml.inspect.contents import Contents, DelegateContents
-    from llm_coreml.inspect.extraction import Extraction
+    from llm_coreml.inspect.contents import Contents
     from llm_coreml.inspect.systems_of import PartSystems
 
 
@@ -164,7 +164,8 @@ def evaluation_table(result: Evaluation) -> Group:
     size = plain("part", "bytes")
     for name, count in result.bytes.items():
         size.add_row(f"  {name.split('/')[1]}" if "/" in name else name, f"{count:,}")
-    size.add_row("bits per weight", f"{result.bits_per_weight:.2f}")
+    if result.bits_per_weight is not None:
+        size.add_row("bits per weight", f"{result.bits_per_weight:.2f}")
     text = f"{result.tokens:,} tokens of {result.text}, windows of up to {result.window}"
     devices = [devices_table(result.devices)] if result.devices else []
     further = [line(told) for row in result.qualities for told in _further(row)]
@@ -301,11 +302,13 @@ def contents_table(found: Contents) -> Group:
         }
         parts += [listing_table("breaks the rules", rows), Text("")]
     constants = {name: str(value) for name, value in found.constant_methods.items()}
+    if size := found.weights_outside:
+        constants["weights outside of Core ML"] = f"{size:,} bytes"
     parts.append(listing_table(f"program, {found.bytes:,} bytes", constants))
     for method, delegates in found.methods.items():
         for delegate in delegates:
             title = f"{method}: {delegate.backend}, {delegate.bytes:,} bytes"
-            parts += [Text(""), listing_table(title, _delegate_rows(delegate))]
+            parts += [Text(""), listing_table(title, delegate_rows(delegate))]
     return Group(*parts)
 
 
@@ -327,39 +330,8 @@ def systems_table(parts: Sequence[PartSystems]) -> Group:
     return Group(*shown[:-1])
 
 
-def extraction_table(found: Extraction) -> Group:
-    """Return which models were written, and what runs them."""
-    table = plain("model", "bytes", "run by", numeric=["bytes"])
-    for model in found.models:
-        calls = (
-            f"{use.method}, partition {use.partition}: {use.function or 'its default function'}"
-            for use in model.used_by
-        )
-        size = f"{sum(model.files.values()):,}"
-        table.add_row(f"{found.folder}/{model.path}", size, "\n".join(calls))
-    return Group(table)
-
-
 def _counted(matrices: int) -> str:
     return f"{matrices} matrices: " if matrices else ""
-
-
-def _delegate_rows(delegate: DelegateContents) -> dict[str, str]:
-    model = delegate.model
-    if model is None:
-        return {}
-    used = f"what it uses begins with {model.needed or 'a newer one'}"
-    rows = {"runs from": f"{model.declared or 'a newer system'} on; {used}"}
-    features = {"input": model.inputs, "output": model.outputs, "state": model.states}
-    for kind, shapes in features.items():
-        rows |= {f"{kind} {name}": shape for name, shape in shapes.items()}
-    for name, count in model.files.items():
-        rows[name.rsplit("/", 1)[-1]] = f"{count:,} bytes"
-    counts = {op: count for op, count in model.ops.items() if op != "const"}
-    if model.ops:
-        told = ", ".join(f"{count} {op}" for op, count in counts.items())
-        rows[f"{sum(counts.values())} ops"] = told
-    return rows
 
 
 def listing_table(title: str, rows: dict[str, str]) -> Table:

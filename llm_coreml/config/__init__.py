@@ -12,11 +12,11 @@ and the command that rebuilds an artifact follow from it; what it means is decid
 where the job's section is read.
 """
 
+from llm_coreml.config.calibration_settings import CalibrationSettings
 from llm_coreml.config.export_config import ExportConfig
 from llm_coreml.config.job import Job, Shapes, resolve, resolve_shapes
 from llm_coreml.config.sections import (
     SECTIONS,
-    CalibrationSettings,
     ProgramSettings,
     Rotate,
     SourceSettings,

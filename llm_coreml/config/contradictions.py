@@ -59,6 +59,31 @@ def _skips(config: ExportConfig, name: str) -> bool:
 
 CONTRADICTIONS = (
     Contradiction(
+        lambda config, target: config.adapters == "beside" and config.rotate != "none",
+        "--adapters beside leaves an adapter's matrices as they are, and --rotate {rotate} turns "
+        "what they read and write; drop one of them.",
+    ),
+    Contradiction(
+        lambda config, target: config.adapters == "beside" and config.recover is not None,
+        "--recover {recover} trains what --adapters beside takes from the adapter; drop one of "
+        "them.",
+    ),
+    Contradiction(
+        lambda config, target: (
+            (config.adapters == "beside" or config.recover is not None) and config.pt2e != "none"
+        ),
+        "--pt2e {pt2e} says how a matrix is stored and what it gives as a whole, and --adapters "
+        "beside and --recover add a product to it; drop one of them.",
+    ),
+    Contradiction(
+        lambda config, target: (
+            (config.adapters == "beside" or config.recover is not None)
+            and config.linear_split is not None
+        ),
+        "--linear-split {linear_split} cuts matrices by rows, and --adapters beside and --recover "
+        "add products that are not cut; drop one of them.",
+    ),
+    Contradiction(
         lambda config, target: config.skip_ops is not None and config.backend == "xnnpack",
         "--skip-ops {skip_ops} leaves operations out of Core ML's programs, and --backend xnnpack "
         "has none; drop one of them.",
@@ -89,13 +114,20 @@ CONTRADICTIONS = (
         "{skip_ops} leaves it out of that; drop one of them.",
     ),
     Contradiction(
-        lambda config, target: config.constants == "inputs",
-        "--constants inputs would give Core ML every weight as an input of each call "
-        "(ExecuTorch's take_over_constant_data=False): inputs are plain fp16 or fp32 numbers, so "
-        "that no format of few bits could be stored, all weights would be copied for each token, "
-        "and ExecuTorch refuses it beside lower_full_graph, without which it has no enumerated "
-        "lengths. Leave --constants delegate.",
-        error=UnsupportedError,
+        lambda config, target: config.constants == "inputs" and config.backend == "xnnpack",
+        "--constants {constants} is about Core ML's delegates, and --backend xnnpack has none; "
+        "drop one of them.",
+    ),
+    Contradiction(
+        lambda config, target: config.constants == "inputs" and config.pt2e != "none",
+        "--pt2e {pt2e} makes codes of the weights, and --constants {constants} hands them over as "
+        "plain numbers; drop one of them.",
+    ),
+    Contradiction(
+        lambda config, target: config.constants == "inputs" and bool(_engine(config)),
+        "--linear-split, --head-split, --gather-split, --layout, --pad-heads and --profile are for "
+        "weights that are constants of a program, and --constants {constants} hands them over in "
+        "each call; drop one of them.",
     ),
     Contradiction(
         lambda config, target: _too_old(config) and config.functions is not None,

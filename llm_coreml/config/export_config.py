@@ -12,12 +12,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
+from llm_coreml.config.calibration_settings import CalibrationSettings
 from llm_coreml.config.engine import EngineSettings
 from llm_coreml.config.schema import complaint, sections_schema
 from llm_coreml.config.scheme_text import plain_name
 from llm_coreml.config.sections import (
     SECTIONS,
-    CalibrationSettings,
     ProgramSettings,
     SourceSettings,
     TargetSettings,

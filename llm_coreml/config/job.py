@@ -12,16 +12,16 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
+from llm_coreml.config.calibration_settings import CalibrationSettings
 from llm_coreml.config.contradictions import check_together
 from llm_coreml.config.export_config import ExportConfig
 from llm_coreml.config.profiles import PROFILES, Profile
-from llm_coreml.config.sections import CalibrationSettings, WeightSettings
+from llm_coreml.config.sections import WeightSettings
 from llm_coreml.config.values import (
     CONTEXT_MULTIPLE,
     DEFAULT_CONTEXT,
     DEFAULT_SEQ_LENGTHS,
     SKIP_HEAD,
-    SKIP_TABLE,
     functions_of,
     range_of,
 )
@@ -117,6 +117,7 @@ class Job:
         partition_size: Bytes of weights that a partition may have; None leaves it to their sum.
         split: Parts that have a partition of their own, of `values.SPLIT`.
         skip_ops: What ExecuTorch's kernels run, of `values.SKIPPED`.
+        constants: Where the weights lie: in the programs, or in the method, which hands them over.
         passes: What coremltools is to run, or to leave out, see `checked_passes`; None is as usual.
         compile_specs: Further compile specs, each `key=value`.
         model_type: `model`, or `compiled_model`.
@@ -144,6 +145,7 @@ class Job:
     partition_size: int | None
     split: tuple[str, ...]
     skip_ops: tuple[str, ...]
+    constants: Literal["delegate", "inputs"]
     passes: tuple[str, ...] | None
     compile_specs: tuple[str, ...]
     model_type: Literal["model", "compiled_model"]
@@ -194,6 +196,7 @@ def resolve(config: ExportConfig, spec: DecoderSpec) -> Job:
         partition_size=config.partition_size,
         split=config.split or (),
         skip_ops=config.skip_ops or (),
+        constants=config.constants,
         passes=config.passes,
         compile_specs=config.compile_specs or (),
         model_type=config.model_type,
@@ -212,17 +215,9 @@ def _profile_norm(profile: Profile, shapes: Shapes) -> NormForm:
 
 
 def _with_tables(weights: WeightSettings, skipped: Sequence[str]) -> WeightSettings:
-    """Return the settings with what tables are stored as; ExecuTorch's kernels read plain numbers.
-
-    A head that is the token table stays what it was where the table alone is skipped.
-    """
-    head = weights.lm_head
-    if SKIP_HEAD in skipped:
-        head = head or "none"
-    elif SKIP_TABLE in skipped:
-        head = head or weights.table
-    plain = SKIP_TABLE in skipped and weights.embedding is None
-    return replace(weights, embedding="none" if plain else weights.table, lm_head=head)
+    """Return the settings with what tables are stored as; a head outside has plain numbers."""
+    head = weights.lm_head or ("none" if SKIP_HEAD in skipped else None)
+    return replace(weights, embedding=weights.table, lm_head=head)
 
 
 def _fitting_head(head: Head, vocab_size: int) -> Head:

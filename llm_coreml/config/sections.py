@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
 
+from llm_coreml.config.calibration_settings import CalibrationSettings
 from llm_coreml.config.engine import EngineSettings
 from llm_coreml.config.scheme_text import (
     checked_scheme,
@@ -28,7 +29,6 @@ from llm_coreml.config.values import (
     DEFAULT_TABLE,
     MOST_BYTES,
     MOST_POSITIONS,
-    MOST_STEPS,
     SKIPPED,
     checked_bits,
     checked_context,
@@ -188,6 +188,10 @@ class WeightSettings(Section):
         least=0,
         most=8,
     )
+    adapters: Literal["merged", "beside"] = setting(
+        "merged",
+        "beside keeps a LoRA adapter's matrices apart, as fp16, and the base's codes as they are.",
+    )
     allow_inexact: bool = setting(
         False, "Take a quantized checkpoint that Core ML cannot hold exactly."
     )
@@ -225,41 +229,6 @@ class WeightSettings(Section):
     def mixed(self) -> bool:
         """Whether formats are to be chosen by what they cost the model."""
         return self.size is not None or isinstance(self.bits, float)
-
-
-@dataclass(frozen=True)
-class CalibrationSettings(Section):
-    """What the codes are chosen on.
-
-    Raises:
-        ConfigError: a value breaks a rule of its own, or tuning has no text.
-    """
-
-    calibrate: str | None = setting(
-        None,
-        "Choose the linear layers' codes for what this text makes of them.",
-        metavar="bundled|FILE",
-    )
-    calibration_tokens: int = setting(16384, "Tokens of the text to read.", most=MOST_POSITIONS)
-    tune: int = setting(
-        0,
-        "Then tune scales, tables and norms on it; holds the whole model.",
-        metavar="STEPS",
-        most=MOST_STEPS,
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.calibration_tokens < 1:
-            raise ConfigError(
-                f"--calibration-tokens is {self.calibration_tokens}; it must be at least 1, and "
-                "some thousands to be of use."
-            )
-        if self.tune < 0 or (self.tune and self.calibrate is None):
-            raise ConfigError(
-                f"--tune is {self.tune}; it must be a number of steps, some hundreds, and needs a "
-                "text to read: --calibrate."
-            )
 
 
 @dataclass(frozen=True)
@@ -328,7 +297,7 @@ class ProgramSettings(Section):
         read=read_names,
     )
     constants: Literal["delegate", "inputs"] = setting(
-        "delegate", "Where the weights lie: in Core ML's programs; inputs is refused, with reasons."
+        "delegate", "Where the weights lie: in Core ML's programs, or beside them as their inputs."
     )
 
 

@@ -17,6 +17,10 @@ CONTEXT_MULTIPLE = 32
 MOST_POSITIONS = 2**31 - 1
 MOST_BYTES = 2**63 - 1
 MOST_STEPS = 1_000_000
+# Beyond it, more bits cost less than more of a product.
+MOST_RANK = 256
+# More weights are cut into partitions, whether or not that is asked for.
+MOST_WEIGHTS = 2_000_000_000
 # What can have a partition of its own.
 SPLIT = ("embedding", "head")
 # What ExecuTorch's kernels can run in the place of Core ML, and all that decoders are made of.
@@ -223,6 +227,21 @@ def checked_split(names: tuple[str, ...]) -> tuple[str, ...]:
     if not names:
         raise ConfigError(f"--split names nothing; give {', '.join(SPLIT)}, or leave it out.")
     return tuple(name for name in SPLIT if name in names)
+
+
+def recovery_rank(text: str) -> int:
+    """Return the rank that `lora:RANK` gives.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    kind, _, digits = text.partition(":")
+    rank = int(digits) if digits.isascii() and digits.isdigit() and len(digits) < 5 else 0
+    if kind != "lora" or not 1 <= rank <= MOST_RANK:
+        raise ConfigError(
+            f"--recover is {brief(text)}; give lora:RANK, with a rank from 1 to {MOST_RANK}."
+        )
+    return rank
 
 
 def checked_functions(text: str) -> str:

@@ -1,6 +1,7 @@
 """What stands at both ends of a decoder, apart from it: the token table, and the head's matrix.
 
-    hidden = Part(decoder, share)(hidden=Rows(decoder)(tokens), start_pos=start_pos)[0]
+    rows = Rows(table, None, torch.float16)(tokens)
+    hidden = Part(decoder, share)(hidden=rows, start_pos=start_pos)[0]
     logits = Products(decoder)(hidden)
 
 Parts whose share says `table_outside` or `head_outside` are what is between the two. They are made
@@ -20,16 +21,26 @@ class Rows(nn.Module):
     """The token table.
 
     Args:
-        decoder: Whose table it is, of plain numbers.
+        table: Plain numbers, or int8 codes, `[vocab, hidden]`.
+        scales: What the codes of each row are multiplied with, `[vocab, 1]`; None of plain numbers.
+        dtype: Of what is given.
     """
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(
+        self, table: torch.Tensor, scales: torch.Tensor | None, dtype: torch.dtype
+    ) -> None:
         super().__init__()
-        self.table = nn.Parameter(decoder.embed_tokens.weight.detach(), requires_grad=False)
+        self.table = nn.Parameter(table.detach(), requires_grad=False)
+        self.scales = None if scales is None else nn.Parameter(scales.detach(), requires_grad=False)
+        self.dtype = dtype
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return the rows of int `tokens` `[1, S]`, `[1, S, hidden]` of the table's type."""
-        return F.embedding(tokens, self.table)
+        """Return the rows of int `tokens` `[1, S]`, `[1, S, hidden]`."""
+        rows = F.embedding(tokens, self.table)
+        if self.scales is None:
+            return rows.to(self.dtype)
+        scales = F.embedding(tokens, self.scales)
+        return (rows.to(torch.float32) * scales.to(torch.float32)).to(self.dtype)
 
 
 class Products(nn.Module):
@@ -41,6 +52,8 @@ class Products(nn.Module):
     Args:
         decoder: Whose head it is, of plain numbers.
     """
+
+    multiplier: torch.Tensor | None
 
     def __init__(self, decoder: Decoder) -> None:
         super().__init__()

@@ -32,28 +32,36 @@ class Linear(nn.Linear):
             columns were sorted by group; None is its own.
         entering: Rounds the inputs to 8 bits; None leaves them as they are.
         leaving: The same for the outputs.
+        down: fp16 `[rank, in_features]`, of what is computed beside the weight; None is nothing.
+        up: fp16 `[out_features, rank]`, the other factor of it.
     """
 
     input_order: torch.Tensor | None
     entering: EightBit | None
     leaving: EightBit | None
+    down: nn.Parameter | None
+    up: nn.Parameter | None
 
     def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
         super().__init__(in_features, out_features, bias, device="meta")
         self.entering = None
         self.leaving = None
         self.register_buffer("input_order", None, persistent=False)
+        self.register_parameter("down", None)
+        self.register_parameter("up", None)
 
     def arrange(self, x: torch.Tensor) -> torch.Tensor:
         """Return `x` `[..., in_features]` in the order of the weight's columns."""
         return x if self.input_order is None else torch.index_select(x, -1, self.input_order)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return `x @ weight.T + bias` in the dtype of `x`."""
+        """Return `x @ (weight + up @ down).T + bias` in the dtype of `x`."""
         weight = self.weight if self.weight.dtype == x.dtype else self.weight.to(x.dtype)
         bias = self.bias if self.bias is None else self.bias.to(x.dtype)
         x = x if self.entering is None else self.entering(x)
         y = F.linear(x, weight, bias)
+        if self.down is not None and self.up is not None:
+            y = y + F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
         return y if self.leaving is None else self.leaving(y)
 
 

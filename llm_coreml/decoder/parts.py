@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
 from llm_coreml.decoder.block import Block
 from llm_coreml.decoder.caches import Cache, Shifted
@@ -133,6 +134,11 @@ class Part(nn.Module):
                 state.register_buffer(part, buffer[own.start : own.stop], persistent=False)
             self.add_module(name, state)
 
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Every parameter by the decoder's name of it; those that are one, by the first name."""
+        return {_told(name): held for name, held in self.named_parameters()}
+
     def forward(
         self,
         tokens: torch.Tensor | None = None,
@@ -140,6 +146,7 @@ class Part(nn.Module):
         past: Mapping[str, torch.Tensor] | None = None,
         start_pos: torch.Tensor | None = None,
         last_pos: torch.Tensor | None = None,
+        weights: Mapping[str, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, ...]:
         """Do this part of what `Decoder.forward` does.
 
@@ -150,11 +157,19 @@ class Part(nn.Module):
             past: Every buffer of its states, if they are lent, see `Decoder.carrying`.
             start_pos: See `Decoder.forward`; absent where nothing goes by it.
             last_pos: See `Decoder.forward`.
+            weights: All of its `weights`, to be used in their place; they may be narrower.
 
         Returns:
             What the next part takes, of a part with the head what a call gives, or what `Products`
             takes; then what each of `past` has become.
         """
+        if weights is not None:
+            own = {
+                name: weights[_told(name)].to(held.dtype) for name, held in self.named_parameters()
+            }
+            rest = (tokens, hidden, past, start_pos, last_pos)
+            given: tuple[torch.Tensor, ...] = functional_call(self, own, rest)
+            return given
         if hidden is None:
             assert tokens is not None
             x = self.decoder.embed(tokens, start_pos, last_pos)
@@ -212,6 +227,11 @@ class Part(nn.Module):
         """Return its states by the decoder's names of them."""
         states = {whole: self.get_submodule(name) for whole, (name, _) in self._own.items()}
         return {whole: state for whole, state in states.items() if isinstance(state, Cache)}
+
+
+def _told(parameter: str) -> str:
+    """Return what the whole decoder calls a parameter of a part."""
+    return parameter.removeprefix("decoder.")
 
 
 def _beside_layers(decoder: Decoder, share: Share) -> Decoder:

@@ -11,9 +11,9 @@ import lzma
 import math
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -88,6 +88,7 @@ def make_delta(
     text: str | Path | None = None,
     tokens: int = DEFAULT_TOKENS,
     max_kl: float | None = None,
+    adapters: Literal["merged", "beside"] | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Delta:
@@ -102,6 +103,7 @@ def make_delta(
         text: UTF-8 file to compare predictions on; None takes the held-out text.
         tokens: Most tokens to score.
         max_kl: Gate: largest mean KL of the result from `tuned`, in nats.
+        adapters: Of a model that is exported here, see `ExportConfig`; None is as the base.
         overwrite: Replace an earlier delta at `output`.
         progress: Told of stages and shares.
 
@@ -116,12 +118,15 @@ def make_delta(
     check_name(place)
     _check_place(place, overwrite)
     opened = open_bundle(Path(base))
+    config = ExportConfig.from_json(opened.manifest.config)
+    if adapters is not None:
+        config = replace(config, adapters=adapters)
     with (
         folder_beside(place, lambda path: _check_place(path, overwrite)) as draft,
         tempfile.TemporaryDirectory() as folder,
     ):
         scratch = Path(folder)
-        wanted, reference = _wanted(opened, tuned, tokenizer, scratch, progress)
+        wanted, reference = _wanted(config, tuned, tokenizer, scratch, progress)
         progress.stage("delta")
         files = _write_changes(opened, wanted, draft / CHANGES, progress)
         record = _record(opened, files, draft / CHANGES, None)
@@ -142,7 +147,7 @@ def _made(base: Bundle, record: DeltaRecord, kept: Path, folder: Path) -> Bundle
 
 
 def _wanted(
-    base: Bundle,
+    config: ExportConfig,
     tuned: str | Path | torch.nn.Module,
     tokenizer: Any,
     scratch: Path,
@@ -155,7 +160,6 @@ def _wanted(
     if not isinstance(tuned, torch.nn.Module) and is_bundle(Path(tuned)):
         found = open_bundle(Path(tuned))
         return found, open_runner(found)
-    config = ExportConfig.from_json(base.manifest.config)
     exported = export(
         tuned, tokenizer, output=scratch / "tuned", config=config, cache=False, progress=progress
     )

@@ -69,7 +69,9 @@ def _ends(view: memoryview) -> tuple[int, int]:
     """Return where a view begins and ends in the file that it maps."""
     if not len(view):
         return 0, 0
-    begin, base = (np.frombuffer(each, np.uint8).ctypes.data for each in (view, view.obj))
+    begin, base = (
+        np.frombuffer(each, np.uint8).ctypes.data for each in (view, memoryview(view.obj))
+    )
     return begin - base, begin - base + len(view)
 
 

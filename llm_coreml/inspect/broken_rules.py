@@ -38,7 +38,7 @@ class BrokenRule:
 
 
 def broken_rules(
-    target: Target, plan: Plan | None, states: Sequence[Sequence[int]] = ()
+    target: Target, plan: Plan | None, states: Sequence[Sequence[Sequence[int]]] = ()
 ) -> dict[str, BrokenRule]:
     """Return the rules that the formats and states of a manifest break on its target, by name.
 
@@ -47,7 +47,7 @@ def broken_rules(
     Args:
         target: Where the program is to run.
         plan: The formats of its matrices.
-        states: Shapes of what it remembers.
+        states: Shapes of what each of its programs remembers.
 
     Raises:
         ArtifactError: there is no such target or format.

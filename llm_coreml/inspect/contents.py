@@ -11,14 +11,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from llm_coreml.artifact import pte
 from llm_coreml.artifact.compatibility import compatibility
-from llm_coreml.artifact.method_plan import Constant, Delegate
-from llm_coreml.artifact.mil import Feature
+from llm_coreml.artifact.method_plan import Constant, Delegate, TensorSpec
+from llm_coreml.artifact.mil import Feature, Function, TensorType
 from llm_coreml.artifact.packages import BACKEND, Packages
 from llm_coreml.bundle.folder import may_be_bundle, open_bundle
 from llm_coreml.bundle.manifest import Manifest
 from llm_coreml.inspect.broken_rules import BrokenRule, broken_rules
+
+# Positions and the like are int32 and int64.
+_WEIGHTS = ("float16", "float32", "int8")
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,7 @@ class Contents:
         constant_methods: What its constant methods give.
         methods: The delegates of each method that has any.
         rules: What the export passed over by force, or was warned of, by the rule's name.
+        weights_outside: Bytes of numbers and codes that methods hold themselves, each once.
     """
 
     path: str
@@ -87,6 +93,7 @@ class Contents:
     constant_methods: Mapping[str, Constant]
     methods: Mapping[str, tuple[DelegateContents, ...]]
     rules: Mapping[str, BrokenRule]
+    weights_outside: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON values."""
@@ -97,6 +104,7 @@ class Contents:
             **manifest,
             **({"rules": rules} if rules else {}),
             "bytes": self.bytes,
+            **({"weights_outside": self.weights_outside} if self.weights_outside else {}),
             "constant_methods": dict(self.constant_methods),
             "methods": {
                 name: [delegate.to_json() for delegate in delegates]
@@ -136,11 +144,23 @@ def contents(path: Path, checked: bool = True) -> Contents:
             if method.delegates
         },
         rules=rules,
+        weights_outside=_weights_outside(container),
     )
 
 
+def _weights_outside(container: pte.Container) -> int:
+    values = (value for method in container.methods.values() for value in method.values)
+    held = {
+        # Methods share what is equal, as places in the file.
+        np.frombuffer(value.data, np.uint8).ctypes.data: len(value.data)
+        for value in values
+        if isinstance(value, TensorSpec) and value.data and value.dtype in _WEIGHTS
+    }
+    return sum(held.values())
+
+
 def _rules(manifest: Manifest) -> dict[str, BrokenRule]:
-    plan, states = manifest.quantization.plan, manifest.description.state_shapes
+    plan, states = manifest.quantization.plan, manifest.description.states_by_program
     return broken_rules(manifest.target, plan, states)
 
 
@@ -162,16 +182,27 @@ def _model(delegate: Delegate, packages: Packages) -> ModelContents:
         declared=asked.declared,
         needed=asked.needed,
         inputs=_shapes(interface.inputs),
-        outputs=_shapes(interface.outputs),
+        outputs=_shapes(interface.outputs, function),
         states=_shapes(interface.states),
         ops=dict(Counter(op.type for op in function.operations).most_common()),
     )
 
 
-def _shapes(features: tuple[Feature, ...]) -> dict[str, str]:
-    return {feature.name: _shape(feature) for feature in features}
+def _shapes(features: tuple[Feature, ...], function: Function | None = None) -> dict[str, str]:
+    """Return type and shapes of each; a model does not describe those of outputs that vary."""
+    types = {} if function is None else _output_types(function)
+    return {feature.name: _shape(feature, types.get(feature.name)) for feature in features}
 
 
-def _shape(feature: Feature) -> str:
+def _output_types(function: Function) -> dict[str, TensorType]:
+    """Return what a function says of its outputs."""
+    made = {output.name: output.type for op in function.operations for output in op.outputs}
+    found = {name: made.get(name) for name in function.outputs}
+    return {name: kind for name, kind in found.items() if isinstance(kind, TensorType)}
+
+
+def _shape(feature: Feature, declared: TensorType | None) -> str:
+    if not feature.shape and declared is not None:
+        return str(declared).replace("[", " [", 1)
     shapes = feature.enumerated or (feature.shape,)
     return f"{feature.dtype} {' or '.join(str(list(shape)) for shape in shapes)}"

@@ -31,6 +31,7 @@ from llm_coreml.decoder.parts import Share
 from llm_coreml.decoder.states import state_specs
 from llm_coreml.lower.shares import Cut, whole
 from llm_coreml.lower.traced import constant_methods
+from llm_coreml.machine import uncollected
 
 OnProgress = Callable[[float], None]
 
@@ -84,6 +85,8 @@ class Lowering(ABC):
         cache = "is handed from call to call" if given else "is the program's state"
         kept = f"; {cut.outside} left to ExecuTorch's kernels, as --skip-ops asks"
         outside = kept if cut.outside else ""
+        if cut.handed:
+            outside += "; its weights are inputs of what Core ML runs, as --constants inputs asks"
         several = f"; in {count} partitions, as {cut.why}" if cut.partitions else ""
         return Description(
             form=cls.name,
@@ -233,9 +236,10 @@ class Twin(Lowering):
         from llm_coreml.lower.xnnpack import lower_xnnpack
 
         described = self.description
-        lower_xnnpack(
-            decoder, described.seq_lengths, described.constant_methods, described.caches, path
-        )
+        with uncollected():
+            lower_xnnpack(
+                decoder, described.seq_lengths, described.constant_methods, described.caches, path
+            )
 
 
 FORMS: tuple[type[Lowering], ...] = (Enumerated, Ranged, Static, Multifunction, Twin)

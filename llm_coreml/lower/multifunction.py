@@ -17,12 +17,13 @@ from llm_coreml.artifact.description import Description
 from llm_coreml.artifact.packages import REFERENCE_MARK
 from llm_coreml.config import Job
 from llm_coreml.decoder import Decoder
-from llm_coreml.lower.coreml import calling, signature_of, uncollected
+from llm_coreml.lower.coreml import calling, signature_of
 from llm_coreml.lower.method import CoreMLCall, edge_methods, write_methods
 from llm_coreml.lower.padded import method_around
 from llm_coreml.lower.program import compile_specs, save_package, write_functions
 from llm_coreml.lower.signature import empty
 from llm_coreml.lower.traced import trace_method, trace_program
+from llm_coreml.machine import uncollected
 
 
 def lower_functions(

@@ -16,16 +16,16 @@ from torch import nn
 
 from llm_coreml.artifact.description import Partition
 from llm_coreml.config import Job
-from llm_coreml.config.values import SKIP_HEAD, SKIP_TABLE
+from llm_coreml.config.values import MOST_WEIGHTS, SKIP_HEAD, SKIP_TABLE
 from llm_coreml.decoder import Decoder, DecoderSpec
 from llm_coreml.decoder.parts import Share
+from llm_coreml.decoder.spec import Extent
+from llm_coreml.decoder.states import state_specs
 from llm_coreml.errors import ConfigError, UnsupportedError
-from llm_coreml.quantize.formats.schemes import Unquantized
-from llm_coreml.quantize.plan.plan import QuantizationPlan
+from llm_coreml.quantize.formats.schemes import IntChannel, Unquantized
+from llm_coreml.quantize.plan.plan import QuantizationPlan, beside_blocks, matrices
 from llm_coreml.targets import BACKENDS
 
-# More weights are cut into partitions, whether or not that is asked for.
-MOST_WEIGHTS = 2_000_000_000
 # What a weight file has beside numbers, of codes and of scales: a head, and room up to the next.
 _ROOM = 256
 
@@ -38,16 +38,18 @@ class Cut:
         shares: What each partition has, in the order in which they run.
         sizes: Bytes of weights of each.
         why: What asks for several; empty if there is one.
+        handed: The weights are inputs of the programs.
     """
 
     shares: tuple[Share, ...]
     sizes: tuple[int, ...] = (0,)
     why: str = ""
+    handed: bool = False
 
     @property
     def apart(self) -> bool:
-        """Whether it is other than the decoder as a whole."""
-        return len(self.shares) > 1 or bool(self.outside)
+        """Whether it is other than the decoder as a whole, with its weights."""
+        return len(self.shares) > 1 or self.handed or bool(self.outside)
 
     @property
     def outside(self) -> str:
@@ -57,6 +59,13 @@ class Cut:
             "the head's matrix"
         ] * last.head_outside
         return " and ".join(found)
+
+    def states(self, spec: DecoderSpec, extent: Extent) -> list[list[tuple[int, ...]]]:
+        """Return the sizes of what each program remembers."""
+        return [
+            [state.shape for state in state_specs(spec, extent, share.layers)]
+            for share in self.shares
+        ]
 
     @property
     def partitions(self) -> tuple[Partition, ...]:
@@ -86,17 +95,20 @@ def cut_of(job: Job, spec: DecoderSpec, plan: QuantizationPlan) -> Cut:
     if BACKENDS[job.backend].stores_dense:
         return whole(spec)
     _check_skipped(job, spec, plan)
+    handed = job.constants == "inputs"
+    if handed:
+        _check_plain(plan, spec)
     pieces, beside = _pieces(job, spec, plan)
     tied = pieces[-1].size if plan.tied and not job.skip_ops else 0
     total = sum(piece.size for piece in pieces) + beside - tied
     if not job.split and total <= (job.partition_size or MOST_WEIGHTS):
-        return Cut((_without(whole(spec).shares[0], job),))
+        return Cut((_without(whole(spec).shares[0], job),), handed=handed)
     budget = job.partition_size or (None if total <= MOST_WEIGHTS else MOST_WEIGHTS)
     if job.partition_size is not None:
         _check_budget(pieces, beside, job.partition_size)
     filled = _filled(pieces, beside, budget, job.split)
     sizes = tuple(sum(piece.size for piece in part) + _shared(part, beside) for part in filled)
-    return Cut(tuple(map(_joined, filled)), sizes, _reason(job, total))
+    return Cut(tuple(map(_joined, filled)), sizes, _reason(job, total), handed)
 
 
 @dataclass(frozen=True)
@@ -122,7 +134,10 @@ def _pieces(job: Job, spec: DecoderSpec, plan: QuantizationPlan) -> tuple[list[_
         if isinstance(module, (nn.Linear, nn.Embedding)):
             rows, columns = module.weight.shape
             bits = plan.scheme_of(name).stored_bits((rows, columns))
-            sizes[f"{name}.weight"] = -(-bits // 8)
+            cut = job.cuts.of_table if isinstance(module, nn.Embedding) else job.cuts.of_linear
+            # Each part is stored by itself.
+            further = len(cut(rows, unit=1)) - 2
+            sizes[f"{name}.weight"] = -(-bits // 8) + _ROOM * further
     for name, parameter in decoder.named_parameters():
         sizes.setdefault(name, parameter.numel() * number)
     found: dict[str, int] = {}
@@ -168,14 +183,33 @@ def _check_skipped(job: Job, spec: DecoderSpec, plan: QuantizationPlan) -> None:
             f"--skip-ops {SKIP_TABLE}: this model has a second token table, a part of which each "
             "layer is given; its tables stay in Core ML. Leave it out."
         )
-    for name, what, scheme, flag in (
-        (SKIP_TABLE, "token table", plan.embedding, "--embedding"),
-        (SKIP_HEAD, "head's matrix", plan.lm_head, "--lm-head"),
-    ):
-        if name in job.skip_ops and not isinstance(scheme, Unquantized):
-            raise ConfigError(
-                f"--skip-ops {name} has ExecuTorch's kernels read the {what}, and these read plain "
-                f"numbers, no {scheme.label}; give {flag} none."
+    table, head = plan.embedding, plan.lm_head
+    codes = isinstance(table, IntChannel) and (table.bits, table.zero_point) == (8, "none")
+    read = codes or isinstance(table, Unquantized)
+    if SKIP_TABLE in job.skip_ops and not read:
+        raise ConfigError(
+            f"--skip-ops {SKIP_TABLE} has ExecuTorch's kernels read the token table, and these "
+            f"read int8 per channel or plain numbers, no {table.label}; give --embedding "
+            "int8-channel or none."
+        )
+    if SKIP_HEAD in job.skip_ops and not isinstance(head, Unquantized):
+        raise ConfigError(
+            f"--skip-ops {SKIP_HEAD} has ExecuTorch's kernels read the head's matrix, and these "
+            f"read plain numbers, no {head.label}; give --lm-head none."
+        )
+
+
+def _check_plain(plan: QuantizationPlan, spec: DecoderSpec) -> None:
+    """Refuse weights that cannot be inputs of a program, which are plain numbers."""
+    named = [name for name, _ in (*beside_blocks(spec), *matrices(spec))]
+    for name in ("embed_tokens", *named, "lm_head"):
+        scheme = plan.scheme_of(name)
+        if not isinstance(scheme, Unquantized):
+            raise UnsupportedError(
+                f"--constants inputs hands Core ML every weight in each call, and {name} would be "
+                f"stored as {scheme.label}: an input of Core ML is plain fp16 or fp32 numbers; "
+                "codes are expanded where they are constants of the program alone. Give --bits "
+                "16, or leave --constants delegate."
             )
 
 

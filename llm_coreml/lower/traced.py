@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import OutputKind
 from torch.utils._pytree import tree_map
 from torch.utils._sympy.value_ranges import ValueRanges
 
@@ -88,6 +89,7 @@ def trace_part(
     lengths: Sequence[int],
     ranged: bool = False,
     caches: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    weights: Mapping[str, torch.Tensor] = MappingProxyType({}),
 ) -> ExportedProgram:
     """Export a part of a decoder, as `trace_program` does the whole.
 
@@ -97,6 +99,8 @@ def trace_part(
         lengths: What P may be, see `trace_program`; of what is given one row alone, 1.
         ranged: See `trace_program`.
         caches: Those of its own layers.
+        weights: See `Part.forward`; the program takes them before anything else. None if it has
+            them itself.
     """
     longest, several = lengths[-1], len(lengths) > 1
     length = max(2, longest // 2) if several else longest
@@ -107,15 +111,36 @@ def trace_part(
     symbol = Dim.AUTO(min=1, max=longest if ranged else part.decoder.context)
     shapes: dict[str, Any] = {name: {1: symbol} if several else None for name in given}
     rest: dict[str, Any] = {"past": dict(caches)} if caches else {}
+    handed: dict[str, Any] = {"weights": dict(weights)} if weights else {}
     if part.share.takes_positions(part.decoder.spec):
         names = (START_POS, LAST_POS) if longest > 1 else (START_POS,)
         rest |= {name: torch.zeros(1, dtype=torch.int32) for name in names}
-    shapes |= tree_map(lambda _: None, rest)
-    exported = _export(part, (), shapes, {**given, **rest})
+    shapes |= tree_map(lambda _: None, {**handed, **rest})
+    exported = _export(part, (), shapes, {**handed, **given, **rest})
     if ranged and several:
         for constrained in exported.range_constraints:
             exported.range_constraints[constrained] = ValueRanges(1, longest)
     return exported
+
+
+def name_results(exported: ExportedProgram, names: Sequence[str]) -> None:
+    """Have a program call its results so, and not by the operations that they come from.
+
+    Args:
+        exported: Its first results are called otherwise from now on.
+        names: None of which is an input's.
+    """
+    given = [
+        spec
+        for spec in exported.graph_signature.output_specs
+        if spec.kind == OutputKind.USER_OUTPUT
+    ]
+    (nodes,) = exported.graph.output_node().args
+    by_name = {node.name: node for node in nodes}
+    for spec, name in zip(given, names, strict=False):
+        node = by_name[spec.arg.name]
+        node._rename(name)
+        spec.arg.name = node.name
 
 
 def trace_method(

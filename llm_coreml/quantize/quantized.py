@@ -14,10 +14,11 @@ from pathlib import Path
 
 import torch
 
+from llm_coreml.checkpoint.weights_view import Weights
 from llm_coreml.config import Job
-from llm_coreml.decoder import Decoder
+from llm_coreml.decoder import Decoder, DecoderSpec
 from llm_coreml.decoder.norm import take_form
-from llm_coreml.errors import ConfigError
+from llm_coreml.errors import ConfigError, UnsupportedError
 from llm_coreml.model import Model
 from llm_coreml.progress import Progress
 from llm_coreml.quantize.cache import WeightCache
@@ -25,6 +26,7 @@ from llm_coreml.quantize.calibrate.text import CalibrationText, read_content, to
 from llm_coreml.quantize.calibrate.tune import Tuning, tune
 from llm_coreml.quantize.fill import fill
 from llm_coreml.quantize.formats.schemes import Unquantized
+from llm_coreml.quantize.low_rank import attach, residual_factors
 from llm_coreml.quantize.plan.choose import Measured, choose_plan
 from llm_coreml.quantize.plan.imported import ImportReport, import_report, keeps_codes, quantized_in
 from llm_coreml.quantize.plan.plan import QuantizationPlan
@@ -80,7 +82,8 @@ def quantize(
         ConfigError: settings contradict each other, or a text cannot be used.
         UnsupportedError: Core ML, the target or a matrix does not allow a format.
     """
-    model = as_asked(model, job, progress)
+    asked = as_asked(model, job, progress)
+    model, beside = with_adapters(asked, job, progress)
     measured = None
     if plan is None:
         if job.weights.mixed:
@@ -92,10 +95,11 @@ def quantize(
         calibration = read_calibration(job, tokenizer)
     progress.stage("quantize" if calibration is None else "calibrate")
     decoder = build_decoder(model, job, plan, progress.advance, calibration, cache)
+    attach(decoder, beside)
     if job.calibration.tune:
         progress.stage("tune")
-    tuning = tune_decoder(model, job, decoder, calibration, progress.advance)
-    return Quantized(model, job, plan, measured, calibration, tuning, decoder)
+    tuning = tune_decoder(asked, job, decoder, calibration, progress.advance)
+    return Quantized(asked, job, plan, measured, calibration, tuning, decoder)
 
 
 def quantized_again(
@@ -126,6 +130,27 @@ def as_asked(model: Model, job: Job, progress: Progress) -> Model:
         "--calibrate and --rotate they are taken as they are."
     )
     return model.expanded()
+
+
+def with_adapters(
+    model: Model, job: Job, progress: Progress
+) -> tuple[Model, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
+    """Return `model` without what is to be kept beside its matrices, and that; see `low_rank`.
+
+    Raises:
+        UnsupportedError: it has no adapter that can be, or its weights are to be changed.
+    """
+    if job.weights.adapters == "merged":
+        return model, {}
+    if job.weights.residual_shift:
+        raise UnsupportedError(
+            f"--residual-shift {job.weights.residual_shift} changes matrices whose adapters "
+            "--adapters beside leaves as they are; give --adapters merged."
+        )
+    base, found, merged = model.adapters_beside()
+    rest = f"; those of {merged} others are merged" if merged else ""
+    progress.note(f"The adapter's products are kept beside {len(found)} matrices{rest}.")
+    return base, found
 
 
 def _tell_of_the_import(progress: Progress, report: ImportReport | None) -> None:
@@ -177,8 +202,7 @@ def build_decoder(
     """
     if (job.calibration.calibrate is None) != (calibration is None):
         raise ValueError("a calibration text and settings that ask for one belong together")
-    weights, spec = rotated(model.weights, model.spec, job.weights.rotate)
-    weights, spec = shifted(weights, spec, job.weights.residual_shift or 0)
+    weights, spec = as_stored(model, job)
     shapes = job.shapes
     decoder = Decoder(
         spec,
@@ -213,6 +237,16 @@ def build_decoder(
     return decoder
 
 
+def as_stored(model: Model, job: Job) -> tuple[Weights, DecoderSpec]:
+    """Return the weights that are quantized, and the spec with which they are the model.
+
+    Raises:
+        UnsupportedError: a family that cannot be rotated or shifted.
+    """
+    weights, spec = rotated(model.weights, model.spec, job.weights.rotate)
+    return shifted(weights, spec, job.weights.residual_shift or 0)
+
+
 def tune_decoder(
     model: Model,
     job: Job,
@@ -235,8 +269,12 @@ def tune_decoder(
     """
     if not job.calibration.tune or calibration is None:
         return None
-    teacher = build_original(model, decoder.context)
-    return tune(decoder, teacher, calibration.windows, job.calibration.tune, on_progress)
+    teacher, rank = build_original(model, decoder.context), job.calibration.recovery_rank
+    if rank:
+        weights, _ = as_stored(model, job)
+        attach(decoder, residual_factors(decoder, weights, rank))
+    steps = job.calibration.tune
+    return tune(decoder, teacher, calibration.windows, steps, on_progress, recover=bool(rank))
 
 
 def read_calibration(

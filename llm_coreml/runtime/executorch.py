@@ -24,18 +24,25 @@ class ExecutorchRunner(Runner):
         description: What it offers.
         apart: This process has not made the file, so it is run in one of its own: ExecuTorch and
             XNNPACK trust what stands in it.
+        label: What computes.
 
     Raises:
         ArtifactError: the container is damaged, contradicts its description, or several of its
             methods have states.
     """
 
-    def __init__(self, path: Path, description: Description, apart: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        description: Description,
+        apart: bool = False,
+        label: str = "XNNPACK on CPU",
+    ) -> None:
         super().__init__()
         description.check_one_sequence()
         # ExecuTorch trusts offsets and lengths; this reader has checked them all.
         description.check_constants(constant_methods(path), path)
-        self.label = "XNNPACK on CPU"
+        self.label = label
         self._description = description
         self.seq_lengths = description.seq_lengths
         self.ranged = description.ranged

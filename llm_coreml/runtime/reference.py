@@ -19,6 +19,7 @@ from llm_coreml.artifact.description import (
     MAIN_METHOD,
     PAST,
     RANGE,
+    WEIGHTS,
     Description,
     MethodForm,
 )
@@ -337,7 +338,7 @@ def _lengths(method: LoadedMethod, path: Path) -> tuple[int, ...]:
     tokens = [
         feature
         for feature in program.inputs
-        if (len(feature.shape) == 2 and not feature.name.startswith(PAST))
+        if (len(feature.shape) == 2 and not feature.name.startswith((PAST, WEIGHTS)))
         or feature.name == HIDDEN  # a row of the token table for each token
     ]
     if len(tokens) != 1:

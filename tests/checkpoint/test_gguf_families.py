@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,14 @@ from family_table import their_model, write_config
 from gguf_converter import as_theirs, convert, rounded
 from llm_coreml import load
 from llm_coreml.checkpoint.gguf_architectures import ARCHITECTURES
-from llm_coreml.config import ExportConfig
+from llm_coreml.config import ExportConfig, resolve
 from llm_coreml.families import find_family, known_model_types
 from llm_coreml.model import open_model
 from llm_coreml.pipeline import export
+from llm_coreml.quantize.plan.choose import plan_for
+from llm_coreml.quantize.plan.imported import import_report
+from llm_coreml.quantize.quantized import build_decoder
+from llm_coreml.runtime.eager import EagerRunner
 from tiny import expected_logits, tokens_for
 
 YARN = {
@@ -130,18 +135,40 @@ def test_codes_are_taken_as_they_are(architecture: str, tmp_path: Path) -> None:
             assert torch.equal(values, meant[theirs]), name
 
 
-@pytest.mark.parametrize("architecture", cases(BUILT, set(BUILT) - {"phi3"}))
+EXPORT = ExportConfig(context=32, seq_lengths=(1, 8), logits="all")
+EXPORTED = ("phi3", "gemma4", "gpt2")  # fused matrices; tables of layers; transposed ones
+
+
+@pytest.mark.parametrize("architecture", cases(EXPORTED, EXPORTED[1:]))
 def test_a_file_alone_exports(architecture: str, tmp_path: Path) -> None:
     theirs, meant = made(tmp_path, architecture, Kind.Q8_0)
-    config = ExportConfig(context=32, seq_lengths=(1, 8), logits="all")
-    bundle = export(tmp_path / "model.gguf", output=tmp_path / "out", config=config, cache=False)
+    bundle = export(tmp_path / "model.gguf", output=tmp_path / "out", config=EXPORT, cache=False)
     report = bundle.manifest.quantization.imported
     assert report is not None and report.exactness == "exact"
+    assert error_of(load(bundle.folder).logits, theirs, meant) < 0.02
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("architecture", sorted(set(BUILT) - set(EXPORTED)))
+def test_a_file_alone_is_quantized_to_what_is_lowered(architecture: str, tmp_path: Path) -> None:
+    """How it is lowered, `test_lowered_families.py` shows of each family."""
+    theirs, meant = made(tmp_path, architecture, Kind.Q8_0)
+    model = open_model(tmp_path / "model.gguf")
+    report, job = import_report(model.checkpoint), resolve(EXPORT, model.spec)
+    assert report is not None and report.exactness == "exact"
+    decoder = build_decoder(model, job, plan_for(job, model))
+    # Gains, biases and what is not quantized are fp16 already, sums are not.
+    assert error_of(EagerRunner(decoder, "eager").logits, theirs, meant) < 0.01
+
+
+def error_of(
+    ours: Callable[[list[int]], torch.Tensor], theirs: Any, meant: dict[str, torch.Tensor]
+) -> float:
+    """Return how far our logits are from those of the model of a file's values, of the largest."""
     theirs.load_state_dict(as_theirs(meant), strict=False)
     tokens = tokens_for(97, 24)
     expected = expected_logits(theirs, tokens)
-    found = load(bundle.folder).logits(tokens)
-    assert (found - expected).abs().max() < 0.02 * expected.abs().max()
+    return float((ours(tokens) - expected).abs().max() / expected.abs().max())
 
 
 # Those that transformers reads itself, heads of another width than the usual left out.

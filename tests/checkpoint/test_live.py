@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import copy
-import json
-import os
-import random
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy
 import peft
 import pytest
 import torch
@@ -21,15 +17,16 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import llm_coreml
+from caller_state import state_of
 from llm_coreml.checkpoint import open_checkpoint
 from llm_coreml.errors import CheckpointError, UnsupportedError
 from llm_coreml.model import open_model
 from llm_coreml.quantize.quantized import build_original
 from llm_coreml.runtime.eager import EagerRunner
 from tiny import expected_logits, llama, randomize, save, tokens_for
+from warned import OF_PEFT
 
-# PEFT's own warnings, and accelerate's of devices that are not there.
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = OF_PEFT
 
 TOKENS = tokens_for(97, 24)
 LORA: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "down_proj"]}
@@ -387,54 +384,6 @@ def test_codes_of_bitsandbytes_are_read_as_values(bits: int, dora: bool, adapted
 
 
 # The caller's state
-
-
-def state_of(model: Any) -> dict[str, Any]:
-    """Return all of a training script's state that an export has no business with."""
-    import logging
-    import tempfile
-    import warnings
-
-    numbers = {}
-    for name, tensor in model.state_dict().items():
-        numbers[name] = hash(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
-    root = logging.getLogger()
-    return {
-        "numbers": numbers,
-        "training": [module.training for module in model.modules()],
-        "gradients": [
-            None if each.grad is None else each.grad.clone().numpy().tobytes()
-            for each in model.parameters()
-        ],
-        "trainable": [each.requires_grad for each in model.parameters()],
-        "hooks": [
-            (len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks))
-            for m in model.modules()
-        ],
-        "config": json.dumps(model.config.to_dict(), default=str),
-        "random": (
-            random.getstate(),
-            [str(part) for part in numpy.random.get_state()],
-            numpy.random.get_state()[1].tobytes(),  # type: ignore[union-attr]
-            torch.get_rng_state().numpy().tobytes(),
-        ),
-        "dtype": torch.get_default_dtype(),
-        "gradient mode": torch.is_grad_enabled(),
-        "threads": torch.get_num_threads(),
-        "filters": list(warnings.filters),
-        "showwarning": warnings.showwarning,
-        "handlers": list(root.handlers),
-        "log filters": list(root.filters),
-        "levels": {
-            name: each.level
-            for name, each in logging.root.manager.loggerDict.items()
-            if isinstance(each, logging.Logger)
-        },
-        "level": root.level,
-        "tempfile": tempfile.tempdir,
-        "environment": dict(os.environ),
-        "folder": os.getcwd(),
-    }
 
 
 def test_the_caller_and_the_bytes(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

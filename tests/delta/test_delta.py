@@ -2,32 +2,43 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 import json
 import lzma
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import llm_coreml
-from exported import files_of, in_process, make_model, save_model
+from exported import files_of, in_process
 from llm_coreml.artifact.mapped import map_folder
+from llm_coreml.bundle.bundle_runner import open_runner
 from llm_coreml.bundle.folder import open_bundle
 from llm_coreml.bundle.seal import checksum
-from llm_coreml.config import ExportConfig
+from llm_coreml.config import ExportConfig, resolve
 from llm_coreml.delta import making
 from llm_coreml.delta.delta_record import CHANGES, RECORD
 from llm_coreml.delta.parts import Part, build, changes, compare, merged
 from llm_coreml.delta.places import Place, places
 from llm_coreml.errors import ArtifactError, GateError, OutputError
+from llm_coreml.fidelity import kl_divergence
+from llm_coreml.model import open_model
+from llm_coreml.progress import Silent
+from llm_coreml.quantize.quantized import quantize
+from llm_coreml.runtime.eager import EagerRunner
 from shared import Shared
+from tiny import expected_logits, tokens_for
 
-SETTINGS = ExportConfig(context=64, seq_lengths=(1, 8), bits=4)
+SETTINGS = ExportConfig(context=64, seq_lengths=(1, 8), bits=4, adapters="beside")
+RANK, TARGETS = 2, {"self_attn.q_proj": (32, 32), "mlp.down_proj": (64, 32)}
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -35,33 +46,35 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="session")
-def tuned_model() -> Any:
-    """The tiny model after a fine-tune of low rank, of its queries alone."""
-    model = make_model()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "q_proj" in name:
-                left, right = (
-                    torch.randn(size, generator=generator) for size in ((32, 2), (2, 32))
-                )
-                weight += 0.03 * left @ right
-    return model
+def adapter(shared: Shared, checkpoint: Path) -> Path:
+    """A LoRA of the tiny model, of two of its matrices, as PEFT saves it."""
+
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        draw = torch.Generator().manual_seed(1)
+        tensors, front = {}, "base_model.model.model.layers.0"
+        for name, (inputs, outputs) in TARGETS.items():
+            for kind, shape in (("A", (RANK, inputs)), ("B", (outputs, RANK))):
+                value = 0.3 * torch.randn(shape, generator=draw)
+                tensors[f"{front}.{name}.lora_{kind}.weight"] = value
+        save_file(tensors, folder / "adapter_model.safetensors")
+        settings = {
+            **{"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": 3},
+            **{"base_model_name_or_path": str(checkpoint), "bias": "none"},
+        }
+        (folder / "adapter_config.json").write_text(json.dumps(settings))
+
+    return shared.file("tiny-lora", [checkpoint], make)
 
 
 @pytest.fixture(scope="session")
-def tuned_folder(shared: Shared, tuned_model: Any) -> Path:
-    return shared.file("tuned-llama", [tuned_model], lambda path: save_model(path, tuned_model))
-
-
-@pytest.fixture(scope="session")
-def tuned(shared: Shared, tuned_folder: Path) -> Path:
-    """Its export, with the settings of `bundle`."""
+def tuned(shared: Shared, adapter: Path) -> Path:
+    """The export of base and adapter, otherwise with the settings of `bundle`."""
 
     def make(path: Path) -> None:
-        llm_coreml.export(tuned_folder, output=path, config=SETTINGS, cache=False)
+        llm_coreml.export(adapter, output=path, config=SETTINGS, cache=False)
 
-    return shared.file("tuned-bundle", [tuned_folder, SETTINGS], make)
+    return shared.file("tuned-bundle", [adapter, SETTINGS], make)
 
 
 @pytest.fixture(scope="session")
@@ -85,7 +98,6 @@ def test_base_and_delta_are_the_full_export(
     sizes = {name: len(content) for name, content in contents(tmp_path / "d").items()}
     assert set(sizes) == {RECORD, CHANGES} and told["bytes"] == sum(sizes.values())
     assert told["full_bytes"] == sum(len(content) for content in contents(tuned).values())
-    assert told["new"] == 0 and told["copied"] > 10 * told["changed"] > 0
     measured = told["measured"]
     assert (measured["mean_kl"], measured["top1_agreement"]) == (0.0, 1.0)
     assert measured["base_mean_kl"] > 1e-4 and measured["tokens"] == 16
@@ -95,18 +107,65 @@ def test_base_and_delta_are_the_full_export(
     assert "as the delta told" in done.out
 
 
-def test_it_is_a_fraction_of_the_export(delta: Path, tuned: Path) -> None:
-    sizes = [sum(map(len, contents(folder).values())) for folder in (delta, tuned)]
-    assert sizes[0] < sizes[1] / 5
-    # The tokenizer and what the tuning left alone are the base's.
+def test_an_adapter_beside_leaves_the_codes_to_the_base(bundle: Path, tuned: Path) -> None:
+    base, found = (open_bundle(each).manifest for each in (bundle, tuned))
+    extra = sum(RANK * 16 * (inputs + outputs) // 8 for inputs, outputs in TARGETS.values())
+    stored, before = found.quantization.linear, base.quantization.linear
+    assert stored.bytes == before.bytes + extra
+    assert stored.label == f"{before.label} + fp16 products of rank {RANK} beside it"
+    weights = 8 * before.bytes / before.bits_per_weight
+    assert stored.bits_per_weight == pytest.approx(8 * stored.bytes / weights)
+    assert found.verification.conversion is not None
+    more = found.verification.conversion.weights - base.verification.conversion.weights
+    assert more == 2 * len(TARGETS)  # the factors are in the program, bit by bit
+    codes, held = weights_of(bundle), weights_of(tuned)
+    assert len(codes) > 10 and set(codes) <= set(held)
+
+
+def weights_of(folder: Path) -> list[bytes]:
+    """Return the weights that a program holds, packed as they are."""
+    program = (folder / "model.pte").read_bytes()
+    found = places(folder / "model.pte")
+    return [program[place.start : place.stop] for place in found if place.weights]
+
+
+def test_the_program_of_base_and_adapter_is_the_merged_model(
+    adapter: Path, tuned: Path, live_model: Any
+) -> None:
+    """In fp32 as the paper merges it; the program as near as 4 bits of the base are."""
+    merged, stored = copy.deepcopy(live_model), load_file(adapter / "adapter_model.safetensors")
+    for name in TARGETS:
+        front = f"base_model.model.model.layers.0.{name}.lora_"
+        weight = merged.get_submodule(f"model.layers.0.{name}").weight
+        product = stored[f"{front}B.weight"] @ stored[f"{front}A.weight"]
+        weight.data += 3 / RANK * product  # alpha over rank
+    tokens = tokens_for(300, 24)
+    expected = expected_logits(merged, tokens)
+    model = open_model(adapter)
+    plain = replace(SETTINGS, bits=None, scheme="none", embedding="none", compute_precision="fp32")
+    quantized = quantize(model, resolve(plain, model.spec), Path("none"), Silent())
+    decoder = quantized.decoder
+    assert decoder.get_submodule("layers.0.self_attn.q_proj").get_parameter("down").shape == (2, 32)
+    bound = 2e-3 * expected.abs().max()  # the factors are rounded to fp16
+    assert (EagerRunner(decoder, "").logits(tokens) - expected).abs().max() < bound
+    rows = open_runner(open_bundle(tuned)).logits(tokens)
+    base = expected_logits(live_model, tokens)
+    assert kl_divergence(expected, rows).mean() < kl_divergence(expected, base).mean() / 4
+
+
+def test_a_delta_of_an_adapter_has_no_codes(delta: Path, tuned: Path) -> None:
     record = json.loads((delta / RECORD).read_text())
     assert [part["how"] for part in record["files"]["tokenizer.json"]["parts"]] == ["copy"]
-    assert {part["how"] for part in record["files"]["model.pte"]["parts"]} == {"copy", "change"}
+    program = record["files"]["model.pte"]["parts"]
+    copied = sum(part["bytes"] for part in program if part["how"] == "copy")
+    assert copied > 0.9 * sum(map(len, weights_of(tuned)))
+    sizes = [sum(map(len, contents(folder).values())) for folder in (delta, tuned)]
+    assert sizes[0] < sizes[1] / 3
 
 
 def test_a_model_is_exported_as_the_base_was(
     bundle: Path,
-    tuned_folder: Path,
+    adapter: Path,
     tuned: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -114,15 +173,17 @@ def test_a_model_is_exported_as_the_base_was(
     def export(
         model: Path, tokenizer: None, *, output: Path, config: ExportConfig, **_: Any
     ) -> Any:
-        assert (model, tokenizer) == (tuned_folder, None)
-        assert config == ExportConfig.from_json(open_bundle(bundle).manifest.config)
+        assert (model, tokenizer) == (adapter, None)
+        before = ExportConfig.from_json(open_bundle(bundle).manifest.config)
+        assert config == replace(before, adapters="beside")
         return open_bundle(shutil.copytree(tuned, output))  # what such an export writes
 
     monkeypatch.setattr(making, "export", export)
+    given: dict[str, Any] = {"tokens": 8, "adapters": "beside"}
     with pytest.raises(GateError, match=r"PyTorch eager fp32 is .* asks for 0.00000 at most"):
-        llm_coreml.make_delta(bundle, tuned_folder, output=tmp_path / "d", tokens=8, max_kl=0.0)
+        llm_coreml.make_delta(bundle, adapter, output=tmp_path / "d", max_kl=0.0, **given)
     assert files_of(tmp_path) == set()
-    found = llm_coreml.make_delta(bundle, tuned_folder, output=tmp_path / "d", tokens=8)
+    found = llm_coreml.make_delta(bundle, adapter, output=tmp_path / "d", **given)
     assert found.measured is not None and found.measured.base_mean_kl is not None
     assert found.measured.mean_kl is not None
     assert 0 < found.measured.mean_kl < found.measured.base_mean_kl

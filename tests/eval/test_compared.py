@@ -11,6 +11,7 @@ import pytest
 
 from exported import in_process
 from llm_coreml.errors import ConfigError
+from llm_coreml.eval.bootstrap import interval
 from llm_coreml.eval.compared import FIGURES, compare, paired
 from llm_coreml.eval.results_file import append_result, results_schema
 from result_documents import document
@@ -49,6 +50,15 @@ def test_an_interval_is_as_wide_as_the_windows_say() -> None:
     assert found.interval == pytest.approx(tuple(expected), abs=0.15 * half)
     # Unpaired, the texts' own spread of 0.35 nats would hide it.
     assert found.interval[1] - found.interval[0] < 0.05
+
+
+def test_windows_are_drawn_as_for_the_interval_of_one_result() -> None:
+    counts = [100 + 10 * at for at in range(len(MANY))]
+    one = document(nll=(0.0,) * len(MANY), tokens=counts, kl=None, top1=None)
+    other = document(nll=MANY, tokens=counts, kl=None, top1=None)
+    found = compare([one, other]).between(0, 1)["perplexity"].interval
+    alone = interval([cost * count for cost, count in zip(MANY, counts, strict=True)], counts)
+    assert found == pytest.approx(tuple(np.expm1(alone)), rel=1e-6)
 
 
 def test_long_windows_weigh_more() -> None:

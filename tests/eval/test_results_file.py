@@ -162,3 +162,15 @@ def test_nothing_and_noise_are_refused(tmp_path: Path) -> None:
     (tmp_path / "noise.json").write_text('{"version": 2, "tokens": NaN}')
     with pytest.raises(ConfigError, match="not finite"):
         read_results(tmp_path)
+
+
+def test_what_fits_is_not_held_against_the_schema_by_the_slow_library(
+    tmp_path: Path, document: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes eight seconds for ten thousand documents."""
+    append_result(tmp_path, document)
+    monkeypatch.setattr(results_file, "_validator", None)
+    assert read_results(tmp_path) == [document]
+    append_result(tmp_path, {**document, "tokens": -1})
+    with pytest.raises(TypeError):
+        read_results(tmp_path)

@@ -171,3 +171,17 @@ def export_run(shared: Shared, checkpoint: Path) -> tuple[Run, Path]:
 def bundle(export_run: tuple[Run, Path]) -> Path:
     """The exported tiny model. Tests read it, and copy it before they change it."""
     return export_run[1]
+
+
+@pytest.fixture(scope="session")
+def twin(shared: Shared, checkpoint: Path) -> Path:
+    """The tiny model for XNNPACK."""
+    from llm_coreml.config import ExportConfig
+    from llm_coreml.pipeline import export
+
+    config = ExportConfig(bits=16, context=64, seq_lengths=(1, 8), backend="xnnpack")
+
+    def make(folder: Path) -> None:
+        export(checkpoint, output=folder / "twin", config=config, cache=False)
+
+    return shared.folder("twin-with-tokenizer", [checkpoint, config], make) / "twin"

@@ -62,7 +62,7 @@ WIDE, NARROW = (2, 2, 64, 64), (2, 2, 64, 20)
 
 def test_states_that_the_neural_engine_refuses_are_told() -> None:
     target, plan = manifest(target="ane")
-    found = broken_rules(target, plan, [NARROW, NARROW])
+    found = broken_rules(target, plan, [[NARROW, NARROW]])
     assert found == {
         "ane-state-width": BrokenRule(
             level="warning",
@@ -80,15 +80,16 @@ def test_states_that_the_neural_engine_refuses_are_told() -> None:
         captured.get(),
         re.M,
     )
-    assert broken_rules(target, plan, [WIDE, WIDE]) == {}
-    assert list(broken_rules(target, plan, 4 * [WIDE])) == ["ane-many-states"]
-    assert list(broken_rules(target, plan, [(2, 2, 16416, 64)])) == ["ane-long-states"]
-    assert list(broken_rules(target, None, [NARROW])) == ["ane-state-width"], (
+    assert broken_rules(target, plan, [[WIDE, WIDE]]) == {}
+    assert list(broken_rules(target, plan, [4 * [WIDE]])) == ["ane-many-states"]
+    assert broken_rules(target, plan, 2 * [[WIDE, WIDE]]) == {}, "partitions with two states each"
+    assert list(broken_rules(target, plan, [[(2, 2, 16416, 64)]])) == ["ane-long-states"]
+    assert list(broken_rules(target, None, [[NARROW]])) == ["ane-state-width"], (
         "of the first releases"
     )
     for other in ("gpu", "cpu"):
-        assert broken_rules(replace(target, name=other), plan, [NARROW]) == {}
-    assert broken_rules(replace(target, backend="xnnpack"), plan, [NARROW]) == {}
+        assert broken_rules(replace(target, name=other), plan, [[NARROW]]) == {}
+    assert broken_rules(replace(target, backend="xnnpack"), plan, [[NARROW]]) == {}
 
 
 def test_what_breaks_no_rule() -> None:

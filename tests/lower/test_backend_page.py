@@ -49,7 +49,11 @@ PRINTED = {
 # What a manifest says of each, by the way to it.
 SHOWN: dict[str, dict[str, Any]] = {
     "skipped": {"config.program.skip_ops": ["aten.embedding.default"]},
-    "ends": {"quantization.embedding.label": "fp16", "quantization.lm_head.label": "fp16"},
+    "ends": {
+        "quantization.embedding.label": "int8 per channel",
+        "quantization.lm_head.label": "fp16",
+    },
+    "handed": {"config.program.constants": "inputs", "quantization.linear.label": "fp16"},
     "state": {"program.form": "enumerated"},
     "inputs": {"program.states": {}},
     "specs": {"config.target.compile_specs": ["my_key=my_value"]},

@@ -33,7 +33,6 @@ FUNCTIONS = "prefill:8,decode:1"
 CASES: dict[str, dict[str, Any]] = {
     "inputs": {"kv_cache": "inputs", "seq_lengths": (1, 8), "logits": "all"},
     "functions, windows": {"functions": FUNCTIONS, "window": 7},
-    "twin": {"kv_cache": "inputs", "seq_lengths": (1, 8), "backend": "xnnpack"},
     "inputs of a range, windows": {"kv_cache": "inputs", "seq_lengths": "1..8", "window": 7},
     "inputs of one length, windows": {"kv_cache": "inputs", "seq_lengths": (1,), "window": 7},
     "inputs, ane": {"kv_cache": "inputs", "seq_lengths": (1, 8), "target": "ane"},

@@ -30,6 +30,7 @@ from tiny import llama, mistral, tokens_for
 # Only the order of fp32 sums differs.
 BOUND = 2e-5
 DECODED = 2
+FEW = 64  # tokens up to which prompts of all lengths are fed
 CASES: dict[str, dict[str, Any]] = {
     "gpu": {"target": "gpu", "seq_lengths": (1, 8)},
     "ane, every row": {"target": "ane", "seq_lengths": (1, 3, 11), "logits": "all"},
@@ -95,11 +96,20 @@ class Feeding:
         assert error < BOUND, f"position {position} of prompts {counts}: {error:.1e}"
 
 
-def conversations(context: int, longest: int) -> Iterator[tuple[int, ...]]:
-    """Yield prompts of every length up to twice the longest, and of those that end the context."""
-    for count in range(1, min(2 * longest, context) + 1):
+def conversations(context: int, lengths: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    """Yield prompts of every length up to twice the longest, and of those that end the context.
+
+    Of long ones those beside a length: `test_executorch_pads_as_the_program_needs_it` has each.
+    """
+    longest = lengths[-1]
+    near = {length + more for length in (*lengths, 2 * longest) for more in (-2, -1, 0, 1, 2)}
+
+    def taken(count: int) -> bool:
+        return longest <= FEW or count in near or count - longest in near
+
+    for count in filter(taken, range(1, min(2 * longest, context) + 1)):
         yield (count,)
-    for count in range(1, min(longest, context - DECODED - 1) + 1):
+    for count in filter(taken, range(1, min(longest, context - DECODED - 1) + 1)):
         yield (context - count - DECODED, count)
     yield (context,)
 
@@ -107,7 +117,7 @@ def conversations(context: int, longest: int) -> Iterator[tuple[int, ...]]:
 @pytest.mark.parametrize("name", cases(CASES, FURTHER))
 def test_prompts_of_every_length_run_as_the_constant_methods_say(name: str, tmp_path: Path) -> None:
     feeding = Feeding(made(name, tmp_path / "model.pte"))
-    for counts in conversations(feeding.context, CASES[name]["seq_lengths"][-1]):
+    for counts in conversations(feeding.context, CASES[name]["seq_lengths"]):
         feeding.prompts(*counts)
 
 

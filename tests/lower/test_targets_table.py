@@ -14,8 +14,11 @@ from typing import Any
 import pytest
 
 from llm_coreml.config import ExportConfig, resolve
+from llm_coreml.config.values import SKIPPED
 from llm_coreml.errors import LlmCoreMLError
 from llm_coreml.lower.forms import FORMS
+from llm_coreml.lower.shares import cut_of
+from llm_coreml.quantize import make_plan
 from llm_coreml.targets import BACKENDS, TARGETS
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "targets.md"
@@ -27,6 +30,21 @@ LENGTHS: dict[str, dict[str, Any]] = {
     "one, `64`": {"seq_lengths": (64,)},
     "`--functions prefill:512,decode:1`": {"functions": "prefill:512,decode:1"},
 }
+# What lies in partitions, or outside of Core ML; each goes with all lengths of a kind.
+_SEVERAL = {"seq_lengths": (1, 8, 64, 512)}
+LENGTHS |= {
+    "several, `--split embedding,head`": {**_SEVERAL, "split": ("embedding", "head")},
+    "several, `--partition-size 200KB`": {**_SEVERAL, "partition_size": 200_000},
+    "several, `--skip-ops aten.embedding.default`": {**_SEVERAL, "skip_ops": SKIPPED[:1]},
+    "several, `--constants inputs --bits 16`": {**_SEVERAL, "constants": "inputs"},
+    "a range, `--split head`": {"seq_lengths": "1..512", "split": ("head",)},
+    "`--functions prefill:512,decode:1`, `--split head`": {
+        "functions": "prefill:512,decode:1",
+        "split": ("head",),
+    },
+}
+# Plain weights: what formats a system has is another table's.
+PLAIN: dict[str, Any] = {"context": 512, "bits": 16}
 CACHES = ("state", "inputs")
 SYSTEMS = ("iOS18", "iOS16")
 
@@ -47,9 +65,12 @@ def table() -> tuple[list[str], list[str]]:
         cells = []
         for chosen in _columns(system):
             try:
-                job = resolve(ExportConfig(context=512, kv_cache=cache, **settings, **chosen), spec)
+                job = resolve(
+                    ExportConfig(**{**PLAIN, "kv_cache": cache, **settings, **chosen}), spec
+                )
                 (form,) = [form for form in FORMS if form.fits(job)]
-                cells.append(form.name)
+                count = len(cut_of(job, spec, make_plan(job, spec)).shares)
+                cells.append(f"{form.name}, {count} partitions" if count > 1 else form.name)
             except LlmCoreMLError as error:
                 told = str(error)
                 if told not in reasons:

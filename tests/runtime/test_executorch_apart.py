@@ -8,6 +8,7 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -27,22 +28,9 @@ from llm_coreml.runtime import executorch_apart
 from llm_coreml.runtime.executorch import ExecutorchRunner
 from llm_coreml.runtime.executorch_apart import Apart
 from llm_coreml.runtime.executorch_engine import Here
-from shared import Shared
 from tiny import llama
 
 TOKENS = list(range(1, 20))
-
-
-@pytest.fixture(scope="module")
-def twin(shared: Shared) -> Path:
-    """A bundle for XNNPACK."""
-    model = llama(vocab_size=96, hidden_size=32, intermediate_size=64)
-    config = ExportConfig(bits=16, context=32, seq_lengths=(1, 8), backend="xnnpack")
-
-    def make(folder: Path) -> None:
-        export(model, output=folder / "twin", config=config, cache=False)
-
-    return shared.folder("twin", (model, config), make) / "twin"
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +62,19 @@ def test_it_gives_the_same_logits_and_ends_with_its_runner(twin: Path, told: Des
     assert process.poll() is not None
 
 
+def test_it_loads_no_exporter() -> None:
+    code = (
+        "import sys\n"
+        "from llm_coreml.runtime.executorch_apart import leave_out_the_exporter\n"
+        "leave_out_the_exporter()\n"
+        "from executorch.runtime import Runtime\n"
+        "assert Runtime.get().backend_registry.is_available('XnnpackBackend')\n"
+        "print([name for name in sys.modules if name.startswith(('executorch.exir.', 'sympy'))])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "['executorch.exir._warnings']\n", done.stderr
+
+
 def test_a_crash_is_an_error(twin: Path, told: Description, tmp_path: Path) -> None:
     path = tmp_path / "model.pte"
     path.write_bytes(broken_inside((twin / "model.pte").read_bytes(), twin / "model.pte"))
@@ -88,9 +89,9 @@ def test_what_executorch_refuses_and_what_never_ends_are_errors(
     engine = engine_of(runner)
     tokens = torch.zeros(1, 40, dtype=torch.int64)
     with pytest.raises(ArtifactError, match=r"ExecuTorch cannot run '.*model\.pte': .*inputs"):
-        engine.run("forward", tokens, torch.tensor([0]), (1, 1, 96))
-    with pytest.raises(ArtifactError, match=r"logits of shape \[1, 1, 96\], not \[1, 1, 95\]"):
-        engine.run("forward", tokens[:, :1], torch.tensor([0]), (1, 1, 95))
+        engine.run("forward", tokens, torch.tensor([0]), (1, 1, 300))
+    with pytest.raises(ArtifactError, match=r"logits of shape \[1, 1, 300\], not \[1, 1, 299\]"):
+        engine.run("forward", tokens[:, :1], torch.tensor([0]), (1, 1, 299))
     assert len(runner.logits(TOKENS)) == len(TOKENS), "an error is no end"
     monkeypatch.setattr(executorch_apart, "_SECONDS", 0.5)
     os.kill(engine._process.pid, signal.SIGSTOP)

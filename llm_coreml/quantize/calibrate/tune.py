@@ -20,6 +20,7 @@ from torch import nn
 from torch.func import functional_call
 
 from llm_coreml.decoder import Decoder
+from llm_coreml.decoder.matrices import Linear
 from llm_coreml.decoder.norm import RMSNorm
 from llm_coreml.errors import CheckpointError, UnsupportedError
 from llm_coreml.quantize.formats.adjustable import Adjustable, Values, adjustable
@@ -29,6 +30,8 @@ from llm_coreml.quantize.formats.serialize import moved
 # Adam's step in shares of the mean size of what it changes. Of 1, 3 and 10 thousandths the last
 # takes integers of 4 bits away from the original, on other text than that read.
 _RATE = 3e-3
+# Of the factors of products beside weights, which begin as what rounding took.
+_FACTOR_RATE = 1e-2
 _BETAS = (0.9, 0.99)
 _WARMUP = 10
 
@@ -71,9 +74,10 @@ class _Student:
     Args:
         decoder: Stays where it is, on the CPU.
         device: Where all of it is computed but the look-up in the token table.
+        recover: Products beside weights may change, too.
     """
 
-    def __init__(self, decoder: Decoder, device: torch.device) -> None:
+    def __init__(self, decoder: Decoder, device: torch.device, recover: bool = False) -> None:
         self._decoder = decoder
         self._device = device
         self._linear: dict[str, Adjustable] = {}
@@ -81,11 +85,15 @@ class _Student:
         for name, module in decoder.named_modules():
             if name.startswith("per_layer."):
                 continue  # as the token table, it stays what it is
-            if isinstance(module, nn.Linear) and module is not decoder.lm_head:
-                self._linear[name] = adjustable(moved(module.weight.detach(), device))
-                self.values[name] = tuple(value.clone() for value in self._linear[name].values)
+            key = f"{name}.weight"
+            if isinstance(module, Linear) and module is not decoder.lm_head:
+                self._linear[key] = adjustable(moved(module.weight.detach(), device))
+                self.values[key] = tuple(value.clone() for value in self._linear[key].values)
+                for kind, factor in (("down", module.down), ("up", module.up)):
+                    if recover and factor is not None:
+                        self.values[f"{name}.{kind}"] = (factor.detach().float().to(device),)
             elif isinstance(module, RMSNorm) and module.weight is not None and name != "embed_norm":
-                self.values[name] = (module.weight.detach().to(device, copy=True),)
+                self.values[key] = (module.weight.detach().to(device, copy=True),)
         head = decoder.lm_head.weight.detach()
         self._head = torch.cat([rows.to(device) for rows in dense_rows(head)])
         owners = [f"layers.{index}" for index in range(len(decoder.layers))]
@@ -111,22 +119,22 @@ class _Student:
         for name, values in self.values.items():
             stored = tuple(_rounded(value) for value in values)
             weight = self._linear[name].dense(stored) if name in self._linear else stored[0]
-            owner = ".".join(name.split(".")[:2])
-            inner = f"{name[len(owner) :]}.weight".lstrip(".")
-            found[owner][inner] = weight
+            parts = name.split(".")
+            length = 2 if parts[0] == "layers" else 1
+            found[".".join(parts[:length])][".".join(parts[length:])] = weight
         return found
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Return what the decoder holds, as it holds it."""
-        found = ((name, self._decoder.get_submodule(name)) for name in self.values)
-        return {name: module.get_parameter("weight") for name, module in found}
+        return {name: self._decoder.get_parameter(name) for name in self.values}
 
     def put(self, weights: dict[str, torch.Tensor]) -> None:
-        """Give the decoder weights by the names of their modules."""
+        """Give the decoder parameters by their names."""
         for name, weight in weights.items():
-            module = self._decoder.get_submodule(name)
+            owner, _, kind = name.rpartition(".")
             weight = moved(weight.detach(), torch.device("cpu"))
-            module.weight = nn.Parameter(weight, requires_grad=False)
+            parameter = nn.Parameter(weight, requires_grad=False)
+            setattr(self._decoder.get_submodule(owner), kind, parameter)
 
     def store(self) -> None:
         """Give the decoder the values as they are now. Raises UnsupportedError beyond fp16."""
@@ -136,7 +144,8 @@ class _Student:
             if name in self._linear:
                 made[name] = self._linear[name].rebuilt(changed)
             else:
-                made[name] = changed[0].to(torch.float16).to(torch.float32)
+                dtype = self._decoder.get_parameter(name).dtype
+                made[name] = changed[0].to(torch.float16).to(dtype)
         self.put(made)
 
 
@@ -154,6 +163,7 @@ def tune(
     windows: Sequence[Sequence[int]],
     steps: int,
     on_progress: Callable[[float], None] = lambda _: None,
+    recover: bool = False,
 ) -> Tuning:
     """Change scales, zero points, tables and norms of `decoder` for the better, if there is any.
 
@@ -165,6 +175,7 @@ def tune(
         windows: Tokens of a text; each fits both caches.
         steps: Windows to learn from, which are read again and again in a fixed random order.
         on_progress: Called with the share done, 0 to 1.
+        recover: Change products beside weights, too, where there are any.
 
     Raises:
         CheckpointError: the divergence is not finite.
@@ -173,7 +184,7 @@ def tune(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     home = teacher.positions.device
     try:
-        student = _Student(decoder, device)
+        student = _Student(decoder, device, recover)
         teacher.to(device)
         return _tuned(student, decoder, teacher, windows, steps, on_progress)
     except torch.OutOfMemoryError as error:
@@ -204,9 +215,13 @@ def _tuned(
         name: tuple(value.clone().requires_grad_() for value in values)
         for name, values in student.values.items()
     }
-    changing = [value for values in student.values.values() for value in values]
     optimizer = torch.optim.Adam(
-        [{"params": [v], "lr": _RATE * (float(v.detach().abs().mean()) or 1.0)} for v in changing],
+        [
+            {"params": [value], "lr": rate * (float(value.detach().abs().mean()) or 1.0)}
+            for name, values in student.values.items()
+            for rate in [_RATE if name.endswith(".weight") else _FACTOR_RATE]
+            for value in values
+        ],
         betas=_BETAS,
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))

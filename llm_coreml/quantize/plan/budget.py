@@ -15,10 +15,11 @@ import torch
 from torch import nn
 
 from llm_coreml.config import Job
+from llm_coreml.config.values import MOST_WEIGHTS, SKIP_HEAD
 from llm_coreml.decoder import DecoderSpec, skeleton
 from llm_coreml.decoder.position_tables import position_tables
 from llm_coreml.errors import UnsupportedError
-from llm_coreml.quantize.formats.schemes import Scheme
+from llm_coreml.quantize.formats.schemes import Scheme, Unquantized
 from llm_coreml.quantize.plan.flags import linear_scheme
 from llm_coreml.quantize.plan.plan import (
     QuantizationPlan,
@@ -117,15 +118,25 @@ def matrix_bits(job: Job, spec: DecoderSpec, options: Options) -> int:
 def other_bytes(job: Job, spec: DecoderSpec, plan: QuantizationPlan) -> int:
     """Return what a `.pte` takes beside the linear layers of the blocks, at most."""
     table = (spec.vocab_size, spec.hidden_size)
+    programs = _programs(job)
     bits = plan.embedding.stored_bits(table)
     bits += sum(plan.scheme_of(name).stored_bits(shape) for name, shape in beside_blocks(spec))
-    bits += 0 if plan.tied else plan.lm_head.stored_bits(table)
+    # Where the token table and a head that is the same are apart, each of them has it.
+    once = plan.tied and programs == 1 and not job.skip_ops
+    skipped = Unquantized(32) if SKIP_HEAD in job.skip_ops else plan.lm_head
+    bits += 0 if once else skipped.stored_bits(table)
     number, context = job.precision.bits // 8, job.shapes.context
     # What is looked up by positions, and an int32 for every position.
     with torch.device("meta"):
         looked_up = sum(table.numel() for table in position_tables(spec, context).values())
-    numbers = (_vectors(spec) + looked_up) * number + context * 4
-    return -(-bits // 8) + numbers + _PROGRAM_BYTES + len(spec.layers) * _LAYER_BYTES
+    numbers = (_vectors(spec) + programs * looked_up) * number + programs * context * 4
+    return -(-bits // 8) + numbers + programs * _PROGRAM_BYTES + len(spec.layers) * _LAYER_BYTES
+
+
+def _programs(job: Job) -> int:
+    """Return how many partitions there are at most; each is filled by half at least."""
+    size, budget = job.weights.size or 0, job.partition_size or MOST_WEIGHTS
+    return 1 + len(job.split) + (2 * size // budget if size > budget else 0)
 
 
 def _vectors(spec: DecoderSpec) -> int:

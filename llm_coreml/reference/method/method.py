@@ -71,6 +71,8 @@ class LoadedMethod:
             for item in self._lowered
         ]
         self._answer: Answer = lambda program, given: program(given)
+        # Of every program, what is the same in each call.
+        self._fixed: dict[CoreMLProgram, dict[str, torch.Tensor]] = {}
         self._steps = [
             self._step(number, instruction)
             for number, instruction in enumerate(method.instructions)
@@ -83,18 +85,30 @@ class LoadedMethod:
             program.reset()
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield the floating-point constants that kernels read; of a product, the matrix turned.
+        """Yield the floating-point constants that kernels and programs are given.
 
-        So it has the rows of outputs that weights have, and not those of inputs.
+        A matrix of a product is turned, so that it has the rows of outputs that weights have;
+        codes whose rows are looked up beside those of scales are multiplied with them.
         """
-        steps = self._method.instructions
+        steps, held = self._method.instructions, self._memory.values()
         turned = {step.args[1] for step in steps if step.target == "aten::mm.out"}
+        looked_up = [step.args for step in steps if step.target == "aten::embedding.out"]
+        places = {table: tokens for table, tokens, *_ in looked_up}
+        codes = {
+            places[table]: held[table]
+            for table in places
+            if isinstance(held[table], torch.Tensor) and held[table].dtype == torch.int8
+        }
         for number, value in enumerate(self._method.values):
-            if isinstance(value, TensorSpec) and value.constant:
-                found = self._memory.values()[number]
-                if isinstance(found, torch.Tensor) and found.is_floating_point():
-                    who = f"constant {number} of method '{self.name}'"
-                    yield who, found.t() if number in turned else found
+            if not isinstance(value, TensorSpec) or not value.constant:
+                continue
+            found = held[number]
+            if isinstance(found, torch.Tensor) and found.is_floating_point():
+                who = f"constant {number} of method '{self.name}'"
+                scaled = codes.get(places.get(number, -1))
+                if scaled is not None and scaled.shape[:-1] == found.shape[:-1]:
+                    found = scaled.to(torch.float32) * found.to(torch.float32)
+                yield who, found.t() if number in turned else found
 
     def page_out(self) -> None:
         """Take the file's pages out of memory, which weights that stay packed are read from."""
@@ -167,13 +181,15 @@ class LoadedMethod:
         answers = iter(given)
 
         def answer(
-            _: CoreMLProgram, inputs: Mapping[str, torch.Tensor]
+            program: CoreMLProgram, inputs: Mapping[str, torch.Tensor]
         ) -> Mapping[str, torch.Tensor]:
             outputs = next(answers, None)
             if outputs is not None:
                 return outputs
-            # The method's memory is used again by the next call.
-            found.update({name: value.clone() for name, value in inputs.items()})
+            # The method's memory is used again by the next call, but for constants.
+            fixed = self._fixed[program]
+            own = {name: value.clone() for name, value in inputs.items() if name not in fixed}
+            found.update(fixed | own)
             raise _HaltedError
 
         with self.answered(answer), contextlib.suppress(_HaltedError):
@@ -238,14 +254,19 @@ class LoadedMethod:
         expected = {name: _tensor_spec(self._method, number) for name, number in results.items()}
 
         wanted = {feature.name: program.taken(feature) for feature in program.inputs}
+        held = self._memory.values()
+        fixed = {
+            name: _taken(name, self._present(held, number), wanted[name])
+            for name, number in sources.items()
+            if _tensor_spec(self._method, number).constant
+        }
+        self._fixed[program] = fixed
 
-        # ExecuTorch's delegate converts between the plan's types and the program's as it copies
-        # values in and out, and gives a tensor without dimensions one.
         def step(values: Values) -> None:
-            given = {}
+            given = dict(fixed)
             for name, number in sources.items():
-                value = _exact(self._present(values, number), wanted[name], f"The input '{name}'")
-                given[name] = value if value.ndim else value.reshape(1)
+                if name not in fixed:
+                    given[name] = _taken(name, self._present(values, number), wanted[name])
             outputs = self._answer(program, given)
             for name, number in results.items():
                 who, spec = f"The output '{name}'", expected[name]
@@ -281,13 +302,13 @@ def _unrounded(method: Method) -> Method:
     """Return the method with fp32 for the fp16 of its arguments and results.
 
     Where nothing is rounded, what goes from call to call is not either, and neither is what goes
-    from program to program alone, or from one to a kernel that copies it.
+    from program to program alone, with kernels that copy it between.
     """
     kernels = {
         place
         for step in method.instructions
-        if step.kind in ("kernel", "move")
-        for place in (step.args[1:] if step.target in COPIES else step.args)
+        if step.kind in ("kernel", "move") and step.target not in COPIES
+        for place in step.args
     }
     delegates = (step for step in method.instructions if step.kind == "delegate")
     programs = {place for step in delegates for place in step.args}
@@ -325,6 +346,15 @@ def _tensor_spec(method: Method, number: int) -> TensorSpec:
             f"Method '{method.name}' passes a {type(value).__name__}, not a tensor."
         )
     return value
+
+
+def _taken(name: str, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return what a program is given: ExecuTorch's delegate converts as it copies values in.
+
+    A tensor without dimensions gets one.
+    """
+    found = _exact(value, dtype, f"The input '{name}'")
+    return found if found.ndim else found.reshape(1)
 
 
 def _exact(value: torch.Tensor, dtype: torch.dtype, who: str) -> torch.Tensor:

@@ -12,6 +12,12 @@ from llm_coreml.reference.ops.registry import Tensor, floats, op
 
 # Up to here the formula is faster than torch's kernel, which is made for many rows.
 _FEW_ROWS = 16
+# Keys that torch's kernel on a CPU looks at together.
+_BLOCK = 512
+# What is masked is lower than the rest by more than this.
+_FAR = 1000.0
+# The exponential of its negative is zero in fp32.
+_GONE = 128.0
 
 
 @op("scaled_dot_product_attention", floats("query", "key", "value"), fresh=True)
@@ -35,15 +41,43 @@ def scaled_dot_product_attention(
     check_batch(query, key, value)
     if query.shape[-2] <= _FEW_ROWS:
         return _by_formula(query, key, value, attn_mask)
-    result = F.scaled_dot_product_attention(query, key, value, attn_mask)
     if attn_mask is None:
-        return result
+        return F.scaled_dot_product_attention(query, key, value)
+    count = _needed(query, key, value, attn_mask)
+    key, value = key[..., :count, :], value[..., :count, :]
+    attn_mask = attn_mask if attn_mask.shape[-1] == 1 else attn_mask[..., :count]
+    result = F.scaled_dot_product_attention(query, key, value, attn_mask)
     if attn_mask.dtype == torch.bool:
         empty = ~attn_mask.any(-1, keepdim=True)
     else:
         empty = attn_mask.amax(-1, keepdim=True) == -torch.inf
     # torch gives zeros for such rows; the formula does not, and a program must not rely on it.
     return torch.where(empty, torch.nan, result) if bool(empty.any()) else result
+
+
+def _needed(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor) -> int:
+    """Return how many keys torch's kernel need look at for the same bits.
+
+    A cache that is hardly filled is mostly masked. The kernel goes by blocks, and a block adds
+    zeros to every sum if its scores are below each row's largest by more than an exponential of
+    fp32 holds: a score is at most the product of the lengths of a query and a key.
+    """
+    count = key.shape[-2]
+    plain = attn_mask.is_floating_point() and attn_mask.shape[-1] == count
+    if count <= _BLOCK or not plain or key.device.type != "cpu":
+        return count
+    columns = attn_mask.amax(-2).reshape(-1, count).amax(0)
+    seen = (columns > columns.amax() - _FAR).nonzero()
+    last = int(seen[-1]) + 1 if len(seen) else count
+    kept = min(count, -(-last // _BLOCK) * _BLOCK)
+    if kept == count:
+        return count
+    longest = [each.float().square().sum(-1).amax().sqrt() for each in (query, key)]
+    score = longest[0] * longest[1] / math.sqrt(query.shape[-1])
+    below = attn_mask[..., :kept].amax(-1).amin() - columns[kept:].amax() - 2 * score
+    # What is infinite or no number makes the comparison false, or NaN of a sum with zero.
+    zeros = 0 * torch.stack(torch.aminmax(value[..., kept:, :])).float().sum()
+    return kept if bool(below + zeros > _GONE) else count
 
 
 def check_batch(query: Tensor, key: Tensor, value: Tensor) -> None:

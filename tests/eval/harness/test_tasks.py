@@ -15,6 +15,7 @@ import torch
 from exported import TEXT, Run, files_of, in_process
 from llm_coreml.errors import ArtifactError, ConfigError, OutputError
 from llm_coreml.eval.harness.tasks import TaskSettings, run_tasks
+from llm_coreml.reference.program.execution import Execution
 
 CHOICES = [
     {"question": "What is read more often?", "choices": ["a program", "a tool"], "answer": 0},
@@ -116,11 +117,7 @@ def test_results_are_those_of_lm_evals_own_model(include: Path, checkpoint: Path
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from llm_coreml.eval.harness.adapter import SubjectModel
-    from llm_coreml.eval.harness.subject import NamedTokens, Subject
-    from llm_coreml.model import open_model
-    from llm_coreml.quantize.quantized import build_original
-    from llm_coreml.runtime.eager import EagerRunner
-    from llm_coreml.tokenizer import Tokenizer
+    from llm_coreml.eval.harness.subject import open_subject
 
     theirs = HFLM(
         pretrained=AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32),
@@ -128,10 +125,10 @@ def test_results_are_those_of_lm_evals_own_model(include: Path, checkpoint: Path
         max_length=64,
         device="cpu",
     )
-    runner = EagerRunner(build_original(open_model(checkpoint), 64), "eager")
-    tokenizer = Tokenizer(checkpoint / "tokenizer.json")
-    names = NamedTokens("<s>", 0, "</s>", 1)
-    ours = SubjectModel(Subject("tiny", runner, tokenizer, names, stop=(1,)))
+    ours = SubjectModel(open_subject(checkpoint))
+    assert (ours.subject.names.bos_token_id, ours.subject.stop) == (0, (1,))
+    with pytest.raises(ConfigError, match="leave mode and device out"):
+        open_subject(checkpoint, Execution(mode="fp32"))
     both = [
         lm_eval.simple_evaluate(
             model,

@@ -162,3 +162,37 @@ def test_attention_row_without_keys_is_nan(
     result = program(data)["out_0"]
     torch.testing.assert_close(result[0, 0, 0], data["v"][0, 0, 0])
     assert result[0, 0, 1].isnan().all()
+
+
+@pytest.mark.parametrize("masked", [-np.inf, -40000.0, -1e9])
+@pytest.mark.parametrize(("rows", "start", "keys"), [(40, 0, 1100), (700, 300, 2100), (20, 1, 513)])
+def test_keys_that_no_row_sees_are_left_out_without_a_trace(
+    rows: int, start: int, keys: int, masked: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = torch.Generator().manual_seed(5)
+    query, key, value = (torch.randn(1, 2, n, 16, generator=drawn) for n in (rows, keys, keys))
+    ahead = torch.arange(keys) > torch.arange(start, start + rows).unsqueeze(1)
+    mask = torch.zeros(rows, keys).masked_fill(ahead, masked).expand(1, 1, rows, keys)
+    looked_at: list[int] = []
+    kernel = attention.F.scaled_dot_product_attention
+
+    def counted(q: torch.Tensor, k: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        looked_at.append(k.shape[-2])
+        return kernel(q, k, *rest)
+
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", counted)
+    found = attention.scaled_dot_product_attention(query, key, value, mask)
+    assert looked_at == [-(-(start + rows) // 512) * 512]
+    assert torch.equal(found, kernel(query, key, value, mask))
+    # What would be seen in the result is looked at: a number that is none, scores beyond the mask,
+    # and a row that sees nothing else.
+    last = value.clone()
+    last[..., -1, 0] = torch.inf
+    attention.scaled_dot_product_attention(query, key, last, mask)
+    far = key.clone()
+    far[..., -1, :] = torch.inf if masked == -np.inf else -masked
+    attention.scaled_dot_product_attention(1000 * query, far, value, mask)
+    blind = mask.clone()
+    blind[..., 0, :] = masked
+    attention.scaled_dot_product_attention(query, key, value, blind)
+    assert looked_at[1:] == [keys] * 3
