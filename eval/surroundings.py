@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
-import os
 import platform
 
 from llm_coreml.eval.results import Machine, Tool
-from llm_coreml.machine import machine_memory
+from llm_coreml.machine import machine_memory, usable_cores
 
 _NAME = "llm-coreml"
 
@@ -31,11 +30,3 @@ def this_machine() -> Machine:
         cores=usable_cores(),
         memory_bytes=machine_memory(),
     )
-
-
-def usable_cores() -> int:
-    """Return how many cores this process may use."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # macOS has none
-        return os.cpu_count() or 1

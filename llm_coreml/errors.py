@@ -10,6 +10,8 @@
       VerificationError       8   the artifact does not compute what the model computes
       SystemUnfitError        9   the operating system lacks what this package needs of it
       UnmeasuredError        10   a gate asks for a figure that was not measured
+      SweepError             11   cells of a sweep failed; the others are measured and kept
+      TrackerError           12   measured and kept, but a tracker could not be told
 
 A message is one sentence or two: the value, the rule it breaks, and what to do next.
 Ctrl-C exits with 130, SIGHUP with 129, SIGTERM with 143.
@@ -100,6 +102,18 @@ class UnmeasuredError(LlmCoreMLError):
     """A gate asks for a figure that was not measured, so that nobody knows whether it holds."""
 
     exit_code = 10
+
+
+class SweepError(LlmCoreMLError):
+    """Cells of a sweep have failed; the others are measured and kept."""
+
+    exit_code = 11
+
+
+class TrackerError(LlmCoreMLError):
+    """A tracker could not be told of an evaluation, which is kept."""
+
+    exit_code = 12
 
 
 def nearest(value: str, known: Iterable[str]) -> str:

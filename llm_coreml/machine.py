@@ -1,4 +1,4 @@
-"""Memory: what this machine has, what this process took, and how to give some back.
+"""What this machine has: memory, what this process took of it and how to give some back; cores.
 
 machine_memory()       # bytes
 free_memory()
@@ -41,6 +41,14 @@ _SETTLED = _Settled()
 def machine_memory() -> int:
     """Return the bytes of memory that this machine has."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS has none
+        return os.cpu_count() or 1
 
 
 def peak_memory() -> int:

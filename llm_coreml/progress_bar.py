@@ -48,6 +48,22 @@ class Step:
     note: str | None = None
 
 
+def share_done(step: Step, places: Mapping[str, float]) -> float:
+    """Return which share of a work is done.
+
+    Args:
+        step: What runs.
+        places: Which share is done when a stage begins: `EXPORT` or `EVALUATION`.
+    """
+    begins = places.get(step.stage, 0.0)
+    return begins + step.share * (_end_of(begins, places) - begins)
+
+
+def _end_of(begins: float, places: Mapping[str, float]) -> float:
+    """Return which share is done when the stage ends that began at one."""
+    return min((at for at in places.values() if at > begins), default=1.0)
+
+
 def time_left(passed: float, share: float) -> str:
     """Return `12 min left` of a stage of which a share is done, empty while nobody knows.
 
@@ -145,7 +161,7 @@ class _Bar:
 
     def stage(self, name: str) -> None:
         self._begins = max(self._bar.n, self._places.get(name, self._ends))
-        self._ends = min((at for at in self._places.values() if at > self._begins), default=1.0)
+        self._ends = _end_of(self._begins, self._places)
         self._start = time.monotonic()
         self._bar.set_description(name, refresh=False)
         self._bar.set_postfix_str("", refresh=False)

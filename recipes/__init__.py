@@ -22,9 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from llm_coreml.config import SECTIONS, ExportConfig
+from llm_coreml.config.plain_yaml import read_yaml
 from llm_coreml.config.schema import complaint, sections_schema
 from llm_coreml.errors import ConfigError, LlmCoreMLError, nearest
 
@@ -32,8 +31,6 @@ BUNDLED = "bundled"
 # The recipe of the bundled model, by which manifests name it.
 BUNDLED_RECIPE = "llama"
 _ENDINGS = (".yaml", ".yml")
-# All settings with their defaults take two kilobytes.
-_LARGEST_FILE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -56,16 +53,6 @@ class Recipe:
     def source(self) -> str:
         """Hub id, or the folder of the model."""
         return str(bundled_model()) if self.model == BUNDLED else self.model
-
-
-class _PlainLoader(yaml.SafeLoader):
-    """Reads YAML without aliases, a few of which, nested, make a tree that fits no memory."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            at = self.peek_event().start_mark.line + 1  # type: ignore[no-untyped-call]
-            raise ValueError(f"line {at} holds an alias (*name), which recipes do without")
-        return super().compose_node(parent, index)
 
 
 def bundled_model() -> Path:
@@ -125,7 +112,7 @@ def load_recipe(name: str | Path) -> Recipe:
                 f"{', '.join(recipe_names())}.{nearest(str(name), recipe_names())}"
             )
         path = Path(str(importlib.resources.files(__name__).joinpath(f"{name}.yaml")))
-    values = _read(path)
+    values = read_yaml(path, "Recipe")
     wrong = complaint(values, recipe_schema())
     if wrong is not None:
         raise ConfigError(f"Recipe '{name}': {wrong}")
@@ -135,13 +122,3 @@ def load_recipe(name: str | Path) -> Recipe:
     except LlmCoreMLError as error:
         raise type(error)(f"Recipe '{name}': {error}") from None
     return Recipe(path.stem, values.get("description", ""), values["model"], config)
-
-
-def _read(path: Path) -> Any:
-    try:
-        if path.stat().st_size > _LARGEST_FILE:
-            raise ValueError(f"it is larger than {_LARGEST_FILE >> 20} MiB")
-        return yaml.load(path.read_text(encoding="utf-8"), _PlainLoader)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        told = " ".join(str(error).split())
-        raise ConfigError(f"Recipe '{path}' cannot be read: {told}.") from None

@@ -19,6 +19,8 @@ _COLOURS = [f"var(--mark{at})" for at in range(8)]
 _SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "stroke")
 # A picture is read by eye; more lines than this are none.
 _LINES = 24
+# Beyond this, the largest perplexity by the smallest leaves no room for all others on one scale.
+_WIDE = 20.0
 # Points that are drawn where nothing can be filtered.
 _POINTS = 600
 
@@ -64,13 +66,14 @@ def charts_of(rows: Sequence[Row]) -> tuple[Chart, ...]:
     points = [_datum(row) for row in rows if row.perplexity is not None]
     sized = [each for each in points if each["megabytes"] is not None]
     timed = [each for each in points if each["speed"] is not None]
+    quality = _quality([each["perplexity"] for each in points])
     charts = (
         Chart(
             "size",
             "Quality against size",
             "Down is better, left is smaller; the line is the front, which nothing beats in both.",
             "megabytes",
-            _scatter("megabytes", "program, MB", front=True),
+            _scatter("megabytes", "program, MB", quality, front=True),
             sized,
         ),
         Chart(
@@ -79,7 +82,7 @@ def charts_of(rows: Sequence[Row]) -> tuple[Chart, ...]:
             "Down is better, right is faster. Tokens per second of decoding, on the machine and by "
             "the runtime that the table names: no prediction for a device.",
             "speed",
-            _scatter("speed", "tokens per second", front=False),
+            _scatter("speed", "tokens per second", quality, front=False),
             timed,
         ),
         Chart(
@@ -96,7 +99,7 @@ def charts_of(rows: Sequence[Row]) -> tuple[Chart, ...]:
             "Perplexity over time; a ring marks a result that is more than 1 % worse than the one "
             "before it, of the same model, format, target and text.",
             "perplexity",
-            _history(),
+            _history(quality),
             points,
         ),
     )
@@ -169,13 +172,19 @@ def _quantity(field: str, title: str, **scale: Any) -> dict[str, Any]:
     }
 
 
+def _quality(values: Sequence[float]) -> dict[str, Any]:
+    """Return how perplexities are drawn: few bits give hundreds of times those of many."""
+    wide = bool(values) and max(values) > _WIDE * min(values) > 0
+    return _quantity("perplexity", "perplexity", **({"type": "log"} if wide else {}))
+
+
 _TOLD = [{"field": each} for each in ("name", "model", "created")]
 _FORMAT = {"field": "format", "type": "nominal", "title": "format"}
 _NO_LEGEND: dict[str, Any] = {**_FORMAT, "legend": None}
 
 
-def _scatter(field: str, title: str, front: bool) -> dict[str, Any]:
-    place = {"x": _quantity(field, title), "y": _quantity("perplexity", "perplexity")}
+def _scatter(field: str, title: str, quality: Datum, front: bool) -> dict[str, Any]:
+    place = {"x": _quantity(field, title), "y": quality}
     points = {
         "mark": {"type": "point", "size": 70, "filled": True, "opacity": 0.85},
         "encoding": {
@@ -218,10 +227,10 @@ def _latency() -> dict[str, Any]:
     return _base([line, points])
 
 
-def _history() -> dict[str, Any]:
+def _history(quality: Datum) -> dict[str, Any]:
     place = {
         "x": {"field": "created", "type": "temporal", "title": "when"},
-        "y": _quantity("perplexity", "perplexity"),
+        "y": quality,
     }
     line = {
         "mark": {"type": "line", "opacity": 0.5},

@@ -2,7 +2,7 @@
 const { points, charts } = JSON.parse(document.getElementById("data").textContent);
 const drawnBy = ({ needs, data }) => (needs ? points.filter((each) => each[needs] !== null) : data);
 const form = document.querySelector(".filters");
-const rows = [...document.querySelectorAll("tbody tr")];
+const rows = [...document.querySelectorAll("tr[data-model]")];
 const views = new Map();
 
 const chosen = () => [...new FormData(form)].filter(([, value]) => value);

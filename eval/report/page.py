@@ -110,6 +110,8 @@ def render(
         rows=found.rows[:_ROWS],
         close=_CLOSE,
         total=len(found.rows),
+        failures=found.failures[:_CLOSE],
+        failed=len(found.failures),
         problems=found.problems[:_PROBLEMS],
         further=max(0, len(found.problems) - _PROBLEMS),
         choices={

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_coreml.eval.compared import name_of, tokens_per_second
+from llm_coreml.eval.failed_cells import Failure, failures_in
 from llm_coreml.eval.result_places import no_results, result_files
 from llm_coreml.printable import printable
 
@@ -89,10 +90,12 @@ class Collected:
     Attributes:
         rows: The results, the newest first.
         problems: What could not be read, a sentence each.
+        failures: Cells of sweeps that have none, the newest first.
     """
 
     rows: tuple[Row, ...]
     problems: tuple[str, ...]
+    failures: tuple[Failure, ...] = ()
 
 
 def collect(place: Path) -> Collected:
@@ -110,11 +113,12 @@ def collect(place: Path) -> Collected:
             rows.append(found)
         else:
             problems.append(found)
-    if not rows and not problems:
+    failures = sorted(failures_in(place), key=lambda each: each.created, reverse=True)
+    if not rows and not problems and not failures:
         raise no_results(place)
     rows.sort(key=lambda row: row.created)
     judged = _with_regressions(_with_front(rows))
-    return Collected(tuple(reversed(judged)), tuple(problems))
+    return Collected(tuple(reversed(judged)), tuple(problems), tuple(failures))
 
 
 def _read(place: Path) -> Iterator[Row | str]:
@@ -152,8 +156,8 @@ def _row_or_problem(line: bytes, where: str) -> Row | str:
 def _version() -> int:
     """Return the version of results that is read; their module would bring torch."""
     schema = importlib.resources.files("llm_coreml.eval").joinpath("results.schema.json")
-    version: int = json.loads(schema.read_text("utf-8"))["properties"]["version"]["const"]
-    return version
+    (version,) = json.loads(schema.read_text("utf-8"))["properties"]["version"]["enum"]
+    return int(version)
 
 
 def _row(document: Mapping[str, Any]) -> Row:

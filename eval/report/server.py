@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_coreml.errors import ConfigError
+from llm_coreml.eval.failed_cells import cell_files
 from llm_coreml.eval.report.page import INSTALL, check_installed, render
 from llm_coreml.eval.report.rows import Collected, collect
 from llm_coreml.eval.result_places import result_files
@@ -47,7 +48,7 @@ class LivePage:
         """Return what changes when a result lands; nothing of a folder that cannot be read."""
         found = []
         with contextlib.suppress(ConfigError):
-            for path in result_files(self.place):
+            for path in (*result_files(self.place), *cell_files(self.place)):
                 with contextlib.suppress(OSError):
                     status = path.stat()
                     found.append((str(path), status.st_size, status.st_mtime_ns))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
@@ -11,12 +12,18 @@ from llm_coreml.cli.cells import line, plain
 
 if TYPE_CHECKING:  # numpy, which a list does not need
     from llm_coreml.eval.compared import Compared, Difference, Figure
+    from llm_coreml.eval.failed_cells import Failure
 
 _SIGNS = {True: "*", False: "", None: ""}
 
 
-def compared_table(found: Compared) -> Group:
-    """Return a row for each result, its differences from the first below it, and what is noise."""
+def compared_table(found: Compared, failures: Sequence[Failure] = ()) -> Group:
+    """Return a row for each result, its differences from the first below it, and what is noise.
+
+    Args:
+        found: Results beside each other.
+        failures: Cells of a sweep that have none.
+    """
     from llm_coreml.eval.compared import FIGURES
 
     shown = [each for each in FIGURES if any(v is not None for v in found.figures[each.name])]
@@ -32,7 +39,8 @@ def compared_table(found: Compared) -> Group:
             table.add_row("", "  less result 1", *told)
             spans = [_span(figure, differences.get(figure.name)) for figure in shown]
             table.add_row("", "  95 % interval", *spans)
-    return Group(table, Text(""), *_remarks(found))
+    failed = [line(f"failed: {each.label}: {each.sentence}") for each in failures]
+    return Group(table, Text(""), *_remarks(found), *failed)
 
 
 def _told(figure: Figure, difference: Difference | None) -> str:

@@ -29,9 +29,12 @@ from llm_coreml.cli.inspect import inspect_command
 from llm_coreml.cli.listing import ls_command
 from llm_coreml.cli.lm_eval import lm_eval_command
 from llm_coreml.cli.process import INTERRUPTION, check_folder
+from llm_coreml.cli.push import push_command
 from llm_coreml.cli.report import dashboard_command, report_command
 from llm_coreml.cli.run import run_command
 from llm_coreml.cli.show import show_command
+from llm_coreml.cli.sweep import sweep_command
+from llm_coreml.cli.track import track_command
 from llm_coreml.errors import LlmCoreMLError
 from llm_coreml.machine import collect_rarely, keep_one_heap
 from llm_coreml.printable import MESSAGE, printable
@@ -77,8 +80,8 @@ def cli() -> None:
 
     \b
     Exit codes: 0 done, 1 other error, 2 usage, 3 gate, 4 checkpoint, 5 unsupported, 6 output,
-    7 artifact, 8 verification, 9 system, 10 gate without a figure, 130 interrupted (129 by SIGHUP,
-    143 by SIGTERM).
+    7 artifact, 8 verification, 9 system, 10 gate without a figure, 11 failed cells of a sweep, 12
+    tracker, 130 interrupted (129 by SIGHUP, 143 by SIGTERM).
     """
     check_folder()
 
@@ -92,8 +95,11 @@ for command in (
     ls_command,
     diff_command,
     compare_command,
+    sweep_command,
     report_command,
     dashboard_command,
+    track_command,
+    push_command,
     inspect_command,
     run_command,
     extract_command,
@@ -125,13 +131,9 @@ def _tell(error: BaseException) -> int:
     interrupted = isinstance(error, (click.Abort, KeyboardInterrupt))
     # Libraries make errors of their own of what interrupts them.
     if interrupted or INTERRUPTION.number is not None:
-        code, done = INTERRUPTION.code, INTERRUPTION.over
+        code, done, kept = INTERRUPTION.code, INTERRUPTION.over, INTERRUPTION.kept
         INTERRUPTION.finish()
-        _print(
-            "\nInterrupted while the result was printed."
-            if done
-            else "\nInterrupted; nothing was written."
-        )
+        _print("\nInterrupted while the result was printed." if done else f"\nInterrupted; {kept}.")
         return code
     INTERRUPTION.finish()
     if isinstance(error, click.ClickException):

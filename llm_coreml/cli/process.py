@@ -10,6 +10,7 @@ A library may do none of this: a host program's signals and environment are its 
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import sys
@@ -26,6 +27,8 @@ from llm_coreml.errors import LlmCoreMLError
 # Of no other temporary folder: what has it and is not locked is removed.
 _TEMPORARY = "llm-coreml-process-"
 
+# What is told of the work so far, unless a command keeps some of it.
+_NOTHING = "nothing was written"
 # Who presses Ctrl-C again within these seconds does not stop the cleaning up.
 _PATIENCE = 3.0
 # A reader who is only slow gets these seconds to take what is printed.
@@ -44,6 +47,7 @@ class Interruption:
         when: Time of the last that was heeded, of `time.monotonic`.
         over: What was asked for is done, or has failed; nothing is left but to tell of it.
         late: The first signal that does not interrupt any more.
+        kept: What becomes of the work so far, for whoever interrupts it.
         unread: Nobody reads what was to be told; what is still buffered must not be waited for.
     """
 
@@ -51,6 +55,7 @@ class Interruption:
     when: float = 0.0
     over: bool = False
     late: int | None = None
+    kept: str = _NOTHING
     unread: bool = False
     _telling: bool = field(default=False, repr=False)
 
@@ -86,7 +91,7 @@ class Interruption:
     def finish(self) -> None:
         """From now on, let nothing interrupt but what prints, in `telling`."""
         self.late = self.late or self.number
-        self.number, self.over = None, True
+        self.number, self.over, self.kept = None, True, _NOTHING
 
     @contextlib.contextmanager
     def telling(self) -> Iterator[None]:
@@ -144,6 +149,9 @@ def end() -> None:
         os._exit(INTERRUPTION.code)
     for number in ENDING:
         signal.signal(number, signal.SIG_IGN)
+    # A last search for garbage would take more than a second, and free what the system takes back.
+    gc.disable()
+    gc.freeze()
     # What interrupts `exec(text)`, which makes every dataclass, Python remembers as if nobody had
     # handled it, and kills itself at the end; until the next text.
     exec("")

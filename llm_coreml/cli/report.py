@@ -59,11 +59,14 @@ def report_command(
             "page": str(output),
             "results": len(found.rows),
             "left_out": list(found.problems),
+            "failures": [failure.to_json() for failure in found.failures],
             "regressions": [row.name for row in found.rows if row.regression is not None],
         }
         table.add_row("page", f"{output}, {len(found.rows)} results")
         for problem in found.problems[:5]:
             table.add_row("left out", problem)
+        for failure in found.failures[:5]:
+            table.add_row("failed", f"{failure.label}: {failure.sentence}")
         screen.show(form, told, lambda: table)
 
 

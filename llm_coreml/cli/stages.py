@@ -45,9 +45,12 @@ _LABELS = {
     "score": "scoring text",
     "layers": "measuring layer by layer",
     "time": "timing calls",
+    "track": "telling a tracker",
+    "push": "uploading to the hub",
     "watch": "watching every operation",
     "compare": "comparing every operation",
     "build": "building the C++ runner",
+    "sweep": "running cells",
     "run": "running the program on ExecuTorch",
 }
 # Seconds between two signs of life in a log.

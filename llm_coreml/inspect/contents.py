@@ -22,6 +22,9 @@ from llm_coreml.bundle.folder import may_be_bundle, open_bundle
 from llm_coreml.bundle.manifest import Manifest
 from llm_coreml.inspect.broken_rules import BrokenRule, broken_rules
 
+# Positions and the like are int32 and int64.
+_WEIGHTS = ("float16", "float32", "int8")
+
 
 @dataclass(frozen=True)
 class ModelContents:
@@ -81,7 +84,7 @@ class Contents:
         constant_methods: What its constant methods give.
         methods: The delegates of each method that has any.
         rules: What the export passed over by force, or was warned of, by the rule's name.
-        weights_outside: Bytes of floating-point constants that methods hold themselves, each once.
+        weights_outside: Bytes of numbers and codes that methods hold themselves, each once.
     """
 
     path: str
@@ -151,7 +154,7 @@ def _weights_outside(container: pte.Container) -> int:
         # Methods share what is equal, as places in the file.
         np.frombuffer(value.data, np.uint8).ctypes.data: len(value.data)
         for value in values
-        if isinstance(value, TensorSpec) and value.data and value.dtype.startswith("float")
+        if isinstance(value, TensorSpec) and value.data and value.dtype in _WEIGHTS
     }
     return sum(held.values())
 

@@ -231,7 +231,8 @@ def _rows(decoder: Decoder, dtype: torch.dtype) -> Rows:
     """Return what reads the token table outside of Core ML."""
     table = decoder.embed_tokens.weight
     if isinstance(table, IntxUnpackedToInt8Tensor):
-        return Rows(table.qdata, table.scale, dtype)
+        # They are fp16 numbers already.
+        return Rows(table.qdata, table.scale.to(torch.float16), dtype)
     return Rows(table, None, dtype)
 
 

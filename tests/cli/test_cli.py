@@ -36,7 +36,7 @@ from llm_coreml.targets import TARGETS
 
 COMMANDS = (
     *("apply", "compare", "dashboard", "delta", "diff", "eval", "export", "extract", "generate"),
-    *("inspect", "lm-eval", "ls", "report", "run", "show"),
+    *("inspect", "lm-eval", "ls", "push", "report", "run", "show", "track"),
 )
 STAGES = (
     "opening the checkpoint ...",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -97,3 +99,13 @@ def document(
         "bits_per_weight_parts": None,
         "devices": [],
     }
+
+
+def write_failure(
+    place: Path, label: str, sentence: str, created: str = "2026-01-01T00:00:00Z"
+) -> None:
+    """Write the record of a cell of a sweep that has failed into its folder."""
+    outcome = {"state": "failed", "sentence": sentence, "exit_code": 5, "seconds": 1.0}
+    place.mkdir()
+    record = {"label": label, "created": created, "outcome": outcome}
+    (place / "cell.json").write_text(json.dumps(record))

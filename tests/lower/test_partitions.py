@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from artifacts import Artifact, lower, method
 from cases import cases
 from llm_coreml import export
-from llm_coreml.artifact.description import WEIGHTS
 from llm_coreml.artifact.inmemoryfs import unpack
-from llm_coreml.artifact.method_plan import Delegate, TensorSpec
+from llm_coreml.artifact.method_plan import Delegate
 from llm_coreml.bundle.bundle_runner import open_runner
 from llm_coreml.config import ExportConfig, resolve
 from llm_coreml.config.values import SKIP_HEAD, SKIP_TABLE, SKIPPED
@@ -243,56 +241,6 @@ def test_an_export_verifies_every_partition_and_tells_of_them(tmp_path: Path) ->
     sizes = [sum(map(len, weights(delegate))) for delegate in method(bundle.program).delegates]
     for size, each in zip(sizes, told.partitions, strict=True):
         assert 0.7 * each.weight_bytes < size <= each.weight_bytes
-
-
-def test_an_export_finds_what_lies_outside_of_core_ml_bit_by_bit(tmp_path: Path) -> None:
-    model = llama(**SMALL, tie_word_embeddings=True)
-    settings: dict[str, Any] = {"skip_ops": SKIPPED, "constants": "inputs", "bits": 16}
-    config = ExportConfig(context=64, seq_lengths=(1, 8), **settings)
-    bundle = export(model, output=tmp_path / "out", config=config, cache=False)
-    told = bundle.manifest.program
-    assert told.why is not None
-    assert told.why.endswith(
-        "; its token table and the head's matrix left to ExecuTorch's kernels, as --skip-ops asks; "
-        "its weights are inputs of what Core ML runs, as --constants inputs asks"
-    )
-    assert bundle.manifest.verification.passed
-    runner = open_runner(bundle)
-    assert isinstance(runner, ReferenceRunner)
-    (program,) = runner.programs
-    handed = [port.name for port in program.inputs if port.name.startswith(WEIGHTS)]
-    assert len(handed) == 2 * 9 + 1, "matrices and norms"
-    named = dict(runner.constants())
-    held = [value for name, value in named.items() if name.endswith("of method 'forward'")]
-    assert len(held) == len(handed) + 2
-    table = model.get_input_embeddings().weight.half()
-    same = [value for value in held if value.shape == table.shape and torch.equal(value, table)]
-    assert {value.dtype for value in same} == {torch.float16, torch.float32}
-    kernels = [step.target for step in method(bundle.program).instructions if step.kind == "kernel"]
-    assert {"aten::embedding.out", "aten::mm.out"} <= set(kernels)
-    # The file tells as much without its manifest.
-    assert ReferenceRunner(bundle.program).seq_lengths == (1, 8)
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("settings", [{}, {"compute_precision": "fp32", "seq_lengths": "1..8"}])
-def test_an_export_scales_codes_of_a_table_outside(
-    settings: dict[str, Any], tmp_path: Path
-) -> None:
-    model = llama(**SMALL, tie_word_embeddings=True)
-    config = ExportConfig(
-        **{"context": 64, "seq_lengths": (1, 8), "skip_ops": (SKIP_TABLE,), **settings}
-    )
-    bundle = export(model, output=tmp_path / "out", config=config, cache=False)
-    stored = bundle.manifest.quantization
-    assert (stored.embedding.label, stored.lm_head.label) == 2 * ("int8 per channel",)
-    assert bundle.manifest.verification.passed
-    # Codes, and a scale for each row.
-    assert contents(tmp_path / "out").weights_outside == 96 * 2
-    values = [value for value in method(bundle.program).values if isinstance(value, TensorSpec)]
-    assert [value.shape for value in values if value.constant and value.dtype == "int8"] == [
-        (96, 32)
-    ]
 
 
 class Notes(Silent):

@@ -138,7 +138,7 @@ def test_aliases_are_refused_before_they_multiply(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load_recipe(path)
     assert str(caught.value) == (
-        f"Recipe '{path}' cannot be read: line 3 holds an alias (*name), which recipes do without."
+        f"Recipe '{path}' cannot be read: line 3 holds an alias (*name), which is not read."
     )
 
 

@@ -24,7 +24,7 @@ from exported import in_process
 from llm_coreml.errors import ConfigError, OutputError
 from llm_coreml.eval.report.page import Sample, write_report
 from llm_coreml.eval.results_file import append_result
-from result_documents import document
+from result_documents import document, write_failure
 
 BROWSERS = ("chromium-headless-shell", "chromium", "google-chrome")
 BROWSER = next((found for name in BROWSERS if (found := shutil.which(name))), None)
@@ -33,7 +33,7 @@ NASTY = "</script><script>alert(1)</script>"
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of a dozen results, a regression and a damaged line among them."""
+    """A folder of a dozen results, a regression, a damaged line and a failed cell among them."""
     folder = tmp_path_factory.mktemp("results") / "nightly"
     for at in range(12):
         bits, cost = (2, 4, 8)[at % 3], 2.4 - 0.1 * (at % 3) + (0.05 if at == 9 else 0.0)
@@ -52,6 +52,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     append_result(folder, document(NASTY, model=NASTY, text=NASTY))
     with (folder / "results.jsonl").open("a") as lines:
         lines.write("{\n")
+    write_failure(folder / "cell-1", NASTY, "It is refused.")
     return folder
 
 
@@ -85,10 +86,11 @@ def test_all_is_in_the_page_without_javascript(page: Path) -> None:
     reader = Reader()
     reader.feed(text)
     assert reader.asked == []
-    assert reader.counts["figure"] == 4 and reader.counts["tr"] == 14
+    assert reader.counts["figure"] == 4 and reader.counts["tr"] == 14 + 2
     assert len(re.findall(r"<svg", text)) >= 4
     for told in ("What is a list?", "It is &lt;b&gt;.", "run3", "▲ +", "●", "1 could not be read"):
         assert told in text
+    assert "Cells that failed" in text and "It is refused." in text
     # Filters need JavaScript, and are not shown without.
     assert '<form class="filters" hidden' in text
 

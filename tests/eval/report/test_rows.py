@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 from llm_coreml.errors import ConfigError
+from llm_coreml.eval.failed_cells import failures_in
+from llm_coreml.eval.report.charts import charts_of
 from llm_coreml.eval.report.rows import collect, facts_of
 from llm_coreml.eval.results_file import append_result
-from result_documents import document
+from result_documents import document, write_failure
 
 
 def day(at: int) -> str:
@@ -94,6 +96,30 @@ def test_figures_that_are_no_numbers_are_not_measured(tmp_path: Path) -> None:
     (row,) = collect(tmp_path).rows
     assert row.perplexity is None and row.mean_kl is None
     assert facts_of(row)["no numbers"] == "3 rows of logits hold NaN or inf"
+
+
+def test_cells_that_failed_are_beside_the_results(tmp_path: Path) -> None:
+    write_failure(tmp_path / "cell-1", "a bits 4", "It crashed\n.", "2026-01-01T00:00:00Z")
+    write_failure(tmp_path / "cell-2", "a bits 3", "No.", "2026-01-02T00:00:00Z")
+    write_failure(tmp_path / "other", "b", "It is no folder of a cell.")
+    for at, damaged in enumerate(("{", "[]", '{"outcome": {"state": "failed"}}', 5000 * "[")):
+        (tmp_path / f"cell-x{at}").mkdir()
+        (tmp_path / f"cell-x{at}/cell.json").write_text(damaged)
+    found = collect(tmp_path)
+    assert found.rows == () and [each.label for each in found.failures] == ["a bits 3", "a bits 4"]
+    assert found.failures[1].sentence == r"It crashed\n." and found.failures[1].exit_code == 5
+    assert failures_in(tmp_path / "gone") == []
+
+
+@pytest.mark.parametrize(("cost", "scale"), [(2.5, None), (9.0, "log")])
+def test_perplexities_that_are_far_apart_have_a_scale_for_it(
+    tmp_path: Path, cost: float, scale: str | None
+) -> None:
+    lines = [json.dumps(document(nll=(each,) * 4)) for each in (2.0, cost)]
+    (tmp_path / "results.jsonl").write_text("\n".join(lines))
+    drawn = {each.name: each.spec["layer"] for each in charts_of(collect(tmp_path).rows)}
+    found = [drawn[name][0]["encoding"]["y"]["scale"] for name in ("size", "speed", "history")]
+    assert [each.get("type") for each in found] == [scale] * 3
 
 
 def test_a_folder_without_results_is_refused(tmp_path: Path) -> None:
