@@ -318,6 +318,8 @@ def test_export_flags_reach_the_config(
         "compile_specs": ("key=value",),
         "profile": "ane-ios26",
         "layout": "conv",
+        "norm": "l2",
+        "operations": "fewest",
         "linear_split": 1024,
         "head_split": 8192,
         "gather_split": 65_535,
