@@ -86,7 +86,7 @@ class CodebookFakeQuantizer(FakeQuantizerBase):  # type: ignore[misc]
         self.register_buffer("tables", tables.view(*groups, -1).to(torch.float16))
         self._seen = weight._version
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         """Return what `weight` is rounded to, of its type; in training, tables follow it first."""
         if not self.enabled:
