@@ -57,7 +57,8 @@ def make_model(folder: str, model: str, layers: str, kinds: str) -> None:
     index: dict[str, str] = {}
     theirs: dict[str, torch.Tensor] = {}
     both = "meta" in kinds
-    norm = torch.ones(widths.hidden, dtype=torch.bfloat16)
+    # Gains of ones would be left out of a program.
+    norm = torch.linspace(0.5, 1.5, widths.hidden).to(torch.bfloat16)
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator).mul_(0.02).to(torch.bfloat16)

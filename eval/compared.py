@@ -174,6 +174,7 @@ def name_of(document: Document) -> str:
     """Return what a result is called: its subject, with format and target if it is an export."""
     export = document.get("export") or {}
     told = [str(export[key]) for key in ("format", "target") if export.get(key)]
+    told[1:1] = ["calibrated"] if export.get("calibrated") else []
     name = str(document["subject"]["name"])
     return f"{name} ({', '.join(told)})" if told else name
 

@@ -21,8 +21,10 @@ if TYPE_CHECKING:
     from llm_coreml.delta.making import make_delta
     from llm_coreml.errors import LlmCoreMLError
     from llm_coreml.eval.evaluate import evaluate
+    from llm_coreml.eval.publish import push_to_hub
     from llm_coreml.eval.results import Evaluation
     from llm_coreml.eval.sweep.sweeping import sweep
+    from llm_coreml.eval.trackers.tracking import track
     from llm_coreml.inspect.extraction import extract
     from llm_coreml.pipeline import export
     from llm_coreml.pretrained import push_to_hub_coreml, save_pretrained_coreml
@@ -43,10 +45,12 @@ _HOMES = {
     "extract": "llm_coreml.inspect.extraction",
     "load": "llm_coreml.bundle.language_model",
     "make_delta": "llm_coreml.delta.making",
+    "push_to_hub": "llm_coreml.eval.publish",
     "push_to_hub_coreml": "llm_coreml.pretrained",
     "qat_config": "llm_coreml.qat",
     "save_pretrained_coreml": "llm_coreml.pretrained",
     "sweep": "llm_coreml.eval.sweep.sweeping",
+    "track": "llm_coreml.eval.trackers.tracking",
 }
 
 # These bring no torch.
@@ -65,10 +69,12 @@ __all__ = [
     "extract",
     "load",
     "make_delta",
+    "push_to_hub",
     "push_to_hub_coreml",
     "qat_config",
     "save_pretrained_coreml",
     "sweep",
+    "track",
 ]
 
 

@@ -11,6 +11,7 @@
       SystemUnfitError        9   the operating system lacks what this package needs of it
       UnmeasuredError        10   a gate asks for a figure that was not measured
       SweepError             11   cells of a sweep failed; the others are measured and kept
+      TrackerError           12   measured and kept, but a tracker could not be told
 
 A message is one sentence or two: the value, the rule it breaks, and what to do next.
 Ctrl-C exits with 130, SIGHUP with 129, SIGTERM with 143.
@@ -107,6 +108,12 @@ class SweepError(LlmCoreMLError):
     """Cells of a sweep have failed; the others are measured and kept."""
 
     exit_code = 11
+
+
+class TrackerError(LlmCoreMLError):
+    """A tracker could not be told of an evaluation, which is kept."""
+
+    exit_code = 12
 
 
 def nearest(value: str, known: Iterable[str]) -> str:

@@ -176,6 +176,14 @@ STATE_RULES = (
         "--target gpu",
         lambda shapes: len(shapes) > 2,
     ),
+    StateRule(
+        "ane-long-states",
+        "no dimension over 16,384 has been found to be taken by the Neural Engine, which is the "
+        "positions of a state here",
+        "ANEMLL; coremlmodels",
+        "--context 16384 or --target gpu",
+        lambda shapes: any(max(shape) > 16384 for shape in shapes),
+    ),
 )
 
 

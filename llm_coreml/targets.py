@@ -17,6 +17,10 @@ from llm_coreml.errors import ConfigError, nearest
 
 # What linear layers are in a program: `linear` of [1, S, C], or convolutions of [1, C, 1, S].
 Layout = Literal["linear", "conv"]
+# How a norm is computed, see `decoder.norm`.
+NormForm = Literal["scaled", "l2", "layer"]
+# Whether a program does the same in as few operations as are known.
+Operations = Literal["usual", "fewest"]
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from llm_coreml.machine import collect_rarely
 from shared import Shared
 from tiny import llama
 
-pytest_plugins = ["exported"]
+pytest_plugins = ["exported", "hub_server"]
 
 # Tiny operations gain nothing from threads, and lose much to them beside other work.
 torch.set_num_threads(1)

@@ -461,7 +461,7 @@ def test_a_job_has_everything_decided() -> None:
 def test_exit_codes_are_different() -> None:
     errors: list[type[LlmCoreMLError]] = [LlmCoreMLError, *LlmCoreMLError.__subclasses__()]
     codes = [error.exit_code for error in errors]
-    assert sorted(codes) == list(range(1, 11))
+    assert sorted(codes) == list(range(1, 13))
 
 
 def rows_of_the_document() -> list[str]:

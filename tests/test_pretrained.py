@@ -2,96 +2,23 @@
 
 from __future__ import annotations
 
-import base64
 import io
-import json
 import sys
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub.constants
 import pytest
 
 import llm_coreml
 from exported import make_tokenizer
+from hub_server import COMMIT, Hub
 from llm_coreml import ExportConfig, pipeline
 from llm_coreml.bundle.folder import open_bundle
 from llm_coreml.errors import CheckpointError, ConfigError, OutputError
 from llm_coreml.plain_table import PlainTable
 from llm_coreml.progress_bar import Step, listening
 
-COMMIT = "https://huggingface.co/me/mine/commit/1"
 SETTINGS = ExportConfig(context=64, seq_lengths=(1,))
-
-
-class Hub(BaseHTTPRequestHandler):
-    """Takes what a repository is made of, all files as plain ones."""
-
-    files: dict[str, bytes]
-    asked: list[str]
-    refuses = ""
-
-    def do_POST(self) -> None:
-        body = self.body()
-        self.asked.append(self.path)
-        if self.refuses and self.path.endswith(self.refuses):
-            self.answer({"error": "no space for you"}, 403)
-        elif self.path == "/api/repos/create":
-            name = json.loads(body)["name"]
-            self.answer({"url": f"{huggingface_hub.constants.ENDPOINT}/me/{name}"})
-        elif "/preupload/" in self.path:
-            names = [each["path"] for each in json.loads(body)["files"]]
-            modes = [
-                {"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names
-            ]
-            self.answer({"files": modes})
-        elif self.path == "/api/validate-yaml":
-            self.answer({"errors": [], "warnings": []})
-        else:
-            for line in filter(None, body.split(b"\n")):
-                entry = json.loads(line)
-                if entry["key"] == "file":
-                    value = entry["value"]
-                    self.files[value["path"]] = base64.b64decode(value["content"])
-            self.answer({"commitUrl": COMMIT, "commitOid": "1", "success": True})
-
-    def body(self) -> bytes:
-        if "Content-Length" in self.headers:
-            return self.rfile.read(int(self.headers["Content-Length"]))
-        pieces = []
-        while size := int(self.rfile.readline(), 16):
-            pieces.append(self.rfile.read(size))
-            self.rfile.readline()
-        self.rfile.readline()
-        return b"".join(pieces)
-
-    def answer(self, value: Any, code: int = 200) -> None:
-        content = json.dumps(value).encode()
-        self.send_response(code)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *_: object) -> None:
-        """Say nothing."""
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
-    handler = type("OneHub", (Hub,), {"files": {}, "asked": [], "refuses": ""})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(
-        huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}"
-    )
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    yield handler
-    server.shutdown()
-    server.server_close()
 
 
 def test_what_is_pushed_is_the_bundle_and_tells_of_no_folder(

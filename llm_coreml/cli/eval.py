@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -17,12 +17,14 @@ from llm_coreml.cli.options import (
     UNCHECKED,
     VERBOSE,
 )
+from llm_coreml.cli.track_options import Telling, TrackOptions, tracked
 
 # As in `eval.runtimes`, which would bring torch.
 RUNTIMES = ("auto", "reference", "executorch", "eager")
 
 if TYPE_CHECKING:  # rich, which --help does without
     from llm_coreml.cli.terminal import Screen
+    from llm_coreml.eval.results import Evaluation
 
 
 @click.command("eval")
@@ -66,6 +68,7 @@ if TYPE_CHECKING:  # rich, which --help does without
 )
 @click.option("--device-name", help="With --import: what to call the device.")
 @gated
+@tracked
 @MODE
 @DEVICE
 @UNCHECKED
@@ -86,6 +89,7 @@ def eval_command(
     device_run: Path | None,
     device_name: str | None,
     gate_options: GateOptions,
+    tracking: TrackOptions,
     mode: str,
     device: str,
     unchecked: bool,
@@ -98,18 +102,17 @@ def eval_command(
     which gets a results.json, a .pte, a .mlpackage, or a model by folder or hub id.
 
     \b
-    llm-coreml eval out
     llm-coreml eval model-0.mlpackage --tokenizer out --model models/llama
     llm-coreml eval out --max-kl 0.05 --against baseline.json --junit gates.xml
+    llm-coreml eval out --results results --track wandb:my-project --track tensorboard:runs
     llm-coreml eval out --import device.json --device-name "iPhone 16 Pro"
     """
     _check_together(device_run, device_name, cache, no_cache)
     from llm_coreml.cli.terminal import terminal
 
-    with terminal(verbose) as screen:
+    with terminal(verbose) as screen, tracking.telling(screen) as trackers:
         if device_run is not None and device_name is not None:
-            return _import(screen, bundle, device_run, device_name, not unchecked, form)
-        from llm_coreml.cli.tables import evaluation_table
+            return _import(screen, bundle, device_run, device_name, trackers, not unchecked, form)
         from llm_coreml.eval.evaluate import evaluate
         from llm_coreml.reference.program.execution import Execution
 
@@ -129,8 +132,20 @@ def eval_command(
             jobs=jobs,
             progress=screen.progress,
         )
-        screen.show(form, result.to_json(), lambda: evaluation_table(result))
-        gate_options.judge(gates, str(bundle), result.to_json())
+        document = _tell(trackers, result, bundle, results, form)
+        gate_options.judge(gates, str(bundle), document)
+
+
+def _tell(
+    trackers: Telling, result: Evaluation, measured: Path, results: Path | None, form: str
+) -> dict[str, Any]:
+    """Tell trackers of an evaluation, show it, and return its document."""
+    from llm_coreml.cli.tables import evaluation_table
+
+    document = result.to_json()
+    trackers.tell(document, measured, results)
+    trackers.screen.show(form, document, lambda: evaluation_table(result))
+    return document
 
 
 def _check_together(
@@ -143,10 +158,19 @@ def _check_together(
         raise click.UsageError("--cache and --no-cache contradict each other; give one of them.")
 
 
-def _import(screen: Screen, bundle: Path, run: Path, device: str, checked: bool, form: str) -> None:
+def _import(
+    screen: Screen,
+    bundle: Path,
+    run: Path,
+    device: str,
+    trackers: Telling,
+    checked: bool,
+    form: str,
+) -> None:
     """Put a device's figures into a bundle's results, and show those of all devices."""
     from llm_coreml.cli.cells import devices_table
     from llm_coreml.eval.devices import import_device_run
 
     results, devices = import_device_run(bundle, run, device, checked)
+    trackers.tell(results, bundle)
     screen.show(form, results, lambda: devices_table(devices))

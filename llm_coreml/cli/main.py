@@ -29,10 +29,12 @@ from llm_coreml.cli.inspect import inspect_command
 from llm_coreml.cli.listing import ls_command
 from llm_coreml.cli.lm_eval import lm_eval_command
 from llm_coreml.cli.process import INTERRUPTION, check_folder
+from llm_coreml.cli.push import push_command
 from llm_coreml.cli.report import dashboard_command, report_command
 from llm_coreml.cli.run import run_command
 from llm_coreml.cli.show import show_command
 from llm_coreml.cli.sweep import sweep_command
+from llm_coreml.cli.track import track_command
 from llm_coreml.errors import LlmCoreMLError
 from llm_coreml.machine import collect_rarely, keep_one_heap
 from llm_coreml.printable import MESSAGE, printable
@@ -78,8 +80,8 @@ def cli() -> None:
 
     \b
     Exit codes: 0 done, 1 other error, 2 usage, 3 gate, 4 checkpoint, 5 unsupported, 6 output,
-    7 artifact, 8 verification, 9 system, 10 gate without a figure, 11 failed cells of a sweep, 130
-    interrupted (129 by SIGHUP, 143 by SIGTERM).
+    7 artifact, 8 verification, 9 system, 10 gate without a figure, 11 failed cells of a sweep, 12
+    tracker, 130 interrupted (129 by SIGHUP, 143 by SIGTERM).
     """
     check_folder()
 
@@ -96,6 +98,8 @@ for command in (
     sweep_command,
     report_command,
     dashboard_command,
+    track_command,
+    push_command,
     inspect_command,
     run_command,
     extract_command,

@@ -10,6 +10,7 @@ A library may do none of this: a host program's signals and environment are its 
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import sys
@@ -148,6 +149,9 @@ def end() -> None:
         os._exit(INTERRUPTION.code)
     for number in ENDING:
         signal.signal(number, signal.SIG_IGN)
+    # A last search for garbage would take more than a second, and free what the system takes back.
+    gc.disable()
+    gc.freeze()
     # What interrupts `exec(text)`, which makes every dataclass, Python remembers as if nobody had
     # handled it, and kills itself at the end; until the next text.
     exec("")

@@ -45,6 +45,8 @@ _LABELS = {
     "score": "scoring text",
     "layers": "measuring layer by layer",
     "time": "timing calls",
+    "track": "telling a tracker",
+    "push": "uploading to the hub",
     "watch": "watching every operation",
     "compare": "comparing every operation",
     "build": "building the C++ runner",

@@ -145,8 +145,8 @@ CONTRADICTIONS = (
     Contradiction(
         lambda config, target: _too_old(config) and bool(_engine(config)),
         "{minimum_os} is too old: --linear-split, --head-split, --gather-split, --layout, "
-        "--pad-heads and --profile are for weights and states as systems from iOS18 on have them; "
-        "drop them, or use --minimum-os iOS18.",
+        "--norm, --operations, --pad-heads and --profile are for weights and states as systems "
+        "from iOS18 on have them; drop them, or use --minimum-os iOS18.",
         error=UnsupportedError,
     ),
     Contradiction(
@@ -180,8 +180,9 @@ CONTRADICTIONS = (
     ),
     Contradiction(
         lambda config, target: config.backend == "xnnpack" and bool(_engine(config)),
-        "--linear-split, --head-split, --gather-split, --layout, --pad-heads and --profile are "
-        "about Core ML, and --backend xnnpack makes no Core ML model; drop one of them.",
+        "--linear-split, --head-split, --gather-split, --layout, --norm, --operations, --pad-heads "
+        "and --profile are about Core ML, and --backend xnnpack makes no Core ML model; drop one "
+        "of them.",
     ),
     Contradiction(
         lambda config, target: config.head != "logits" and config.backend == "xnnpack",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from llm_coreml.config.profiles import Name
 from llm_coreml.config.setting import Section, setting
 from llm_coreml.config.values import MOST_POSITIONS
-from llm_coreml.targets import Layout
+from llm_coreml.targets import Layout, NormForm, Operations
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,21 @@ class EngineSettings(Section):
 
     profile: Name = setting(
         "none",
-        "Parts, padded heads and attention as the Neural Engine of a system is reported to need.",
+        "Parts, padded heads, norms and attention as a system's Neural Engine is reported to need.",
     )
     layout: Layout = setting(
         "linear",
         "conv computes linear layers as 1x1 convolutions of [1, C, 1, S], channels first.",
+    )
+    norm: NormForm | None = setting(
+        None,
+        "Norms step by step, as one Euclidean norm, or as the layer norm of [x, -x].",
+        shown="scaled; the profile's",
+    )
+    operations: Operations | None = setting(
+        None,
+        "fewest gives the same numbers by fewer operations of Core ML.",
+        shown="usual; the profile's",
     )
     linear_split: int | None = setting(
         None,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from llm_coreml.config.calibration_settings import CalibrationSettings
 from llm_coreml.config.contradictions import check_together
 from llm_coreml.config.export_config import ExportConfig
-from llm_coreml.config.profiles import PROFILES
+from llm_coreml.config.profiles import PROFILES, Profile
 from llm_coreml.config.sections import WeightSettings
 from llm_coreml.config.values import (
     CONTEXT_MULTIPLE,
@@ -30,7 +30,16 @@ from llm_coreml.errors import ConfigError
 from llm_coreml.heads import Head
 from llm_coreml.machine import machine_memory
 from llm_coreml.systems import STATE_SYSTEM, older, opset_of
-from llm_coreml.targets import BACKENDS, PRECISIONS, Layout, Precision, Target, get_target
+from llm_coreml.targets import (
+    BACKENDS,
+    PRECISIONS,
+    Layout,
+    NormForm,
+    Operations,
+    Precision,
+    Target,
+    get_target,
+)
 
 if TYPE_CHECKING:  # the decoder's package would bring torch
     from llm_coreml.decoder.spec import DecoderSpec, Extent
@@ -100,6 +109,8 @@ class Job:
         head: What a row gives.
         cuts: Which matrices are cut.
         layout: What linear layers are.
+        norm: How norms are computed.
+        operations: Whether they are as few as are known.
         kv_cache: It is a `state`, or `inputs` and outputs of the method.
         functions: The length of each method by name, where there are several.
         shapes: Context and chunk lengths.
@@ -126,6 +137,8 @@ class Job:
     head: Head
     cuts: Cuts
     layout: Layout
+    norm: NormForm
+    operations: Operations
     kv_cache: Literal["state", "inputs"]
     functions: Mapping[str, int]
     shapes: Shapes
@@ -154,6 +167,9 @@ def resolve(config: ExportConfig, spec: DecoderSpec) -> Job:
     # a scale that fp16 does not hold.
     fused = backend.fused_attention and not older(opset_of(config.minimum_os), STATE_SYSTEM)
     weights, profile = config.section(WeightSettings), PROFILES[config.profile]
+    shapes = _fitting(
+        resolve_shapes(config, spec.max_position_embeddings, spec.longest_context), spec
+    )
     return Job(
         config=config,
         weights=_with_tables(weights, config.skip_ops or ()),
@@ -172,11 +188,11 @@ def resolve(config: ExportConfig, spec: DecoderSpec) -> Job:
             config.head_split or profile.cuts.widest,
             config.gather_split or profile.cuts.gather,
         ),
+        norm=config.norm or _profile_norm(profile, shapes),
+        operations=config.operations or profile.operations,
         kv_cache=kv_cache,
         functions=functions_of(config.functions) if config.functions else {},
-        shapes=_fitting(
-            resolve_shapes(config, spec.max_position_embeddings, spec.longest_context), spec
-        ),
+        shapes=shapes,
         partition_size=config.partition_size,
         split=config.split or (),
         skip_ops=config.skip_ops or (),
@@ -186,6 +202,16 @@ def resolve(config: ExportConfig, spec: DecoderSpec) -> Job:
         model_type=config.model_type,
         force=config.force,
     )
+
+
+def _profile_norm(profile: Profile, shapes: Shapes) -> NormForm:
+    """Return how norms are computed where nothing is given.
+
+    A layer norm has been reported to keep a program of several lengths off the Neural Engine
+    (coremltools issue 1909).
+    """
+    enumerated = len(shapes.seq_lengths) > 1 and not shapes.ranged and not shapes.apart
+    return "l2" if profile.norm == "layer" and enumerated else profile.norm or "scaled"
 
 
 def _with_tables(weights: WeightSettings, skipped: Sequence[str]) -> WeightSettings:

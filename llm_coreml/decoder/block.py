@@ -18,6 +18,7 @@ from llm_coreml.decoder.self_attention import Attention, AttentionForm
 from llm_coreml.decoder.spec import DecoderSpec, NormSpec
 from llm_coreml.decoder.states import Slot
 from llm_coreml.decoder.wiring import Halt, Steps, Wiring, joined, run
+from llm_coreml.targets import Operations
 
 
 class Block(nn.Module):
@@ -30,16 +31,24 @@ class Block(nn.Module):
         index: Which of its layers.
         slot: The part of the states that the layer owns.
         form: See `Attention`.
+        operations: See `Attention`.
     """
 
     residual_multiplier: torch.Tensor | None
 
-    def __init__(self, spec: DecoderSpec, index: int, slot: Slot, form: AttentionForm) -> None:
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        index: int,
+        slot: Slot,
+        form: AttentionForm,
+        operations: Operations = "usual",
+    ) -> None:
         super().__init__()
         layer, hidden = spec.layers[index], spec.hidden_size
         self.input_layernorm = _norm(hidden, layer.mixer.norm)
         kept_as = index if index in spec.shared else None
-        self.self_attn = Attention(layer.mixer, hidden, slot, form, kept_as)
+        self.self_attn = Attention(layer.mixer, hidden, slot, form, kept_as, operations)
         self.post_attention_layernorm = _norm(hidden, layer.feed_forward.norm)
         self.mlp = MLP(layer.feed_forward, hidden)
         self.attention_out_norm = _norm(hidden, layer.mixer.out_norm)

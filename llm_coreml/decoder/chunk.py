@@ -23,6 +23,8 @@ class Chunk:
 
     Attributes:
         rotary: Cosines and sines of the S positions, `[S, 1, dim / 2]` each, for every table.
+        turns: The same of heads that come first, as `rope.both_halves` makes them; empty where no
+            layer asks for them.
         masks: Added to the scores, `[1, 1, group * S, positions]`, by what they follow from;
             with slopes `[1, kv_heads, group * S, positions]`.
         growths: What queries are multiplied by, `[S, 1, 1]`, by what it follows from.
@@ -31,6 +33,7 @@ class Chunk:
     """
 
     rotary: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    turns: tuple[tuple[torch.Tensor, torch.Tensor], ...]
     masks: Mapping[MaskKey, torch.Tensor]
     growths: Mapping[QueryGrowth, torch.Tensor]
     zeros: torch.Tensor | None
@@ -56,6 +59,7 @@ class Chunk:
         return replace(
             self,
             rotary=tuple((cos.to(device), sin.to(device)) for cos, sin in self.rotary),
+            turns=tuple((cos.to(device), sin.to(device)) for cos, sin in self.turns),
             masks={key: mask.to(device) for key, mask in self.masks.items()},
             growths={key: growth.to(device) for key, growth in self.growths.items()},
             zeros=None if self.zeros is None else self.zeros.to(device),

@@ -29,12 +29,14 @@ from llm_coreml.decoder.position_tables import (
     rotary_names,
     slope_names,
 )
+from llm_coreml.decoder.rope import both_halves
 from llm_coreml.decoder.self_attention import AttentionForm
 from llm_coreml.decoder.spec import DecoderSpec, Extent, MaskKey
 from llm_coreml.decoder.state import Start, State, View
 from llm_coreml.decoder.states import make_states, slots
 from llm_coreml.decoder.wiring import Matrix, Wiring, joined, run
 from llm_coreml.heads import LOGITS, Head
+from llm_coreml.targets import Operations
 
 # Takes the rows of tokens out of a table.
 LookUp = Callable[[Embedding, torch.Tensor], torch.Tensor]
@@ -63,6 +65,7 @@ class Decoder(nn.Module):
             the rings of layers with windows are sized; eagerly longer calls are read in parts.
         head: What `forward` and `carrying` give of each row of logits.
         multiple: What the widths of states are multiples of.
+        operations: `fewest` makes heads of queries, keys and values together, see `Attention`.
     """
 
     positions: torch.Tensor
@@ -79,13 +82,12 @@ class Decoder(nn.Module):
         longest: int | None = None,
         head: Head = LOGITS,
         multiple: int = 1,
+        operations: Operations = "usual",
     ) -> None:
         super().__init__()
-        self.spec = spec
-        self.chosen = head
-        self.context = context
+        self.spec, self.chosen, self.context = spec, head, context
         self.extent = Extent(context, spare, longest, multiple)
-        self.attention = attention
+        self.attention, self.operations = attention, operations
         self.logits = logits
         self.embed_tokens = Embedding(spec.vocab_size, spec.hidden_size)
         if spec.learned_positions is not None:
@@ -93,7 +95,7 @@ class Decoder(nn.Module):
         if spec.embedding_norm is not None:
             self.embed_norm = norm_of(spec.embedding_norm, spec.hidden_size)
         self.layers = nn.ModuleList(
-            Block(spec, index, slot, attention)
+            Block(spec, index, slot, attention, operations)
             for index, slot in enumerate(slots(spec, self.extent))
         )
         self.per_layer: PerLayerInputs | None = None
@@ -379,7 +381,9 @@ class Decoder(nn.Module):
         if any(layer.mixer.sinks for layer in self.spec.layers):
             # As many as rows, without a length that a lowering would have to compute.
             zeros = (rows * 0).to(torch.float32).unsqueeze(1)
-        return Chunk(rotary, masks, growths, zeros, views)
+        turned = rotary if self.operations == "fewest" else ()
+        turns = tuple(both_halves(cos.squeeze(1), sin.squeeze(1)) for cos, sin in turned)
+        return Chunk(rotary, turns, masks, growths, zeros, views)
 
     def _rings(self) -> list[int]:
         """Return the sizes of all rings."""

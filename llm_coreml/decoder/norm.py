@@ -11,6 +11,13 @@ LayerNorm is the same of a row whose mean has been taken off. A sum of large num
 the mean is taken of the row over its largest; and a difference of two may be twice as large as
 either, so each is halved first:
     (x - mean) / sqrt(var + eps) = (c / 2) / sqrt(mean((c / 2)^2) + eps / 4),   c = x - mean.
+
+That is the form `scaled`: a device may round every step of it to fp16. Two shorter ones leave the
+sum of squares to one operation, inside of which nothing is rounded so:
+- `l2` takes the Euclidean norm of the row and of a few numbers behind it, whose squares add up to
+  size * eps, all so small that the norm is an fp16 number for any row (after ExecuTorch's
+  RMSNormCoreML, pull request 19523, whose eps is a floor);
+- `layer` is the layer norm of `[x, -x]`, whose mean is zero (after ANEMLL).
 """
 
 from __future__ import annotations
@@ -19,14 +26,20 @@ import math
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from llm_coreml.decoder.spec import NormSpec
+from llm_coreml.targets import NormForm
 
 _SMALLEST_SCALE = 2.0**-8
 # Half of what fp16 holds, for the roundings on the way; and what eps allows for a short row.
 _LARGEST_SUM = 2.0**15
 _WIDEST = 8.0
+# Numbers behind a row, so that a width that was a multiple of 32 stays one.
+_BEHIND = 32
+# Of a smaller number fp16 has next to no bits.
+_LEAST = 2.0**-20
 
 
 class RMSNorm(nn.Module):
@@ -38,13 +51,20 @@ class RMSNorm(nn.Module):
         gain: A learned gain follows.
         bias: And a learned bias.
         rows: What gain and bias have of their own: each of the last axis but one, of so many.
+
+    Attributes:
+        form: How it is computed.
     """
 
     # How much of a row is left when it is normed: all of it.
     _kept: ClassVar[float] = 1.0
+    form: NormForm
     root_eps: torch.Tensor
     smallest_scale: torch.Tensor
     inverse_range: torch.Tensor
+    shrink: torch.Tensor
+    grow: torch.Tensor
+    _behind: float
     weight: nn.Parameter | None
     bias: nn.Parameter | None
 
@@ -52,7 +72,7 @@ class RMSNorm(nn.Module):
         self, size: int, eps: float, gain: bool = True, bias: bool = False, rows: int | None = None
     ) -> None:
         super().__init__()
-        self.eps = eps
+        self.size, self.eps, self.form = size, eps, "scaled"
         shape = (size,) if rows is None else (rows, size)
         held = {"weight": torch.ones(shape) if gain else None}
         held["bias"] = torch.zeros(shape) if bias else None
@@ -68,11 +88,38 @@ class RMSNorm(nn.Module):
         inverse = 2.0 ** -math.floor(math.log2(min(_WIDEST, math.sqrt(_LARGEST_SUM / size))))
         self.register_buffer("inverse_range", torch.tensor([inverse]), persistent=False)
 
+    def take(self, form: NormForm, storage: torch.dtype) -> None:
+        """Be computed in another form.
+
+        Args:
+            form: Which; an eps of which fp16 has next to no bits is `l2` where `layer` is asked
+                for.
+            storage: What a program holds its numbers in.
+        """
+        self.form = "l2" if form == "layer" and self.eps < _LEAST else form
+        if self.form == "layer":
+            self.eps = _held(self.eps, storage)
+        if self.form != "l2":
+            return
+        shrink = 2.0 ** -math.ceil(math.log2(math.sqrt(self.size)))
+        root = math.sqrt(self.size / _BEHIND * self.eps) * self._kept * shrink
+        self._behind = _held(max(root, _LEAST), storage)
+        grow = torch.tensor([1 / (shrink * math.sqrt(self.size))])
+        self.register_buffer("shrink", torch.tensor([shrink]), persistent=False)
+        self.register_buffer("grow", grow, persistent=False)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise the last axis of `x`; same shape and dtype."""
+        if self.form == "layer":
+            both = F.layer_norm(torch.cat((x, -x), dim=-1), (2 * self.size,), eps=self.eps)
+            return self._scaled(both[..., : self.size])
         return self._scaled(self._normed(x))
 
     def _normed(self, x: torch.Tensor) -> torch.Tensor:
+        if self.form == "l2":
+            row = F.pad(x * self.shrink, (0, _BEHIND), value=self._behind)
+            length: torch.Tensor = torch.linalg.vector_norm(row, dim=-1, keepdim=True)
+            return x / (length * self.grow)
         largest = torch.maximum(x.abs().amax(dim=-1, keepdim=True), self.smallest_scale)
         scale = largest * self.inverse_range
         scaled = x / scale
@@ -93,6 +140,8 @@ class LayerNorm(RMSNorm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise the last axis of `x`; same shape and dtype."""
+        if self.form == "layer":
+            return self._scaled(F.layer_norm(x, (self.size,), eps=self.eps))
         largest = torch.maximum(x.abs().amax(dim=-1, keepdim=True), self.smallest_scale)
         half_mean = (x / largest).mean(dim=-1, keepdim=True) * (largest * self._kept)
         return self._scaled(self._normed(x * self._kept - half_mean))
@@ -102,3 +151,16 @@ def norm_of(spec: NormSpec, size: int, rows: int | None = None) -> RMSNorm:
     """Return the norm of rows of `size` numbers; of `rows`, each has a gain and bias of its own."""
     kind = LayerNorm if spec.kind == "layer" else RMSNorm
     return kind(size, spec.eps, spec.gain, spec.bias, rows)
+
+
+def take_form(module: nn.Module, form: NormForm, storage: torch.dtype) -> None:
+    """Have every norm of a decoder computed in a form, see `RMSNorm.take`."""
+    if form != "scaled":
+        for norm in module.modules():
+            if isinstance(norm, RMSNorm):
+                norm.take(form, storage)
+
+
+def _held(value: float, storage: torch.dtype) -> float:
+    """Return the number that a program holds for `value`."""
+    return float(torch.tensor(value, dtype=torch.float64).to(storage))

@@ -133,3 +133,23 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     left = x.shape[-1] - 2 * half
     first, second, *rest = x.split_with_sizes([half, half, left] if left else [half, half], dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin, *rest), dim=-1)
+
+
+def both_halves(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what `rotate_at_once` takes of cosines and sines `[S, dim / 2]`: `[S, dim]` each."""
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+
+def rotate_at_once(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Do what `rotate` does, to the bit, in fewer operations, for heads that come first.
+
+    Args:
+        x: Queries and keys, `[1, heads, S, head_dim]`.
+        cos: See `both_halves`.
+        sin: See `both_halves`.
+    """
+    dim, head_dim = cos.shape[-1], x.shape[-1]
+    x, *rest = x.split_with_sizes([dim, head_dim - dim], dim=-1) if dim < head_dim else (x,)
+    first, second = x.split_with_sizes([dim // 2, dim // 2], dim=-1)
+    turned = x * cos + torch.cat((second, first), dim=-1) * sin
+    return torch.cat((turned, *rest), dim=-1) if rest else turned

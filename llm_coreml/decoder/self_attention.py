@@ -18,10 +18,11 @@ from llm_coreml.decoder.carried import Entries
 from llm_coreml.decoder.chunk import Chunk
 from llm_coreml.decoder.matrices import Linear, SoftCap
 from llm_coreml.decoder.norm import RMSNorm, norm_of
-from llm_coreml.decoder.rope import rotate
+from llm_coreml.decoder.rope import rotate, rotate_at_once
 from llm_coreml.decoder.spec import AttentionSpec, QKNormSpec
 from llm_coreml.decoder.states import Slot
 from llm_coreml.decoder.wiring import Halt, Matrix, Space, Steps, Wiring
+from llm_coreml.targets import Operations
 
 AttentionForm = Literal["fused", "decomposed"]
 
@@ -37,6 +38,11 @@ class Attention(nn.Module):
             matmul, softmax, matmul with the scale applied to the queries, safe in fp16. Capped
             scores, and those beside sinks, are always decomposed.
         kept_as: The number of its layer, if later ones share its keys and values.
+        operations: `fewest` has queries, keys and values become heads together, and be rotated
+            at once, where nothing is done to one of them alone that needs rows.
+
+    Attributes:
+        together: They are.
     """
 
     scale: torch.Tensor | None
@@ -48,11 +54,13 @@ class Attention(nn.Module):
         slot: Slot,
         form: AttentionForm,
         kept_as: int | None = None,
+        operations: Operations = "usual",
     ) -> None:
         super().__init__()
         self.spec = spec
         self.slot = slot
         self.kept_as = kept_as
+        self.together = operations == "fewest" and _can_be_together(spec)
         plain = spec.softcap is None and not spec.sinks
         self.form: AttentionForm = form if plain else "decomposed"
         self.softcap = None if spec.softcap is None else SoftCap(spec.softcap)
@@ -118,9 +126,13 @@ class Attention(nn.Module):
         """Return what the heads give, side by side: `[1, S, heads * head_dim]`."""
         spec = self.spec
         x = self.q_proj.arrange(x)  # which is that of keys and values, too
-        queries = self._queries(x, chunk)
+        # In this order: it is in the bytes of every program.
+        queries, *new = self._heads(x, chunk) if self.together else (self._queries(x, chunk),)
         queries = queries.reshape(1, spec.num_key_value_heads, -1, spec.head_dim)
-        keys, values = self._attended(x, chunk, heads)
+        if self.together:
+            keys, values = self._remembered(new[0], new[1], chunk, heads)
+        else:
+            keys, values = self._attended(x, chunk, heads)
         attended = self._attend(queries, keys, values, chunk)
         attended = attended.reshape(1, spec.num_attention_heads, -1, spec.head_dim)
         gated = self._gated(_heads_first(attended), x)
@@ -155,10 +167,38 @@ class Attention(nn.Module):
             if seen < keys.shape[2]:  # of a text that is read in parts, later ones are there
                 keys, values = keys[:, :, :seen], values[:, :, :seen]
             return keys, values
-        keys, values = self._keys(x, chunk), self._values(x)
+        return self._remembered(self._keys(x, chunk), self._values(x), chunk, heads)
+
+    def _remembered(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        chunk: Chunk,
+        heads: dict[int, Entries],
+    ) -> Entries:
+        """Return what `_attended` does, of new keys and values `[1, kv_heads, S, head_dim]`."""
         if self.kept_as is not None:
             heads[self.kept_as] = keys, values
-        return cache.update(row, keys, values)
+        return chunk.cache(self.slot.state).update(self.slot.row, keys, values)
+
+    def _heads(self, x: torch.Tensor, chunk: Chunk) -> tuple[torch.Tensor, ...]:
+        """Return queries, keys and values as they meet, `[1, heads, S, head_dim]` each."""
+        spec, kind = self.spec, self.spec.qk_norm
+        counts = [spec.num_attention_heads, spec.num_key_value_heads]
+        products = torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), dim=-1)
+        rows = self._clipped(products).view(1, -1, sum(counts) + counts[1], spec.head_dim)
+        turned, values = _heads_first(rows).split_with_sizes([sum(counts), counts[1]], dim=1)
+        if kind is not None and not kind.rotated:
+            queries, keys = turned.split_with_sizes(counts, dim=1)
+            turned = torch.cat((self.q_norm(queries), self.k_norm(keys)), dim=1)
+        assert spec.rope is not None
+        turned = rotate_at_once(turned, *chunk.turns[spec.rope])
+        queries, keys = turned.split_with_sizes(counts, dim=1)
+        if kind is not None and kind.rotated:
+            queries, keys = self.q_norm(queries), self.k_norm(keys)
+        if spec.value_norm is not None:
+            values = self.v_norm(values)
+        return queries, keys, values
 
     def _values(self, x: torch.Tensor) -> torch.Tensor:
         """Return new values `[1, kv_heads, S, head_dim]`."""
@@ -214,7 +254,7 @@ class Attention(nn.Module):
         self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, chunk: Chunk
     ) -> torch.Tensor:
         mask = chunk.mask(self.spec)
-        if self.scale is not None and not self._scaled_early:
+        if self.scale is not None and (self.together or not self._scaled_early):
             queries = queries * self.scale
         if self.form == "fused":
             return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
@@ -240,6 +280,13 @@ class Attention(nn.Module):
         if self.form == "decomposed":
             return scale
         return None if self.spec.scale is None else scale / own
+
+
+def _can_be_together(spec: AttentionSpec) -> bool:
+    """Return whether queries, keys and values can be what `Attention._heads` makes of them."""
+    own = spec.shares is None and not spec.keys_are_values
+    by_head = spec.qk_norm is None or (spec.qk_norm.over == "head" and not spec.qk_norm.own)
+    return own and by_head and spec.rope is not None and spec.query_growth is None
 
 
 def _heads_first(x: torch.Tensor) -> torch.Tensor:

@@ -88,6 +88,28 @@ class _Rewriting:
         if kind == "concat" and op.axis.val in (-1, 2):
             values = [self._first(part, op) for part in op.values]
             return mb.concat(values=values, axis=1, before_op=op)
+        return self._along_channels(op)
+
+    def _along_channels(self, op: Any) -> Any:
+        """Return what a layer norm, a pad or a cut of channels gives; None if it is no such."""
+        kind = op.op_type
+        if kind == "layer_norm" and op.axes.val.tolist() in ([-1], [2]):
+            if op.gamma is not None or op.beta is not None:
+                return None
+            x = self._first(op.x, op)
+            return mb.layer_norm(x=x, axes=[1], epsilon=op.epsilon.val, before_op=op)
+        if kind == "pad" and op.mode.val == "constant" and not any(op.pad.val[:-2]):
+            pad = [0, 0, *op.pad.val[-2:].tolist(), 0, 0, 0, 0]
+            value = op.constant_val.val
+            x = self._first(op.x, op)
+            return mb.pad(x=x, pad=pad, mode="constant", constant_val=value, before_op=op)
+        if kind == "slice_by_index" and _cuts_channels(op):
+            ends = (op.begin.val, op.end.val)
+            begin, end = ([0, int(each[-1]), 0, 0] for each in ends)
+            masks = [True, False, True, True]
+            masks_of = {"begin_mask": masks, "end_mask": masks}
+            x = self._first(op.x, op)
+            return mb.slice_by_index(x=x, begin=begin, end=end, **masks_of, before_op=op)
         return None
 
     def _reads_moved(self, op: Any) -> bool:
@@ -128,6 +150,25 @@ class _Rewriting:
         flat = mb.squeeze(x=new, axes=[2], before_op=op)
         back = mb.transpose(x=flat, perm=[0, 2, 1], name=op.name, before_op=op)
         self._function.replace_uses_of_var_after_op(op, old, back, force_replace=True)
+
+
+def _cuts_channels(op: Any) -> bool:
+    """Return whether a slice takes channels alone, from one to another, and every row."""
+    if op.begin.val is None or op.end.val is None:
+        return False
+    plain = (op.stride is None or set(op.stride.val.tolist()) == {1}) and (
+        op.squeeze_mask is None or not op.squeeze_mask.val.any()
+    )
+    whole = all(
+        (op.begin.val[axis] == 0 or (op.begin_mask is not None and op.begin_mask.val[axis]))
+        and (
+            op.end.val[axis] == op.x.shape[axis]
+            or (op.end_mask is not None and op.end_mask.val[axis])
+        )
+        for axis in (0, 1)
+    )
+    last = [mask is not None and mask.val[2] for mask in (op.begin_mask, op.end_mask)]
+    return plain and whole and not any(last)
 
 
 def _numbers(op: Any) -> dict[str, Any]:

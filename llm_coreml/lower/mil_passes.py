@@ -18,7 +18,8 @@ from llm_coreml.cuts import WHOLE, Cuts
 from llm_coreml.errors import ConfigError, nearest
 from llm_coreml.lower.channels_first import channels_first
 from llm_coreml.lower.cut_passes import cut_names
-from llm_coreml.targets import Layout
+from llm_coreml.lower.fewer_passes import join_concats, reshape_for_transpose, share_places
+from llm_coreml.targets import Layout, Operations
 
 
 @register_pass(namespace="llm_coreml")
@@ -143,13 +144,17 @@ _REPLACED = {"common::const_deduplication": "llm_coreml::share_equal_constants"}
 
 
 def pass_names(
-    chosen: Sequence[str] | None = None, cuts: Cuts = WHOLE, layout: Layout = "linear"
+    chosen: Sequence[str] | None = None,
+    cuts: Cuts = WHOLE,
+    layout: Layout = "linear",
+    operations: Operations = "usual",
 ) -> list[str]:
     """Return what coremltools is to run.
 
     Args:
         cuts: What is cut, before all else.
         layout: What linear layers are.
+        operations: Whether they are to be as few as are known.
         chosen: All passes, or each that is left out of the usual ones, with a hyphen before its
             name; None is coremltools' default pipeline, all but one pass, with ours in it and
             around it.
@@ -160,9 +165,13 @@ def pass_names(
     default = ct.PassPipeline.DEFAULT.passes
     names = [_REPLACED.get(name, name) for name in default if name != _OMITTED]
     cutting = cut_names(cuts)
+    last = ["llm_coreml::drop_repeated_state_writes"]
+    if operations == "fewest":
+        cutting.append(f"llm_coreml::{join_concats.__name__}")
+        last += [f"llm_coreml::{each.__name__}" for each in (share_places, reshape_for_transpose)]
     if layout == "conv":
         cutting.append(f"llm_coreml::{channels_first.__name__}")
-    usual = [*cutting, "llm_coreml::join_slices", *names, "llm_coreml::drop_repeated_state_writes"]
+    usual = [*cutting, "llm_coreml::join_slices", *names, *last]
     if chosen is None:
         return usual
     left_out = {name[1:] for name in chosen if name.startswith("-")}

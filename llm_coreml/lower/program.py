@@ -53,7 +53,7 @@ def compile_specs(
         compute_unit=ct.ComputeUnit[job.target.compute_unit],
         minimum_deployment_target=getattr(ct.target, job.opset),
         compute_precision=_PRECISIONS[job.precision.name],
-        pass_names=pass_names(job.passes, job.cuts, job.layout),
+        pass_names=pass_names(job.passes, job.cuts, job.layout, job.operations),
     )
     further = (spec.partition("=") for spec in job.compile_specs)
     specs += [CompileSpec(key, value.encode()) for key, _, value in further]

@@ -61,5 +61,8 @@ class Keys:
         entering = [name for name in names if name.startswith(before)]
         owners = ["embed_tokens", *(name for name, _ in beside_blocks(self._decoder.spec))]
         table = self.block(entering, owners, calibrated=False)
-        decoder = repr((self._decoder.spec, self._decoder.attention))
+        # What is as ever is not named, so that keys are what they were.
+        further = {self._decoder.norm.form, self._decoder.operations} - {"scaled", "usual"}
+        forms = self._decoder.attention, *sorted(further)
+        decoder = repr((self._decoder.spec, *forms))
         return make_key({"table": table, "decoder": decoder, "text": repr(self._windows)})

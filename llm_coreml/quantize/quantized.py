@@ -17,6 +17,7 @@ import torch
 from llm_coreml.checkpoint.weights_view import Weights
 from llm_coreml.config import Job
 from llm_coreml.decoder import Decoder, DecoderSpec
+from llm_coreml.decoder.norm import take_form
 from llm_coreml.errors import ConfigError, UnsupportedError
 from llm_coreml.model import Model
 from llm_coreml.progress import Progress
@@ -212,8 +213,10 @@ def build_decoder(
         shapes.longest,
         job.head,
         shapes.multiple,
+        job.operations,
     )
     storage = torch.float16 if job.precision.bits == 16 else torch.float32
+    take_form(decoder, job.norm, storage)
     for buffer in decoder.buffers():
         # Tables and numbers too are what the program holds, so that only activations differ.
         if buffer.is_floating_point():

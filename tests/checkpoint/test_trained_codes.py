@@ -19,8 +19,9 @@ from llm_coreml.qat import QatConfig, qat_config
 from llm_coreml.quantize.quantized import build_original
 from llm_coreml.runtime.eager import EagerRunner
 from tiny import expected_logits, llama, tokens_for
+from warned import OF_PEFT
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = OF_PEFT
 
 TOKENS = tokens_for(97, 24)
 

@@ -36,7 +36,7 @@ from llm_coreml.targets import TARGETS
 
 COMMANDS = (
     *("apply", "compare", "dashboard", "delta", "diff", "eval", "export", "extract", "generate"),
-    *("inspect", "lm-eval", "ls", "report", "run", "show"),
+    *("inspect", "lm-eval", "ls", "push", "report", "run", "show", "track"),
 )
 STAGES = (
     "opening the checkpoint ...",
@@ -318,6 +318,8 @@ def test_export_flags_reach_the_config(
         "compile_specs": ("key=value",),
         "profile": "ane-ios26",
         "layout": "conv",
+        "norm": "l2",
+        "operations": "fewest",
         "linear_split": 1024,
         "head_split": 8192,
         "gather_split": 65_535,

@@ -52,7 +52,9 @@ REQUIRED = {
     "inspect": ("gone", "--numerics"),
     "lm-eval": ("-m", "gone", "-t", "gone"),
     "ls": (),
+    "push": ("gone", "me/mine"),
     "report": ("gone", "-o", "page.html"),
+    "track": ("gone", "--to", "wandb"),
 }
 CODES = {0, 2, 4, 5, 6, 7}
 

@@ -198,6 +198,18 @@ print([os.environ.get(name) for name in {WAITING}])
     assert done.stdout.strip() == str(list(expected)), done.stderr
 
 
+def test_an_ended_process_is_not_searched_for_garbage() -> None:
+    script = """
+import atexit, gc
+from llm_coreml.cli import process
+atexit.register(lambda: print(gc.isenabled(), gc.get_freeze_count() > 1000))
+process.begin()
+process.end()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout == "False True\n", done.stderr
+
+
 def test_the_library_leaves_the_environment_alone() -> None:
     script = """
 import os

@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import pytest
 import torch
@@ -17,11 +17,13 @@ from safetensors.torch import load_file, save_file
 from family_table import CASES, TABLE, checkpoint, their_model, write_config
 from llm_coreml.config import ExportConfig, resolve
 from llm_coreml.decoder import Decoder
+from llm_coreml.decoder.norm import take_form
 from llm_coreml.families import known_model_types
 from llm_coreml.model import Model, open_model
 from llm_coreml.quantize import make_plan
 from llm_coreml.quantize.fill import fill
 from llm_coreml.quantize.quantized import build_decoder, build_original
+from llm_coreml.targets import NormForm, Operations
 from tiny import expected_logits, llama, random_split, save, tokens_for
 
 CONTEXT = 64
@@ -50,8 +52,11 @@ def build(
     attention: Literal["fused", "decomposed"],
     logits: Literal["last", "all"],
     longest: int | None = None,
+    operations: Operations = "usual",
 ) -> Decoder:
-    decoder = Decoder(model.spec, CONTEXT, attention, logits, longest=longest)
+    decoder = Decoder(
+        model.spec, CONTEXT, attention, logits, longest=longest, operations=operations
+    )
     fill(decoder, model.weights, plan=None, storage=None)
     return decoder.eval()
 
@@ -68,6 +73,11 @@ def test_every_family_in_every_split(family: str, case: str, tmp_path: Path) -> 
         for name, parts in SPLITS.items():
             error = (run(decoder, tokens, parts) - expected).abs().max()
             assert error < BOUND, f"{attention}, {name}: {error}"
+    decoder = build(model, "decomposed", "all", operations="fewest")
+    for form in get_args(NormForm):
+        take_form(decoder, form, torch.float32)
+        error = (run(decoder, tokens, SPLITS["whole"]) - expected).abs().max()
+        assert error < BOUND, f"fewest operations, norms as {form}: {error}"
     windows = [layer.mixer.window for layer in model.spec.layers]
     ringed = build(model, "fused", "all", longest=8)
     rings = any(state.ring for state in ringed.states.values())

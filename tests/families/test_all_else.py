@@ -60,8 +60,9 @@ _PARTS = [
 EXPORTED = cases(["llama", *_PARTS], _PARTS)
 _FURTHER = [*_PARTS, "apertus", "biogpt", "ctrl", "gemma4_unified_text", "openai-gpt", "persimmon"]
 QUANTIZED = cases(["llama", *_FURTHER], _FURTHER)
-# `test_lowered_options.py` lowers each part for XNNPACK; here are slopes, and tables of layers.
-_TWINS = {"bloom", "gemma4_text", "llama"}
+# `test_lowered_options.py` lowers each part for XNNPACK, `test_demo.py` a llama: here are slopes,
+# and tables of layers.
+_TWINS = {"bloom", "gemma4_text"}
 
 
 def test_the_table_has_every_family() -> None:

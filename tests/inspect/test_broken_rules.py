@@ -83,6 +83,7 @@ def test_states_that_the_neural_engine_refuses_are_told() -> None:
     assert broken_rules(target, plan, [[WIDE, WIDE]]) == {}
     assert list(broken_rules(target, plan, [4 * [WIDE]])) == ["ane-many-states"]
     assert broken_rules(target, plan, 2 * [[WIDE, WIDE]]) == {}, "partitions with two states each"
+    assert list(broken_rules(target, plan, [[(2, 2, 16416, 64)]])) == ["ane-long-states"]
     assert list(broken_rules(target, None, [[NARROW]])) == ["ane-state-width"], (
         "of the first releases"
     )

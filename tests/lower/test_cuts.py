@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -37,16 +38,32 @@ SIZES: dict[str, Any] = {
 PARTS: dict[str, Any] = {"linear_split": 32, "head_split": 64, "gather_split": 100}
 # What a matrix is stored as, and how it is cut.
 CASES: dict[str, dict[str, Any]] = {
-    "palettes": {"bits": 4, "scheme": "codebook", "target": "ane"},
+    "palettes": {
+        "bits": 4,
+        "scheme": "codebook",
+        "target": "ane",
+        "norm": "layer",
+        "operations": "fewest",
+    },
     "grouped": {"scheme": "int4-group", "embedding": "int4-group"},
-    "per channel, tied": {"scheme": "int4-channel", "tied": True, "gather_split": 32},
+    "per channel, tied": {
+        "scheme": "int4-channel",
+        "tied": True,
+        "gather_split": 32,
+        "norm": "l2",
+    },
     "plain fp32, biases": {"scheme": "none", "compute_precision": "fp32", "biases": True},
     "tables of half a matrix": {
         "scheme": "codebook:3",
         "codebook_rows": 32,
         "embedding": "codebook:4",
     },
-    "vectors": {"scheme": "codebook:2", "codebook_vector": 4, "minimum_os": "iOS26"},
+    "vectors": {
+        "scheme": "codebook:2",
+        "codebook_vector": 4,
+        "minimum_os": "iOS26",
+        "operations": "fewest",
+    },
     "topk, window": {"scheme": "int8-channel", "head": "topk:6", "window": 7},
     "caches that are given": {"scheme": "int8-channel", "kv_cache": "inputs"},
 }
@@ -55,7 +72,12 @@ CASES |= {
     "conv, grouped, every row": {**CASES["grouped"], "layout": "conv", "logits": "all"},
     "conv, plain fp32, biases": {**CASES["plain fp32, biases"], "layout": "conv"},
     "conv, vectors": {**CASES["vectors"], "layout": "conv"},
-    "conv, topk, window": {**CASES["topk, window"], "layout": "conv", "pad_heads": True},
+    "conv, topk, window": {
+        **CASES["topk, window"],
+        "layout": "conv",
+        "pad_heads": True,
+        "norm": "l2",
+    },
     "padded, given caches": {**CASES["caches that are given"], "pad_heads": True},
 }
 FURTHER = (
@@ -135,6 +157,12 @@ def test_nothing_is_wider_than_it_may_be(name: str, made: Callable[[str], Artifa
     wide = [op.type for op in computed if "fp32" in {dtype_of(each) for each in op.outputs}]
     # Nothing is computed in fp32 in a program of fp16, its logits among the rest.
     assert artifact.job.precision.name == "fp32" or not wide
+    # Masks are -40000, no infinite number is anywhere, nor is there a third state.
+    held = [op.attributes["val"].value() for op in operations if op.type == "const"]
+    numbers = [value for value in held if isinstance(value, np.ndarray) and value.dtype.kind == "f"]
+    assert all(np.isfinite(value).all() for value in numbers)
+    assert min(float(value.min()) for value in numbers if value.size) == -40000
+    assert len(state_specs(artifact.decoder.spec, artifact.shapes.extent)) == 2
     for state in state_specs(artifact.decoder.spec, artifact.shapes.extent):
         assert state.shape[-1] == (32 if "pad_heads" in CASES[name] else 16)
 
@@ -206,11 +234,17 @@ def test_older_systems_have_no_parts_of_packed_weights() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "attention"), [("ane-ios18", "fused"), ("ane-ios26", "decomposed")]
+    ("name", "attention", "norm"),
+    [("ane-ios18", "fused", "layer"), ("ane-ios26", "decomposed", "l2")],
 )
-def test_a_profile_is_what_is_not_given(name: Any, attention: str) -> None:
+def test_a_profile_is_what_is_not_given(name: Any, attention: str, norm: str) -> None:
     spec = small_spec()
     job = resolve(ExportConfig(target="ane", profile=name), spec)
+    # No layer norm in a program of several lengths.
+    assert job.norm == "l2" and job.operations == "fewest"
+    for one in ({"seq_lengths": (8,)}, {"functions": "prefill:8,decode:1"}):
+        assert resolve(ExportConfig(target="ane", profile=name, **one), spec).norm == norm
+    assert resolve(ExportConfig(target="ane", profile=name, norm="scaled"), spec).norm == "scaled"
     assert job.cuts == Cuts(1024, 16384, 16384) and job.attention == attention
     assert job.shapes.extent.multiple == 32 and job.layout == "linear"
     own = resolve(ExportConfig(target="ane", profile=name, linear_split=512), spec)

@@ -101,12 +101,12 @@ def test_sixty_steps_with_a_failing_export_in_the_middle(
 ) -> None:
     """Every export in a process of its own; the one that fails is given no memory."""
     export = CoreMLExportCallback(
-        tmp_path / "exports", when=20, config=SETTINGS, text=text_file, tokens=48, blocking=True
+        tmp_path / "exports", when=30, config=SETTINGS, text=text_file, tokens=48, blocking=True
     )
     task = export._exporter._task
 
     def starve(step: int) -> None:
-        memory = 1 << 20 if step == 40 else task.bounds.memory
+        memory = 1 << 20 if step == 30 else task.bounds.memory
         bounds = Bounds(memory, task.bounds.seconds, nice=True)
         export._exporter._task = exporter.Task(task.config, task.text, task.tokens, bounds)
 
@@ -116,16 +116,15 @@ def test_sixty_steps_with_a_failing_export_in_the_middle(
         made.train()
     assert made.state.global_step == 60
     [told] = [each.getMessage() for each in caplog.records if "llm_coreml" in each.name]
-    assert told.startswith("The export of step 40 failed, and the training goes on: ")
+    assert told.startswith("The export of step 30 failed, and the training goes on: ")
     assert told.endswith("memory ran out: it may allocate 1,048,576 bytes, as memory= says")
     history = made.state.log_history
     assert [each["eval_coreml_warning"] for each in history if "eval_coreml_warning" in each] == [
         told
     ]
-    first, failed, last = tracker.of_exports()
-    assert (first["eval_coreml_step"], last["eval_coreml_step"]) == (20, 60)
-    assert failed == {"eval_coreml_failures": 1, "eval_coreml_step": 40, "epoch": failed["epoch"]}
-    assert first["eval_coreml_perplexity"] > last["eval_coreml_perplexity"]
+    failed, last = tracker.of_exports()
+    assert failed == {"eval_coreml_failures": 1, "eval_coreml_step": 30, "epoch": failed["epoch"]}
+    assert last["eval_coreml_step"] == 60 and 1 < last["eval_coreml_perplexity"] < 1000
     assert 0 < last["eval_coreml_mean_kl"] < 0.1 and last["eval_coreml_kept"] == 1
     # The trainer's own figures are all there, at the steps of the exports, too.
     assert [step for step, logs in tracker.heard if "loss" in logs] == [10, 20, 30, 40, 50, 60]
@@ -133,7 +132,7 @@ def test_sixty_steps_with_a_failing_export_in_the_middle(
     assert best.manifest.source.name == "LlamaForCausalLM-step-60"
     assert best.manifest.source.sha256 == open_model(made.model).sha256()
     results = read_results(tmp_path / "exports")
-    assert {each["subject"]["name"] for each in results} == {"step-20", "step-60"}
+    assert {each["subject"]["name"] for each in results} == {"step-60"}
     assert sorted(each.name for each in (tmp_path / "exports").iterdir()) == [
         "best",
         "results.jsonl",
@@ -224,6 +223,7 @@ def test_the_best_is_kept(
     assert len(told) == warnings
     assert all("mean KL is" in each and "--max-kl asks for" in each for each in told)
     assert [each["eval_coreml_mean_kl"] for each in tracker.of_exports()] == [0.1, 0.3, 0.2]
+    assert [step for step, logs in tracker.heard if "loss" in logs] == [2, 4, 6]
 
 
 @pytest.mark.parametrize(

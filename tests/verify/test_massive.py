@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from llm_coreml.decoder import Decoder
 from llm_coreml.errors import VerificationError
 from llm_coreml.lower.forms import Enumerated, OnProgress
 from llm_coreml.progress import Silent
+from llm_coreml.targets import NormForm
 from llm_coreml.verify.verification import MAX_RELATIVE_ERROR, Conversion
 from tiny import llama, tokens_for
 
@@ -59,15 +61,17 @@ class Notes(Silent):
         self.told += f"{text}\n"
 
 
-def test_it_passes_and_the_noise_is_told_with_its_layer(tmp_path: Path) -> None:
+@pytest.mark.parametrize("norm", cases(get_args(NormForm), ("layer",)))
+def test_it_passes_and_the_noise_is_told_with_its_layer(tmp_path: Path, norm: NormForm) -> None:
     model, notes = massive(), Notes()
     with torch.no_grad():
         tokens = torch.tensor([tokens_for(97, 64)])
         states = model(tokens, output_hidden_states=True).hidden_states
     assert 17_000 < states[WRITES + 1][..., CHANNEL].min() < 20_000
     assert states[TAKES + 1].abs().max() < 200
+    config = replace(CONFIG, norm=norm)
     bundle = pipeline.export(
-        model, output=tmp_path / "out", config=CONFIG, cache=False, progress=notes
+        model, output=tmp_path / "out", config=config, cache=False, progress=notes
     )
     found = bundle.manifest.verification
     assert found.plain_fp16 is not None and found.plain_fp16.layer == TAKES

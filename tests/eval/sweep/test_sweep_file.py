@@ -146,7 +146,9 @@ def test_no_file(tmp_path: Path) -> None:
         read_sweep(tmp_path / "none.yaml")
 
 
-def test_the_documents_example_is_one(tmp_path: Path) -> None:
-    page = (Path(__file__).parents[3] / "docs/sweeps.md").read_text(encoding="utf-8")
+def test_the_documents_examples_are_such_files(tmp_path: Path) -> None:
+    docs = Path(__file__).parents[3] / "docs"
+    page = (docs / "sweeps.md").read_text(encoding="utf-8")
     example = page.split("```yaml\n")[1].split("```")[0]
     assert len(labels(tmp_path, example)) == 2 * (2 * 2 * 2 - 2)
+    assert len(cells_of(read_sweep(docs / "examples/sweep.yaml"))) == 2 * 2 * 5
