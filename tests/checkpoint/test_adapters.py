@@ -20,6 +20,9 @@ from llm_coreml.progress import Silent
 from llm_coreml.quantize.quantized import build_original
 from llm_coreml.runtime.eager import EagerRunner
 from tiny import expected_logits, llama, save, tokens_for
+from warned import OF_PEFT
+
+pytestmark = OF_PEFT
 
 CONTEXT, RANK = 64, 4
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"
@@ -393,7 +396,6 @@ def test_an_adapter_that_is_not_there_or_cannot_be_merged(tmp_path: Path) -> Non
 # PEFT's own word
 
 
-@pytest.mark.filterwarnings("ignore")  # PEFT's own, and transformers' of how PEFT calls it
 @pytest.mark.parametrize(
     ("tied", "options"),
     [

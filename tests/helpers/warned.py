@@ -12,6 +12,7 @@ OF_PEFT = [
         r"ignore:Model has `tie_word_embeddings=True` and a tied layer:UserWarning:peft\.",
         r"ignore:Input and output embeddings are no longer tied:UserWarning:peft\.",
         r"ignore:Unsupported layer type .*RMSNorm.* encountered:UserWarning:peft\.",
+        r"ignore:The following \w+_pattern keys did not match:RuntimeWarning:peft\.",
         r"ignore:Setting `save_embedding_layers` to `True`:UserWarning:peft\.",
     )
 ]

@@ -223,6 +223,7 @@ def test_the_best_is_kept(
     assert len(told) == warnings
     assert all("mean KL is" in each and "--max-kl asks for" in each for each in told)
     assert [each["eval_coreml_mean_kl"] for each in tracker.of_exports()] == [0.1, 0.3, 0.2]
+    assert [step for step, logs in tracker.heard if "loss" in logs] == [2, 4, 6]
 
 
 @pytest.mark.parametrize(
