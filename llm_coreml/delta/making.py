@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import torch
 
@@ -38,11 +38,13 @@ from llm_coreml.delta.parts import Part, changes, compare, merged
 from llm_coreml.delta.places import places
 from llm_coreml.errors import ArtifactError, ConfigError, OutputError
 from llm_coreml.eval.originals import EAGER
+from llm_coreml.heads import LOGITS, Head
 from llm_coreml.model import open_model
 from llm_coreml.output import check_name, folder_beside, output_error, write_json
 from llm_coreml.pipeline import export
 from llm_coreml.printable import printable
 from llm_coreml.progress import Progress, Silent
+from llm_coreml.quantize.calibrate.text import BUNDLED_TEXT
 from llm_coreml.quantize.quantized import build_original
 from llm_coreml.runtime.eager import EagerRunner
 from llm_coreml.runtime.runner import Runner
@@ -118,9 +120,7 @@ def make_delta(
     check_name(place)
     _check_place(place, overwrite)
     opened = open_bundle(Path(base))
-    config = ExportConfig.from_json(opened.manifest.config)
-    if adapters is not None:
-        config = replace(config, adapters=adapters)
+    config = _settings(opened, tuned, adapters, max_kl)
     with (
         folder_beside(place, lambda path: _check_place(path, overwrite)) as draft,
         tempfile.TemporaryDirectory() as folder,
@@ -137,6 +137,42 @@ def make_delta(
         record = _record(opened, files, draft / CHANGES, found)
         write_json(draft / RECORD, record.to_json())
     return _told(place, record)
+
+
+def _is_bundle(tuned: str | Path | torch.nn.Module) -> TypeGuard[str | Path]:
+    return not isinstance(tuned, torch.nn.Module) and is_bundle(Path(tuned))
+
+
+def _settings(
+    base: Bundle,
+    tuned: str | Path | torch.nn.Module,
+    adapters: Literal["merged", "beside"] | None,
+    max_kl: float | None,
+) -> ExportConfig:
+    """Return with what a model is exported, as far as that can be and comes to what is wanted.
+
+    Raises:
+        ConfigError: the base's settings name files of which it holds no more than the names, or
+            there is no model.
+        UnmeasuredError: a gate needs logits that such an export does not give.
+    """
+    config = ExportConfig.from_json(base.manifest.config)
+    if _is_bundle(tuned):
+        if adapters is not None:
+            raise ConfigError(
+                f"--adapters {adapters} is for a model that is exported, and '{tuned}' is an "
+                "export already; leave it out, or give the model."
+            )
+        return config
+    for name, file in (("calibrate", config.calibrate), ("plan", config.plan)):
+        if file is not None and file != BUNDLED_TEXT and not Path(file).is_file():
+            raise ConfigError(
+                f"The base was exported with --{name} {file}, a file of which it holds no more "
+                "than the name; work in its folder, or export TUNED yourself and give the bundle."
+            )
+    if Head.of(config.head) != LOGITS:
+        hold_to(None, max_kl)
+    return config if adapters is None else replace(config, adapters=adapters)
 
 
 def _made(base: Bundle, record: DeltaRecord, kept: Path, folder: Path) -> Bundle:
@@ -157,7 +193,7 @@ def _wanted(
 
     That is the bundle that was given, or the unquantized model of which one is exported here.
     """
-    if not isinstance(tuned, torch.nn.Module) and is_bundle(Path(tuned)):
+    if _is_bundle(tuned):
         found = open_bundle(Path(tuned))
         return found, open_runner(found)
     exported = export(

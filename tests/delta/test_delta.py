@@ -28,7 +28,13 @@ from llm_coreml.delta import making
 from llm_coreml.delta.delta_record import CHANGES, RECORD
 from llm_coreml.delta.parts import Part, build, changes, compare, merged
 from llm_coreml.delta.places import Place, places
-from llm_coreml.errors import ArtifactError, GateError, OutputError
+from llm_coreml.errors import (
+    ArtifactError,
+    ConfigError,
+    GateError,
+    OutputError,
+    UnmeasuredError,
+)
 from llm_coreml.fidelity import kl_divergence
 from llm_coreml.model import open_model
 from llm_coreml.progress import Silent
@@ -189,6 +195,28 @@ def test_a_model_is_exported_as_the_base_was(
     assert 0 < found.measured.mean_kl < found.measured.base_mean_kl
     llm_coreml.apply_delta(bundle, tmp_path / "d", output=tmp_path / "out")
     assert contents(tmp_path / "out") == contents(tuned)
+
+
+def test_what_cannot_be_exported_again_is_told_before(
+    bundle: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(error: type[Exception], told: str, tuned: Path, **given: Any) -> None:
+        with pytest.raises(error, match=told):
+            llm_coreml.make_delta(bundle, tuned, output=tmp_path / "d", **given)
+        assert files_of(tmp_path) == set()
+
+    refused(ConfigError, "is for a model that is exported", bundle, adapters="beside")
+    base = open_bundle(bundle)
+
+    def exported_with(**settings: Any) -> None:
+        config = replace(ExportConfig.from_json(base.manifest.config), **settings).to_json()
+        found = replace(base, manifest=replace(base.manifest, config=config))
+        monkeypatch.setattr(making, "open_bundle", lambda _: found)
+
+    exported_with(calibrate="mine.txt")
+    refused(ConfigError, "--calibrate mine.txt, a file of which it holds no more", adapter)
+    exported_with(head="topk:2")
+    refused(UnmeasuredError, "leave it out, or export with --head logits", adapter, max_kl=0.1)
 
 
 def test_weights_have_places_of_their_own(bundle: Path) -> None:
