@@ -331,6 +331,7 @@ def test_export_flags_reach_the_config(
         "force": True,
     }
     others = {"size", "plan", "pt2e", "functions", "backend", "constants", "skip_ops"}
+    others |= {"adapters", "recover"}
     assert settings.keys() | others == asdict(ExportConfig()).keys()
     words: list[str] = []
     for name, value in settings.items():
@@ -357,6 +358,13 @@ def test_export_flags_reach_the_config(
         (("--pt2e", "weights"), {"pt2e": "weights"}),
         (("--functions", "prefill:8,decode:1"), {"functions": "prefill:8,decode:1"}),
         (("--backend", "xnnpack"), {"backend": "xnnpack"}),
+        (("--constants", "inputs", "--bits", "16"), {"constants": "inputs", "bits": 16}),
+        (("--skip-ops", "aten.embedding.default"), {"skip_ops": ("aten.embedding.default",)}),
+        (("--adapters", "beside"), {"adapters": "beside"}),
+        (
+            ("--calibrate", "bundled", "--recover", "lora:4"),
+            {"calibrate": "bundled", "recover": "lora:4"},
+        ),
     ],
 )
 def test_flags_that_decide_others_reach_the_config(
