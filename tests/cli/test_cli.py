@@ -303,9 +303,11 @@ def test_export_flags_reach_the_config(
         "lm_head": "codebook:6",
         "rotate": "both",
         "residual_shift": 3,
+        "adapters": "beside",
         "calibrate": "text.txt",
         "calibration_tokens": 512,
         "tune": 20,
+        "recover": "lora:8",
         "target": "ane",
         "minimum_os": "macOS26",
         "compute_precision": "fp32",
@@ -331,7 +333,6 @@ def test_export_flags_reach_the_config(
         "force": True,
     }
     others = {"size", "plan", "pt2e", "functions", "backend", "constants", "skip_ops"}
-    others |= {"adapters", "recover"}
     assert settings.keys() | others == asdict(ExportConfig()).keys()
     words: list[str] = []
     for name, value in settings.items():
@@ -360,11 +361,6 @@ def test_export_flags_reach_the_config(
         (("--backend", "xnnpack"), {"backend": "xnnpack"}),
         (("--constants", "inputs", "--bits", "16"), {"constants": "inputs", "bits": 16}),
         (("--skip-ops", "aten.embedding.default"), {"skip_ops": ("aten.embedding.default",)}),
-        (("--adapters", "beside"), {"adapters": "beside"}),
-        (
-            ("--calibrate", "bundled", "--recover", "lora:4"),
-            {"calibrate": "bundled", "recover": "lora:4"},
-        ),
     ],
 )
 def test_flags_that_decide_others_reach_the_config(
