@@ -303,9 +303,11 @@ def test_export_flags_reach_the_config(
         "lm_head": "codebook:6",
         "rotate": "both",
         "residual_shift": 3,
+        "adapters": "beside",
         "calibrate": "text.txt",
         "calibration_tokens": 512,
         "tune": 20,
+        "recover": "lora:8",
         "target": "ane",
         "minimum_os": "macOS26",
         "compute_precision": "fp32",
@@ -357,6 +359,8 @@ def test_export_flags_reach_the_config(
         (("--pt2e", "weights"), {"pt2e": "weights"}),
         (("--functions", "prefill:8,decode:1"), {"functions": "prefill:8,decode:1"}),
         (("--backend", "xnnpack"), {"backend": "xnnpack"}),
+        (("--constants", "inputs", "--bits", "16"), {"constants": "inputs", "bits": 16}),
+        (("--skip-ops", "aten.embedding.default"), {"skip_ops": ("aten.embedding.default",)}),
     ],
 )
 def test_flags_that_decide_others_reach_the_config(

@@ -209,8 +209,9 @@ def test_what_cannot_be_exported_again_is_told_before(
     base = open_bundle(bundle)
 
     def exported_with(**settings: Any) -> None:
-        config = replace(ExportConfig.from_json(base.manifest.config), **settings).to_json()
-        found = replace(base, manifest=replace(base.manifest, config=config))
+        config = replace(ExportConfig.from_json(base.manifest.config), **settings)
+        written = json.loads(json.dumps(config.to_json()))
+        found = replace(base, manifest=replace(base.manifest, config=written))
         monkeypatch.setattr(making, "open_bundle", lambda _: found)
 
     exported_with(calibrate="mine.txt")
