@@ -39,7 +39,7 @@ _BETAS = (0.9, 0.99)
 
 def logits_of(model: PreTrainedModel, window: Sequence[int]) -> torch.Tensor:
     """Return logits `[len(window), vocabulary]`, fp32."""
-    found: torch.Tensor = model(torch.tensor([window])).logits[0]
+    found: torch.Tensor = model(torch.tensor([window]), use_cache=False).logits[0]
     return found.float()
 
 
@@ -75,7 +75,6 @@ def trained(
         loss.backward()
         adam.step()
         fall.step()
-    model.config.use_cache = True
     return model.eval()
 
 
