@@ -25,6 +25,7 @@ from llm_coreml.eval.sweep.sweep_file import Measured, Sweep
 from llm_coreml.eval.sweep.task import Task
 from llm_coreml.model import Model, open_model
 from llm_coreml.quantize.calibrate.text import read_content
+from llm_coreml.quantize.kept_codes import kept_program
 
 
 def tasks_of(
@@ -104,6 +105,8 @@ def _facts_of_settings(cell: Cell) -> dict[str, Any]:
                 f"plan '{cell.config.plan}' of cell '{cell.label}' cannot be read: "
                 f"{error.strerror}. Give the manifest.json of an export."
             ) from None
+    if cell.config.codes_of is not None:
+        settings["codes_of"] = kept_program(cell.config.codes_of)
     return settings
 
 

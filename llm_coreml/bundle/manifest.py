@@ -227,6 +227,7 @@ class Quantization:
         plan: The scheme of every matrix.
         imported: None unless the checkpoint was quantized already, and taken as it was.
         expanded: What it was quantized in, if its values were treated as any others.
+        codes_of: SHA-256 of the program whose codes were kept; None if they were chosen.
     """
 
     linear: Group
@@ -241,6 +242,7 @@ class Quantization:
     plan: Plan | None = field(default=None, metadata=LEFT_OUT)
     imported: Import | None = field(default=None, metadata=named("import"))
     expanded: str | None = field(default=None, metadata=LEFT_OUT)
+    codes_of: str | None = field(default=None, metadata=LEFT_OUT)
 
 
 @dataclass(frozen=True)

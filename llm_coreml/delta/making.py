@@ -89,6 +89,7 @@ def make_delta(
     tokens: int = DEFAULT_TOKENS,
     max_kl: float | None = None,
     adapters: Literal["merged", "beside"] | None = None,
+    keep_codes: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Delta:
@@ -104,6 +105,8 @@ def make_delta(
         tokens: Most tokens to score.
         max_kl: Gate: largest mean KL of the result from `tuned`, in nats.
         adapters: Of a model that is exported here, see `ExportConfig`; None is as the base.
+        keep_codes: Of a model that is exported here: keep the base's codes, and fit scales and
+            tables to its weights.
         overwrite: Replace an earlier delta at `output`.
         progress: Told of stages and shares.
 
@@ -118,9 +121,12 @@ def make_delta(
     check_name(place)
     _check_place(place, overwrite)
     opened = open_bundle(Path(base))
-    config = ExportConfig.from_json(opened.manifest.config)
-    if adapters is not None:
-        config = replace(config, adapters=adapters)
+    config = _config(opened, adapters, keep_codes)
+    if keep_codes and _is_export(tuned):
+        raise ConfigError(
+            f"--keep-codes has a model exported over the base's codes, and '{tuned}' is an export "
+            "already; give the model that it came from, or drop --keep-codes."
+        )
     with (
         folder_beside(place, lambda path: _check_place(path, overwrite)) as draft,
         tempfile.TemporaryDirectory() as folder,
@@ -137,6 +143,25 @@ def make_delta(
         record = _record(opened, files, draft / CHANGES, found)
         write_json(draft / RECORD, record.to_json())
     return _told(place, record)
+
+
+def _config(
+    base: Bundle, adapters: Literal["merged", "beside"] | None, keep_codes: bool
+) -> ExportConfig:
+    """Return the settings of an export that is made here: the base's, and what is asked for."""
+    config = ExportConfig.from_json(base.manifest.config)
+    if adapters is not None:
+        config = replace(config, adapters=adapters)
+    if not keep_codes:
+        return config
+    config = replace(config, codes_of=str(base.folder))
+    # What settings would choose by other weights are not the formats of these codes.
+    fixed = config.pt2e != "none" or base.manifest.plan_json() is None
+    return config if fixed else config.under({"plan": str(base.folder / MANIFEST)})
+
+
+def _is_export(tuned: str | Path | torch.nn.Module) -> bool:
+    return not isinstance(tuned, torch.nn.Module) and is_bundle(Path(tuned))
 
 
 def _made(base: Bundle, record: DeltaRecord, kept: Path, folder: Path) -> Bundle:
@@ -157,7 +182,7 @@ def _wanted(
 
     That is the bundle that was given, or the unquantized model of which one is exported here.
     """
-    if not isinstance(tuned, torch.nn.Module) and is_bundle(Path(tuned)):
+    if not isinstance(tuned, torch.nn.Module) and _is_export(tuned):
         found = open_bundle(Path(tuned))
         return found, open_runner(found)
     exported = export(

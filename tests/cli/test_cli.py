@@ -300,6 +300,7 @@ def test_export_flags_reach_the_config(
         "lm_head": "codebook:6",
         "rotate": "both",
         "residual_shift": 3,
+        "codes_of": "base",
         "calibrate": "text.txt",
         "calibration_tokens": 512,
         "tune": 20,

@@ -13,12 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import llm_coreml
-from exported import files_of, in_process
+from exported import files_of, in_process, save_model
 from llm_coreml.artifact.mapped import map_folder
 from llm_coreml.bundle.bundle_runner import open_runner
 from llm_coreml.bundle.folder import open_bundle
@@ -28,10 +29,12 @@ from llm_coreml.delta import making
 from llm_coreml.delta.delta_record import CHANGES, RECORD
 from llm_coreml.delta.parts import Part, build, changes, compare, merged
 from llm_coreml.delta.places import Place, places
-from llm_coreml.errors import ArtifactError, GateError, OutputError
+from llm_coreml.errors import ArtifactError, ConfigError, GateError, OutputError
+from llm_coreml.eval.originals import originals
 from llm_coreml.fidelity import kl_divergence
 from llm_coreml.model import open_model
 from llm_coreml.progress import Silent
+from llm_coreml.quantize.formats.stored import stored_matrices
 from llm_coreml.quantize.quantized import quantize
 from llm_coreml.runtime.eager import EagerRunner
 from shared import Shared
@@ -189,6 +192,68 @@ def test_a_model_is_exported_as_the_base_was(
     assert 0 < found.measured.mean_kl < found.measured.base_mean_kl
     llm_coreml.apply_delta(bundle, tmp_path / "d", output=tmp_path / "out")
     assert contents(tmp_path / "out") == contents(tuned)
+
+
+@pytest.fixture(scope="session")
+def fine_tune(tmp_path_factory: pytest.TempPathFactory, live_model: Any) -> Path:
+    """The tiny model with every tensor moved a little, as training leaves it."""
+    model, draw = copy.deepcopy(live_model), torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for value in model.parameters():
+            value.add_(0.02 * value.abs().mean() * torch.randn(value.shape, generator=draw))
+    return save_model(tmp_path_factory.mktemp("fine") / "tune", model)
+
+
+def codes_of(folder: Path) -> list[bytes]:
+    """Return the codes of a program's matrices, in the order of their use."""
+    found = [each.codes.value() for each in stored_matrices(folder / "model.pte")]
+    return [value.tobytes() for value in found if isinstance(value, np.ndarray)]
+
+
+def test_codes_of_the_base_are_kept(
+    bundle: Path,
+    fine_tune: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = ("delta", bundle, fine_tune, "-o", tmp_path / "d", "--tokens", "16", "--keep-codes")
+    done = in_process(capfd, monkeypatch, *words, "--format", "json")
+    assert done.code == 0, done.err
+    told = json.loads(done.out)
+    assert told["measured"]["mean_kl"] < told["measured"]["base_mean_kl"]
+    llm_coreml.apply_delta(bundle, tmp_path / "d", output=tmp_path / "out")
+    made, base = (open_bundle(each).manifest for each in (tmp_path / "out", bundle))
+    codes = codes_of(bundle)
+    assert len(codes) == 8 and codes_of(tmp_path / "out") == codes
+    # All that is new in the program: scales and norms, and no text of it.
+    assert told["new"] == 0 and told["changed"] + told["copied"] == made.program.bytes
+    other = [len(each) for each in weights_of(bundle) if each not in weights_of(tmp_path / "out")]
+    assert 0 < sum(other) == told["changed"]
+    assert made.quantization.codes_of == base.program.sha256
+    assert base.quantization.codes_of is None
+    assert made.config["weights"]["codes_of"] == bundle.name
+    # An evaluation finds the same quantized model again, with the base at hand.
+    shutil.copytree(bundle, tmp_path / bundle.name, dirs_exist_ok=True)
+    tokens = tokens_for(300, 8)
+    judge = originals(open_bundle(tmp_path / "out"), fine_tune, Silent())["quantized"]
+    rows = open_runner(open_bundle(tmp_path / "out")).logits(tokens)
+    assert (judge.logits(tokens) - rows).abs().max() < 1e-2 * rows.abs().max()
+    shutil.rmtree(tmp_path / bundle.name)
+    assert "quantized" not in originals(open_bundle(tmp_path / "out"), fine_tune, Silent())
+
+
+def test_codes_are_kept_of_a_model_alone(bundle: Path, tuned: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is an export already; give the model"):
+        llm_coreml.make_delta(bundle, tuned, output=tmp_path / "d", keep_codes=True)
+    given: dict[str, Any] = {"output": tmp_path / "out", "cache": False}
+    for config, told in (
+        (replace(SETTINGS, codes_of=str(bundle)), "--adapters beside has the base's codes"),
+        (ExportConfig(codes_of=str(bundle), pt2e="weights"), "--pt2e weights chooses codes"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            llm_coreml.export(tmp_path, config=config, **given)
+    assert files_of(tmp_path) == set()
 
 
 def test_weights_have_places_of_their_own(bundle: Path) -> None:
