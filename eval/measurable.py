@@ -163,6 +163,7 @@ def _bundle(path: Path, choice: Choice, progress: Progress) -> Measurable:
     begun = time.perf_counter()
     source, made = bundle.manifest.source, dict[str, EagerRunner]()
     if choice.runtime == EAGERLY:
+        _check_eager(choice)
         made = originals(bundle, choice.model, progress)
         if "quantized" not in made:
             raise ConfigError(
@@ -233,6 +234,7 @@ def _eager(what: Weights, choice: Choice, place: Path, progress: Progress) -> Me
             f"--runtime {choice.runtime} runs exports, and this is a model; export it, or leave "
             "--runtime out."
         )
+    _check_eager(choice)
     live = isinstance(what, torch.nn.Module)
     begun = time.perf_counter()
     model = open_model(what, tokenizer=choice.tokenizer if live else None)
@@ -272,16 +274,29 @@ def _original(choice: Choice, runner: Runner) -> Originals:
     return {"original": EagerRunner(decoder, EAGER)}, opened.sha256()
 
 
-def _tokenizer(given: Any, beside: Path | None) -> Path | None:
+def _tokenizer(given: Any, beside: Path | None) -> Path:
     """Return the `tokenizer.json` that is meant, the one beside a program if none is named."""
-    if given is None:
-        found = None if beside is None else beside / TOKENIZER
-        return found if found is not None and found.is_file() else None
-    path = Path(given)
-    path = path / TOKENIZER if path.is_dir() else path
-    if not path.is_file():
-        raise ConfigError(f"--tokenizer '{path}' is no file; give a {TOKENIZER}.")
-    return path
+    if isinstance(given, (str, Path)):
+        path = Path(given)
+        path = path / TOKENIZER if path.is_dir() else path
+        if not path.is_file():
+            raise ConfigError(f"--tokenizer '{path}' is no file; give a {TOKENIZER}.")
+        return path
+    if given is None and beside is not None and (beside / TOKENIZER).is_file():
+        return beside / TOKENIZER
+    raise ConfigError(
+        "No tokenizer that can be read here belongs to what is evaluated, and it is measured on a "
+        f"text; give a {TOKENIZER}, or its folder, with --tokenizer."
+    )
+
+
+def _check_eager(choice: Choice) -> None:
+    """Refuse what a model in PyTorch has no choice of."""
+    if choice.execution != DECLARED:
+        raise ConfigError(
+            "PyTorch runs a model in fp32 on the CPU here; leave mode and device out, or evaluate "
+            "an export by the reference runtime."
+        )
 
 
 def _folder_sha256(path: Path) -> str:

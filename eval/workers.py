@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -131,6 +132,13 @@ def _serve(end: Connection, work: Work, threads: int, parent: int) -> None:
         signal.signal(told, signal.SIG_IGN)
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    # The thread that was forked waits for ever for OpenMP's others, which were not.
+    fresh = threading.Thread(target=_work_off, args=(end, work, threads, parent))
+    fresh.start()
+    fresh.join()
+
+
+def _work_off(end: Connection, work: Work, threads: int, parent: int) -> None:
     torch.set_num_threads(threads)
     while os.getppid() == parent:
         try:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from llm_coreml.drafts import draft_file, draft_folder, uninterrupted
+from llm_coreml.drafts import draft_file, draft_folder, remove_dead, uninterrupted
 from llm_coreml.errors import OutputError
 from llm_coreml.shared_change import SharedChange
 
@@ -82,6 +82,11 @@ def folder_beside(output: Path, check: Callable[[Path], None]) -> Iterator[Path]
             for folder in made:
                 with contextlib.suppress(OSError):
                     folder.rmdir()
+
+
+def clear_drafts(parent: Path) -> None:
+    """Remove what killed processes left in `parent`, and put back what they had taken away."""
+    remove_dead(parent, rescue=_put_back)
 
 
 @contextlib.contextmanager

@@ -212,6 +212,9 @@ def writing(repo_id: str) -> Iterator[Done]:
         raise ConfigError(f"'{repo_id}' is no repository id: {error}") from None
     # The hub client leaks what its HTTP and transfer libraries raise: no narrower type holds them.
     except Exception as error:
+        # Failures of an upload come wrapped in a RuntimeError.
+        if type(error) is RuntimeError and isinstance(error.__cause__, Exception):
+            error = error.__cause__
         if type(error).__module__.partition(".")[0].rstrip("2") not in _OF_THE_HUB:
             raise
         told = (str(error).strip().splitlines() or [""])[0].rstrip(".")

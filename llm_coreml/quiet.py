@@ -27,7 +27,7 @@ from llm_coreml.shared_change import SharedChange
 
 _LIBRARIES = frozenset(
     {"accelerate", "bitsandbytes", "coremltools", "executorch", "peft", "torch", "torchao"}
-    | {"transformers"}
+    | {"httpx", "httpx2", "transformers"}
 )
 # Whom they call in a way that makes the warning the callee's.
 _BORROWED = ("copyreg",)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -25,7 +26,9 @@ torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 collect_rarely()
 
-_last_path: Path | None = None  # of the file whose tests run
+FEW_MODULES = 100
+# The file whose tests run, and how many modules were loaded when garbage was last searched for.
+_searched: tuple[Path | None, int] = None, 0
 
 
 @pytest.fixture
@@ -84,9 +87,10 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
 
     A search through these takes most of a second, and every export asks for several.
     """
-    global _last_path
-    if item.path != _last_path:
-        _last_path = item.path
+    global _searched
+    path, loaded = _searched
+    if item.path != path or len(sys.modules) > loaded + FEW_MODULES:
+        _searched = item.path, len(sys.modules)
         gc.collect()
         gc.freeze()
 

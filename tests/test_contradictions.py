@@ -13,6 +13,10 @@ from llm_coreml.targets import get_target
 
 # The settings of each, in the order in which they stand there; all of them are needed.
 EXAMPLES: tuple[dict[str, Any], ...] = (
+    {"adapters": "beside", "rotate": "both"},
+    {"adapters": "beside", "recover": "lora:4"},
+    {"adapters": "beside", "size": 600_000_000},
+    {"adapters": "beside", "pt2e": "weights"},
     {"skip_ops": (SKIP_TABLE,), "backend": "xnnpack"},
     {"skip_ops": (SKIP_TABLE,), "split": ("embedding",)},
     {"skip_ops": (SKIP_HEAD,), "split": ("head",)},
@@ -37,7 +41,12 @@ EXAMPLES: tuple[dict[str, Any], ...] = (
     {"seq_lengths": "1..8", "target": "ane"},
 )
 # What an example needs beside it, so that no other pair is refused first.
-BESIDE: dict[int, dict[str, Any]] = {11: {"kv_cache": "inputs"}, 16: {"target": "ane"}}
+TUNED = {"tune": 5, "calibrate": "bundled"}
+BESIDE: dict[int, dict[str, Any]] = {
+    1: TUNED,
+    15: {"kv_cache": "inputs"},
+    20: {"target": "ane"},
+}
 
 
 def test_each_pair_has_an_example() -> None:

@@ -16,9 +16,11 @@ import subprocess
 import tempfile
 import threading
 import time
+from pathlib import Path
 from typing import IO, Any
 
 from llm_coreml.eval.sweep.task import Heard, Outcome, Task, failed
+from llm_coreml.output import clear_drafts
 from llm_coreml.own_process import python_command
 from llm_coreml.printable import printable
 
@@ -58,6 +60,7 @@ def attempt(task: Task, heard: Heard, stopped: threading.Event) -> Outcome | Non
         finally:
             _end(process)
             reader.join()
+            _clear_up(task)
         seconds = time.monotonic() - begun
         if answer is not None:
             return _told(answer, seconds)
@@ -131,6 +134,13 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
+def _clear_up(task: Task) -> None:
+    """Remove the drafts of a process that had no time to."""
+    for place in (task.folder, task.keep):
+        if place is not None:
+            clear_drafts(Path(place))
+
+
 def _told(answer: dict[str, Any], seconds: float) -> Outcome:
     peak = answer.get("peak_memory_bytes")
     if "document" in answer:
@@ -142,13 +152,17 @@ def _told(answer: dict[str, Any], seconds: float) -> Outcome:
 def _silent(code: int, task: Task, errors: IO[bytes], seconds: float, late: bool) -> Outcome:
     """Return the outcome of a process that gave no answer."""
     if late:
+        minutes = task.seconds / 60
         told = (
-            f"It was not done after {task.seconds / 60:g} minutes, which is all that a cell may "
-            "take; set more with limits: {minutes: 120}."
+            f"It was not done after {minutes:g} minutes, which is all that a cell may take; set "
+            f"more with limits: {{minutes: {2 * minutes:g}}}."
         )
         return failed(told, _BY_SIGNAL + signal.SIGXCPU, seconds)
     if code == -signal.SIGKILL:
-        told = "It was killed, as a system does that is short of memory; set fewer --jobs."
+        told = (
+            "It was killed, as a system does that is short of memory; set fewer --jobs, "
+            "or say what a cell takes with memory under limits."
+        )
     elif code < 0:
         told = f"It crashed with signal {-code}{_last_words(errors)}."
     else:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,9 @@ from llm_coreml.eval.sweep.grid import Cell
 from llm_coreml.eval.sweep.sweep_file import Measured, Sweep
 from llm_coreml.eval.sweep.task import Task
 from llm_coreml.model import Model, open_model
-from llm_coreml.quantize.calibrate.text import read_content
+from llm_coreml.quantize.calibrate.text import BUNDLED_TEXT, read_content
 from llm_coreml.quantize.kept_codes import kept_program
+from llm_coreml.recipes import find_recipe, recipe_names
 
 
 def tasks_of(
@@ -61,8 +62,8 @@ def tasks_of(
                 key=_hash({**common, **facts}),
                 label=cell.label,
                 slug=cell.slug,
-                model=_absolute(cell.model),
-                settings=cell.config.to_json(),
+                model=_model(cell.model),
+                settings=_settings(cell.config).to_json(),
                 measured={**asdict(measured), "text": text},
                 weights=weights,
                 tool=tool,
@@ -113,6 +114,23 @@ def _facts_of_settings(cell: Cell) -> dict[str, Any]:
 def _facts_of_measuring(measured: Measured) -> dict[str, Any]:
     text = None if measured.text is None else Path(measured.text)
     return {**asdict(measured), "text": _hash(read_text(text)[1])}
+
+
+def _model(name: str) -> str:
+    """Return what a cell's process is to export; a recipe of this package keeps its name."""
+    shipped = name in recipe_names() and find_recipe(name) is not None
+    return name if shipped else _absolute(name)
+
+
+def _settings(config: ExportConfig) -> ExportConfig:
+    """Return settings whose files are found from any folder."""
+    text, plan, codes = config.calibrate, config.plan, config.codes_of
+    return replace(
+        config,
+        calibrate=text if text in (None, BUNDLED_TEXT) else _absolute(str(text)),
+        plan=None if plan is None else _absolute(plan),
+        codes_of=None if codes is None else _absolute(codes),
+    )
 
 
 def _absolute(name: str) -> str:

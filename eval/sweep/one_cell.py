@@ -40,6 +40,7 @@ _PAUSE = 1.0
 _EXPORTED = 0.6
 # Seconds in which an interrupted process cleans up.
 _GRACE = 20.0
+_LINE = 1 << 12
 
 
 def run() -> None:
@@ -65,20 +66,29 @@ def _interrupt(_: int, __: FrameType | None) -> None:
 
 def _end_with_stdin() -> None:
     """Wait for the end of stdin; then end this process, and those that it started."""
-    sys.stdin.read()
+    # Python's own reader is locked meanwhile, and a forked process closes it before it begins.
+    while os.read(0, _LINE):
+        pass
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(_GRACE)
     os.killpg(0, signal.SIGKILL)
 
 
 class _Reports:
-    """Lines on how far a cell is, few enough that nobody is kept busy by them."""
+    """Lines on how far a cell is, few enough that nobody is kept busy by them.
+
+    Attributes:
+        peak: Most bytes of memory that the process was found to have had.
+    """
 
     def __init__(self, answers: TextIO) -> None:
         self._answers, self._told = answers, 0.0
+        self.peak = 0
 
     def share(self, share: float) -> None:
         """Tell which share of the cell is done, unless that was told just now."""
+        # An evaluation has the system forget it, for the program alone to be measured.
+        self.peak = max(self.peak, peak_memory())
         now = time.monotonic()
         if now - self._told >= _PAUSE:
             self._told = now
@@ -95,7 +105,7 @@ def _outcome(task: Task, reports: _Reports) -> dict[str, Any]:
     try:
         with quiet(), _place(task) as place:
             document = _measure(task, place, reports)
-        return {"document": document, "peak_memory_bytes": peak_memory()}
+        return {"document": document, "peak_memory_bytes": max(reports.peak, peak_memory())}
     except LlmCoreMLError as error:
         sentence, code = str(error), error.exit_code
     except MemoryError:
@@ -105,15 +115,19 @@ def _outcome(task: Task, reports: _Reports) -> dict[str, Any]:
         short = "alloc" in told and "memory" in told
         sentence = f"an unexpected {type(error).__name__}: {told}"
         sentence, code = _out_of_memory(task) if short else sentence, 1
-    return {"sentence": sentence, "exit_code": code, "peak_memory_bytes": peak_memory()}
+    peak = max(reports.peak, peak_memory())
+    return {"sentence": sentence, "exit_code": code, "peak_memory_bytes": peak}
 
 
 def _out_of_memory(task: Task) -> str:
     if task.memory is None:
-        return "The machine's memory is not enough; set fewer --jobs, or give a smaller model."
+        return (
+            "The machine's memory is not enough; say what a cell takes with memory under limits, "
+            "or give a smaller model."
+        )
     return (
         f"It needs more than the {task.memory:,} bytes of memory that a cell may take; set more "
-        "with limits: {memory: 8GB}, and fewer --jobs."
+        "with memory under limits, and fewer --jobs."
     )
 
 
@@ -152,7 +166,6 @@ def _measure(task: Task, place: Path, reports: _Reports) -> dict[str, Any]:
         artifact_only=measured["artifact_only"],
         execution=Execution(measured["mode"], measured["device"]),
         cache=task.cache,
-        jobs=task.cores,
         progress=lambda step: reports.share(
             _EXPORTED + (1.0 - _EXPORTED) * share_done(step, EVALUATION)
         ),

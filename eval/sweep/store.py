@@ -17,6 +17,7 @@ from typing import Any
 
 from llm_coreml.bundle.folder import MANIFEST, RESULTS
 from llm_coreml.eval.failed_cells import CELL, FOLDERS
+from llm_coreml.eval.results_file import fits
 from llm_coreml.eval.surroundings import now
 from llm_coreml.eval.sweep.task import Outcome, Task
 from llm_coreml.output import output_error, write_json
@@ -30,11 +31,22 @@ class Store:
     """The cells in a results folder.
 
     Args:
-        folder: The results folder; it is made when the first cell is saved.
+        folder: The results folder; it is made when the first cell is tried.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+
+    def make(self) -> None:
+        """Make the folder, where cells have their drafts, too.
+
+        Raises:
+            OutputError: it cannot be made.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise output_error(self.folder, error) from None
 
     def place(self, task: Task) -> Path:
         """Return the folder of a cell."""
@@ -53,10 +65,10 @@ class Store:
                 return None
             if outcome.state == "done":
                 document = json.loads((self.place(task) / RESULTS).read_bytes())
-                return replace(outcome, document=document)
+                return replace(outcome, document=document) if fits(document) else None
         except (OSError, ValueError, TypeError, KeyError, RecursionError):
             return None
-        return outcome
+        return outcome if outcome.state == "failed" else None
 
     def holds_bundle(self, task: Task) -> bool:
         """Say whether the bundle of a cell was kept."""

@@ -85,6 +85,8 @@ def sweep(
         chosen = cache if isinstance(cache, bool) else str(Path(cache).absolute())
         listener.stage("sweep")
         placed = [_placed(task, store, keep, chosen) for task in missing[:limit]]
+        if placed:
+            store.make()
         for task, outcome in _run(placed, jobs, ray, told):
             store.save(task, outcome)
             found[task.key] = outcome

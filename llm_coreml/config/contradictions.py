@@ -79,19 +79,16 @@ CONTRADICTIONS = (
         "them.",
     ),
     Contradiction(
+        lambda config, target: config.adapters == "beside" and config.size is not None,
+        "--size {size} is shared out before an adapter is read, and --adapters beside adds its "
+        "matrices to that; drop one of them, or give --bits.",
+    ),
+    Contradiction(
         lambda config, target: (
             (config.adapters == "beside" or config.recover is not None) and config.pt2e != "none"
         ),
         "--pt2e {pt2e} says how a matrix is stored and what it gives as a whole, and --adapters "
         "beside and --recover add a product to it; drop one of them.",
-    ),
-    Contradiction(
-        lambda config, target: (
-            (config.adapters == "beside" or config.recover is not None)
-            and config.linear_split is not None
-        ),
-        "--linear-split {linear_split} cuts matrices by rows, and --adapters beside and --recover "
-        "add products that are not cut; drop one of them.",
     ),
     Contradiction(
         lambda config, target: config.skip_ops is not None and config.backend == "xnnpack",
@@ -135,9 +132,9 @@ CONTRADICTIONS = (
     ),
     Contradiction(
         lambda config, target: config.constants == "inputs" and bool(_engine(config)),
-        "--linear-split, --head-split, --gather-split, --layout, --pad-heads and --profile are for "
-        "weights that are constants of a program, and --constants {constants} hands them over in "
-        "each call; drop one of them.",
+        "--linear-split, --head-split, --gather-split, --layout, --norm, --operations, --pad-heads "
+        "and --profile are for weights that are constants of a program, and --constants "
+        "{constants} hands them over in each call; drop one of them.",
     ),
     Contradiction(
         lambda config, target: _too_old(config) and config.functions is not None,

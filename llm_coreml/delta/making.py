@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import torch
 
@@ -38,11 +38,13 @@ from llm_coreml.delta.parts import Part, changes, compare, merged
 from llm_coreml.delta.places import places
 from llm_coreml.errors import ArtifactError, ConfigError, OutputError
 from llm_coreml.eval.originals import EAGER
+from llm_coreml.heads import LOGITS, Head
 from llm_coreml.model import open_model
 from llm_coreml.output import check_name, folder_beside, output_error, write_json
 from llm_coreml.pipeline import export
 from llm_coreml.printable import printable
 from llm_coreml.progress import Progress, Silent
+from llm_coreml.quantize.calibrate.text import BUNDLED_TEXT
 from llm_coreml.quantize.quantized import build_original
 from llm_coreml.runtime.eager import EagerRunner
 from llm_coreml.runtime.runner import Runner
@@ -121,12 +123,7 @@ def make_delta(
     check_name(place)
     _check_place(place, overwrite)
     opened = open_bundle(Path(base))
-    config = _config(opened, adapters, keep_codes)
-    if keep_codes and _is_export(tuned):
-        raise ConfigError(
-            f"--keep-codes has a model exported over the base's codes, and '{tuned}' is an export "
-            "already; give the model that it came from, or drop --keep-codes."
-        )
+    config = _settings(opened, tuned, adapters, keep_codes, max_kl)
     with (
         folder_beside(place, lambda path: _check_place(path, overwrite)) as draft,
         tempfile.TemporaryDirectory() as folder,
@@ -145,23 +142,53 @@ def make_delta(
     return _told(place, record)
 
 
-def _config(
-    base: Bundle, adapters: Literal["merged", "beside"] | None, keep_codes: bool
+def _is_bundle(tuned: str | Path | torch.nn.Module) -> TypeGuard[str | Path]:
+    return not isinstance(tuned, torch.nn.Module) and is_bundle(Path(tuned))
+
+
+def _settings(
+    base: Bundle,
+    tuned: str | Path | torch.nn.Module,
+    adapters: Literal["merged", "beside"] | None,
+    keep_codes: bool,
+    max_kl: float | None,
 ) -> ExportConfig:
-    """Return the settings of an export that is made here: the base's, and what is asked for."""
+    """Return with what a model is exported, as far as that can be and comes to what is wanted.
+
+    Raises:
+        ConfigError: the base's settings name files of which it holds no more than the names, or
+            there is no model.
+        UnmeasuredError: a gate needs logits that such an export does not give.
+    """
     config = ExportConfig.from_json(base.manifest.config)
-    if adapters is not None:
-        config = replace(config, adapters=adapters)
-    if not keep_codes:
+    if _is_bundle(tuned):
+        asked = "--keep-codes" if keep_codes else adapters and f"--adapters {adapters}"
+        if asked:
+            raise ConfigError(
+                f"{asked} is for a model that is exported, and '{tuned}' is an "
+                "export already; leave it out, or give the model."
+            )
         return config
+    if keep_codes:
+        config = _over_codes(base, config)
+    files = {"calibrate": config.calibrate, "plan": config.plan, "codes-of": config.codes_of}
+    for name, file in files.items():
+        if file is not None and file != BUNDLED_TEXT and not Path(file).exists():
+            raise ConfigError(
+                f"The base was exported with --{name} {file}, a file of which it holds no more "
+                "than the name; work in its folder, or export TUNED yourself and give the bundle."
+            )
+    if Head.of(config.head) != LOGITS:
+        hold_to(None, max_kl)
+    return config if adapters is None else replace(config, adapters=adapters)
+
+
+def _over_codes(base: Bundle, config: ExportConfig) -> ExportConfig:
+    """Return settings with the base's codes, and with the formats that these have."""
     config = replace(config, codes_of=str(base.folder))
-    # What settings would choose by other weights are not the formats of these codes.
+    # What settings choose by the weights, they would choose otherwise by others.
     fixed = config.pt2e != "none" or base.manifest.plan_json() is None
     return config if fixed else config.under({"plan": str(base.folder / MANIFEST)})
-
-
-def _is_export(tuned: str | Path | torch.nn.Module) -> bool:
-    return not isinstance(tuned, torch.nn.Module) and is_bundle(Path(tuned))
 
 
 def _made(base: Bundle, record: DeltaRecord, kept: Path, folder: Path) -> Bundle:
@@ -182,7 +209,7 @@ def _wanted(
 
     That is the bundle that was given, or the unquantized model of which one is exported here.
     """
-    if not isinstance(tuned, torch.nn.Module) and _is_export(tuned):
+    if _is_bundle(tuned):
         found = open_bundle(Path(tuned))
         return found, open_runner(found)
     exported = export(

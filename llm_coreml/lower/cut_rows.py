@@ -33,6 +33,11 @@ def cut_rows(decoder: Decoder, cuts: Cuts) -> dict[str, list[list[int]]]:
             for part in (module.weight, bias):
                 if part is not None:
                     found.setdefault(names[id(part)], []).append(bounds)
+        beside = (module.down, module.up) if isinstance(module, Linear) else ()
+        for factor in beside:
+            # A layer of its own in the program.
+            if factor is not None and len(bounds := cuts.of_linear(len(factor), 1)) > 2:
+                found[names[id(factor)]] = [bounds]
     if cuts.gather is not None:
         for name, buffer in decoder.named_buffers():
             if buffer.ndim == 2 and len(bounds := cuts.of_table(buffer.shape[0], 1)) > 2:

@@ -23,7 +23,12 @@ from llm_coreml.decoder.spec import Extent
 from llm_coreml.decoder.states import state_specs
 from llm_coreml.errors import ConfigError, UnsupportedError
 from llm_coreml.quantize.formats.schemes import IntChannel, Unquantized
-from llm_coreml.quantize.plan.plan import QuantizationPlan, beside_blocks, matrices
+from llm_coreml.quantize.plan.plan import (
+    QuantizationPlan,
+    beside_blocks,
+    matrices,
+    recovery_bits,
+)
 from llm_coreml.targets import BACKENDS
 
 # What a weight file has beside numbers, of codes and of scales: a head, and room up to the next.
@@ -138,6 +143,11 @@ def _pieces(job: Job, spec: DecoderSpec, plan: QuantizationPlan) -> tuple[list[_
             # Each part is stored by itself.
             further = len(cut(rows, unit=1)) - 2
             sizes[f"{name}.weight"] = -(-bits // 8) + _ROOM * further
+    for name, shape in matrices(spec) if job.calibration.recover else ():
+        # Two factors, each cut as all that has so many rows.
+        rank = min(job.calibration.recovery_rank, *shape)
+        parts = sum(len(job.cuts.of_linear(rows, unit=1)) - 1 for rows in (rank, shape[0]))
+        sizes[f"{name}.up"] = recovery_bits(rank, shape) // 8 + _ROOM * parts
     for name, parameter in decoder.named_parameters():
         sizes.setdefault(name, parameter.numel() * number)
     found: dict[str, int] = {}

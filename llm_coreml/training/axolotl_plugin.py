@@ -37,12 +37,14 @@ class CoreMLPlugin(BasePlugin):  # type: ignore[misc]
         try:
             # As plain objects: those of axolotl answer to any name.
             asked = CoreMLSettings(**json.loads(json.dumps(cfg.coreml or {})))
+            gates = Gates(**(asked.gates or {}))
         except (TypeError, ValueError) as error:
-            told = "; ".join(str(error).splitlines()[1:3])
+            lines = str(error).splitlines()
+            told = "; ".join(lines[1:3] or lines)
             raise ConfigError(f"coreml in axolotl's configuration is wrong: {told}") from None
-        given = {name: value for name, value in asked.model_dump().items() if value is not None}
+        named = asked.model_dump(exclude={"gates"})
+        given = {name: value for name, value in named.items() if value is not None}
         output = given.pop("output", None) or Path(trainer.args.output_dir, "coreml")
-        gates = Gates(**given.pop("gates", {}))
         settings = given.pop("settings", None)
         config = None if settings is None else ExportConfig.from_json(settings)
         return [CoreMLExportCallback(output, gates=gates, config=config, **given)]

@@ -132,7 +132,8 @@ class CoreMLExportCallback(TrainerCallback):  # type: ignore[misc]
             ),
         )
         self._exporter = Exporter(Path(output), task, self._best)
-        self._in_training, self._last_step, self._best_step, self._failures = False, -1, -1, 0
+        self._in_training, self._failures = False, 0
+        self._last_step, self._best_step, self._saved_step = -1, -1, -1
         self._trainer: Trainer | None = None
 
     @property
@@ -144,7 +145,8 @@ class CoreMLExportCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, **_: Any) -> None:
         """Begin, or go on where a training was that is resumed."""
         self._exporter.abandon()
-        self._in_training, self._last_step, self._failures = True, -1, 0
+        self._in_training, self._failures = True, 0
+        self._last_step, self._saved_step = -1, -1
         self._best_step, self._trainer = state.best_global_step or -1, None
         never = self._moments.never(args)
         if never is not None:
@@ -182,6 +184,7 @@ class CoreMLExportCallback(TrainerCallback):  # type: ignore[misc]
     @_survived
     def on_save(self, args: Any, state: Any, **given: Any) -> None:
         """Export what the trainer saves."""
+        self._saved_step = state.global_step
         if self._moments.event == "save":
             self._export(args, state, given)
 
@@ -220,7 +223,9 @@ class CoreMLExportCallback(TrainerCallback):  # type: ignore[misc]
         if isinstance(tokenizer, ProcessorMixin):
             tokenizer = tokenizer.tokenizer
         saved = Path(args.output_dir, f"checkpoint-{state.global_step}")
-        moment = Moment(state.global_step, given["model"], tokenizer, saved)
+        # One that is not saved yet may be there all the same, of an earlier training.
+        ours = saved if self._saved_step == state.global_step else None
+        moment = Moment(state.global_step, given["model"], tokenizer, ours)
         try:
             left_out = self._exporter.submit(moment)
         except LlmCoreMLError as error:

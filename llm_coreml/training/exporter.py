@@ -152,8 +152,12 @@ class Exporter:
                 elif not job.process.ended:
                     return
             self._running = None
-            yield self._finished(job)
-            self._start_next()
+            # Whatever becomes of this one, in here or where it is told of.
+            try:
+                finished = self._finished(job)
+            finally:
+                self._start_next()
+            yield finished
         atexit.unregister(self.abandon)
 
     def _finished(self, job: _Job) -> Finished:

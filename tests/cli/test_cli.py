@@ -28,15 +28,17 @@ from exported import (
     write_manifest,
 )
 from llm_coreml import pipeline
+from llm_coreml.cli import eval as eval_flags
 from llm_coreml.cli.main import cli
 from llm_coreml.config import ExportConfig
+from llm_coreml.eval import runtimes
 from llm_coreml.quantize.formats.schemes import SCHEMES
 from llm_coreml.recipes import recipe_names
 from llm_coreml.targets import TARGETS
 
 COMMANDS = (
     *("apply", "compare", "dashboard", "delta", "diff", "eval", "export", "extract", "generate"),
-    *("inspect", "lm-eval", "ls", "push", "report", "run", "show", "track"),
+    *("inspect", "lm-eval", "ls", "push", "report", "run", "show", "sweep", "track"),
 )
 STAGES = (
     "opening the checkpoint ...",
@@ -53,6 +55,7 @@ HEAVY = ("torch", "coremltools", "transformers", "executorch", "rich", "tokenize
 
 def test_the_commands_are_these() -> None:
     assert tuple(sorted(cli.commands)) == COMMANDS
+    assert eval_flags.RUNTIMES == runtimes.RUNTIMES  # two lists, since one brings torch
 
 
 @pytest.mark.parametrize("words", [(), *((name,) for name in COMMANDS)], ids=" ".join)

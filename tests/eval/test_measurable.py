@@ -70,7 +70,7 @@ def test_a_package_is_read_as_the_program_around_it(
 ) -> None:
     extract(bundle, tmp_path / "models")
     package = tmp_path / "models" / "model-0.mlpackage"
-    with pytest.raises(llm_coreml.LlmCoreMLError, match="tokenizer"):
+    with pytest.raises(ConfigError, match="its folder, with --tokenizer"):
         measured(package, text_file)
     steps: list[Step] = []
     found = measured(package, text_file, bundle / "tokenizer.json", progress=steps.append)
@@ -97,6 +97,9 @@ def test_an_original_is_measured_by_itself(
     assert beside.artifact.mean_kl == 0.0 and beside.artifact.top1_agreement == 1.0
     with pytest.raises(ConfigError, match="runs exports, and this is a model"):
         measured(checkpoint, text_file, runtime="reference")
+    for what, runtime in ((checkpoint, "auto"), (bundle, "eager")):
+        with pytest.raises(ConfigError, match="leave mode and device out"):
+            measured(what, text_file, runtime=runtime, execution=Execution("fp32"))
 
 
 def bundle_tokenizer(bundle: Path) -> Any:

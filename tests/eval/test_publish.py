@@ -87,6 +87,7 @@ def test_bundle_card_results_and_tasks_arrive_in_one_commit(
         ("/create", 401, "Nothing was committed. Log in with a token that may write"),
         ("/create", 403, "Nothing was committed. Log in with a token that may write"),
         ("/commit/", 403, "Nothing was committed. The repository was made, and is empty. Log in"),
+        ("/put/", 403, "Nothing was committed. The repository was made, and is empty. Log in"),
         ("/commit/", 500, "The repository was made, and is empty. The hub has trouble of its own"),
     ],
 )

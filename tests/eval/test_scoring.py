@@ -24,7 +24,7 @@ from llm_coreml.eval.quality import measure_quality
 from llm_coreml.eval.remembered import RememberedReader
 from llm_coreml.eval.results import Quality, Subject, Window
 from llm_coreml.eval.scoring import Scoring
-from llm_coreml.eval.workers import in_parallel
+from llm_coreml.eval.workers import computing_with, in_parallel
 from llm_coreml.model import open_model
 from llm_coreml.progress import Silent
 from llm_coreml.quantize.quantized import build_original
@@ -99,6 +99,27 @@ def test_what_a_process_cannot_do_is_done_here(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match=r"window [01]"):
         list(in_parallel(fails, range(3), jobs=2, threads=1))
+
+
+def test_a_process_computes_with_several_threads() -> None:
+    """OpenMP's threads are not there after a fork, and whoever had used them waits for them."""
+    numbers = torch.arange(1 << 20, dtype=torch.float64)
+
+    def work(_: int) -> bytes:
+        return str(float(numbers.sqrt().sum())).encode()
+
+    def late(_: int, __: Any) -> None:
+        raise TimeoutError("a process hangs")
+
+    with computing_with(2):
+        expected = work(0)  # by threads of this process, which it keeps
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(60)
+    try:
+        assert dict(in_parallel(work, range(2), jobs=2, threads=2)) == {0: expected, 1: expected}
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_processes_are_gone_when_nobody_asks_any_more() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -54,5 +55,6 @@ def state_of(model: Any) -> dict[str, Any]:
         "level": root.level,
         "tempfile": tempfile.tempdir,
         "environment": dict(os.environ),
+        "collections": (gc.isenabled(), gc.get_threshold()),
         "folder": os.getcwd(),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,11 @@ import torch
 from torch import nn
 
 from llm_coreml.config import ExportConfig, resolve
+from llm_coreml.cuts import Cuts
 from llm_coreml.decoder import Decoder
 from llm_coreml.errors import ConfigError, UnsupportedError
+from llm_coreml.lower.cut_rows import cut_rows
+from llm_coreml.lower.shares import cut_of
 from llm_coreml.model import Model, open_model
 from llm_coreml.progress import Silent
 from llm_coreml.quantize import make_plan
@@ -26,6 +30,8 @@ from llm_coreml.quantize.low_rank import (
     largest_rank,
     residual_factors,
 )
+from llm_coreml.quantize.plan.budget import other_bytes
+from llm_coreml.quantize.plan.plan import matrices
 from llm_coreml.quantize.quantized import build_decoder, build_original, quantize
 from llm_coreml.runtime.eager import EagerRunner
 from tiny import expected_logits, llama, save, tokens_for
@@ -83,6 +89,9 @@ def test_they_compute_what_the_sum_would(built: Decoder, model: Model) -> None:
     assert largest_rank(decoder) == 3 and largest_rank(built) == 0
     shapes = [module.weight.shape for _, module in linears(decoder)]
     assert factor_bits(decoder) == sum(16 * 3 * (rows + columns) for rows, columns in shapes)
+    # Each is a layer of its own, which is cut as one.
+    cut = cut_rows(decoder, Cuts(linear=16))
+    assert cut[f"{PLAIN}.up"] == [[0, 16, 32, 48, 64]] and f"{PLAIN}.down" not in cut
     with pytest.raises(UnsupportedError, match="fp16 ends at 65504"):
         attach(decoder, {PLAIN: (down.float() * 1e9, up)})
 
@@ -136,6 +145,17 @@ def test_an_export_goes_that_way(model: Model, monkeypatch: pytest.MonkeyPatch) 
     assert found.tuning is not None and found.tuning.after <= found.tuning.before
 
 
+def test_sizes_count_what_is_trained(model: Model) -> None:
+    settings = ExportConfig(bits=4, context=64, calibrate="bundled", tune=2, split=("head",))
+    jobs = [resolve(replace(settings, recover=each), model.spec) for each in (None, "lora:4")]
+    plan = make_plan(jobs[0], model.spec)
+    nbytes = sum(2 * 4 * sum(shape) for _, shape in matrices(model.spec))
+    before, after = (other_bytes(job, model.spec, plan) for job in jobs)
+    assert nbytes < after - before < nbytes + 14 * 2049  # the rest is the program's text
+    (first, head), (more, same) = (cut_of(job, model.spec, plan).sizes for job in jobs)
+    assert nbytes < more - first < nbytes + 14 * 1024 and same == head
+
+
 @pytest.mark.parametrize("value", ["lora", "lora:", "lora:0", "lora:257", "lora:-1", "dora:4", "4"])
 def test_a_wrong_rank_is_refused(value: str) -> None:
     with pytest.raises(ConfigError, match="give lora:RANK, with a rank from 1 to 256"):
@@ -150,7 +170,6 @@ def test_what_cannot_be_together_is_refused(model: Model) -> None:
         {"adapters": "beside", **recovered},
         {"adapters": "beside", "rotate": "both"},
         {"adapters": "beside", "pt2e": "weights"},
-        {"adapters": "beside", "linear_split": 64},
     ):
         with pytest.raises(ConfigError, match="drop one of them"):
             resolve(ExportConfig(**settings), model.spec)

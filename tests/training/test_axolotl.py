@@ -83,6 +83,7 @@ def test_the_callback_is_as_the_yaml_says(manager: Any, tmp_path: Path) -> None:
         ({"bitz": 4}, r"coreml in axolotl's configuration is wrong: bitz; *Extra inputs"),
         ({"when": "evalute"}, "Did you mean 'evaluate'"),
         ({"gates": {"max_kl": -1.0}}, "--max-kl is -1"),
+        ({"gates": {"max_kll": 1.0}}, "coreml in axolotl's configuration is wrong: .*'max_kll'"),
         ({"settings": {"context": "x"}}, "context"),
     ],
 )

@@ -280,6 +280,54 @@ def test_one_runs_one_waits_and_the_training_goes_on(
     assert sorted(os.listdir(tmp_path / "exports")) == ["best", "results.jsonl"]
 
 
+@pytest.mark.parametrize(("when", "taken"), [("save", True), (2, False)])
+def test_a_checkpoint_of_an_earlier_training_is_not_taken(
+    when: Any,
+    taken: bool,
+    made_up: type[MadeUp],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    checkpoint = tmp_path / "trained" / "checkpoint-2"
+    checkpoint.mkdir(parents=True)
+    seen, hand_over = [], exporter.hand_over
+
+    def look(*arguments: Any) -> Path:
+        seen.append(arguments[-1])
+        return hand_over(*arguments)
+
+    monkeypatch.setattr(exporter, "hand_over", look)
+    export = CoreMLExportCallback(tmp_path / "exports", when=when)
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    trainer(tmp_path, [export], max_steps=2, **saving).train()
+    assert seen == [checkpoint if taken else None]
+
+
+class Broken(TrainerCallback):  # type: ignore[misc]
+    """A tracker that fails when it is told of an export."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if "eval_coreml_step" in logs:
+            raise ConnectionError("nobody is there")
+
+
+def test_a_tracker_that_fails_holds_up_no_export(
+    made_up: type[MadeUp], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made_up.ended_by_itself, made_up.figures = False, {1: (2.0, 0.1), 2: (1.0, 0.1)}
+    export = CoreMLExportCallback(tmp_path / "exports", when=(1, 2))
+
+    def end(step: int) -> None:
+        made_up.ended_by_itself = step >= 3
+
+    trainer(tmp_path, [Does(end), export, Broken()], max_steps=5).train()
+    assert [order.output.name for order in made_up.orders] == ["step-1", "step-2"]
+    told = [each.getMessage() for each in caplog.records if "llm_coreml" in each.name]
+    assert told == ["ConnectionError: nobody is there"] * 2
+    assert kept(export) == 2
+    assert sorted(os.listdir(tmp_path / "exports")) == ["best", "results.jsonl"]
+
+
 def test_an_interrupted_training_leaves_nothing(made_up: type[MadeUp], tmp_path: Path) -> None:
     made_up.ended_by_itself = False
     export = CoreMLExportCallback(tmp_path / "exports", when=1)

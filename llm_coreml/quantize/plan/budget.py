@@ -26,6 +26,7 @@ from llm_coreml.quantize.plan.plan import (
     beside_blocks,
     make_plan,
     matrices,
+    recovery_bits,
     schemes_by_pattern,
     use_of,
 )
@@ -43,6 +44,8 @@ _MIXED = (
 # What a program takes beside its numbers: operations, names, alignment. Measured were 21 to 24 kB,
 # and 30.0 to 31.6 kB per layer, at hidden sizes of 64 and 256.
 _PROGRAM_BYTES, _LAYER_BYTES = 28 << 10, 34 << 10
+# And for a product beside a matrix, of which 1.4 kB were measured.
+_PRODUCT_BYTES = 2 << 10
 
 Options = Mapping[str, tuple[Scheme, ...]]
 
@@ -123,6 +126,8 @@ def other_bytes(job: Job, spec: DecoderSpec, plan: QuantizationPlan) -> int:
     bits += sum(plan.scheme_of(name).stored_bits(shape) for name, shape in beside_blocks(spec))
     # Where the token table and a head that is the same are apart, each of them has it.
     once = plan.tied and programs == 1 and not job.skip_ops
+    for _, shape in matrices(spec) if job.calibration.recover else ():
+        bits += recovery_bits(job.calibration.recovery_rank, shape) + 8 * _PRODUCT_BYTES
     skipped = Unquantized(32) if SKIP_HEAD in job.skip_ops else plan.lm_head
     bits += 0 if once else skipped.stored_bits(table)
     number, context = job.precision.bits // 8, job.shapes.context

@@ -70,6 +70,11 @@ def matrices(spec: DecoderSpec) -> Iterator[tuple[str, tuple[int, int]]]:
             yield name, (module.out_features, module.in_features)
 
 
+def recovery_bits(rank: int, shape: tuple[int, int]) -> int:
+    """Return what a product of a rank takes beside a matrix of a shape, see `low_rank`."""
+    return 16 * min(rank, *shape) * sum(shape)
+
+
 def make_plan(
     job: Job, spec: DecoderSpec, chosen: Mapping[str, Scheme] | None = None
 ) -> QuantizationPlan:

@@ -81,8 +81,10 @@ def test_every_end_of_a_process_is_an_outcome(
     assert "short of memory; set fewer --jobs" in killed.sentence and killed.exit_code == 137
     ended = tried(tmp_path, "exit")
     assert (ended.sentence, ended.exit_code) == ("It ended with code 1 (the last words).", 1)
+    (tmp_path / ".llm-coreml-0123").mkdir()
     late = tried(tmp_path, "hang", seconds=0.6)
-    assert "was not done after 0.01 minutes" in late.sentence
+    assert "was not done after 0.01 minutes" in late.sentence and "0.02}" in late.sentence
+    assert not (tmp_path / ".llm-coreml-0123").exists(), "the draft of a killed process"
     assert late.exit_code == 128 + signal.SIGXCPU and late.seconds < 10
     monkeypatch.setattr(attempting, "_GRACE", 0.3)
     assert "was not done after" in tried(tmp_path, "deaf", seconds=0.6).sentence

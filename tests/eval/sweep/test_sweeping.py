@@ -65,8 +65,8 @@ def real(checkpoint: Path, text_file: Path, tmp_path_factory: pytest.TempPathFac
         models: ['{checkpoint}']
         formats: [{{bits: 4}}, {{bits: 4, group_size: 24}}]
         settings: {{context: 64, seq_lengths: [1, 8]}}
-        evaluate: {{text: '{text_file}', tokens: 40}}
-        limits: {{memory: 8GB, minutes: 10}}
+        evaluate: {{text: '{text_file}', tokens: 80}}
+        limits: {{memory: 8GB, minutes: 10, cores: 2}}
         """,
     )
 
@@ -95,7 +95,12 @@ def test_cells_are_made_once_and_failures_are_kept_beside_them(
     assert second["exit_code"] == 5 and "24" in second["sentence"]
     (document,) = read_results(results)
     assert document["qualities"][-1]["perplexity"] == first["figures"]["perplexity"]
-    assert document["subject"]["name"] == good.replace(" ", "-") and document["tokens"] == 40
+    assert document["subject"]["name"] == good.replace(" ", "-") and document["tokens"] == 80
+    # Read by processes that are forked while another thread of the cell waits for its stdin.
+    assert len(document["windows"]) == 2
+    assert second["peak_memory_bytes"] > 1 << 26
+    peak = document["latency"]["peak_memory_bytes"]
+    assert first["peak_memory_bytes"] > peak, "the export is part of the cell"
     assert document["text"] == text_file.name and document["export"]["context"] == 64
     kept = Path(first["folder"]) / document["subject"]["name"]
     assert open_bundle(kept).manifest.source.sha256 == document["source"]["sha256"]
@@ -129,10 +134,10 @@ def test_cells_are_made_once_and_failures_are_kept_beside_them(
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        ("tokens: 40", "tokens: 41"),
+        ("tokens: 80", "tokens: 81"),
         ("bits: 4}", "bits: 3}"),
         ("context: 64", "context: 96"),
-        ("tokens: 40", "tokens: 40, mode: fp32"),
+        ("tokens: 80", "tokens: 80, mode: fp32"),
     ],
 )
 def test_a_key_follows_from_what_figures_follow_from(
@@ -172,6 +177,19 @@ def test_a_key_holds_what_texts_and_weights_are(
     assert key(own) != before
 
 
+def test_a_cell_finds_its_files_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "llama").mkdir()  # an export is often called so, and the recipe is meant
+    (tmp_path / "text.txt").write_text("Some words to calibrate on.")
+    file = written(tmp_path / "near.yaml", "models: [llama]\nsettings: {calibrate: text.txt}")
+    sweep = read_sweep(file)
+    (cell,) = identity.tasks_of(sweep, cells_of(sweep), tmp_path)
+    assert cell.model == "llama"
+    assert cell.settings["calibration"]["calibrate"] == str(tmp_path / "text.txt")
+
+
 # Stubs of cells.
 
 MIXED = """
@@ -203,8 +221,10 @@ def test_failed_cells_are_tried_again_when_asked(
     (whole,) = (path for path in results.glob("cell-*") if (path / "results.json").exists())
     (whole / "results.json").write_text("{")
     assert call().code == 11 and tried(results)[5:] == ["slow0"]
-    (whole / "cell.json").write_text("[]")
+    (whole / "results.json").write_text("[]")
     assert call().code == 11 and tried(results)[6:] == ["slow0"]
+    (whole / "cell.json").write_text("[]")
+    assert call().code == 11 and tried(results)[7:] == ["slow0"]
 
 
 def test_a_sweep_that_is_killed_goes_on(stubs: None, tmp_path: Path, interruptible: None) -> None:
