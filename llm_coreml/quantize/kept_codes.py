@@ -153,4 +153,5 @@ def _program(base: str | Path) -> Path:
 def _direction(weight: torch.Tensor) -> torch.Tensor:
     rows = torch.linspace(0, len(weight) - 1, min(_ROWS, len(weight))).long().tolist()
     found = torch.cat([one_row(weight, row) for row in rows]).flatten()
-    return found / found.norm().clamp(min=torch.finfo(torch.float32).tiny)
+    direction: torch.Tensor = found / found.norm().clamp(min=torch.finfo(torch.float32).tiny)
+    return direction
