@@ -102,7 +102,7 @@ class KeptCodes:
         same = self._found.get((rows, columns), [])
         stored = [each for each in same if each.fits(scheme, (rows, columns))]
         if not stored:
-            told = f"not as {scheme.label}" if same else "none of that shape"
+            told = f"none as {scheme.label}" if same else "none of that shape"
             raise UnsupportedError(
                 f"--codes-of '{self._name}' has {told}; export with the base's own settings "
                 "(--plan takes its manifest.json), and without cuts of matrices."

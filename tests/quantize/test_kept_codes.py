@@ -59,8 +59,8 @@ def test_what_is_not_there_is_refused(quantized: Callable[[str], Artifact], tmp_
     weight, scheme = quantized_in(artifact)["layers.0.mlp.up_proj"]
     with pytest.raises(UnsupportedError, match="none of that shape; export with"):
         kept.like(torch.ones(7, 64), scheme)
-    with pytest.raises(UnsupportedError, match="has not as int8 per channel; export with"):
-        kept.like(torch.ones(weight.shape), IntChannel(8))
+    with pytest.raises(UnsupportedError, match="has none as int4 per channel; export with"):
+        kept.like(torch.ones(weight.shape), IntChannel(4))
     other = torch.randn(weight.shape, generator=torch.Generator().manual_seed(5))
     with pytest.raises(UnsupportedError, match=r"nothing like it .* give an export of the model"):
         kept.like(other, scheme)
