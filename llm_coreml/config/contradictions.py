@@ -59,16 +59,6 @@ def _skips(config: ExportConfig, name: str) -> bool:
 
 CONTRADICTIONS = (
     Contradiction(
-        lambda config, target: config.codes_of is not None and config.adapters == "beside",
-        "--adapters beside has the base's codes already, and --codes-of {codes_of} fits them to "
-        "the tuned weights; drop one of them.",
-    ),
-    Contradiction(
-        lambda config, target: config.codes_of is not None and config.pt2e != "none",
-        "--pt2e {pt2e} chooses codes by itself, and --codes-of {codes_of} keeps those of another "
-        "export; drop one of them.",
-    ),
-    Contradiction(
         lambda config, target: config.adapters == "beside" and config.rotate != "none",
         "--adapters beside leaves an adapter's matrices as they are, and --rotate {rotate} turns "
         "what they read and write; drop one of them.",
@@ -215,6 +205,16 @@ CONTRADICTIONS = (
         "the lengths, such as 1,64,512, or give --force to have it run on the CPU.",
         error=UnsupportedError,
         forced=True,
+    ),
+    Contradiction(
+        lambda config, target: config.codes_of is not None and config.adapters == "beside",
+        "--adapters beside has the base's codes already, and --codes-of {codes_of} fits them to "
+        "the tuned weights; drop one of them.",
+    ),
+    Contradiction(
+        lambda config, target: config.codes_of is not None and config.pt2e != "none",
+        "--pt2e {pt2e} chooses codes by itself, and --codes-of {codes_of} keeps those of another "
+        "export; drop one of them.",
     ),
 )
 

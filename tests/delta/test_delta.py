@@ -213,6 +213,7 @@ def test_what_cannot_be_exported_again_is_told_before(
 
     def exported_with(**settings: Any) -> None:
         config = replace(ExportConfig.from_json(base.manifest.config), **settings).to_json()
+        config = json.loads(json.dumps(config))  # as a manifest has it
         found = replace(base, manifest=replace(base.manifest, config=config))
         monkeypatch.setattr(making, "open_bundle", lambda _: found)
 
