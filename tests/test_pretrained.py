@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,23 +25,23 @@ SETTINGS = ExportConfig(context=64, seq_lengths=(1,))
 def test_what_is_pushed_is_the_bundle_and_tells_of_no_folder(
     hub: type[Hub], checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    secret = checkpoint.rename(checkpoint.with_name("secret-run"))
-    try:
-        address = llm_coreml.push_to_hub_coreml(
-            secret, "mine", bits=4, target="gpu", config=SETTINGS, token="hf_x", cache=False
-        )
-    finally:
-        secret.rename(checkpoint)
+    # Other tests read the shared folder meanwhile.
+    secret = shutil.copytree(checkpoint, tmp_path / "secret-run")
+    address = llm_coreml.push_to_hub_coreml(
+        secret, "mine", bits=4, target="gpu", config=SETTINGS, token="hf_x", cache=False
+    )
     assert address == COMMIT
     assert capfd.readouterr() == ("", "")
     assert hub.asked[-1].startswith("/api/models/me/mine/commit/main")
+    pushed = tmp_path / "pushed"
+    pushed.mkdir()
     for name, content in hub.files.items():
-        (tmp_path / name).write_bytes(content)
+        (pushed / name).write_bytes(content)
         assert b"secret-run" not in content, name
-    made = open_bundle(tmp_path)
+    made = open_bundle(pushed)
     assert made.manifest.source.name == "mine" and "./mine" in made.manifest.rebuild
-    assert (tmp_path / "README.md").read_text().count("# mine for ExecuTorch") == 1
-    assert llm_coreml.load(tmp_path).generate("The", 1)
+    assert (pushed / "README.md").read_text().count("# mine for ExecuTorch") == 1
+    assert llm_coreml.load(pushed).generate("The", 1)
 
 
 def test_a_hub_that_refuses_costs_no_export(

@@ -21,7 +21,13 @@ from torch.distributed.tensor import DTensor
 from llm_coreml.checkpoint.live_adapters import adapter_base, chosen, merged_copy
 from llm_coreml.checkpoint.live_codes import is_of_bitsandbytes, shape_of, values_of
 from llm_coreml.checkpoint.live_offloaded import Place, offloaded_by
-from llm_coreml.checkpoint.live_trained_codes import PARTS, has_trained_codes, rounded_weight
+from llm_coreml.checkpoint.live_trained_codes import (
+    PARTS,
+    has_codebook,
+    has_trained_codes,
+    idle_codebook,
+    rounded_weight,
+)
 from llm_coreml.errors import CheckpointError, UnsupportedError
 
 # Where the model is inside of what wraps all of it: torch.compile, DataParallel and DeepSpeed,
@@ -208,7 +214,7 @@ def _collect(
     place = offloaded_by(module) or place
     if layer is not None:
         base: dict[str, LiveTensor] = {}
-        if has_trained_codes(module):
+        if has_trained_codes(module) or has_codebook(module):
             raise UnsupportedError(
                 f"'{prefix}weight' is rounded in training and has an adapter: one cannot be merged "
                 "into the other. Export either, or merge and train on."
@@ -228,8 +234,9 @@ def _collect(
     for name, value in {**module._parameters, **persistent}.items():
         if value is not None and not (coded and name == "weight"):
             found[prefix + name] = _tensor(prefix + name, value, module, name, place)
+    idle = idle_codebook(module)
     for name, child in module._modules.items():
-        if child is not None:
+        if child is not None and name != idle:
             _collect(child, f"{prefix}{name}.", place and place.inside(name), found)
 
 

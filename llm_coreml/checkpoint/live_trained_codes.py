@@ -1,5 +1,6 @@
 """Codes of torchao in a live model: layers that were trained with rounded weights, or converted.
 
+    has_codebook(module)                     # its weight and its tables are read as they lie
     weight = rounded_weight(module)          # codes, scales and zero points; None of other modules
 
 What a layer in training computes with is what is read: each is held against the layer's own
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 
+from llm_coreml.checkpoint.packed.codebook_format import TABLES
 from llm_coreml.errors import UnsupportedError
 from llm_coreml.printable import printable
 
@@ -23,6 +25,7 @@ PARTS = {
     "_weight_scale": "scale",
     "_weight_zero_point": "zero_point",
 }
+_QUANTIZER, _, _TABLES = TABLES.partition(".")
 # What a configuration says of weights that are stored so.
 SETTINGS = {
     "quant_method": "torchao",
@@ -33,7 +36,20 @@ SETTINGS = {
 def has_trained_codes(module: torch.nn.Module) -> bool:
     """Say whether the weight of a module is codes, or is rounded to codes whenever it is used."""
     weight = module._parameters.get("weight")
-    return type(weight).__name__ == "IntxUnpackedToInt8Tensor" or _is_in_training(module)
+    codes = type(weight).__name__ == "IntxUnpackedToInt8Tensor"
+    return codes or (_is_in_training(module) and not has_codebook(module))
+
+
+def has_codebook(module: torch.nn.Module) -> bool:
+    """Say whether the weight of a module is rounded to entries of tables whenever it is used."""
+    return _is_in_training(module) and _TABLES in module.get_submodule(_QUANTIZER)._buffers
+
+
+def idle_codebook(module: torch.nn.Module) -> str | None:
+    """Return the name of a child that has tables which are switched off, None if there is none."""
+    child = module._modules.get(_QUANTIZER)
+    idle = child is not None and _TABLES in child._buffers and not _is_in_training(module)
+    return _QUANTIZER if idle else None
 
 
 def _is_in_training(module: torch.nn.Module) -> bool:

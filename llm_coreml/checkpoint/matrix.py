@@ -28,12 +28,13 @@ class Affine:
     """What the signed codes of one matrix stand for by its format: `scale * code + offset`.
 
     Attributes:
-        bits: 2, 3, 4, 6 or 8.
+        bits: 2, 3, 4, 6 or 8, or 1 with `entries`.
         scale: fp64 `[rows, groups]`, any sign; consecutive inputs share one.
         offset: fp64 `[rows, groups]`.
         ends: The lowest and the highest code; None is all that `bits` hold.
         entries: fp64 `[2**bits]`, what stands in the place of codes, which count from 0 then and
-            have no offset; None is the codes themselves.
+            have no offset; None is the codes themselves. Of `[row_groups, column_groups, 2**bits]`
+            each block of rows and columns has its own, and `scale` is one, `[rows, 1]`.
     """
 
     bits: int
@@ -49,14 +50,14 @@ class Levels:
     """What the codes of one matrix stand for: `scale * (code - zero_point)`.
 
     Attributes:
-        bits: 2, 3, 4, 6 or 8.
+        bits: 2, 3, 4, 6 or 8, or 1 with `entries`.
         scale: fp32 `[rows, groups]`, fp16 numbers; consecutive inputs share one.
         zero_point: int8, or fp32 that are fp16 numbers, `[rows, groups]`; None is zero everywhere.
         flat: bool `[rows, groups]`: groups of one value only, whose codes are all taken as 0.
         error: Largest |stored - defined| over the range of codes, as a share of the distance
             between two codes; 0 if both are the same numbers.
         entries: fp32 `[2**bits]`, fp16 numbers, what stands in the place of codes; None is the
-            codes themselves.
+            codes themselves. Of blocks as `Affine` has them.
     """
 
     bits: int
@@ -72,6 +73,11 @@ class Levels:
         if self.zero_point is None:
             return "none"
         return "float" if self.zero_point.is_floating_point() else "int"
+
+    @property
+    def tables(self) -> torch.Tensor | None:
+        """Return the entries of blocks, None where there are none, or one table for all."""
+        return self.entries if self.entries is not None and self.entries.dim() == 3 else None
 
 
 @final
@@ -103,6 +109,8 @@ class PackedForm:
         zero_point: Which numbers its zero points are.
         error: Largest difference that storing it for Core ML makes, see `Levels.error`; 0 is exact.
         table: Its codes are places in a table.
+        block: Rows and inputs that share a table, None being all of them, where blocks have tables
+            of their own.
     """
 
     label: str
@@ -111,6 +119,7 @@ class PackedForm:
     zero_point: ZeroPoint
     error: float
     table: bool = False
+    block: tuple[int | None, int | None] | None = None
 
 
 def fit(affine: Affine) -> Levels:
@@ -119,6 +128,8 @@ def fit(affine: Affine) -> Levels:
     Raises:
         ValueError: a number is not finite, or fp16 cannot hold it.
     """
+    if affine.entries is not None and affine.entries.dim() == 3:
+        return _fit_tables(affine, affine.entries)
     if affine.entries is not None:
         return _fit_table(affine, affine.entries)
     bits, scale, offset = affine.bits, affine.scale, affine.offset
@@ -157,6 +168,20 @@ def _fit_table(affine: Affine, entries: torch.Tensor) -> Levels:
     flat = torch.zeros_like(scale, dtype=torch.bool)
     fp32 = torch.float32
     return Levels(affine.bits, scale.to(fp32), None, flat, error, held.to(fp32))
+
+
+def _fit_tables(affine: Affine, entries: torch.Tensor) -> Levels:
+    """Find the fp16 numbers nearest to the tables of blocks."""
+    held = _halves(entries, "table's value")
+    gaps = entries.diff(dim=2)
+    gap = torch.where(gaps > 0, gaps, torch.inf).amin(2, keepdim=True)
+    off = (held - entries).abs()
+    # Of a table with one value there is no distance: it is off by itself.
+    gap = torch.where(gap.isinf(), entries.abs(), gap)
+    error = float(torch.where(off == 0, 0.0, off / gap).max())
+    flat = torch.zeros_like(affine.scale, dtype=torch.bool)
+    fp32 = torch.float32
+    return Levels(affine.bits, affine.scale.to(fp32), None, flat, error, held.to(fp32))
 
 
 def values(codes: torch.Tensor, affine: Affine) -> torch.Tensor:

@@ -28,8 +28,10 @@ from llm_coreml.checkpoint.lone_adapters import (
     open_lone_adapter,
 )
 from llm_coreml.checkpoint.packed import PackedCheckpoint, find_formats, names_quantization
+from llm_coreml.checkpoint.packed.codebook_format import TrainedCodebook, holds_tables
 from llm_coreml.errors import CheckpointError, ConfigError
 
+_CONFIG = "config.json"
 _Opened = TypeVar("_Opened", bound=Checkpoint)
 
 
@@ -112,12 +114,14 @@ def expanded(checkpoint: Checkpoint) -> Checkpoint:
 
 def _unpacked(files: Checkpoint) -> Checkpoint:
     """Return files whose matrices are quantized as a checkpoint of matrices."""
+    if holds_tables(files.names()):
+        return PackedCheckpoint(files, (TrainedCodebook(), *find_formats(files.config, _CONFIG)))
     if not names_quantization(files.config):
         return files
     # Weights are what counts: settings stay behind where a model was merged or dequantized.
     if all(files.dtype(name) in WEIGHT_DTYPES for name in files.names()):
         return PackedCheckpoint(files, ())
-    return PackedCheckpoint(files, find_formats(files.config, "config.json"))
+    return PackedCheckpoint(files, find_formats(files.config, _CONFIG))
 
 
 def _as_gguf(source: object) -> Path | None:

@@ -25,6 +25,7 @@ from typing import ClassVar, final
 import torch
 
 from llm_coreml.checkpoint.matrix import Packed
+from llm_coreml.errors import UnsupportedError
 
 Shape = tuple[int, ...]
 
@@ -67,6 +68,8 @@ class RowChoice(ValueMap):
     def packed(self, stored: Packed) -> Packed:
         """Return the rows' codes and levels; inputs have the same order in all rows."""
         rows, levels = self.chosen(len(stored.codes)), stored.levels
+        if levels.tables is not None:
+            levels = replace(levels, entries=_tables_of(levels.tables, rows, len(stored.codes)))
         zero_point = None if levels.zero_point is None else levels.zero_point[rows]
         mine = replace(
             levels, scale=levels.scale[rows], zero_point=zero_point, flat=levels.flat[rows]
@@ -369,3 +372,22 @@ class Waves(ValueMap):
         angles = positions.outer(10000.0 ** (-counts / self.period))
         rest = torch.zeros(self.rows, self.width % 2)
         return torch.cat((angles.sin(), angles.cos(), rest), dim=1).to(torch.float32)
+
+
+def _tables_of(tables: torch.Tensor, rows: slice | torch.Tensor, of: int) -> torch.Tensor:
+    """Return the tables of some rows of a matrix that has `of` of them.
+
+    Raises:
+        UnsupportedError: these rows are not whole blocks with a table each.
+    """
+    if len(tables) == 1:
+        return tables
+    size = of // len(tables)
+    owners = torch.arange(of)[rows] // size
+    first = owners[::size]
+    if len(owners) % size or not torch.equal(first.repeat_interleave(size), owners):
+        raise UnsupportedError(
+            f"Tables of {size} rows were trained of a matrix whose rows lie in another order here; "
+            "train with one table for all rows: qat_config('codebook:BITS:whole')."
+        )
+    return tables[first]

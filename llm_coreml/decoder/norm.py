@@ -58,6 +58,8 @@ class RMSNorm(nn.Module):
 
     # How much of a row is left when it is normed: all of it.
     _kept: ClassVar[float] = 1.0
+    # Numbers of the form `scaled` that `l2` has no use for.
+    _scaled_alone: ClassVar[tuple[str, ...]] = ("root_eps", "inverse_range", "smallest_scale")
     form: NormForm
     root_eps: torch.Tensor
     smallest_scale: torch.Tensor
@@ -99,14 +101,21 @@ class RMSNorm(nn.Module):
         self.form = "l2" if form == "layer" and self.eps < _LEAST else form
         if self.form == "layer":
             self.eps = _held(self.eps, storage)
+            self._forget(RMSNorm._scaled_alone)
         if self.form != "l2":
             return
+        self._forget(self._scaled_alone)
         shrink = 2.0 ** -math.ceil(math.log2(math.sqrt(self.size)))
         root = math.sqrt(self.size / _BEHIND * self.eps) * self._kept * shrink
         self._behind = _held(max(root, _LEAST), storage)
         grow = torch.tensor([1 / (shrink * math.sqrt(self.size))])
         self.register_buffer("shrink", torch.tensor([shrink]), persistent=False)
         self.register_buffer("grow", grow, persistent=False)
+
+    def _forget(self, names: tuple[str, ...]) -> None:
+        # A program is held to have every number of its decoder.
+        for name in names:
+            self._buffers.pop(name, None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise the last axis of `x`; same shape and dtype."""
@@ -137,6 +146,7 @@ class LayerNorm(RMSNorm):
     """Norm of the last axis by mean and variance (arXiv 1607.06450); arguments as `RMSNorm`."""
 
     _kept = 0.5
+    _scaled_alone = ("root_eps", "inverse_range")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise the last axis of `x`; same shape and dtype."""

@@ -163,11 +163,14 @@ class ShiftedWeights(Weights):
         packed, factor = self._weights.packed(name), self._factors.get(name)
         if packed is None or factor is None:
             return packed
-        scale = packed.levels.scale * factor
+        tables = packed.levels.tables
+        scale = (packed.levels.scale if tables is None else tables) * factor
         if not torch.equal(scale.to(torch.float16).to(scale.dtype), scale):
             raise UnsupportedError(
                 f"{self.described(name)} has scales that fp16 cannot hold once they are multiplied "
                 f"by {factor:g} (--residual-shift); use --compute-precision fp32, or give the "
                 "unquantized checkpoint."
             )
+        if tables is not None:
+            return replace(packed, levels=replace(packed.levels, entries=scale))
         return replace(packed, levels=replace(packed.levels, scale=scale))

@@ -37,7 +37,8 @@ class CoreMLPlugin(BasePlugin):  # type: ignore[misc]
         try:
             # As plain objects: those of axolotl answer to any name.
             asked = CoreMLSettings(**json.loads(json.dumps(cfg.coreml or {})))
-            gates = Gates(**(asked.gates or {}))
+            named_gates: dict[str, Any] = dict(asked.gates or {})
+            gates = Gates(**named_gates)
         except (TypeError, ValueError) as error:
             lines = str(error).splitlines()
             told = "; ".join(lines[1:3] or lines)

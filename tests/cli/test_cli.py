@@ -304,7 +304,10 @@ def test_export_flags_reach_the_config(
         "rotate": "both",
         "residual_shift": 3,
         "adapters": "beside",
+<<<<<<< HEAD
         "codes_of": "base",
+=======
+>>>>>>> main
         "calibrate": "text.txt",
         "calibration_tokens": 512,
         "tune": 20,
@@ -360,6 +363,8 @@ def test_export_flags_reach_the_config(
         (("--pt2e", "weights"), {"pt2e": "weights"}),
         (("--functions", "prefill:8,decode:1"), {"functions": "prefill:8,decode:1"}),
         (("--backend", "xnnpack"), {"backend": "xnnpack"}),
+        (("--constants", "inputs", "--bits", "16"), {"constants": "inputs", "bits": 16}),
+        (("--skip-ops", "aten.embedding.default"), {"skip_ops": ("aten.embedding.default",)}),
     ],
 )
 def test_flags_that_decide_others_reach_the_config(

@@ -160,10 +160,20 @@ class PackedCheckpoint(CheckpointOver):
             columns, groups = form.shape(parts)[1], levels.scale.shape[1]
             table = levels.entries is not None
             size = columns // groups if groups > 1 or table else None
+            block = None if levels.tables is None else _block(form.shape(parts), levels.tables)
             found[name] = PackedForm(
-                form.label, levels.bits, size, levels.kind, levels.error, table
+                form.label, levels.bits, size, levels.kind, levels.error, table, block
             )
         return found
+
+
+def _block(shape: tuple[int, int], tables: torch.Tensor) -> tuple[int | None, int | None]:
+    """Return how many rows and columns share one of `tables`, None for all."""
+    rows, columns = (
+        None if groups == 1 else count // groups
+        for count, groups in zip(shape, tables.shape, strict=False)
+    )
+    return rows, columns
 
 
 def _levels(form: PackedFormat, parts: Parts) -> Levels:

@@ -22,8 +22,18 @@ from llm_coreml.config import Job, WeightSettings
 from llm_coreml.decoder import Decoder, DecoderSpec
 from llm_coreml.decoder.matrices import Linear
 from llm_coreml.errors import ConfigError, UnsupportedError
-from llm_coreml.quantize.formats.schemes import IntChannel, IntGroup, Scheme, TableGroup
-from llm_coreml.quantize.formats.tensors import integer_tensor, lookup_tensor
+from llm_coreml.quantize.formats.schemes import (
+    Codebook,
+    IntChannel,
+    IntGroup,
+    Scheme,
+    TableGroup,
+)
+from llm_coreml.quantize.formats.tensors import (
+    codebook_tensor,
+    integer_tensor,
+    lookup_tensor,
+)
 from llm_coreml.quantize.plan.plan import QuantizationPlan, beside_blocks, matrices, use_of
 from llm_coreml.rules import refused
 
@@ -151,6 +161,8 @@ def with_imports(
 def imported_weight(packed: Packed, bits: int) -> torch.Tensor:
     """Return a quantized matrix as the lowering takes it, its codes held in `bits`."""
     levels = packed.levels
+    if levels.tables is not None:
+        return codebook_tensor(packed.codes.view(torch.uint8), levels.tables, bits)
     if levels.entries is not None:
         table = levels.entries.view(1, 1, -1)
         return lookup_tensor(packed.codes.view(torch.uint8), table, bits, levels.scale, None)
@@ -198,6 +210,9 @@ def refuse_inexact(report: ImportReport, job: Job) -> None:
 def _scheme(form: PackedForm, job: Job) -> Scheme:
     """Return what a matrix is held in: its own bits, or the next integers where those fail."""
     scale_bits = job.precision.bits
+    if form.block is not None:
+        rows, columns = form.block
+        return Codebook(form.bits, rows, scale_bits, columns)
     wide = 4 if form.bits <= 4 else 8
     if form.group_size is None:
         return IntChannel(wide, scale_bits, form.zero_point)
