@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from llm_coreml.bundle.folder import Bundle
-from llm_coreml.config import ExportConfig, resolve
+from llm_coreml.config import ExportConfig, Job, resolve
 from llm_coreml.errors import (
     ArtifactError,
     CheckpointError,
@@ -25,6 +25,7 @@ from llm_coreml.errors import (
 from llm_coreml.model import Model, open_model
 from llm_coreml.progress import Progress, Silent
 from llm_coreml.quantize.calibrate.text import BUNDLED_TEXT
+from llm_coreml.quantize.kept_codes import kept_program
 from llm_coreml.quantize.plan.choose import plan_of
 from llm_coreml.quantize.quantized import (
     Quantized,
@@ -43,7 +44,8 @@ def originals(
 ) -> dict[str, EagerRunner]:
     """Build the unquantized and the quantized eager model of a bundle.
 
-    A calibrated one is calibrated again, and left out where the text is not at hand.
+    A calibrated one is calibrated again, and left out where the text is not at hand; so is one that
+    has the codes of another export, where that is not.
 
     Args:
         bundle: What was exported.
@@ -117,19 +119,29 @@ def _folders(bundle: Bundle) -> list[Path]:
     return [place for place in places if os.path.exists(place)]
 
 
-def _with_text(bundle: Bundle, config: ExportConfig) -> ExportConfig:
-    """Say where the text of the calibration is: a manifest has the name of its file alone."""
-    text = config.calibrate
-    if text is None or text == BUNDLED_TEXT or os.path.exists(text):
-        return config
-    return replace(config, calibrate=str(bundle.folder.resolve().parent / text))
+def _with_files(bundle: Bundle, config: ExportConfig) -> ExportConfig:
+    """Say where text and codes of other exports are: a manifest has their names alone."""
+
+    def found(name: str | None) -> str | None:
+        if name is None or name == BUNDLED_TEXT or os.path.exists(name):
+            return name
+        return str(bundle.folder.resolve().parent / name)
+
+    return replace(config, calibrate=found(config.calibrate), codes_of=found(config.codes_of))
+
+
+def _check_codes(bundle: Bundle, job: Job) -> None:
+    """Refuse codes that are not those that the export kept. Raises ConfigError."""
+    kept = job.weights.codes_of
+    if kept is not None and kept_program(kept) != bundle.manifest.quantization.codes_of:
+        raise ConfigError(f"'{kept}' has another program than the one whose codes were kept.")
 
 
 def _quantized(bundle: Bundle, model: Model, progress: Progress) -> Quantized | None:
     """Quantize a bundle's original again; None where the text of its calibration is not at hand."""
     try:
         config = ExportConfig.from_json(bundle.manifest.config)
-        job = resolve(_with_text(bundle, config), model.spec)
+        job = resolve(_with_files(bundle, config), model.spec)
         plan = plan_of(bundle.manifest.plan_json(), job, model.spec)
     except (ConfigError, UnsupportedError) as error:
         raise ArtifactError(
@@ -138,12 +150,15 @@ def _quantized(bundle: Bundle, model: Model, progress: Progress) -> Quantized | 
         ) from None
     calibration = bundle.manifest.quantization.calibration
     sha256 = None if calibration is None else calibration.sha256
+    told = "it is to be calibrated again: {} The text is"
     try:
         text = read_calibration(job, bundle.tokenizer, sha256)
+        told = "it has the codes of another export: {} That one is"
+        _check_codes(bundle, job)
     except ConfigError as error:
         progress.note(
-            f"The quantized model is left out, for it is to be calibrated again: {error} The text "
-            "is looked for in the folder that this runs in, and beside the bundle."
+            f"The quantized model is left out, for {told.format(error)} looked for in the folder "
+            "that this runs in, and beside the bundle."
         )
         return None
     return quantize(model, job, bundle.tokenizer, Silent(), plan=plan, calibration=text)

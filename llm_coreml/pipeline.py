@@ -45,11 +45,10 @@ from llm_coreml.output import write_json
 from llm_coreml.progress import Progress
 from llm_coreml.progress_bar import Step, listening
 from llm_coreml.quantize.cache import WeightCache, default_folder
-from llm_coreml.quantize.calibrate.text import read_content
 from llm_coreml.quantize.plan.choose import plan_without_weights
 from llm_coreml.quantize.plan.imported import keeps_codes, left_as_is
 from llm_coreml.quantize.plan.plan import QuantizationPlan
-from llm_coreml.quantize.quantized import Quantized, quantize, quantized_again
+from llm_coreml.quantize.quantized import Quantized, check_files, quantize, quantized_again
 from llm_coreml.quantize.residual import needed_shift
 from llm_coreml.quiet import quiet
 from llm_coreml.recipes import bundled_model, find_recipe
@@ -127,8 +126,7 @@ def export(
         run = _Run((config or _settings(model)).under(changes), listener, cache)
         check_output(Path(output), overwrite)
         _check_lowering(run.config)
-        if run.config.calibrate is not None:
-            read_content(run.config.calibrate)  # what is wrong with it is told before work is done
+        check_files(run.config)
         opened = run.open(model, tokenizer, revision, local_files_only)
         with settled():
             _make(run, opened, Path(output), overwrite)

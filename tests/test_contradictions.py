@@ -39,6 +39,8 @@ EXAMPLES: tuple[dict[str, Any], ...] = (
     {"partition_size": 1000, "backend": "xnnpack"},
     {"split": ("head",), "backend": "xnnpack"},
     {"seq_lengths": "1..8", "target": "ane"},
+    {"codes_of": "base", "adapters": "beside"},
+    {"codes_of": "base", "pt2e": "weights"},
 )
 # What an example needs beside it, so that no other pair is refused first.
 TUNED = {"tune": 5, "calibrate": "bundled"}

@@ -79,7 +79,7 @@ INNER = {
         ("calibrate", "rotate"),
         ("plan",),
         ("cache", "low_rank", "pt2e", "residual"),
-        ("keys",),
+        ("kept_codes", "keys"),
         ("fill",),
         ("quantized",),
     ),

@@ -25,6 +25,7 @@ from llm_coreml.eval.sweep.sweep_file import Measured, Sweep
 from llm_coreml.eval.sweep.task import Task
 from llm_coreml.model import Model, open_model
 from llm_coreml.quantize.calibrate.text import BUNDLED_TEXT, read_content
+from llm_coreml.quantize.kept_codes import kept_program
 from llm_coreml.recipes import find_recipe, recipe_names
 
 
@@ -105,6 +106,8 @@ def _facts_of_settings(cell: Cell) -> dict[str, Any]:
                 f"plan '{cell.config.plan}' of cell '{cell.label}' cannot be read: "
                 f"{error.strerror}. Give the manifest.json of an export."
             ) from None
+    if cell.config.codes_of is not None:
+        settings["codes_of"] = kept_program(cell.config.codes_of)
     return settings
 
 
@@ -121,11 +124,12 @@ def _model(name: str) -> str:
 
 def _settings(config: ExportConfig) -> ExportConfig:
     """Return settings whose files are found from any folder."""
-    text, plan = config.calibrate, config.plan
+    text, plan, codes = config.calibrate, config.plan, config.codes_of
     return replace(
         config,
         calibrate=text if text in (None, BUNDLED_TEXT) else _absolute(str(text)),
         plan=None if plan is None else _absolute(plan),
+        codes_of=None if codes is None else _absolute(codes),
     )
 
 

@@ -217,8 +217,7 @@ class Quantization:
     Attributes:
         linear: The linear layers of all blocks.
         embedding: The token table.
-        lm_head: The output head.
-        tied: One table is both.
+        lm_head: The output head, and whether the table is both (`tied`).
         untied_bytes: What it costs to store the head separately, though it has the same weights.
         bits_per_weight: Stored bits per weight over all, a tied table counted once.
         rotation: What was rotated before.
@@ -227,6 +226,7 @@ class Quantization:
         plan: The scheme of every matrix.
         imported: None unless the checkpoint was quantized already, and taken as it was.
         expanded: What it was quantized in, if its values were treated as any others.
+        codes_of: SHA-256 of the program whose codes it has.
     """
 
     linear: Group
@@ -241,6 +241,7 @@ class Quantization:
     plan: Plan | None = field(default=None, metadata=LEFT_OUT)
     imported: Import | None = field(default=None, metadata=named("import"))
     expanded: str | None = field(default=None, metadata=LEFT_OUT)
+    codes_of: str | None = field(default=None, metadata=LEFT_OUT)
 
 
 @dataclass(frozen=True)

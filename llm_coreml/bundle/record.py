@@ -37,6 +37,7 @@ from llm_coreml.heads import LOGITS
 from llm_coreml.quantize.calibrate.text import CalibrationText
 from llm_coreml.quantize.calibrate.tune import Tuning
 from llm_coreml.quantize.formats.schemes import Scheme
+from llm_coreml.quantize.kept_codes import kept_program
 from llm_coreml.quantize.low_rank import factor_bits, largest_rank
 from llm_coreml.quantize.plan.choose import Measured
 from llm_coreml.quantize.plan.imported import ImportReport, import_report, quantized_in
@@ -90,6 +91,7 @@ def make_manifest(
             allocation=None if measured is None else _allocation(measured),
             plan=read_record(Plan, plan_json(plan, model.spec, losses)),
             imported=_import(report),
+            codes_of=None if job.weights.codes_of is None else kept_program(job.weights.codes_of),
             expanded=None if report is not None else quantized_in(model.checkpoint),
         ),
         program=_program(description, program),
@@ -151,10 +153,11 @@ def rebuild_command(source: CheckpointSource, config: ExportConfig) -> list[str]
 
 def public_config(config: ExportConfig) -> ExportConfig:
     """Return the settings as a bundle may tell them: of files their own names, no paths."""
-    calibrate, plan = (
-        None if path is None else Path(path).name for path in (config.calibrate, config.plan)
+    calibrate, plan, codes = (
+        None if path is None else Path(os.path.abspath(path)).name
+        for path in (config.calibrate, config.plan, config.codes_of)
     )
-    return replace(config, calibrate=calibrate, plan=plan)
+    return replace(config, calibrate=calibrate, plan=plan, codes_of=codes)
 
 
 @dataclass(frozen=True)

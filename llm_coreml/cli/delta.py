@@ -25,6 +25,11 @@ _OUTPUT = click.option("--output", "-o", type=PATH, required=True, help="Folder 
     type=click.Choice(["merged", "beside"]),
     help="Of a model that is exported: as with export.  [default: as the base]",
 )
+@click.option(
+    "--keep-codes",
+    is_flag=True,
+    help="Of a model that is exported: keep the base's codes, and fit scales and tables.",
+)
 @FORMAT
 @VERBOSE
 def delta_command(
@@ -36,6 +41,7 @@ def delta_command(
     tokens: int,
     max_kl: float | None,
     adapters: Literal["merged", "beside"] | None,
+    keep_codes: bool,
     form: str,
     verbose: bool,
 ) -> None:
@@ -48,6 +54,7 @@ def delta_command(
     \b
     llm-coreml delta base tuned -o delta
     llm-coreml delta base ./my-lora -o delta --adapters beside --max-kl 0.05
+    llm-coreml delta base ./tuned -o delta --keep-codes --max-kl 0.05
     llm-coreml apply base delta -o tuned
     """
     from llm_coreml.cli.terminal import terminal
@@ -64,6 +71,7 @@ def delta_command(
             tokens=tokens,
             max_kl=max_kl,
             adapters=adapters,
+            keep_codes=keep_codes,
             overwrite=overwrite,
             progress=screen.progress,
         )

@@ -206,6 +206,16 @@ CONTRADICTIONS = (
         error=UnsupportedError,
         forced=True,
     ),
+    Contradiction(
+        lambda config, target: config.codes_of is not None and config.adapters == "beside",
+        "--adapters beside has the base's codes already, and --codes-of {codes_of} fits them to "
+        "the tuned weights; drop one of them.",
+    ),
+    Contradiction(
+        lambda config, target: config.codes_of is not None and config.pt2e != "none",
+        "--pt2e {pt2e} chooses codes by itself, and --codes-of {codes_of} keeps those of another "
+        "export; drop one of them.",
+    ),
 )
 
 

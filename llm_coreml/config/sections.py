@@ -192,6 +192,12 @@ class WeightSettings(Section):
         "merged",
         "beside keeps a LoRA adapter's matrices apart, as fp16, and the base's codes as they are.",
     )
+    codes_of: str | None = setting(
+        None,
+        "Keep the codes of another export, such as a fine-tune's base; fit scales and tables.",
+        metavar="FOLDER",
+        shown="chosen",
+    )
     allow_inexact: bool = setting(
         False, "Take a quantized checkpoint that Core ML cannot hold exactly."
     )

@@ -91,6 +91,7 @@ def make_delta(
     tokens: int = DEFAULT_TOKENS,
     max_kl: float | None = None,
     adapters: Literal["merged", "beside"] | None = None,
+    keep_codes: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Delta:
@@ -106,6 +107,8 @@ def make_delta(
         tokens: Most tokens to score.
         max_kl: Gate: largest mean KL of the result from `tuned`, in nats.
         adapters: Of a model that is exported here, see `ExportConfig`; None is as the base.
+        keep_codes: Of a model that is exported here: keep the base's codes, and fit scales and
+            tables to its weights.
         overwrite: Replace an earlier delta at `output`.
         progress: Told of stages and shares.
 
@@ -120,7 +123,7 @@ def make_delta(
     check_name(place)
     _check_place(place, overwrite)
     opened = open_bundle(Path(base))
-    config = _settings(opened, tuned, adapters, max_kl)
+    config = _settings(opened, tuned, adapters, keep_codes, max_kl)
     with (
         folder_beside(place, lambda path: _check_place(path, overwrite)) as draft,
         tempfile.TemporaryDirectory() as folder,
@@ -147,6 +150,7 @@ def _settings(
     base: Bundle,
     tuned: str | Path | torch.nn.Module,
     adapters: Literal["merged", "beside"] | None,
+    keep_codes: bool,
     max_kl: float | None,
 ) -> ExportConfig:
     """Return with what a model is exported, as far as that can be and comes to what is wanted.
@@ -158,14 +162,18 @@ def _settings(
     """
     config = ExportConfig.from_json(base.manifest.config)
     if _is_bundle(tuned):
-        if adapters is not None:
+        asked = "--keep-codes" if keep_codes else adapters and f"--adapters {adapters}"
+        if asked:
             raise ConfigError(
-                f"--adapters {adapters} is for a model that is exported, and '{tuned}' is an "
+                f"{asked} is for a model that is exported, and '{tuned}' is an "
                 "export already; leave it out, or give the model."
             )
         return config
-    for name, file in (("calibrate", config.calibrate), ("plan", config.plan)):
-        if file is not None and file != BUNDLED_TEXT and not Path(file).is_file():
+    if keep_codes:
+        config = _over_codes(base, config)
+    files = {"calibrate": config.calibrate, "plan": config.plan, "codes-of": config.codes_of}
+    for name, file in files.items():
+        if file is not None and file != BUNDLED_TEXT and not Path(file).exists():
             raise ConfigError(
                 f"The base was exported with --{name} {file}, a file of which it holds no more "
                 "than the name; work in its folder, or export TUNED yourself and give the bundle."
@@ -173,6 +181,14 @@ def _settings(
     if Head.of(config.head) != LOGITS:
         hold_to(None, max_kl)
     return config if adapters is None else replace(config, adapters=adapters)
+
+
+def _over_codes(base: Bundle, config: ExportConfig) -> ExportConfig:
+    """Return settings with the base's codes, and with the formats that these have."""
+    config = replace(config, codes_of=str(base.folder))
+    # What settings choose by the weights, they would choose otherwise by others.
+    fixed = config.pt2e != "none" or base.manifest.plan_json() is None
+    return config if fixed else config.under({"plan": str(base.folder / MANIFEST)})
 
 
 def _made(base: Bundle, record: DeltaRecord, kept: Path, folder: Path) -> Bundle:

@@ -23,6 +23,7 @@ from llm_coreml.quantize.cache import WeightCache
 from llm_coreml.quantize.calibrate.calibration import Calibration
 from llm_coreml.quantize.formats.round import quantize_weight
 from llm_coreml.quantize.formats.schemes import Scheme, Unquantized
+from llm_coreml.quantize.kept_codes import KeptCodes
 from llm_coreml.quantize.keys import Keys
 from llm_coreml.quantize.plan.imported import imported_weight, set_input_order
 from llm_coreml.quantize.plan.plan import QuantizationPlan
@@ -36,6 +37,7 @@ def fill(
     on_progress: Callable[[float], None] = lambda _: None,
     windows: Sequence[Sequence[int]] | None = None,
     cache: WeightCache | None = None,
+    kept: KeptCodes | None = None,
 ) -> None:
     """Read every parameter of `decoder`, quantizing by `plan`.
 
@@ -49,12 +51,13 @@ def fill(
         windows: Tokens of a text on which to calibrate the blocks, see `Calibration`; a block is
             held unquantized while it is calibrated.
         cache: Where quantized matrices are looked up and kept, a block at a time.
+        kept: Whose codes quantized matrices get; None chooses them.
 
     Raises:
         CheckpointError: a tensor, or a layer's inputs, are not finite.
         UnsupportedError: a scheme cannot hold a value of a tensor.
     """
-    filling = _Filling(decoder, weights, plan, storage, windows, cache)
+    filling = _Filling(decoder, weights, plan, storage, windows, cache, kept)
     held = weights.names()
     # A tied head is named by no view; that nothing else is left out, opening a model has checked.
     names = [name for name, _ in decoder.named_parameters() if name in held]
@@ -81,6 +84,7 @@ class _Filling:
         storage: torch.dtype | None,
         windows: Sequence[Sequence[int]] | None,
         cache: WeightCache | None,
+        kept: KeptCodes | None,
     ) -> None:
         self._decoder = decoder
         self._modules = dict(decoder.named_modules())
@@ -89,7 +93,9 @@ class _Filling:
         self._storage = storage
         self._windows = None if plan is None else windows
         self._cache = cache
-        self._keys = Keys(decoder, weights, plan, storage, self._windows)
+        self._kept = kept
+        codes = None if kept is None else kept.sha256
+        self._keys = Keys(decoder, weights, plan, storage, self._windows, codes)
         self._packed = weights.forms().keys() if plan is not None else frozenset()
         self._calibration: Calibration | None = None
         self._passed = 0  # blocks that the calibration text has passed
@@ -164,7 +170,8 @@ class _Filling:
     def _calibrate(self, index: int) -> None:
         assert self._plan is not None and self._windows is not None
         if self._calibration is None:
-            self._calibration = Calibration(self._decoder, self._windows)
+            codes = None if self._kept is None else self._kept.like
+            self._calibration = Calibration(self._decoder, self._windows, codes)
         # Blocks that were in the cache: the text passes them only once one is met that was not.
         for earlier in range(self._passed, index):
             self._calibration.advance(self._decoder.layers[earlier], self._original(earlier))
@@ -204,7 +211,10 @@ class _Filling:
         if scheme is None:
             return None
         try:
-            quantize_weight(module, scheme)
+            if self._kept is None:
+                quantize_weight(module, scheme)
+            else:
+                _set(module, self._kept.fitted(module.get_parameter("weight").detach(), scheme))
         except UnsupportedError as error:
             raise UnsupportedError(f"{self._weights.described(name)}: {error}") from error
         return None

@@ -19,7 +19,10 @@ from llm_coreml.quantize.plan.plan import QuantizationPlan, beside_blocks
 
 
 class Keys:
-    """The keys of one decoder's matrices, for blocks that come in order; see `fill`."""
+    """The keys of one decoder's matrices, for blocks that come in order; see `fill`.
+
+    `codes` is the hash of the program whose codes are kept.
+    """
 
     def __init__(
         self,
@@ -28,12 +31,14 @@ class Keys:
         plan: QuantizationPlan | None,
         storage: torch.dtype | None,
         windows: Sequence[Sequence[int]] | None,
+        codes: str | None = None,
     ) -> None:
         self._decoder = decoder
         self._weights = weights
         self._plan = plan
         self._storage = storage
         self._windows = windows
+        self._codes = {} if codes is None else {"codes": codes}
         self._before = ""
 
     def block(self, members: list[str], owners: list[str], calibrated: bool) -> str:
@@ -49,6 +54,7 @@ class Keys:
             "tensors": self._weights.sha256(members),
             "schemes": repr([(owner, self._plan.scheme_of(owner)) for owner in owners]),
             "storage": str(self._storage),
+            **self._codes,
         }
         if not calibrated:
             return make_key(facts)

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from llm_coreml.checkpoint.weights_view import Weights
-from llm_coreml.config import Job
+from llm_coreml.config import ExportConfig, Job
 from llm_coreml.decoder import Decoder, DecoderSpec
 from llm_coreml.decoder.norm import take_form
 from llm_coreml.errors import ConfigError, UnsupportedError
@@ -26,6 +26,7 @@ from llm_coreml.quantize.calibrate.text import CalibrationText, read_content, to
 from llm_coreml.quantize.calibrate.tune import Tuning, tune
 from llm_coreml.quantize.fill import fill
 from llm_coreml.quantize.formats.schemes import Unquantized
+from llm_coreml.quantize.kept_codes import KeptCodes
 from llm_coreml.quantize.low_rank import attach, residual_factors
 from llm_coreml.quantize.plan.choose import Measured, choose_plan
 from llm_coreml.quantize.plan.imported import ImportReport, import_report, keeps_codes, quantized_in
@@ -223,7 +224,9 @@ def build_decoder(
             buffer.copy_(buffer.to(storage))
     windows = None if calibration is None else calibration.windows
     if job.weights.pt2e == "none":
-        fill(decoder, weights, plan, storage, on_progress, windows, cache)
+        base = job.weights.codes_of
+        kept = None if base is None else KeptCodes(base)
+        fill(decoder, weights, plan, storage, on_progress, windows, cache, kept)
         return decoder.eval()
     # Imported here: it brings coremltools.
     from llm_coreml.quantize.pt2e import pt2e_static, pt2e_weights
@@ -275,6 +278,18 @@ def tune_decoder(
         attach(decoder, residual_factors(decoder, weights, rank))
     steps = job.calibration.tune
     return tune(decoder, teacher, calibration.windows, steps, on_progress, recover=bool(rank))
+
+
+def check_files(config: ExportConfig) -> None:
+    """Refuse files that cannot be used, before any work is done.
+
+    Raises:
+        LlmCoreMLError: the text of a calibration, or the export whose codes are to be kept.
+    """
+    if config.calibrate is not None:
+        read_content(config.calibrate)
+    if config.codes_of is not None:
+        KeptCodes(config.codes_of)
 
 
 def read_calibration(

@@ -304,6 +304,7 @@ def test_export_flags_reach_the_config(
         "rotate": "both",
         "residual_shift": 3,
         "adapters": "beside",
+        "codes_of": "base",
         "calibrate": "text.txt",
         "calibration_tokens": 512,
         "tune": 20,

@@ -13,12 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import llm_coreml
-from exported import files_of, in_process
+from exported import files_of, in_process, save_model
 from llm_coreml.artifact.mapped import map_folder
 from llm_coreml.bundle.bundle_runner import open_runner
 from llm_coreml.bundle.folder import open_bundle
@@ -35,9 +36,11 @@ from llm_coreml.errors import (
     OutputError,
     UnmeasuredError,
 )
+from llm_coreml.eval.originals import originals
 from llm_coreml.fidelity import kl_divergence
 from llm_coreml.model import open_model
 from llm_coreml.progress import Silent
+from llm_coreml.quantize.formats.stored import stored_matrices
 from llm_coreml.quantize.quantized import quantize
 from llm_coreml.runtime.eager import EagerRunner
 from shared import Shared
@@ -218,6 +221,62 @@ def test_what_cannot_be_exported_again_is_told_before(
     refused(ConfigError, "--calibrate mine.txt, a file of which it holds no more", adapter)
     exported_with(head="topk:2")
     refused(UnmeasuredError, "leave it out, or export with --head logits", adapter, max_kl=0.1)
+
+
+@pytest.fixture(scope="session")
+def fine_tune(tmp_path_factory: pytest.TempPathFactory, live_model: Any) -> Path:
+    """The tiny model with rows and gains that training made larger and smaller."""
+    model, draw = copy.deepcopy(live_model), torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for value in model.parameters():
+            value.mul_(1 + 0.2 * torch.randn(len(value), *[1] * (value.dim() - 1), generator=draw))
+    return save_model(tmp_path_factory.mktemp("fine") / "tune", model)
+
+
+def codes_of(folder: Path) -> list[bytes]:
+    """Return the codes of a program's matrices, in the order of their use."""
+    found = [each.codes.value() for each in stored_matrices(folder / "model.pte")]
+    return [value.tobytes() for value in found if isinstance(value, np.ndarray)]
+
+
+def test_codes_of_the_base_are_kept(
+    bundle: Path,
+    fine_tune: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = ("delta", bundle, fine_tune, "-o", tmp_path / "d", "--tokens", "16", "--keep-codes")
+    done = in_process(capfd, monkeypatch, *words, "--format", "json")
+    assert done.code == 0, done.err
+    told = json.loads(done.out)
+    assert told["measured"]["mean_kl"] < told["measured"]["base_mean_kl"] / 4
+    llm_coreml.apply_delta(bundle, tmp_path / "d", output=tmp_path / "out")
+    made, base = (open_bundle(each).manifest for each in (tmp_path / "out", bundle))
+    codes = codes_of(bundle)
+    assert len(codes) == 8 and codes_of(tmp_path / "out") == codes
+    # All that differs in the program: scales and norms, and the hash that its data is found by.
+    assert told["new"] == 0 and told["changed"] + told["copied"] == made.program.bytes
+    held = weights_of(tmp_path / "out")
+    other = sum(len(each) for each in weights_of(bundle) if each not in held)
+    assert 0 < other <= told["changed"] < other + 256
+    assert made.quantization.codes_of == base.program.sha256
+    assert base.quantization.codes_of is None
+    assert made.config["weights"]["codes_of"] == bundle.name
+    # An evaluation finds the same quantized model again, with the base at hand.
+    shutil.copytree(bundle, tmp_path / bundle.name, dirs_exist_ok=True)
+    tokens = tokens_for(300, 8)
+    judge = originals(open_bundle(tmp_path / "out"), fine_tune, Silent())["quantized"]
+    rows = open_runner(open_bundle(tmp_path / "out")).logits(tokens)
+    assert (judge.logits(tokens) - rows).abs().max() < 1e-2 * rows.abs().max()
+    shutil.rmtree(tmp_path / bundle.name)
+    assert "quantized" not in originals(open_bundle(tmp_path / "out"), fine_tune, Silent())
+
+
+def test_codes_are_kept_of_a_model_alone(bundle: Path, tuned: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--keep-codes is for a model that is exported"):
+        llm_coreml.make_delta(bundle, tuned, output=tmp_path / "d", keep_codes=True)
+    assert files_of(tmp_path) == set()
 
 
 def test_weights_have_places_of_their_own(bundle: Path) -> None:

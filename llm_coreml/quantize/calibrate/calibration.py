@@ -28,6 +28,8 @@ from llm_coreml.quantize.calibrate.stream import Passage, Texts, widened
 from llm_coreml.quantize.formats.grids import grid_of
 from llm_coreml.quantize.formats.schemes import Scheme
 
+Codes = Callable[[torch.Tensor, Scheme], torch.Tensor]
+
 
 class Calibration:
     """A text on its way through a decoder, and through the decoder without quantized blocks.
@@ -35,10 +37,17 @@ class Calibration:
     Args:
         decoder: Its token table is read now, and each block in its turn.
         windows: Tokens of the text; each window fits the cache.
+        codes: Gives a matrix and its format the codes that are kept; None chooses them.
     """
 
-    def __init__(self, decoder: Decoder, windows: Sequence[Sequence[int]]) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        windows: Sequence[Sequence[int]],
+        codes: Codes | None = None,
+    ) -> None:
         self._decoder = decoder
+        self._codes = codes
         self._chunk_of = functools.cache(decoder.window)
         with torch.inference_mode():
             states = [decoder.embed(torch.tensor([list(w)])) for w in windows]
@@ -61,7 +70,7 @@ class Calibration:
             owners = {f"layers.{index}.{name}": name for name in names}
             weights = {owner: passage.weight(name) for owner, name in owners.items()}
             moments = _moments(passage, weights)
-            for owner, weight in calibrated(weights, scheme_of, moments):
+            for owner, weight in calibrated(weights, scheme_of, moments, self._codes):
                 passage.replace(owners[owner], weight)
                 linear = block.get_submodule(owners[owner])
                 linear.weight = nn.Parameter(weight, requires_grad=False)
@@ -94,7 +103,10 @@ def _moments(passage: Passage, weights: Mapping[str, torch.Tensor]) -> Moments:
 
 
 def calibrated(
-    weights: Mapping[str, torch.Tensor], scheme_of: Callable[[str], Scheme], moments: Moments
+    weights: Mapping[str, torch.Tensor],
+    scheme_of: Callable[[str], Scheme],
+    moments: Moments,
+    codes: Codes | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Quantize matrices for the inputs that they share.
 
@@ -106,6 +118,7 @@ def calibrated(
         weights: fp32 `[out, in]`, by name.
         scheme_of: The format of each.
         moments: Of the inputs; the Hessian is damped in place.
+        codes: See `Calibration`.
 
     Yields:
         Each name with the quantized matrix.
@@ -121,8 +134,13 @@ def calibrated(
     for (name, weight), moved in zip(weights.items(), guesses, strict=True):
         with _named(name):
             target = weight + (moved if moments.of_outputs else weight @ moved)
-            grid = grid_of(scheme_of(name), target, hessian.matrix.diagonal().clone())
-            found = refit(grid.tensor(gptq(target, hessian, grid)), target, hessian)
+            scheme = scheme_of(name)
+            if codes is None:
+                grid = grid_of(scheme, target, hessian.diagonal())
+                start = grid.tensor(gptq(target, hessian, grid))
+            else:
+                start = codes(weight, scheme)
+            found = refit(start, target, hessian)
         yield name, found
 
 

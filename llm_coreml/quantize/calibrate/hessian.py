@@ -61,6 +61,10 @@ class Hessian(NamedTuple):
             "another text with --calibrate."
         )
 
+    def diagonal(self) -> torch.Tensor:
+        """Return its diagonal, `[n]`."""
+        return self.matrix.diagonal().clone()
+
     def solve(self, rows: torch.Tensor) -> torch.Tensor:
         """Return `rows` `[any, n]` times the inverse."""
         rooted = rows[:, self.order]
@@ -95,6 +99,28 @@ class Hessian(NamedTuple):
     def _strips(self) -> Iterator[tuple[int, int]]:
         for start in range(0, len(self.order), _STRIP):
             yield start, min(start + _STRIP, len(self.order))
+
+
+class Alike(NamedTuple):
+    """The Hessian of inputs that nothing is known of: one for each, and nothing between them.
+
+    Attributes:
+        size: How many there are.
+    """
+
+    size: int
+
+    def diagonal(self) -> torch.Tensor:
+        """Return its diagonal, `[n]`."""
+        return torch.ones(self.size)
+
+    def root(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return `rows` `[any, n]` as they are."""
+        return rows
+
+    def back(self, rooted: torch.Tensor) -> torch.Tensor:
+        """Return `rooted` `[any, n]` as it is."""
+        return rooted
 
 
 def _damped(diagonal: torch.Tensor, damping: float) -> torch.Tensor:

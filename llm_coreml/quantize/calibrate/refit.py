@@ -16,7 +16,7 @@ import torch
 from torch.func import vjp
 
 from llm_coreml.errors import UnsupportedError
-from llm_coreml.quantize.calibrate.hessian import Hessian
+from llm_coreml.quantize.calibrate.hessian import Alike, Hessian
 from llm_coreml.quantize.formats.adjustable import Adjustable, Values, adjustable
 
 _STEPS = 8
@@ -30,21 +30,23 @@ _RIDGE = 1e-6
 _TINY = 1e-30
 
 
-def refit(weight: torch.Tensor, target: torch.Tensor, hessian: Hessian) -> torch.Tensor:
+def refit(weight: torch.Tensor, target: torch.Tensor, hessian: Hessian | Alike) -> torch.Tensor:
     """Return `weight` with the same codes and other scales or tables.
 
     Args:
         weight: Quantized, `[rows, columns]`.
         target: What it is to come close to, fp32 `[rows, columns]`.
-        hessian: fp32, of the columns.
+        hessian: fp32, of the columns; `Alike` fits the weights themselves.
 
     Returns:
         The parts of it whose products with the inputs are no further from those of `target` than
         `weight`'s own, with the values changed; the other parts as they were.
     """
     free = adjustable(weight)
-    fit = _least_squares if free.factors is None else _best_scales
-    found, before = fit(free, target, hessian)
+    if free.factors is None or isinstance(hessian, Alike):
+        found, before = _least_squares(free, target, hessian)
+    else:
+        found, before = _best_scales(free, target, hessian)
     try:
         stored = adjustable(free.rebuilt(found))  # judged as fp16 holds them
     except UnsupportedError:
@@ -90,7 +92,7 @@ def _grams(factors: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
 
 
 def _least_squares(
-    free: Adjustable, target: torch.Tensor, hessian: Hessian
+    free: Adjustable, target: torch.Tensor, hessian: Hessian | Alike
 ) -> tuple[Values, torch.Tensor]:
     """Return values with about the least error in the products, and the parts' errors before."""
     at_zero = free.dense(tuple(torch.zeros_like(value) for value in free.values))
@@ -99,9 +101,7 @@ def _least_squares(
     def image(values: Values) -> torch.Tensor:
         return free.dense(values) - at_zero
 
-    inverse = tuple(
-        1 / size for size in _curvatures(free, image, pull, hessian.matrix.diagonal().clone())
-    )
+    inverse = tuple(1 / size for size in _curvatures(free, image, pull, hessian.diagonal()))
     away = hessian.root(target - dense)
     before = _squares(away, free)
     residual: Values = pull(hessian.back(away))[0]

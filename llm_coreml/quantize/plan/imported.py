@@ -81,7 +81,8 @@ def quantized_in(checkpoint: Checkpoint) -> str | None:
 def keeps_codes(job: Job) -> bool:
     """Say whether a quantized checkpoint is taken as it is: no setting chooses other codes."""
     weights = job.weights
-    choices = (weights.bits, weights.size, weights.plan, weights.scheme, job.calibration.calibrate)
+    formats = (weights.bits, weights.size, weights.plan, weights.scheme)
+    choices = (*formats, weights.codes_of, job.calibration.calibrate)
     plain = weights.rotate == weights.pt2e == "none"
     return plain and all(choice is None for choice in choices)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llm_coreml.errors import UnsupportedError
-from llm_coreml.quantize.calibrate.hessian import DAMPING, Hessian
+from llm_coreml.quantize.calibrate.hessian import DAMPING, Alike, Hessian
 from llm_coreml.quantize.calibrate.refit import refit
 from llm_coreml.quantize.formats.adjustable import adjustable
 from llm_coreml.quantize.formats.round import dense_rows, quantized
@@ -134,3 +134,24 @@ def test_what_fp16_cannot_hold_is_not_taken(scheme: Scheme) -> None:
     weight, hessian = problem(5)
     start = quantized(scheme, weight)
     assert refit(start, 1e7 * weight, Hessian.of(hessian)) is start
+
+
+def test_weights_alone_are_fitted_by_least_squares(scheme: Scheme) -> None:
+    """Where nothing is known of inputs; against the answer of `torch.linalg.lstsq`."""
+    weight, _ = problem(3)
+    tuned = 1.2 * weight + 0.1
+    start = quantized(scheme, weight)
+    free = adjustable(start)
+    found = torch.cat(list(dense_rows(refit(start, tuned, Alike(weight.shape[1])))))
+    sizes = [value.numel() for value in free.values]
+
+    def dense(flat: torch.Tensor) -> torch.Tensor:
+        parts = zip(torch.split(flat, sizes), free.values, strict=True)
+        return free.dense(tuple(part.view(value.shape) for part, value in parts)).flatten()
+
+    at_zero = dense(torch.zeros(sum(sizes)))
+    columns = torch.stack([dense(unit) - at_zero for unit in torch.eye(sum(sizes))], dim=1)
+    best = torch.linalg.lstsq(columns, (tuned.flatten() - at_zero).unsqueeze(1), driver="gelsd")
+    least = (columns @ best.solution).squeeze(1) + at_zero - tuned.flatten()
+    error = (found - tuned).square().sum()
+    assert error <= 1.01 * least.square().sum() + 1e-6 * tuned.square().sum()
