@@ -113,6 +113,7 @@ def _connected(address: str) -> Iterator[None]:
     in_main = threading.current_thread() is threading.main_thread()
     handlers = {number: signal.getsignal(number) for number in ENDING} if in_main else {}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_TQDM_PATCH_PRINT", "0")  # `print` stays Python's own
     try:
         ray.init(
             address=address,

@@ -174,7 +174,8 @@ def fulfil(order: dict[str, Any], memory: int) -> str | None:
         evaluate(order["output"], model=order["model"], text=order["text"], tokens=order["tokens"])
     except LlmCoreMLError as error:
         return str(error)
-    except MemoryError:
+    # Libraries in C that are given no memory end in either.
+    except (MemoryError, SystemError):
         return f"memory ran out: {_bound(memory)}"
     # What ends here is told to a training that goes on: nothing may be lost on the way.
     except Exception as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import json
 import os
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import BuiltinFunctionType
 
 import pytest
 
@@ -157,6 +159,7 @@ def test_a_worker_of_a_cluster_that_is_killed_loses_nothing(tmp_path: Path, clus
     assert len(begun) == len(tasks) + 1 and len({parent for _, _, parent in begun}) >= 2
     assert not any(is_alive(process) for _, process, _ in begun)
     assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    assert type(builtins.print) is BuiltinFunctionType
 
 
 def _nothing(_: Task, __: float) -> None:

@@ -76,10 +76,10 @@ def test_each_layer_is_calibrated_on_what_the_quantized_ones_before_it_give(
 ) -> None:
     found: list[Moments] = []
 
-    def recorded(weights: Any, scheme_of: Any, moments: Moments) -> Any:
+    def recorded(weights: Any, scheme_of: Any, moments: Moments, codes: Any) -> Any:
         hessian, drift, of_outputs = moments
         found.append(Moments(hessian.clone(), drift, of_outputs))
-        return calibrate(weights, scheme_of, moments)
+        return calibrate(weights, scheme_of, moments, codes)
 
     monkeypatch.setattr(calibration, "calibrated", recorded)
     calibrated, judge = build(folder, CALIBRATED), build(folder, UNQUANTIZED)
