@@ -20,11 +20,10 @@ from llm_coreml.bundle.folder import CARD, RESULTS, open_bundle
 from llm_coreml.errors import ConfigError
 from llm_coreml.eval.results_file import latest_result
 from llm_coreml.eval.trackers.record import Record, record_of
-from llm_coreml.pretrained import open_repository, published_files, writing
+from llm_coreml.pretrained import MESSAGE, open_repository, published_files, writing
 from llm_coreml.printable import CELL, printable
 from llm_coreml.quiet import quiet
 
-MESSAGE = "Upload a Core ML export by llm-coreml"
 # More than that, no results of tasks have.
 _LARGEST = 1 << 28
 # What the hub shows of a task that has several.

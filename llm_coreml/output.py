@@ -22,6 +22,7 @@ from typing import Any
 
 from llm_coreml.drafts import draft_file, draft_folder, remove_dead, uninterrupted
 from llm_coreml.errors import OutputError
+from llm_coreml.printable import printable
 from llm_coreml.shared_change import SharedChange
 
 # Where less than this can be written, it is no use to write weights.
@@ -187,6 +188,38 @@ def check_name(path: Path) -> None:
         raise OutputError(
             f"'{path}' begins with '{home}', a home folder that the shell does not know; give the "
             "whole path."
+        )
+
+
+def check_replaceable(
+    place: Path, overwrite: bool, ours: Callable[[Path], set[str]], foreign: str
+) -> None:
+    """Refuse a place that holds anything but what is ours, to be replaced.
+
+    Args:
+        place: A folder that is to be made.
+        overwrite: An earlier one may be replaced.
+        ours: Returns the names in an earlier one that were written for it.
+        foreign: What a sentence says of other names, such as `which no extraction wrote`.
+
+    Raises:
+        OutputError: as said, or the place cannot be read.
+    """
+    try:
+        entries = {entry.name for entry in place.iterdir()}
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise output_error(place, error) from None
+    if not overwrite:
+        raise OutputError(
+            f"'{place}' exists already; give another -o, or --overwrite to replace it."
+        )
+    others = sorted(entries - ours(place)) if entries else []
+    if others:
+        raise OutputError(
+            f"'{place}' holds '{printable(others[0], 60)}', {foreign}, so --overwrite leaves the "
+            "folder alone; move it away, or give another -o."
         )
 
 

@@ -39,6 +39,8 @@ from llm_coreml.progress_bar import Step
 from llm_coreml.quiet import is_loud, quiet
 from llm_coreml.tokenizer.chat_template import find_template
 
+# Of a commit, if nothing else is said.
+MESSAGE = "Upload a Core ML export by llm-coreml"
 # The client, and the libraries below it.
 _OF_THE_HUB = ("huggingface_hub", "httpx", "httpcore", "hf_xet")
 # What is meant where nothing else is said.
@@ -89,7 +91,7 @@ def push_to_hub_coreml(
     token: str | bool | None = None,
     private: bool | None = None,
     revision: str | None = None,
-    commit_message: str = "Upload a Core ML export by llm-coreml",
+    commit_message: str = MESSAGE,
     create_pr: bool = False,
 ) -> str:
     """Export `model`, and upload the verified bundle to a repository of the Hugging Face hub.

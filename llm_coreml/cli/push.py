@@ -47,7 +47,8 @@ def push_command(
 
     with terminal(verbose) as screen:
         from llm_coreml.cli.cells import line
-        from llm_coreml.eval.publish import MESSAGE, push_to_hub
+        from llm_coreml.eval.publish import push_to_hub
+        from llm_coreml.pretrained import MESSAGE
 
         screen.progress.stage("push")
         address = push_to_hub(

@@ -34,7 +34,6 @@ class CalibrationSettings(Section):
         metavar="STEPS",
         most=MOST_STEPS,
     )
-
     recover: str | None = setting(
         None,
         "And train a small product beside each matrix with it, stored as fp16.",

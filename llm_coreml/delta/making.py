@@ -36,13 +36,12 @@ from llm_coreml.delta.delta_record import (
 )
 from llm_coreml.delta.parts import Part, changes, compare, merged
 from llm_coreml.delta.places import places
-from llm_coreml.errors import ArtifactError, ConfigError, OutputError
+from llm_coreml.errors import ArtifactError, ConfigError
 from llm_coreml.eval.originals import EAGER
 from llm_coreml.heads import LOGITS, Head
 from llm_coreml.model import open_model
-from llm_coreml.output import check_name, folder_beside, output_error, write_json
+from llm_coreml.output import check_name, check_replaceable, folder_beside, write_json
 from llm_coreml.pipeline import export
-from llm_coreml.printable import printable
 from llm_coreml.progress import Progress, Silent
 from llm_coreml.quantize.calibrate.text import BUNDLED_TEXT
 from llm_coreml.quantize.quantized import build_original
@@ -276,23 +275,7 @@ def _told(folder: Path, record: DeltaRecord) -> Delta:
 
 
 def _check_place(place: Path, overwrite: bool) -> None:
-    """Refuse a place that holds anything but an earlier delta, to be replaced."""
-    try:
-        entries = {entry.name for entry in place.iterdir()}
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise output_error(place, error) from None
-    if not overwrite:
-        raise OutputError(
-            f"'{place}' exists already; give another -o, or --overwrite to replace it."
-        )
-    foreign = sorted(entries - (_ours(place) if entries else set()))
-    if foreign:
-        raise OutputError(
-            f"'{place}' holds '{printable(foreign[0], 60)}', which no delta is made of, so "
-            "--overwrite leaves the folder alone; move it away, or give another -o."
-        )
+    check_replaceable(place, overwrite, _ours, "which no delta is made of")
 
 
 def _ours(place: Path) -> set[str]:

@@ -20,9 +20,8 @@ from llm_coreml.artifact.mapped import MAX_FILES
 from llm_coreml.artifact.method_plan import Delegate
 from llm_coreml.artifact.packages import BACKEND, COMPILED_MODEL, MODEL, Folder, Packages
 from llm_coreml.bundle.folder import program_at
-from llm_coreml.errors import ArtifactError, OutputError
-from llm_coreml.output import check_name, folder_beside, output_error, write_json
-from llm_coreml.printable import printable
+from llm_coreml.errors import ArtifactError
+from llm_coreml.output import check_name, check_replaceable, folder_beside, write_json
 
 INDEX = "models.json"
 # What every file system of today takes as a name, and macOS as a path.
@@ -111,23 +110,7 @@ def _index(models: tuple[ExtractedModel, ...]) -> dict[str, Any]:
 
 
 def _check_place(place: Path, overwrite: bool) -> None:
-    """Refuse a place that holds anything but an earlier extraction, to be replaced."""
-    try:
-        entries = {entry.name for entry in place.iterdir()}
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise output_error(place, error) from None
-    if not overwrite:
-        raise OutputError(
-            f"'{place}' exists already; give another -o, or --overwrite to replace it."
-        )
-    foreign = sorted(entries - _ours(place))
-    if foreign:
-        raise OutputError(
-            f"'{place}' holds '{printable(foreign[0], 60)}', which no extraction wrote, so "
-            "--overwrite leaves the folder alone; move it away, or give another -o."
-        )
+    check_replaceable(place, overwrite, _ours, "which no extraction wrote")
 
 
 def _ours(place: Path) -> set[str]:
