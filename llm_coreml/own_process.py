@@ -8,9 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import resource
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
+
+_PIECE = 1 << 16
 
 
 def python_command(module: str, function: str, *arguments: int | str) -> list[str]:
@@ -26,6 +31,21 @@ def python_command(module: str, function: str, *arguments: int | str) -> list[st
         f"import sys; sys.path[:] = {sys.path!r}; sys.dont_write_bytecode = True; "
         f"from {module} import {function}; {function}({given})",
     ]
+
+
+def at_end_of_stdin(act: Callable[[], None]) -> None:
+    """Call `act` when stdin ends, which is at the latest when the process that holds it does.
+
+    It is called in a thread. Python's own reader would be locked while that waits, and a forked
+    process, which closes it before it begins, would wait for it for ever.
+    """
+
+    def wait() -> None:
+        while os.read(0, _PIECE):
+            pass
+        act()
+
+    threading.Thread(target=wait, name="stdin", daemon=True).start()
 
 
 def bound_memory(nbytes: int) -> None:

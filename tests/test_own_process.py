@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -39,3 +40,30 @@ def test_memory_ends_at_the_bound(bound: str, tmp_path: Path) -> None:
         sys.path.remove(str(tmp_path))
     assert few.stdout.strip() == str(10 << 20), few.stderr
     assert many.returncode and "MemoryError" in many.stderr
+
+
+def test_a_process_that_waits_for_the_end_of_stdin_can_be_forked(tmp_path: Path) -> None:
+    (tmp_path / "waits.py").write_text(
+        "import multiprocessing, os, time\n"
+        "from llm_coreml.own_process import at_end_of_stdin\n"
+        "def work():\n"
+        "    at_end_of_stdin(lambda: os._exit(7))\n"
+        "    time.sleep(0.2)\n"
+        "    child = multiprocessing.get_context('fork').Process(target=print, args=('here',))\n"
+        "    child.start()\n"
+        "    child.join()\n"
+        "    print('done', flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    command = [sys.executable, "-c", "from waits import work; work()"]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
+        killer = threading.Timer(30, process.kill)
+        killer.start()
+        found = [process.stdout.readline(), process.stdout.readline()]
+        process.stdin.close()
+        code = process.wait()
+        killer.cancel()
+    assert found == ["here\n", "done\n"] and code == 7

@@ -12,7 +12,6 @@ import os
 import signal
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +26,7 @@ from llm_coreml.eval.evaluate import evaluate
 from llm_coreml.eval.surroundings import this_tool
 from llm_coreml.eval.sweep.task import Task
 from llm_coreml.machine import keep_one_heap, peak_memory
-from llm_coreml.own_process import bound_further_memory
+from llm_coreml.own_process import at_end_of_stdin, bound_further_memory
 from llm_coreml.pipeline import export
 from llm_coreml.printable import MESSAGE, printable
 from llm_coreml.progress_bar import EVALUATION, EXPORT, share_done
@@ -40,7 +39,6 @@ _PAUSE = 1.0
 _EXPORTED = 0.6
 # Seconds in which an interrupted process cleans up.
 _GRACE = 20.0
-_LINE = 1 << 12
 
 
 def run() -> None:
@@ -52,7 +50,7 @@ def run() -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     task = read_record(Task, json.loads(sys.stdin.readline()))
-    threading.Thread(target=_end_with_stdin, name="stdin", daemon=True).start()
+    at_end_of_stdin(_end)
     if task.memory is not None:
         bound_further_memory(task.memory)
     reports = _Reports(answers)
@@ -64,11 +62,8 @@ def _interrupt(_: int, __: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _end_with_stdin() -> None:
-    """Wait for the end of stdin; then end this process, and those that it started."""
-    # Python's own reader is locked meanwhile, and a forked process closes it before it begins.
-    while os.read(0, _LINE):
-        pass
+def _end() -> None:
+    """End this process, and those that it started."""
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(_GRACE)
     os.killpg(0, signal.SIGKILL)

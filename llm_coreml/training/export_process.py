@@ -9,20 +9,19 @@ The other process ends by itself when its time is over, and when this one is gon
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
 import signal
 import subprocess
-import sys
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from llm_coreml.config import ExportConfig
 from llm_coreml.errors import LlmCoreMLError
-from llm_coreml.own_process import bound_further_memory, python_command
+from llm_coreml.own_process import at_end_of_stdin, bound_further_memory, python_command
 from llm_coreml.printable import MESSAGE, printable
 
 _ORDER, _REPLY, _WORDS = "order.json", "reply.json", "stderr"
@@ -138,7 +137,7 @@ def _bound(memory: int) -> str:
 
 def serve(scratch: str, memory: int, seconds: int, nicer: int) -> NoReturn:
     """Fulfil the order in `scratch`, in the other process."""
-    threading.Thread(target=_end_with_the_other, daemon=True).start()
+    at_end_of_stdin(functools.partial(os._exit, 1))
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(seconds)
     os.nice(nicer)
@@ -150,11 +149,6 @@ def serve(scratch: str, memory: int, seconds: int, nicer: int) -> NoReturn:
     (place / f"{_REPLY}.draft").rename(place / _REPLY)
     # Whatever a library still does at its end cannot change the answer.
     os._exit(0)
-
-
-def _end_with_the_other() -> None:
-    sys.stdin.buffer.read()
-    os._exit(1)
 
 
 def fulfil(order: dict[str, Any], memory: int) -> str | None:
