@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -57,10 +59,15 @@ def test_a_process_that_waits_for_the_end_of_stdin_can_be_forked(tmp_path: Path)
     )
     command = [sys.executable, "-c", "from waits import work; work()"]
     with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        start_new_session=True,
     ) as process:
         assert process.stdin is not None and process.stdout is not None
-        killer = threading.Timer(30, process.kill)
+        killer = threading.Timer(30, os.killpg, (process.pid, signal.SIGKILL))
         killer.start()
         found = [process.stdout.readline(), process.stdout.readline()]
         process.stdin.close()
